@@ -1,0 +1,36 @@
+"""The errors of the project: each says in one sentence what is wrong and what to do about it.
+
+The command line prints the message alone and ends with the class's ``exit_code``.
+"""
+
+from __future__ import annotations
+
+
+class NNDefenseError(Exception):
+    """Base of every error that a user can cause or mend."""
+
+    exit_code = 1
+
+
+class InputError(NNDefenseError, ValueError):
+    """An argument or a batch of images that cannot be used as it is."""
+
+    exit_code = 2
+
+
+class DataError(NNDefenseError):
+    """A data set that is missing, empty, corrupt or of the wrong form."""
+
+    exit_code = 3
+
+
+class ModelError(NNDefenseError):
+    """A classifier that cannot be found, read or used."""
+
+    exit_code = 4
+
+
+class DatabaseError(NNDefenseError):
+    """An image database that is missing, incomplete, damaged or made for another classifier."""
+
+    exit_code = 5

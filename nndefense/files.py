@@ -1,0 +1,73 @@
+"""Files that are either whole or not there: written beside their place, flushed, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nndefense.errors import DataError
+
+PART = ".part"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write`` with a temporary path in the same folder, then put that file in ``path``'s place."""
+    # The process number keeps two writers of one file apart.
+    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
+    try:
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        # Some writers make files for their owner alone; a finished one is as readable as its folder.
+        part.chmod(path.parent.stat().st_mode & 0o666)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    if os.name == "posix":
+        # The rename itself must reach the disk, or a power cut could bring the old name back.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def json_text(value: Any) -> str:
+    """Write plain values as indented JSON with a final newline; a NaN is an error, since JSON has none."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+
+    def write(part: Path) -> None:
+        part.write_text(json_text(value), encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def sha256_of(path: Path) -> str:
+    """The file's sha256 in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DataError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON: restore it or write it again") from error
