@@ -1,0 +1,313 @@
+"""The map-style data set that everything else takes, and how data sets are cut, joined and split."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import operator
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nndefense.datasets.ids import Ids, JoinedIds, PickedIds, as_ids
+from nndefense.errors import DataError, InputError
+from nndefense.images import shape_text
+
+# Indices may come as any list of numbers, as an array, as a tensor, or as a boolean mask over the whole data set.
+Indices = ArrayLike | Tensor
+
+
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Images with labels and ids.
+
+    Attributes:
+        name: the text that the data set was opened with, e.g. ``mnist:test``.
+        classes: the names of the classes; a label is an index into them.
+        shape: channels, height and width of every image.
+        ids: one id per item, e.g. ``mnist:test/00012``. An item keeps it in subsets and concatenations.
+        labels: int64 array of length N; -1 where the class is unknown.
+
+    A subclass implements :meth:`_read` and :meth:`_digest`. Safe to pickle and to use in forked loader processes.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        classes: Sequence[str],
+        shape: tuple[int, int, int],
+        ids: Sequence[str],
+        labels: ArrayLike,
+    ) -> None:
+        self.name = name
+        self.classes = tuple(classes)
+        self.shape = shape
+        self.ids: Ids = as_ids(ids)
+        self.labels: NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
+        if self.labels.shape != (len(self.ids),):
+            raise DataError(f"{name} has {len(self.ids)} images, but labels of shape {shape_text(self.labels.shape)}")
+        if len(self.labels) and not -1 <= self.labels.min() <= self.labels.max() < len(self.classes):
+            raise DataError(
+                f"{name} has labels from {self.labels.min()} to {self.labels.max()}, but {len(self.classes)} classes: "
+                f"labels must be class numbers from 0, or -1 where unknown"
+            )
+
+    @abstractmethod
+    def _read(self, rows: NDArray[np.int64]) -> Tensor:
+        """Return the images at ``rows`` (each in 0..N-1) as a new float32 tensor n x C x H x W in [0, 1]."""
+
+    @abstractmethod
+    def _digest(self) -> str:
+        """Return the sha256 of what defines the content, as hexadecimal digits."""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The sha256 of what defines the content, as 64 hexadecimal digits; worked out once."""
+        return self._digest()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        row = operator.index(index)
+        if row < 0:
+            row += len(self)
+        if not 0 <= row < len(self):
+            # Not an InputError: Python's own loops over a sequence end with an IndexError.
+            raise IndexError(f"{self.name} has {len(self)} images, so no image {index}")
+        return self._read(np.array([row], dtype=np.int64))[0], int(self.labels[row])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """Read many items in one go; ``torch.utils.data.DataLoader`` calls this where it exists."""
+        images, labels = self.batch(indices)
+        return list(zip(images.unbind(), labels.tolist(), strict=True))
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {len(self)} images {shape_text(self.shape)}, {len(self.classes)} classes>"
+
+    def rows(self, indices: Indices) -> NDArray[np.int64]:
+        """Return ``indices`` as row numbers 0..N-1: negative ones count from the end, a boolean mask picks.
+
+        Raises:
+            InputError: an index is out of range, or is no whole number.
+        """
+        given = indices.detach().cpu().numpy() if isinstance(indices, Tensor) else np.asarray(indices)
+        if given.size == 0 and given.dtype != np.bool_:
+            return np.zeros(0, dtype=np.int64)
+        if given.ndim != 1 or given.dtype.kind not in "biu":
+            raise InputError(f"indices into {self.name} must be a list of whole numbers")
+        if given.dtype == np.bool_:
+            if len(given) != len(self):
+                raise InputError(f"a mask over {self.name} must have {len(self)} entries, not {len(given)}")
+            return np.flatnonzero(given).astype(np.int64)
+        low, high = int(given.min()), int(given.max())
+        if low < -len(self) or high >= len(self):
+            raise InputError(
+                f"{self.name} has {len(self)} images, so no image {high if high >= len(self) else low}: "
+                f"use indices from 0 to {len(self) - 1}"
+            )
+        rows = given.astype(np.int64)
+        rows[rows < 0] += len(self)
+        return rows
+
+    def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Return images (float32 n x C x H x W in [0, 1]) and labels (int64 n) at ``indices``, in that order.
+
+        Raises:
+            InputError: an index is out of range.
+            DataError: the images cannot be read.
+        """
+        rows = self.rows(indices)
+        if len(rows) == 0:
+            return torch.zeros((0, *self.shape)), torch.zeros(0, dtype=torch.int64)
+        return self._read(rows), torch.from_numpy(self.labels[rows])
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, NDArray[np.int64]]]:
+        """Yield all images, labels and row numbers in order, ``batch_size`` at a time (the last may be smaller)."""
+        if batch_size < 1:
+            raise InputError(f"the batch size must be at least 1, not {batch_size}")
+        # The check above must not wait for the first item, so the loop is a function of its own.
+        return self._batches(batch_size)
+
+    def _batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, NDArray[np.int64]]]:
+        for start in range(0, len(self), batch_size):
+            rows = np.arange(start, min(start + batch_size, len(self)), dtype=np.int64)
+            images, labels = self.batch(rows)
+            yield images, labels, rows
+
+    def subset(self, indices: Indices, *, name: str | None = None) -> ImageDataset:
+        """Return the items at ``indices`` as a data set; ids and classes stay. All of them in order: this one."""
+        rows = self.rows(indices)
+        if len(rows) == len(self) and np.array_equal(rows, np.arange(len(self))):
+            return self
+        return SubsetDataset(self, rows, name=name)
+
+    @functools.cached_property
+    def _row_of_id(self) -> dict[str, int]:
+        rows: dict[str, int] = {}
+        for row, item in enumerate(self.ids):
+            rows.setdefault(item, row)
+        return rows
+
+    def index_of(self, item: str) -> int:
+        """Return the index of the item with id ``item`` (the first one, if several have it).
+
+        Raises:
+            DataError: no item has that id.
+        """
+        try:
+            return self._row_of_id[item]
+        except KeyError:
+            raise DataError(f"{self.name} has no image with id {item!r}: its ids look like {self.ids[:1]}") from None
+
+
+class SubsetDataset(ImageDataset):
+    """Some items of another data set, in a given order; made by :meth:`ImageDataset.subset`."""
+
+    def __init__(self, parent: ImageDataset, rows: NDArray[np.int64], *, name: str | None = None) -> None:
+        name = name or f"{parent.name} ({len(rows)} of {len(parent)})"
+        # A subset of a subset points at the origin, so its fingerprint does not depend on how it was reached.
+        if isinstance(parent, SubsetDataset):
+            rows, parent = parent.origin_rows[rows], parent.origin
+        self.origin: ImageDataset = parent
+        self.origin_rows: NDArray[np.int64] = rows
+        super().__init__(
+            name=name,
+            classes=parent.classes,
+            shape=parent.shape,
+            ids=PickedIds(parent.ids, rows),
+            labels=parent.labels[rows],
+        )
+
+    def _read(self, rows: NDArray[np.int64]) -> Tensor:
+        return self.origin._read(self.origin_rows[rows])
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256(f"subset {self.origin.fingerprint}\n".encode())
+        update_with_strings(digest, self.ids)
+        return digest.hexdigest()
+
+
+class ConcatenatedDataset(ImageDataset):
+    """Several data sets one after another; made by :func:`concatenate`."""
+
+    def __init__(self, parts: Sequence[ImageDataset], *, name: str) -> None:
+        self.parts = tuple(parts)
+        classes = tuple(dict.fromkeys(label for part in self.parts for label in part.classes))
+        numbers = {label: number for number, label in enumerate(classes)}
+        self._starts = np.cumsum([0, *map(len, self.parts)], dtype=np.int64)
+        labels = []
+        for part in self.parts:
+            # One entry more than classes: label -1 (unknown) picks the last one, which is -1 again.
+            renumber = np.array([*(numbers[label] for label in part.classes), -1], dtype=np.int64)
+            labels.append(renumber[part.labels])
+        super().__init__(
+            name=name,
+            classes=classes,
+            shape=self.parts[0].shape,
+            ids=JoinedIds([part.ids for part in self.parts]),
+            labels=np.concatenate(labels),
+        )
+
+    def _read(self, rows: NDArray[np.int64]) -> Tensor:
+        images = torch.empty((len(rows), *self.shape))
+        owners = np.searchsorted(self._starts, rows, side="right") - 1
+        for owner in np.unique(owners).tolist():
+            places = np.flatnonzero(owners == owner)
+            images[torch.from_numpy(places)] = self.parts[owner]._read(rows[places] - self._starts[owner])
+        return images
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256(b"concatenation\n")
+        update_with_strings(digest, [part.fingerprint for part in self.parts])
+        update_with_strings(digest, self.classes)
+        return digest.hexdigest()
+
+
+def concatenate(datasets: Sequence[ImageDataset], name: str | None = None) -> ImageDataset:
+    """Join data sets of one image shape. Classes are the union by name, in order of first appearance.
+
+    Ids are kept as they are; where two items have the same id, :meth:`ImageDataset.index_of` gives the first.
+
+    Raises:
+        InputError: ``datasets`` is empty.
+        DataError: the data sets have images of different shapes.
+    """
+    if not datasets:
+        raise InputError("give at least one data set to concatenate")
+    first = datasets[0]
+    if len(datasets) == 1 and name is None:
+        return first
+    for other in datasets[1:]:
+        if other.shape != first.shape:
+            raise DataError(
+                f"{other.name} has images {shape_text(other.shape)}, but {first.name} {shape_text(first.shape)}: "
+                "open both with the same size and channels"
+            )
+    return ConcatenatedDataset(datasets, name=name or " + ".join(dataset.name for dataset in datasets))
+
+
+def holdout(dataset: ImageDataset, n: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split a data set in two: return the rows that remain and the ``n`` rows held out, both ascending.
+
+    Each class (unknown labels count as one) gives its share of ``n``, rounded by largest remainder. The same data
+    set, ``n`` and ``seed`` give the same rows on every machine and with every version of the libraries.
+
+    Raises:
+        InputError: ``n`` is not between 1 and the number of images less 1.
+    """
+    if not 0 < n < len(dataset):
+        raise InputError(
+            f"cannot hold out {n} of the {len(dataset)} images of {dataset.name}: "
+            f"choose a number from 1 to {len(dataset) - 1}"
+        )
+    held = stratified_rows(dataset.labels, n, seed)
+    remains = np.ones(len(dataset), dtype=np.bool_)
+    remains[held] = False
+    return np.flatnonzero(remains).astype(np.int64), held
+
+
+def stratified_rows(labels: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
+    """Choose ``n`` of the rows so that each label keeps its share; ascending."""
+    values, members, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    quotas, remainders = np.divmod(counts.astype(np.int64) * n, len(labels))
+    # A stable sort gives ties to the lower label.
+    quotas[np.argsort(-remainders, kind="stable")[: n - int(quotas.sum())]] += 1
+    keys = shuffle_keys(len(labels), seed)
+    chosen = []
+    for member in range(len(values)):
+        rows = np.flatnonzero(members == member)
+        chosen.append(rows[np.argsort(keys[rows], kind="stable")[: quotas[member]]])
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def shuffle_keys(n: int, seed: int) -> NDArray[np.uint64]:
+    """Return n pseudo-random keys to sort by: the SplitMix64 output function (Steele, Lea and Flood, OOPSLA 2014).
+
+    NumPy and PyTorch do not promise the same permutation for a seed in every version; integer arithmetic does.
+    """
+
+    def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        values ^= values >> np.uint64(31)
+        return values
+
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    # Arrays, not scalars, because NumPy warns when a scalar wraps around; the seed is mixed first so that
+    # neighbouring seeds do not give shifted copies of one sequence.
+    start = mix(np.array([seed % 2**64], dtype=np.uint64) + golden)
+    return mix(start + golden * np.arange(1, n + 1, dtype=np.uint64))
+
+
+def update_with_strings(digest: hashlib._Hash, strings: Iterable[str]) -> None:
+    """Feed strings to a hash, each with its length, so that no two lists look alike."""
+    for string in strings:
+        data = string.encode("utf-8", "surrogateescape")
+        digest.update(b"%d:" % len(data))
+        digest.update(data)

@@ -1,0 +1,152 @@
+"""Reading single image files with Pillow into [0, 1] tensors.
+
+Every file gives the picture as a viewer shows it: turned by its EXIF orientation, transparent parts on white, 16-bit
+grey scaled by 65535 (Pillow's own conversion would clip it). Of an animation, the first frame.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from nndefense.datasets.transform import Size, check_form, crop_box
+from nndefense.errors import DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Only these decoders: Pillow has others that start helper programs, and a file's suffix proves nothing.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+
+_GREY_MODES = ("1", "L", "LA", "La", "F", "I")
+
+
+def load_image(path: str | os.PathLike[str], *, channels: int = 3, size: Size | None = None) -> Tensor:
+    """Read one image file.
+
+    Args:
+        path: the file.
+        channels: 3 for RGB, 1 for grey (ITU-R BT.601 luma).
+        size: one side, or (height, width): the centre is cropped to that aspect ratio and resized (bilinear,
+            antialiased), which is the same as resizing the short side and cropping the centre. None keeps the size.
+
+    Returns:
+        float32 tensor C x H x W in [0, 1].
+
+    Raises:
+        DataError: the file is missing, damaged, or no image of a known format.
+        InputError: ``size`` or ``channels`` is out of range.
+    """
+    return to_tensor(decode(path, channels, check_form(size, channels)))
+
+
+def image_channels(path: str | os.PathLike[str]) -> int:
+    """Return 1 if the image file is grey (with or without transparency), else 3.
+
+    Raises:
+        DataError: the file is missing, or no image of a known format.
+    """
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            return 1 if _is_grey(image) else 3
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def decode(
+    path: str | os.PathLike[str], channels: int, size: tuple[int, int] | None
+) -> NDArray[np.uint8] | NDArray[np.float32]:
+    """Read an image file as an array H x W x C: uint8 in 0..255, or float32 in [0, 1] from more than 8 bits.
+
+    ``size`` is H, W; the rest is as in :func:`load_image`.
+    """
+    # Pillow's decoders raise nearly every kind of exception on damaged files (OSError, SyntaxError, struct.error,
+    # ValueError, ...), and for the person who has such a file they all mean the same.
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            _check_pixels(path, image)
+            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            if image.mode == "F" or image.mode.startswith("I"):
+                return _deep_grey(path, image, channels, size)
+            return np.asarray(_fit(_flat(image, "RGB" if channels == 3 else "L"), size)).reshape(
+                *(size or (image.height, image.width)), channels
+            )
+    except DataError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def to_tensor(pixels: NDArray[np.uint8] | NDArray[np.float32]) -> Tensor:
+    """Turn what :func:`decode` gives into a float32 tensor C x H x W in [0, 1]."""
+    # Decoded arrays may be read-only views of Pillow's memory, which torch must not get hold of: so a copy.
+    image = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1).contiguous()
+    return image.div_(255) if pixels.dtype == np.uint8 else image
+
+
+def _is_grey(image: Image.Image) -> bool:
+    return image.mode in _GREY_MODES or image.mode.startswith("I;16")
+
+
+def _check_pixels(path: str | os.PathLike[str], image: Image.Image) -> None:
+    # Pillow only warns from here up to twice as many pixels; a small file that unpacks to gigabytes is refused.
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise DataError(
+            f"the image {path} has {image.width} x {image.height} pixels, more than the {limit:,} allowed: "
+            "scale it down or remove it"
+        )
+
+
+def _flat(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an 8-bit image of any mode to RGB or L, on white where it is transparent."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _fit(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+    if size is None or (image.height, image.width) == size:
+        return image
+    top, left, height, width = crop_box(image.height, image.width, size)
+    # Only the part that remains is resized: a 1 x 100,000 picture must not become 224 x 22,400,000 on the way.
+    return image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
+
+
+def _deep_grey(
+    path: str | os.PathLike[str], image: Image.Image, channels: int, size: tuple[int, int] | None
+) -> NDArray[np.float32]:
+    """Read a grey image of 16-bit or 32-bit integers or floats as float32 H x W x C in [0, 1]."""
+    values = np.asarray(image).astype(np.float32)
+    if image.mode != "F":
+        # Mode "I" has 32 bits, but is also how 16-bit files come out of some versions of Pillow.
+        values /= 65535
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+        raise DataError(
+            f"the image {path} has grey values outside the range of a picture: save it with 8 or 16 bits a pixel"
+        )
+    pixels = np.asarray(_fit(Image.fromarray(values), size)).clip(0, 1)
+    return np.repeat(pixels[:, :, None], channels, axis=2)
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"there is no image file {path}: check the path")
+    if isinstance(error, UnidentifiedImageError):
+        reason = "empty" if _is_empty(path) else "not a JPEG, PNG, WebP, BMP, GIF or TIFF file"
+    else:
+        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+    return DataError(f"cannot read the image {path} ({reason}): repair, replace or remove it")
+
+
+def _is_empty(path: str | os.PathLike[str]) -> bool:
+    try:
+        return Path(path).stat().st_size == 0
+    except OSError:
+        return False

@@ -1,0 +1,91 @@
+"""Another size or number of channels for a data set whose images come ready as tensors."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from nndefense.datasets.base import ImageDataset
+from nndefense.errors import DataError, InputError
+
+Size = int | tuple[int, int]
+
+# ITU-R BT.601, the weights that Pillow uses too.
+_LUMA = (0.299, 0.587, 0.114)
+
+
+def check_form(size: Size | None, channels: int | None) -> tuple[int, int] | None:
+    """Check the size (one side, or height and width) and channels that a caller asks for; return H, W."""
+    if channels not in (None, 1, 3):
+        raise InputError(f"channels must be 1 (grey) or 3 (colour), not {channels}")
+    if size is None:
+        return None
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or min(sides) < 1:
+        raise InputError(f"the image size must be one side or height and width, at least 1 pixel, not {size}")
+    return int(sides[0]), int(sides[1])
+
+
+def crop_box(height: int, width: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return top, left, height, width of the largest centred part that has the aspect ratio of ``size`` (H, W)."""
+    scale = min(height / size[0], width / size[1])
+    crop_height = min(height, max(1, round(size[0] * scale)))
+    crop_width = min(width, max(1, round(size[1] * scale)))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Crop n x C x H x W images to the aspect ratio of ``size`` and resize them (bilinear, antialiased)."""
+    top, left, height, width = crop_box(images.shape[-2], images.shape[-1], size)
+    images = images[..., top : top + height, left : left + width]
+    if (height, width) != size:
+        images = functional.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+    # The weights of an interpolation add up to 1 only within rounding.
+    return images.clamp(0, 1)
+
+
+class TransformedDataset(ImageDataset):
+    """A data set in another size, in grey (luma) or in three channels (the grey one repeated).
+
+    Where the aspect ratio changes, the centre is kept. Raises DataError for images that are neither grey nor RGB.
+    """
+
+    def __init__(self, parent: ImageDataset, *, size: tuple[int, int], channels: int) -> None:
+        if channels != parent.shape[0] and (parent.shape[0], channels) not in ((1, 3), (3, 1)):
+            raise DataError(f"{parent.name} has images of {parent.shape[0]} channels, which cannot become {channels}")
+        self.parent = parent
+        super().__init__(
+            name=parent.name,
+            classes=parent.classes,
+            shape=(channels, *size),
+            ids=parent.ids,
+            labels=parent.labels,
+        )
+
+    def _read(self, rows: NDArray[np.int64]) -> Tensor:
+        images = self.parent._read(rows)
+        channels, height, width = self.shape
+        if channels == 1 and images.shape[1] == 3:
+            weights = torch.tensor(_LUMA).view(1, 3, 1, 1)
+            images = (images * weights).sum(dim=1, keepdim=True).clamp_(0, 1)
+        if images.shape[-2:] != (height, width):
+            images = resize(images, (height, width))
+        if channels == 3 and images.shape[1] == 1:
+            images = images.repeat(1, 3, 1, 1)
+        return images
+
+    def _digest(self) -> str:
+        return hashlib.sha256(f"transformed {self.parent.fingerprint} {self.shape}\n".encode()).hexdigest()
+
+
+def in_form(dataset: ImageDataset, size: tuple[int, int] | None, channels: int | None) -> ImageDataset:
+    """Return ``dataset`` in the size (H, W) and channels asked for: itself where it already has them."""
+    wanted = (channels or dataset.shape[0], *(size or dataset.shape[1:]))
+    if wanted == dataset.shape:
+        return dataset
+    return TransformedDataset(dataset, size=wanted[1:], channels=wanted[0])
