@@ -1,0 +1,93 @@
+"""The geometry of a threat model: radius, steepest step, projection and random start, for each norm.
+
+Norms are taken per image over all d = C*H*W entries. ``normalized-l2`` is the l2 norm with the radius given as a
+fraction of the image's own length, ``||x' - x||_2 <= eps * ||x||_2`` (Dubey et al. 2019; Guo et al. 2018), on
+pixels in [0, 1] before any normalisation.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nndefense.errors import InputError
+
+Norm = Literal["linf", "l2", "normalized-l2"]
+NORMS: tuple[Norm, ...] = ("linf", "l2", "normalized-l2")
+
+_TINY = 1e-12
+# Float32 rounding of x + delta can carry an image over the sphere by a few units in the last place.
+_SHRINK = 1.0 - 1e-6
+
+
+def radius(images: Tensor, eps: float | Tensor, norm: str) -> Tensor:
+    """Give each image's radius in raw pixel units.
+
+    Args:
+        images: N x C x H x W in [0, 1].
+        eps: one number, or one per image (N); in units of the norm.
+        norm: one of :data:`NORMS`.
+
+    Returns:
+        N radii: per entry for ``linf``, absolute lengths for both l2 norms.
+
+    Raises:
+        InputError: an unknown norm; an eps that is negative, not finite or not one per image.
+    """
+    if norm not in NORMS:
+        raise InputError(f"norm is {norm!r}, but must be one of {', '.join(NORMS)}")
+    eps = torch.as_tensor(eps, dtype=images.dtype, device=images.device)
+    if eps.dim() > 1 or (eps.dim() == 1 and len(eps) != len(images)):
+        raise InputError(f"eps has shape {tuple(eps.shape)}, but must be one number or one per image ({len(images)})")
+    if not bool((torch.isfinite(eps) & (eps >= 0)).all()):
+        raise InputError("eps must be finite and at least 0")
+    eps = eps.expand(len(images))
+    return eps * length(images) if norm == "normalized-l2" else eps
+
+
+def length(delta: Tensor) -> Tensor:
+    """The l2 norm of each image: N x C x H x W -> N."""
+    norms: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+    return norms
+
+
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """Shape N numbers so that they broadcast over N x C x H x W."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def steepest(gradient: Tensor, norm: str) -> Tensor:
+    """The direction of length 1 in which the loss rises fastest: its sign (linf) or its unit vector (l2)."""
+    if norm == "linf":
+        return gradient.sign()
+    # Dividing by the largest entry first keeps the square of a tiny gradient from becoming 0.
+    largest = gradient.flatten(1).abs().amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
+    scaled = gradient / per_image(largest, gradient)
+    return scaled / per_image(length(scaled).clamp_min(_TINY), gradient)
+
+
+def project(delta: Tensor, radii: Tensor, norm: str) -> Tensor:
+    """Bring each perturbation back into its ball: N x C x H x W and N radii -> N x C x H x W."""
+    limit = per_image(radii, delta)
+    if norm == "linf":
+        return torch.minimum(torch.maximum(delta, -limit), limit)
+    norms = per_image(length(delta), delta)
+    return torch.where(norms > limit, delta * (limit * _SHRINK / norms.clamp_min(_TINY)), delta)
+
+
+def random_in_ball(images: Tensor, radii: Tensor, norm: str, generator: torch.Generator | None) -> Tensor:
+    """Draw a perturbation uniformly from each image's ball (before the box [0, 1] is applied)."""
+    if norm == "linf":
+        return (2 * _uniform(images, generator) - 1) * per_image(radii, images)
+    # A normal vector has a uniform direction; the d-th root of a uniform number is the right law of the length.
+    device = images.device if generator is None else generator.device
+    normal = torch.randn(images.shape, generator=generator, device=device, dtype=images.dtype).to(images.device)
+    share = _uniform(images[:, :1, :1, :1], generator).flatten() ** (1.0 / max(images.shape[1:].numel(), 1))
+    return normal * per_image(radii * share / length(normal).clamp_min(_TINY), images)
+
+
+def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = like.device if generator is None else generator.device
+    return torch.rand(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)

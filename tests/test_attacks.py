@@ -1,0 +1,355 @@
+"""FGSM and PGD: exact cases, budgets, foolbox as oracle, and what they leave alone."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nndefense.attacks import NORMS, fgsm, pgd, radius
+from nndefense.attacks.norms import length, project, random_in_ball, steepest
+from nndefense.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Tensor, Tensor]:
+    """All 1,797 digits, N x 1 x 8 x 8 in [0, 1], and their labels."""
+    data = load_digits()
+    return torch.tensor(data.images[:, None] / 16, dtype=torch.float32), torch.tensor(data.target)
+
+
+@pytest.fixture(scope="module")
+def net(digits: tuple[Tensor, Tensor]) -> nn.Module:
+    """A small convolutional net, trained on 1,297 digits; the last 500 are for the tests."""
+    images, labels = digits[0][:1297], digits[1][:1297]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(512, 10),
+        )  # fmt: skip
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        for _ in range(20):
+            for batch in torch.randperm(1297).split(64):
+                optimizer.zero_grad()
+                F.cross_entropy(model(images[batch]), labels[batch]).backward()
+                optimizer.step()
+    model.zero_grad()
+    return model.eval()
+
+
+def sizes(delta: Tensor, norm: str) -> Tensor:
+    return delta.flatten(1).abs().amax(1) if norm == "linf" else length(delta)
+
+
+def linear(weights: Tensor, bias: float) -> nn.Module:
+    """A two-class linear model whose margin is w.x + b."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(weights.numel(), 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.stack([-weights / 2, weights / 2]))
+        model[1].bias.copy_(torch.tensor([-bias / 2, bias / 2]))
+    return model
+
+
+class TestLinearModel:
+    """On a linear score the worst case has a closed form: the margin falls by eps times the dual norm of w."""
+
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("attack", ["fgsm", "pgd", "pgd from x"])
+    def test_worst_case_inside_the_box(self, norm: str, attack: str) -> None:
+        generator = torch.Generator().manual_seed(1)
+        weights = torch.randn(3 * 4 * 5, generator=generator)
+        x = 0.3 + 0.4 * torch.rand(6, 3, 4, 5, generator=generator)  # far enough from 0 and 1 for every eps below
+        eps = {"linf": 0.05, "l2": 0.25, "normalized-l2": 0.05}[norm]
+        model = linear(weights, 0.1)
+        y = torch.ones(6, dtype=torch.int64)
+        if attack == "fgsm":
+            attacked = fgsm(model, x, y, eps=eps, norm=norm)
+        else:
+            step = eps / 4  # each step shrinks what a random start left across w by a fifth
+            attacked = pgd(
+                model, x, y, eps=eps, norm=norm, steps=60, step_size=step, random_start=attack == "pgd",
+                generator=generator,
+            )  # fmt: skip
+        fall = (x - attacked).flatten(1) @ weights
+        dual = weights.abs().sum() if norm == "linf" else weights.norm()
+        expected = radius(x, eps, norm) * dual
+        torch.testing.assert_close(fall, expected, rtol=1e-5, atol=1e-5)
+
+    def test_worst_case_with_the_box(self) -> None:
+        """Where the box cuts linf, the worst point takes each pixel as far as the box allows."""
+        weights = torch.tensor([1.0, -2.0, 3.0, -4.0])
+        x = torch.tensor([0.02, 0.99, 0.5, 0.5]).view(1, 1, 2, 2)
+        attacked = pgd(linear(weights, 0.0), x, torch.tensor([1]), eps=0.1, steps=20, random_start=False)
+        torch.testing.assert_close(attacked.flatten(), torch.tensor([0.0, 1.0, 0.4, 0.6]))
+
+    def test_targeted_mirrors_untargeted(self) -> None:
+        x = torch.full((1, 1, 2, 2), 0.5)
+        model = linear(torch.tensor([1.0, -2.0, 3.0, -4.0]), 0.0)
+        away = fgsm(model, x, torch.tensor([1]), eps=0.1)
+        towards = fgsm(model, x, torch.tensor([0]), eps=0.1, targeted=True)
+        torch.testing.assert_close(away, towards)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    eps=st.floats(0, 3, width=32),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)),
+    steps=st.integers(1, 4),
+)
+def test_budget_is_never_exceeded(
+    norm: str, seed: int, eps: float, shape: tuple[int, int, int, int], steps: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(shape, generator=generator)
+    x[0].clamp_(0.0, 1.0).round_()  # an image in the corners of the box
+    weights = torch.randn(10, x[0].numel(), generator=generator)
+    y = torch.randint(10, (shape[0],), generator=generator)
+
+    def model(images: Tensor) -> Tensor:
+        return torch.tanh(images.flatten(1) @ weights.T)
+
+    for attacked in (
+        fgsm(model, x, y, eps=eps, norm=norm),
+        pgd(model, x, y, eps=eps, norm=norm, steps=steps, restarts=2, generator=generator),
+    ):
+        assert attacked.shape == x.shape
+        assert attacked.min() >= 0
+        assert attacked.max() <= 1
+        assert (sizes(attacked - x, norm) <= radius(x, eps, norm) * (1 + 1e-6) + 1e-6).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**31), scale=st.floats(1e-30, 1e6), norm=st.sampled_from(["l2", "normalized-l2"]))
+def test_steepest_has_length_one_however_small_the_gradient(seed: int, scale: float, norm: str) -> None:
+    gradient = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(seed)) * scale
+    torch.testing.assert_close(length(steepest(gradient, norm)), torch.ones(3), rtol=1e-5, atol=0)
+
+
+def test_zero_gradient_moves_nothing() -> None:
+    x = torch.rand(2, 1, 3, 3)
+    attacked = pgd(lambda images: images.sum((1, 2, 3))[:, None] * torch.zeros(5), x, torch.zeros(2, dtype=torch.int64),
+                   eps=0.1, norm="l2", steps=3, random_start=False)  # fmt: skip
+    torch.testing.assert_close(attacked, x)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_projection_is_idempotent_and_keeps_what_is_inside(norm: str) -> None:
+    delta = torch.randn(8, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    radii = sizes(delta, norm) * torch.tensor([0.5, 2.0] * 4)
+    once = project(delta, radii, norm)
+    torch.testing.assert_close(project(once, radii, norm), once, rtol=1e-5, atol=0)
+    assert torch.equal(once[1::2], delta[1::2])
+    torch.testing.assert_close(sizes(once, norm)[::2], radii[::2], rtol=1e-5, atol=0)
+
+
+def test_random_start_is_uniform_in_the_ball() -> None:
+    """In d dimensions the length of a uniform draw has P(length <= r) = (r / radius)^d."""
+    x = torch.zeros(20_000, 1, 1, 3)
+    draws = length(random_in_ball(x, torch.full((20_000,), 2.0), "l2", torch.Generator().manual_seed(0)))
+    for share in (0.25, 0.5, 0.75):
+        measured = (draws <= 2 * share ** (1 / 3)).double().mean().item()
+        assert abs(measured - share) < 0.015
+    flat = random_in_ball(x, torch.full((20_000,), 0.5), "linf", torch.Generator().manual_seed(0)).flatten()
+    assert flat.abs().max() <= 0.5
+    assert abs((flat < -0.25).double().mean().item() - 0.25) < 0.01
+
+
+class TestRadius:
+    def test_normalized_l2_is_per_image(self) -> None:
+        x = torch.zeros(3, 1, 2, 2)
+        x[1], x[2] = 0.5, 1.0
+        torch.testing.assert_close(radius(x, 0.1, "normalized-l2"), torch.tensor([0.0, 0.1, 0.2]))
+
+    @pytest.mark.parametrize("norm", NORMS)
+    def test_one_eps_per_image(self, net: nn.Module, digits: tuple[Tensor, Tensor], norm: str) -> None:
+        x, y = digits[0][-4:], digits[1][-4:]
+        eps = torch.tensor([0.0, 0.05, 0.1, 0.2])
+        together = pgd(net, x, y, eps=eps, norm=norm, steps=5, random_start=False)
+        for i in range(4):
+            alone = pgd(net, x[i : i + 1], y[i : i + 1], eps=float(eps[i]), norm=norm, steps=5, random_start=False)
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+        assert torch.equal(together[0], x[0])
+
+
+@pytest.fixture(scope="module")
+def foolbox() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("foolbox", reason="foolbox is not installed: pip install '.[dev]'")
+
+
+def agree(ours: Tensor, theirs: Tensor, model: nn.Module) -> None:
+    """The same decision on every image, and equal pixels but for a thousandth."""
+    with torch.no_grad():
+        assert torch.equal(model(ours).argmax(1), model(theirs).argmax(1))
+    different = ((ours - theirs).abs() > 1e-5).double().mean().item()
+    assert different <= 1e-3, f"{different:.2%} of the pixels differ"
+
+
+class TestAgainstFoolbox:
+    """foolbox 3 (Rauber et al. 2020) as oracle, on 500 real digits."""
+
+    @pytest.mark.parametrize("eps", [0.03, 0.1, 0.2])
+    def test_fgsm(self, foolbox: Any, net: nn.Module, digits: tuple[Tensor, Tensor], eps: float) -> None:
+        x, y = digits[0][-500:], digits[1][-500:]
+        model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
+        _, theirs, _ = foolbox.attacks.LinfFastGradientAttack(random_start=False)(model, x, y, epsilons=eps)
+        agree(fgsm(net, x, y, eps=eps), theirs, net)
+
+    @pytest.mark.parametrize("eps", [0.3, 1.0])
+    def test_fgsm_l2(self, foolbox: Any, net: nn.Module, digits: tuple[Tensor, Tensor], eps: float) -> None:
+        x, y = digits[0][-500:], digits[1][-500:]
+        model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
+        _, theirs, _ = foolbox.attacks.L2FastGradientAttack(random_start=False)(model, x, y, epsilons=eps)
+        agree(fgsm(net, x, y, eps=eps, norm="l2"), theirs, net)
+
+    @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.03), ("linf", 0.1), ("l2", 0.3), ("l2", 1.0)])
+    def test_pgd(self, foolbox: Any, net: nn.Module, digits: tuple[Tensor, Tensor], norm: str, eps: float) -> None:
+        x, y = digits[0][-500:], digits[1][-500:]
+        model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
+        kind = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD}[norm]
+        step = eps / 4
+        _, theirs, _ = kind(abs_stepsize=step, steps=10, random_start=False)(model, x, y, epsilons=eps)
+        agree(pgd(net, x, y, eps=eps, norm=norm, steps=10, step_size=step, random_start=False), theirs, net)
+
+
+class TestStrength:
+    def test_a_larger_budget_and_more_steps_fool_more(self, net: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+        x, y = digits[0][-500:], digits[1][-500:]
+
+        def accuracy(attacked: Tensor) -> float:
+            with torch.no_grad():
+                return float((net(attacked).argmax(1) == y).double().mean())
+
+        clean = accuracy(x)
+        by_eps = [accuracy(pgd(net, x, y, eps=eps, norm="normalized-l2", steps=20)) for eps in (0.1, 0.2, 0.4)]
+        assert clean > 0.92  # the last writers are not among those that it was trained on
+        assert clean > by_eps[0] > by_eps[1] > by_eps[2]
+        assert by_eps[2] < 0.01
+        assert accuracy(pgd(net, x, y, eps=0.15, steps=20)) < accuracy(fgsm(net, x, y, eps=0.15))
+
+    def test_restarts_keep_the_worst_case(self, net: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+        x, y = digits[0][-200:], digits[1][-200:]
+
+        def fooled(restarts: int) -> Tensor:
+            generator = torch.Generator().manual_seed(0)
+            attacked = pgd(net, x, y, eps=0.09, steps=3, restarts=restarts, generator=generator)
+            with torch.no_grad():
+                return net(attacked).argmax(1) != y
+
+        # The first restart draws the same start both times, so what it fooled stays fooled.
+        assert (fooled(1) <= fooled(5)).all()
+        assert fooled(5).sum() > fooled(1).sum()
+
+    def test_targeted_reaches_the_target(self, net: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+        x, y = digits[0][-100:], digits[1][-100:]
+        target = (y + 1) % 10
+        attacked = pgd(net, x, target, eps=0.5, steps=40, targeted=True)
+        with torch.no_grad():
+            assert (net(attacked).argmax(1) == target).double().mean() > 0.9
+
+
+class TestLeavesTheModelAlone:
+    def test_mode_parameters_gradients_and_buffers(self, digits: tuple[Tensor, Tensor]) -> None:
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 10))
+        model.train()
+        model[1].eval()  # a mixed mode must come back as it was
+        x, y = digits[0][:8], digits[1][:8]
+        F.cross_entropy(model(x), y).backward()
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        modes = [module.training for module in model.modules()]
+        x_before = x.clone()
+        fgsm(model, x, y, eps=0.1)
+        pgd(model, x, y, eps=0.1, steps=3, restarts=2)
+        assert [module.training for module in model.modules()] == modes
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, state[name])
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            assert torch.equal(parameter.grad, gradient)
+            assert parameter.requires_grad
+        assert torch.equal(x, x_before)
+        assert not x.requires_grad
+
+    def test_mode_comes_back_after_an_error(self) -> None:
+        class Broken(nn.Module):
+            def forward(self, images: Tensor) -> Tensor:
+                raise RuntimeError("broken")
+
+        model = Broken().train()
+        with pytest.raises(RuntimeError, match="broken"):
+            fgsm(model, torch.rand(1, 1, 2, 2), torch.tensor([0]), eps=0.1)
+        assert model.training
+
+    def test_works_under_no_grad_and_on_any_callable(self, net: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+        x, y = digits[0][-20:], digits[1][-20:]
+        with torch.no_grad():
+            attacked = fgsm(lambda images: net(images), x, y, eps=0.1)
+        assert torch.equal(attacked, fgsm(net, x, y, eps=0.1))
+
+    def test_a_step_costs_one_forward_and_the_seed_decides(self, net: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+        x, y, calls = digits[0][-20:], digits[1][-20:], []
+
+        def counting(images: Tensor) -> Tensor:
+            calls.append(len(images))
+            return net(images)
+
+        runs = [pgd(counting, x, y, eps=0.1, steps=7, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+        assert calls == [20] * 21
+        assert torch.equal(runs[0], runs[1])
+        assert not torch.equal(runs[0], runs[2])
+
+
+class TestErrors:
+    x, y = torch.rand(2, 1, 4, 4), torch.tensor([0, 1])
+
+    @pytest.mark.parametrize(
+        ("images", "message"),
+        [
+            ((torch.rand(2, 1, 4, 4) * 255).byte(), "divide by 255"),
+            (torch.rand(2, 1, 4, 4) * 255, r"must lie in \[0, 1\]"),
+            (torch.randn(2, 1, 4, 4), "leave normalisation to the model"),
+            (torch.full((2, 1, 4, 4), torch.nan), "NaN"),
+            (torch.rand(1, 4, 4), r"images\[None\]"),
+            (np.zeros((2, 1, 4, 4)), "torch tensor"),
+        ],
+    )
+    def test_images(self, images: Tensor, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            fgsm(linear(torch.ones(16), 0.0), images, self.y, eps=0.1)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"eps": -0.1}, "at least 0"),
+            ({"eps": float("nan")}, "finite"),
+            ({"eps": torch.tensor([0.1, 0.2, 0.3])}, "one per image"),
+            ({"norm": "l1"}, "must be one of"),
+            ({"steps": 0}, "at least 1"),
+            ({"restarts": 0}, "at least 1"),
+            ({"restarts": 2, "random_start": False}, "same path"),
+        ],
+    )
+    def test_settings(self, settings: dict[str, object], message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            pgd(linear(torch.ones(16), 0.0), self.x, self.y, **({"eps": 0.1, "steps": 2} | settings))
+
+    @pytest.mark.parametrize("y", [torch.tensor([0]), torch.tensor([0.0, 1.0]), torch.tensor([[0, 1]])])
+    def test_labels(self, y: Tensor) -> None:
+        with pytest.raises(InputError, match="one class number per image"):
+            fgsm(linear(torch.ones(16), 0.0), self.x, y, eps=0.1)
+
+    def test_a_model_without_gradient(self) -> None:
+        with pytest.raises(InputError, match="no gradient"):
+            fgsm(lambda images: torch.rand(len(images), 3), self.x, self.y, eps=0.1)
