@@ -1,0 +1,51 @@
+"""The architectures that can be trained here, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from nndefense.models.architectures.cifar_resnet import CifarResNet18
+from nndefense.models.architectures.madry_mnist import MadryMNIST
+from nndefense.models.architectures.small_cnn import SmallCNN
+from nndefense.models.architectures.wide_resnet import WideResNet
+
+InputShape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to build a net.
+
+    Attributes:
+        build: from (C, H, W) and the number of classes K to a net with fresh weights.
+        smallest: the least height and width that the net takes.
+        fixed_size: whether a built net takes only images of that height and width.
+        summary: one line for people.
+    """
+
+    build: Callable[[InputShape, int], nn.Module]
+    smallest: int
+    fixed_size: bool
+    summary: str
+
+
+def _wide_resnet(depth: int, factor: int, millions: str) -> Architecture:
+    return Architecture(
+        build=lambda shape, count: WideResNet(shape, count, depth=depth, factor=factor),
+        smallest=4,
+        fixed_size=False,
+        summary=f"pre-activation wide residual net of depth {depth} and width factor {factor}, {millions} M weights",
+    )
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "small-cnn": Architecture(SmallCNN, 4, False, "three convolution blocks, for images of 8 to 32 pixels"),
+    "madry-mnist": Architecture(MadryMNIST, 4, True, "two 5x5 convolutions and a wide linear layer, for MNIST"),
+    "cifar-resnet18": Architecture(CifarResNet18, 4, False, "ResNet-18 with a 3x3 stem for CIFAR-10, 11.2 M weights"),
+    "wrn-40-2": _wide_resnet(40, 2, "2.2"),
+    "wrn-28-10": _wide_resnet(28, 10, "36.5"),
+    "wrn-34-10": _wide_resnet(34, 10, "46.2"),
+}

@@ -1,0 +1,171 @@
+"""The classifier: any net from images to logits, with its normalisation, its classes and its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from nndefense.errors import InputError, ModelError
+from nndefense.images import channel_message, shape_text
+from nndefense.models.classes import match_classes
+
+
+class Classifier(nn.Module):
+    """A net that takes images in [0, 1] and returns logits.
+
+    Attributes:
+        net: the net itself; feature layers are named by their path inside it.
+        mean, std: buffers 1 x C x 1 x 1; the net sees (image - mean) / std. Zeros and ones by default.
+        arch: the name of the architecture.
+        classes: the K names of the classes, in the order of the logits.
+        class_ids: K ids such as WordNet ids, or None.
+        input_shape: channels, height and width of the images that it was made for.
+        source: what it was loaded from, or ``""``.
+        info: how it was trained, as plain JSON values; empty where unknown.
+        fixed_size: whether images must have exactly the height and width of ``input_shape``.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        arch: str,
+        input_shape: Sequence[int],
+        classes: Sequence[str],
+        class_ids: Sequence[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        source: str = "",
+        info: Mapping[str, Any] | None = None,
+        fixed_size: bool = False,
+    ) -> None:
+        super().__init__()
+        self.input_shape = check_input_shape(input_shape)
+        self.classes = tuple(classes)
+        self.class_ids = None if class_ids is None else tuple(class_ids)
+        if len(self.classes) < 2:
+            raise InputError(f"a classifier needs at least 2 classes, not {len(self.classes)}")
+        if self.class_ids is not None and len(self.class_ids) != len(self.classes):
+            raise InputError(
+                f"there are {len(self.classes)} classes but {len(self.class_ids)} class ids: give one each"
+            )
+        self.net = net
+        self.arch = arch
+        self.source = source
+        self.info: dict[str, Any] = dict(info or {})
+        self.fixed_size = fixed_size
+        channels = self.input_shape[0]
+        self.register_buffer("mean", _per_channel("mean", mean, 0.0, channels))
+        self.register_buffer("std", _per_channel("std", std, 1.0, channels))
+        if not bool((self.std > 0).all()):
+            raise InputError("std must be above 0 in every channel: give the standard deviation of pixels in [0, 1]")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits N x K for images N x C x H x W in [0, 1].
+
+        Only the shape is checked here, because attacks call this in their inner loop;
+        :func:`nndefense.images.check_images` checks the values where a batch enters.
+
+        Raises:
+            InputError: the images have another number of dimensions or channels, or, for a net of fixed size, another
+                height or width.
+        """
+        # Under torch.fx the shape is itself a proxy without a value, so there is nothing to compare.
+        if not isinstance(images, fx.Proxy):
+            self.check_shape(images.shape)
+        logits: Tensor = self.net((images - self.mean) / self.std)
+        return logits
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise :class:`InputError` unless the net takes a batch of this shape N x C x H x W."""
+        channels, height, width = self.input_shape
+        if len(shape) != 4:
+            raise InputError(
+                f"images have shape {shape_text(shape)}, but the classifier takes batches "
+                f"N x {shape_text(self.input_shape)}"
+            )
+        if shape[1] != channels:
+            raise InputError(channel_message(shape[1], channels))
+        if self.fixed_size and (shape[2] != height or shape[3] != width):
+            raise InputError(
+                f"images are {shape[2]} x {shape[3]}, but the classifier {self.arch} takes only {height} x {width}: "
+                "resize them"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256, as 64 hexadecimal digits, of architecture, normalisation and every weight.
+
+        Worked out afresh each time, since weights may have changed: milliseconds for small nets, about 0.2 s for 46
+        million weights. The same in every process and on every platform and device. Names of classes do not enter;
+        nor does a user's own code, beyond the name of the net's class.
+        """
+        digest = hashlib.sha256(f"nndefense-classifier 1\n{self.arch}\n{type(self.net).__qualname__}\n".encode())
+        update_with_tensors(digest, self.state_dict())
+        return digest.hexdigest()
+
+    def layers(self) -> tuple[str, ...]:
+        """The paths of all modules inside the net, in order of definition: candidates for feature layers."""
+        return tuple(name for name, _ in self.net.named_modules() if name)
+
+    def label_map(self, classes: Sequence[str]) -> Tensor:
+        """Return an int64 tensor that maps a data set's class numbers to those of this classifier.
+
+        Classes are matched by name, else by class id, else by number where both have equally many and no name that
+        they share has another number.
+
+        Raises:
+            ModelError: a class of the data set is none of the classifier's.
+        """
+        result = match_classes(classes, self.classes, self.class_ids)
+        if isinstance(result, list):
+            return torch.tensor(result, dtype=torch.int64)
+        name, why = result
+        raise ModelError(
+            f"the data set's class {name!r} {why} of the classifier's {len(self.classes)} classes "
+            f"({self.classes[0]!r} to {self.classes[-1]!r}): use data with the same class names or ids, or give the "
+            "classifier's classes when it is loaded"
+        )
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows beside the modules."""
+        return f"{self.arch}, {shape_text(self.input_shape)}, {len(self.classes)} classes"
+
+
+def check_input_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Return ``shape`` as (channels, height, width).
+
+    Raises:
+        InputError: it is not three numbers of at least 1.
+    """
+    sides = tuple(shape)
+    if len(sides) != 3 or not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise InputError(f"the input shape must be channels, height and width, such as 3, 32, 32, not {sides}")
+    return sides[0], sides[1], sides[2]
+
+
+def update_with_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
+    """Feed tensors to a hash in order of their names: name, type, shape and little-endian bytes."""
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.reshape(-1).view(torch.uint8)
+        if sys.byteorder == "big":
+            data = data.view(-1, tensor.element_size()).flip(1).reshape(-1)
+        digest.update(data.numpy().data)
+
+
+def _per_channel(name: str, values: Sequence[float] | None, default: float, channels: int) -> Tensor:
+    numbers = [default] * channels if values is None else [float(value) for value in values]
+    if len(numbers) != channels or not all(math.isfinite(number) for number in numbers):
+        raise InputError(f"{name} must be {channels} finite numbers, one a channel, not {numbers}")
+    return torch.tensor(numbers, dtype=torch.float32).view(1, channels, 1, 1)

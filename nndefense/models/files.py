@@ -1,0 +1,107 @@
+"""Files of a model folder: written so that a crash leaves the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from nndefense.errors import InputError, ModelError
+from nndefense.files import json_text, write_atomically
+
+
+def make_folder(folder: Path) -> None:
+    """Create ``folder`` and its parents.
+
+    Raises:
+        InputError: a file is in the way, or the folder cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{folder} cannot be a folder, because a file is in its place: choose another one") from None
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be created ({error.strerror}): choose another one") from None
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Put ``data`` in the place of ``path``, whole or not at all.
+
+    Raises:
+        InputError: the disk is full, or the place cannot be written.
+    """
+
+    def write(part: Path) -> None:
+        part.write_bytes(data)
+
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}): free space or choose another folder") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, whole or not at all."""
+    write_bytes(path, json_text(value).encode())
+
+
+def read_json(path: Path, form: str, version: int, remedy: str) -> dict[str, Any]:
+    """Read a JSON object whose keys ``format`` and ``version`` are ``form`` and ``version``.
+
+    Raises:
+        ModelError: the file is missing, broken, of another format or of a newer version.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: {remedy}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read ({one_line(error)}): {remedy}") from None
+    if not isinstance(value, dict) or value.get("format") != form:
+        raise ModelError(f"{path} is not of the format {form}: {remedy}")
+    if value.get("version") != version:
+        raise ModelError(
+            f"{path} has format version {value.get('version')}, but this nndefense reads version {version}: "
+            "use the version of nndefense that wrote it"
+        )
+    return value
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a safetensors file atomically and return its sha256, as hexadecimal digits."""
+    # Clones, because the format refuses tensors that share memory.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    data = safetensors.torch.save(copies)
+    write_bytes(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_tensors(path: Path, sha256: str, remedy: str) -> dict[str, Tensor]:
+    """Read a safetensors file, on the CPU, whose sha256 must be ``sha256``.
+
+    Raises:
+        ModelError: the file is missing, damaged or cut short.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: {remedy}") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ModelError(f"{path} is damaged or cut short (its sha256 is not the recorded one): {remedy}")
+    try:
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise ModelError(f"{path} is not a safetensors file ({one_line(error)}): {remedy}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line and not too long; its kind where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
