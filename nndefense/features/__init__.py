@@ -1,0 +1,25 @@
+"""Features: a layer of the classifier, pooled and reduced, as one differentiable module from pixels to vectors."""
+
+from nndefense.features.extractor import FeatureExtractor, fit_pca, layer_in, pooled, reduced, spread
+from nndefense.features.pca import PCA
+from nndefense.features.pooling import POOLINGS, pool, rmac
+from nndefense.features.spec import LAYER_ALIASES, FeatureSpec
+from nndefense.features.taps import resolve_layer, spatial_layers, tapped
+
+__all__ = [
+    "LAYER_ALIASES",
+    "PCA",
+    "POOLINGS",
+    "FeatureExtractor",
+    "FeatureSpec",
+    "fit_pca",
+    "layer_in",
+    "pool",
+    "pooled",
+    "reduced",
+    "resolve_layer",
+    "rmac",
+    "spatial_layers",
+    "spread",
+    "tapped",
+]

@@ -1,0 +1,196 @@
+"""Reading a layer's output: for a whole forward pass, or stopping at that layer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from nndefense.errors import InputError
+from nndefense.features.spec import LAYER_ALIASES
+
+
+def resolve_layer(net: nn.Module, layer: str) -> str:
+    """The module name that ``layer`` means in ``net``; an alias is used where no module has that name.
+
+    Raises:
+        InputError: no such module; the message names some that exist.
+    """
+    names = [name for name, _ in net.named_modules() if name]
+    for candidate in (layer, LAYER_ALIASES.get(layer, layer)):
+        if candidate in names:
+            return candidate
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    raise InputError(f"the classifier has no layer {layer!r}; its layers are {shown}")
+
+
+class _Outputs(dict[str, Tensor]):
+    """Layers' outputs by name, with an error for people where one is missing."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise InputError(f"a forward pass of the classifier does not reach the layer {name!r}: choose another")
+
+
+@contextmanager
+def tapped(net: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """While the context is open, each forward pass of ``net`` leaves these layers' outputs in the dictionary.
+
+    Raises:
+        InputError: (from the forward pass) a layer that runs more than once in it, or gives more than one tensor;
+            (from the dictionary) a layer that it did not reach.
+    """
+    outputs = _Outputs()
+
+    def begin(module: nn.Module, args: Any) -> None:
+        outputs.clear()
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if name in outputs:
+                # Which of its outputs is meant? A pass that stops at the layer knows only the first.
+                raise InputError(
+                    f"the layer {name!r} runs more than once in a forward pass: choose the module around it"
+                )
+            # A copy, because the layer after this one may work in place, as ReLU(inplace=True) does.
+            outputs[name] = _tensor(output, name).clone()
+
+        return hook
+
+    handles: list[RemovableHandle] = [net.register_forward_pre_hook(begin)]
+    handles += [net.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def spatial_layers(net: nn.Module, images: Tensor) -> list[str]:
+    """The layers worth trying for retrieval, from the first to the last that a forward pass reaches.
+
+    These are the outermost modules (a residual block rather than a convolution inside it) that run once and whose
+    output is a map N x C x H x W that depends on a trained parameter.
+
+    Args:
+        net: the bare net.
+        images: one or more images, N x C x H x W; one forward pass is made.
+    """
+    reached: list[str] = []
+    runs: Counter[str] = Counter()
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            runs[name] += 1
+            trained = bool(reached) or any(True for _ in module.parameters())
+            if trained and isinstance(output, Tensor) and output.dim() == 4 and name not in reached:
+                reached.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(note(name)) for name, module in _outermost(net)]
+    try:
+        with torch.no_grad():
+            net(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name in reached if runs[name] == 1]
+
+
+def _outermost(net: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules below ``net``, seen through plain containers but not into anything else."""
+    for name, module in net.named_children():
+        if type(module) in (nn.Sequential, nn.ModuleList):
+            yield from _outermost(module, f"{prefix}{name}.")
+        else:
+            yield prefix + name, module
+
+
+class Truncated(nn.Module):
+    """A net up to one layer: images -> that layer's output, without computing what comes after it.
+
+    The net is traced with torchvision's feature extraction where that is possible and gives the same output;
+    otherwise it runs with a hook that stops the forward pass at the layer. The parameters are shared, not copied.
+    """
+
+    def __init__(self, net: nn.Module, layer: str, example: Tensor) -> None:
+        """``example`` is a batch of images N x C x H x W on which the traced net is checked.
+
+        Raises:
+            InputError: a layer that a forward pass does not reach, or runs more than once.
+        """
+        super().__init__()
+        self.layer = layer
+        self.net = net
+        with _evaluating(net):
+            self.traced = _trace(net, layer, example)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """N x C x H x W -> the layer's output."""
+        if self.traced is not None:
+            output: Tensor = self.traced(images)["output"]
+            return output
+        return _run_until(self.net, self.layer, images)
+
+
+class _Reached(Exception):
+    """Carries the layer's output out of a forward pass that needs to go no further."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+
+def _run_until(net: nn.Module, layer: str, images: Tensor) -> Tensor:
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        raise _Reached(_tensor(output, layer))
+
+    handle = net.get_submodule(layer).register_forward_hook(stop)
+    try:
+        net(images)
+    except _Reached as reached:
+        return reached.output
+    finally:
+        handle.remove()
+    raise InputError(f"a forward pass of the classifier does not reach the layer {layer!r}: choose another")
+
+
+def _trace(net: nn.Module, layer: str, example: Tensor) -> nn.Module | None:
+    """The traced net, or None where it must be hooked."""
+    # torchvision's import is slow, and only this function needs it.
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    with torch.no_grad():
+        # One whole pass, which also finds out whether the layer runs exactly once.
+        with tapped(net, [layer]) as outputs:
+            net(example)
+        expected = outputs[layer]
+        try:
+            traced: nn.Module = create_feature_extractor(net, {layer: "output"})
+            return traced if torch.equal(traced(example)["output"], expected) else None
+        except Exception:
+            # Tracing runs a stranger's forward method on symbols, and can fail in any way: the hook always works.
+            return None
+
+
+@contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, so that running statistics stay as they are; then each module's own mode again."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _tensor(output: Any, layer: str) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise InputError(f"the layer {layer!r} gives {type(output).__name__}, not one tensor: choose another layer")
+    return output
