@@ -1,0 +1,283 @@
+"""The image database: features, posteriors, ids and labels of many images, and the index that searches them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nndefense.database.index import BACKENDS, FaissIndex, Index, TorchIndex, faiss_available
+from nndefense.database.manifest import Manifest
+from nndefense.database.rows import Rows
+from nndefense.database.weighting import CBW_D_POWER, CBW_D_TERMS, neighbor_weights
+from nndefense.database.writer import DatabaseWriter, ShardWriter, read_pca, seal
+from nndefense.errors import DatabaseError, InputError
+from nndefense.features import PCA, FeatureExtractor, FeatureSpec
+from nndefense.models import Classifier
+
+Array = NDArray[Any]
+
+
+class ImageDatabase:
+    """A finished database, opened for searching.
+
+    Only the rows that a query needs are read; with millions of rows the memory in use is that of the index.
+    Use :meth:`create` to write one, :meth:`open` to open one.
+    """
+
+    def __init__(
+        self, path: Path, manifest: Manifest, table: Rows, index: Index, pca: PCA | None, backend: str, device: str
+    ) -> None:
+        self.path, self.manifest, self.pca = path, manifest, pca
+        self._table, self._index, self._backend, self._device = table, index, backend, device
+        self._selection: Array | None = None
+
+    # -- making and opening -------------------------------------------------------------------------------------
+
+    @staticmethod
+    def create(
+        path: str | Path,
+        *,
+        classifier: Classifier,
+        feature: FeatureSpec,
+        pca: PCA | None = None,
+        data: Mapping[str, Any] | None = None,
+        index: str = "Flat",
+        overwrite: bool = False,
+    ) -> DatabaseWriter:
+        """Begin a new database; see :class:`~nndefense.database.writer.DatabaseWriter`."""
+        return DatabaseWriter(
+            Path(path),
+            classifier=classifier,
+            feature=feature,
+            pca=pca,
+            data=data or {"name": "unnamed", "fingerprint": "", "specs": []},
+            index=index,
+            overwrite=overwrite,
+        )
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        classifier: Classifier | None = None,
+        verify: bool = True,
+        backend: str = "auto",
+        device: str = "cpu",
+    ) -> ImageDatabase:
+        """Open a database folder.
+
+        Args:
+            path: the folder.
+            classifier: when given, the database must have been made with it.
+            verify: compare every file's sha256 with the manifest (about a second per GB); without it only lengths.
+            backend: ``faiss``, ``torch`` (exact search in torch, whatever the index), or ``auto``: FAISS where it is
+                installed.
+            device: where the torch backend searches.
+
+        Raises:
+            DatabaseError: a missing or unfinished database, a file that is missing, truncated or changed, or a
+                database made with another classifier.
+            InputError: an unknown backend.
+        """
+        if backend not in BACKENDS:
+            raise InputError(f"backend is {backend!r}, but must be one of {', '.join(BACKENDS)}")
+        folder = Path(path)
+        manifest = Manifest.read(folder)
+        manifest.check_files(folder, checksums=verify)
+        if classifier is not None:
+            _check_classifier(folder, manifest, classifier)
+        table = Rows([folder / name for name in manifest.shards])
+        if len(table) != manifest.rows:
+            raise DatabaseError(
+                f"{folder} holds {len(table):,} rows but its manifest says {manifest.rows:,}: build it again"
+            )
+        if backend == "auto":
+            backend = "faiss" if faiss_available() else "torch"
+        index: Index = (
+            FaissIndex.read(folder / manifest.index["file"])
+            if backend == "faiss"
+            else TorchIndex(lambda first, last: table.slice("features", first, last), len(table), device=device)
+        )
+        return cls(folder, manifest, table, index, read_pca(folder, manifest), backend, device)
+
+    def add(
+        self, features: Tensor, posteriors: Tensor, ids: Sequence[str], labels: Sequence[int] | Tensor | Array
+    ) -> None:
+        """Append M rows to the finished database: a new shard, a new index, then a new manifest.
+
+        Interrupted at any moment, the folder still opens as it was before. Rows, shapes and errors are those of
+        :meth:`DatabaseWriter.add`; no rows change nothing. Meant for large batches: each call builds the index again.
+        """
+        self._whole("added to")
+        shards = ShardWriter(self.path, first=len(self.manifest.shards), classes=len(self.classes))
+        shards.dimension = self.dimension
+        shards.add(features, posteriors, ids, labels)
+        old_index, added = self.manifest.index["file"], shards.close()
+        if not added:
+            return
+        files = {name: entry for name, entry in self.manifest.files.items() if name != old_index} | added
+        manifest = self.manifest
+        identity = {name: getattr(manifest, name) for name in ("classes", "feature", "classifier", "data")}
+        new_index = f"index-{len(files):05d}.faiss"
+        seal(self.path, files, manifest.index["factory"], new_index, identity)
+        reopened = ImageDatabase.open(self.path, verify=False, backend=self._backend, device=self._device)
+        self.manifest, self._table, self._index = reopened.manifest, reopened._table, reopened._index
+        (self.path / old_index).unlink(missing_ok=True)
+
+    # -- what it is ---------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.manifest.rows if self._selection is None else len(self._selection)
+
+    @property
+    def dimension(self) -> int:
+        """d, the length of a feature vector."""
+        return self.manifest.dimension
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classifier's class names."""
+        return self.manifest.classes
+
+    @property
+    def feature(self) -> FeatureSpec:
+        """How the feature vectors are made."""
+        return FeatureSpec(**self.manifest.feature)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the contents: equal for databases of the same bytes (and for each part of them alike)."""
+        return self.manifest.fingerprint
+
+    def check_classifier(self, classifier: Classifier) -> None:
+        """Raise :class:`DatabaseError` unless the database was made with this classifier."""
+        _check_classifier(self.path, self.manifest, classifier)
+
+    def extractor(self, classifier: Classifier) -> FeatureExtractor:
+        """The module that turns images into vectors that can be searched for here.
+
+        Raises:
+            DatabaseError: the database was made with another classifier.
+        """
+        self.check_classifier(classifier)
+        device = next(iter(_tensors(classifier))).device
+        example = torch.full((2, *classifier.input_shape), 0.5, device=device)
+        # A copy: the extractor moves with its classifier, and other extractors stay where they are.
+        return FeatureExtractor(classifier, self.feature, copy.deepcopy(self.pca), example).to(device)
+
+    # -- searching and reading ----------------------------------------------------------------------------------
+
+    def search(self, vectors: Tensor | Array, k: int) -> tuple[Tensor, Tensor]:
+        """Find the k nearest rows of each vector.
+
+        Args:
+            vectors: N x d.
+            k: 1 to the number of rows.
+
+        Returns:
+            Euclidean distances N x k (float32), nearest first, and row numbers N x k (int64).
+
+        Raises:
+            InputError: k or the vectors' shape do not fit, or a vector is not finite.
+        """
+        queries = np.asarray(vectors.detach().cpu() if isinstance(vectors, Tensor) else vectors, dtype=np.float32)
+        if not 1 <= k <= len(self):
+            raise InputError(f"k is {k}, but must be from 1 to the database's {len(self):,} rows: lower k")
+        if queries.ndim != 2 or queries.shape[1] != self.dimension:
+            raise InputError(f"vectors have shape {queries.shape}, but this database needs N x {self.dimension}")
+        if not np.isfinite(queries).all():
+            raise InputError("the feature vectors hold NaN or infinite values: check the images and the classifier")
+        distances, rows = self._index.search(queries, k)
+        if (rows < 0).any():
+            raise DatabaseError(
+                f"the index {self.manifest.index['factory']!r} found fewer than {k} rows for a query: "
+                "lower k or use an exact index (Flat)"
+            )
+        if self._selection is not None:
+            rows = self._selection[rows]
+        return torch.from_numpy(distances), torch.from_numpy(rows)
+
+    def posteriors(self, rows: Tensor | Array) -> Tensor:
+        """The classifier's posteriors of rows, of any shape: ``rows.shape`` x C, float32."""
+        return torch.from_numpy(self._table.take("posteriors", np.asarray(rows)))
+
+    def weights(
+        self, rows: Tensor | Array, weighting: str, *, power: float = CBW_D_POWER, terms: int = CBW_D_TERMS
+    ) -> Tensor:
+        """The weights of rows, of any shape; read where they are stored, computed for other powers and terms."""
+        default = power == CBW_D_POWER and min(terms, len(self.classes) - 1) == min(CBW_D_TERMS, len(self.classes) - 1)
+        if weighting == "cbw-e" or (weighting == "cbw-d" and default):
+            return torch.from_numpy(self._table.take(weighting.replace("-", "_"), np.asarray(rows)))
+        return neighbor_weights(self.posteriors(rows), weighting, power=power, terms=terms)
+
+    def ids(self, rows: Tensor | Array) -> list[str]:
+        """The ids of rows, as one flat list."""
+        names = self._table.take("ids", np.asarray(rows)).ravel()
+        return [bytes(name).decode("utf-8", "surrogateescape") for name in names]
+
+    def labels(self, rows: Tensor | Array) -> Tensor:
+        """The labels of rows, of any shape; -1 where unknown."""
+        return torch.from_numpy(self._table.take("labels", np.asarray(rows)))
+
+    def subset(self, rows: Array) -> ImageDatabase:
+        """The same database with only these rows to be found, searched exactly; row numbers stay what they are.
+
+        The chosen features are held in memory; nothing is written.
+        """
+        self._whole("cut down")
+        selection = np.unique(np.asarray(rows, dtype=np.int64))
+        if not len(selection) or selection[0] < 0 or selection[-1] >= len(self):
+            raise InputError(f"a subset needs row numbers from 0 to {len(self) - 1}")
+        features = self._table.take("features", selection)
+        index: Index = (
+            FaissIndex.build("Flat", self.dimension, features[:0], [features])
+            if self._backend == "faiss"
+            else TorchIndex(lambda first, last: features[first:last], len(features), device=self._device)
+        )
+        part = ImageDatabase(self.path, self.manifest, self._table, index, self.pca, self._backend, self._device)
+        part._selection = selection
+        return part
+
+    def verify(self) -> dict[str, Any]:
+        """Check everything that the manifest promises: checksums, row counts, unique ids, an index of every row.
+
+        Returns:
+            ``rows``, ``files`` and ``index_rows`` as found.
+
+        Raises:
+            DatabaseError: naming what is wrong and what to do.
+        """
+        self._whole("verified")
+        self.manifest.check_files(self.path, checksums=True)
+        ids = self._table.slice("ids", 0, len(self))
+        if len(np.unique(ids)) != len(self):
+            raise DatabaseError(f"{self.path} holds {len(self) - len(np.unique(ids)):,} ids twice: build it again")
+        held = self._index.index.ntotal if isinstance(self._index, FaissIndex) else len(self)
+        if held != len(self):
+            raise DatabaseError(f"the index of {self.path} holds {held:,} of {len(self):,} rows: build it again")
+        return {"rows": len(self), "files": len(self.manifest.files), "index_rows": held}
+
+    def _whole(self, verb: str) -> None:
+        if self._selection is not None:
+            raise InputError(f"a subset of a database cannot be {verb}: use the whole one")
+
+
+def _check_classifier(folder: Path, manifest: Manifest, classifier: Classifier) -> None:
+    made, given = manifest.classifier["fingerprint"], classifier.fingerprint
+    if made != given:
+        raise DatabaseError(
+            f"{folder} was made with another classifier ({manifest.classifier['source']}, {made[:12]}) than this one "
+            f"({classifier.source}, {given[:12]}): load that classifier, or build a database for this one"
+        )
+
+
+def _tensors(classifier: Classifier) -> list[Tensor]:
+    return [*classifier.parameters(), *classifier.buffers()]

@@ -1,0 +1,141 @@
+"""The manifest: what a database is, which files belong to it, and how to tell that they are whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nndefense.errors import DatabaseError, InputError
+from nndefense.features import FeatureSpec
+from nndefense.files import sha256_of, write_json
+
+FORMAT, VERSION = "nndefense-database", 1
+NAME = "manifest.json"
+_REBUILD = "build the database again with 'nndefense index build'"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a database: its length in bytes, its sha256, and the rows that it holds (0 but for shards)."""
+
+    sha256: str
+    bytes: int
+    rows: int = 0
+
+    @classmethod
+    def of(cls, path: Path, rows: int = 0) -> FileEntry:
+        """Describe a file that was just written."""
+        return cls(sha256_of(path), path.stat().st_size, rows)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of ``manifest.json``; a database without one is not finished and does not open.
+
+    Attributes:
+        rows: number of images.
+        dimension: d, the length of a feature vector.
+        classes: the classifier's class names, in the order of the posteriors.
+        feature: the :class:`~nndefense.features.FeatureSpec` as plain values.
+        classifier: ``fingerprint``, ``arch``, ``source`` and ``input_shape`` of the classifier.
+        data: ``name`` and ``fingerprint`` of the images, and the ``specs`` that open them again.
+        index: ``factory`` (FAISS's description), ``metric`` and ``file``.
+        files: every file of the database by name.
+        versions: the libraries that built it.
+        created: time of the build, ISO 8601 in UTC.
+    """
+
+    rows: int
+    dimension: int
+    classes: tuple[str, ...]
+    feature: dict[str, Any]
+    classifier: dict[str, Any]
+    data: dict[str, Any]
+    index: dict[str, Any]
+    files: dict[str, FileEntry]
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """A sha256 of the files' checksums: two databases with the same one hold the same bytes."""
+        text = "".join(f"{name} {entry.sha256}\n" for name, entry in sorted(self.files.items()))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def shards(self) -> list[str]:
+        """The names of the files that hold rows, in row order."""
+        return sorted(name for name, entry in self.files.items() if entry.rows)
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest, which is what makes the folder a database."""
+        write_json(folder / NAME, {"format": FORMAT, "version": VERSION, **asdict(self)})
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read the manifest of a database folder.
+
+        Raises:
+            DatabaseError: no such folder, no manifest in it (an unfinished build), or one that cannot be read.
+        """
+        path = folder / NAME
+        if not folder.is_dir():
+            raise DatabaseError(f"there is no database at {folder}: build one with 'nndefense index build'")
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise DatabaseError(
+                f"{folder} holds no finished database ({NAME} is missing; was its build interrupted?): {_REBUILD}"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise DatabaseError(f"{path} is damaged or cannot be read: restore it or {_REBUILD}") from error
+        if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+            raise DatabaseError(f"{path} is not the manifest of an image database: give the folder of one")
+        if value.pop("version", None) != VERSION:
+            raise DatabaseError(f"{path} is of another version of the format than {VERSION}: {_REBUILD}")
+        try:
+            value["files"] = {name: FileEntry(**entry) for name, entry in value["files"].items()}
+            value["classes"] = tuple(value["classes"])
+            manifest = cls(**value)
+            manifest._check_entries()
+        except (AttributeError, KeyError, TypeError, InputError) as error:
+            raise DatabaseError(f"{path} lacks entries or has unknown ones: restore it or {_REBUILD}") from error
+        return manifest
+
+    def _check_entries(self) -> None:
+        """Raise one of Python's lookup or type errors, or :class:`InputError`, for entries that cannot be used."""
+        FeatureSpec(**self.feature)
+        for entries, names in (
+            (self.classifier, ("fingerprint", "source", "input_shape")),
+            (self.data, ("name", "fingerprint")),
+            (self.index, ("factory", "file")),
+        ):
+            for name in names:
+                entries[name]
+        if self.index["file"] not in self.files:
+            raise KeyError(self.index["file"])
+        numbers = (self.rows, self.dimension, *(n for entry in self.files.values() for n in (entry.bytes, entry.rows)))
+        if not all(isinstance(number, int) for number in numbers):
+            raise TypeError("counts must be whole numbers")
+        if any(Path(name).name != name for name in self.files):
+            raise KeyError("files must stand in the folder itself")
+
+    def check_files(self, folder: Path, *, checksums: bool) -> None:
+        """Compare the files with the manifest: their presence and length, and with ``checksums`` every byte.
+
+        Raises:
+            DatabaseError: naming the first file that differs.
+        """
+        for name, entry in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise DatabaseError(f"{path} is missing: restore it or {_REBUILD}")
+            size = path.stat().st_size
+            if size != entry.bytes:
+                what = "truncated" if size < entry.bytes else "longer than it was"
+                raise DatabaseError(f"{path} is {what} ({size:,} of {entry.bytes:,} bytes): restore it or {_REBUILD}")
+            if checksums and sha256_of(path) != entry.sha256:
+                raise DatabaseError(f"{path} has changed since it was built (wrong sha256): restore it or {_REBUILD}")

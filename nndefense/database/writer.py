@@ -1,0 +1,267 @@
+"""Writing a database: rows arrive in batches, leave as whole shards, and count only once the manifest is there."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nndefense.database.index import FaissIndex
+from nndefense.database.manifest import NAME as MANIFEST
+from nndefense.database.manifest import FileEntry, Manifest
+from nndefense.database.rows import Rows, write_shard
+from nndefense.database.weighting import neighbor_weights
+from nndefense.errors import DatabaseError, InputError
+from nndefense.features import PCA, FeatureSpec
+from nndefense.files import PART, write_atomically
+from nndefense.models import Classifier
+from nndefense.versions import library_versions
+
+Array = NDArray[Any]
+_SHARD_BYTES = 64 << 20
+_TRAINING_ROWS = 200_000
+_PCA_FILE = "pca.safetensors"
+
+
+class DatabaseWriter:
+    """Collects rows and seals them into a database.
+
+    Memory holds one shard of at most 64 MiB, three times while it is written. Every file appears whole or not at all,
+    and the manifest comes last: a folder whose writing was interrupted does not open.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        classifier: Classifier,
+        feature: FeatureSpec,
+        pca: PCA | None,
+        data: Mapping[str, Any],
+        index: str = "Flat",
+        overwrite: bool = False,
+    ) -> None:
+        """Begin a database.
+
+        Args:
+            folder: where it will be; made if missing.
+            classifier: the classifier whose features and posteriors the rows hold.
+            feature: how the features are made.
+            pca: the fitted PCA that belongs to ``feature``, or None.
+            data: ``name``, ``fingerprint`` and ``specs`` of the images.
+            index: FAISS's factory string.
+            overwrite: replace a finished database in that folder.
+
+        Raises:
+            DatabaseError: the folder holds a finished database and ``overwrite`` is off, or cannot be written.
+        """
+        check_vacant(folder, overwrite=overwrite)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            clear(folder)
+        except OSError as error:
+            raise DatabaseError(f"{folder} cannot be written ({error.strerror}): choose another folder") from error
+        self.folder, self.pca, self.factory = folder, pca, index
+        self._identity: dict[str, Any] = {
+            "classes": tuple(classifier.classes),
+            "feature": feature.to_json(),
+            "classifier": {
+                "fingerprint": classifier.fingerprint,
+                "arch": classifier.arch,
+                "source": classifier.source,
+                "input_shape": list(classifier.input_shape),
+            },
+            "data": dict(data),
+        }
+        self._shards = ShardWriter(folder, first=0, classes=len(classifier.classes))
+
+    def add(
+        self, features: Tensor, posteriors: Tensor, ids: Sequence[str], labels: Sequence[int] | Tensor | Array
+    ) -> None:
+        """Append M rows: features M x d, posteriors M x C, ids M, labels M (-1 where unknown).
+
+        Raises:
+            InputError: columns of different lengths, a changed dimension, values that are not finite, or posteriors
+                that are not probability distributions; an index that FAISS cannot build for vectors of this length.
+            DatabaseError: the disk is full or cannot be written.
+        """
+        first = self._shards.dimension is None
+        self._shards.add(features, posteriors, ids, labels)
+        if first:
+            # A misspelt index is refused now rather than after the last image.
+            FaissIndex.empty(self.factory, features.shape[1])
+
+    def finish(self) -> None:
+        """Write the last shard, build the index and seal the database with its manifest.
+
+        Raises:
+            DatabaseError: no row was added, or the disk is full or cannot be written.
+            InputError: FAISS cannot build the index that was asked for.
+        """
+        files = self._shards.close()
+        if not files:
+            raise DatabaseError(f"no image was added to the database {self.folder}: give a data set that is not empty")
+        if self.pca is not None:
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.pca.state_dict().items()}
+            path = self.folder / _PCA_FILE
+            _store(path, lambda part: safetensors.torch.save_file(tensors, part))
+            files[_PCA_FILE] = FileEntry.of(path)
+        seal(self.folder, files, self.factory, "index.faiss", self._identity)
+
+
+class ShardWriter:
+    """Cuts a stream of rows into shards ``rows-00000.h5``, ``rows-00001.h5``, ..."""
+
+    def __init__(self, folder: Path, *, first: int, classes: int) -> None:
+        self.folder, self.number, self.classes = folder, first, classes
+        self.dimension: int | None = None
+        self._columns: dict[str, list[Array]] = {}
+        self._pending = 0
+        self._files: dict[str, FileEntry] = {}
+
+    def add(
+        self, features: Tensor, posteriors: Tensor, ids: Sequence[str], labels: Sequence[int] | Tensor | Array
+    ) -> None:
+        """Append M rows; see :meth:`DatabaseWriter.add`."""
+        features, posteriors = features.detach().float().cpu(), posteriors.detach().float().cpu()
+        numbers = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels, dtype=np.int64)
+        _check(features, posteriors, ids, numbers, self.classes, self.dimension)
+        self.dimension = features.shape[1]
+        batch = {
+            "features": features.numpy(),
+            "posteriors": posteriors.numpy(),
+            "cbw_e": neighbor_weights(posteriors, "cbw-e").numpy(),
+            "cbw_d": neighbor_weights(posteriors, "cbw-d").numpy(),
+            # File names that are not UTF-8 come from the system with escapes, and go back to the same bytes.
+            "ids": np.array([name.encode("utf-8", "surrogateescape") for name in ids], dtype="S"),
+            "labels": numbers,
+        }
+        for piece in _cut(batch, len(ids), self._room):
+            for name, column in piece.items():
+                # A copy, so that a small slice does not keep the caller's whole batch alive.
+                self._columns.setdefault(name, []).append(column.copy())
+            self._pending += len(piece["labels"])
+            if self._pending == self._rows_per_shard:
+                self._write()
+
+    def close(self) -> dict[str, FileEntry]:
+        """Write what is left; describe all shards that were written."""
+        if self._pending:
+            self._write()
+        return self._files
+
+    @property
+    def _rows_per_shard(self) -> int:
+        return max(_SHARD_BYTES // (4 * ((self.dimension or 0) + self.classes + 8)), 1)
+
+    def _room(self) -> int:
+        return self._rows_per_shard - self._pending
+
+    def _write(self) -> None:
+        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        path = self.folder / f"rows-{self.number:05d}.h5"
+        _store(path, lambda part: write_shard(part, columns))
+        self._files[path.name] = FileEntry.of(path, rows=self._pending)
+        self.number, self._pending, self._columns = self.number + 1, 0, {}
+
+
+def check_vacant(folder: Path, *, overwrite: bool = False) -> None:
+    """Raise :class:`DatabaseError` where a finished database would be overwritten without being asked to."""
+    if (folder / MANIFEST).exists() and not overwrite:
+        raise DatabaseError(f"{folder} already holds a database: choose another folder, or overwrite it")
+
+
+def seal(folder: Path, files: dict[str, FileEntry], factory: str, index_name: str, identity: Mapping[str, Any]) -> None:
+    """Build the index over all shards and write the manifest, which replaces an older one in one step."""
+    rows = Rows([folder / name for name in sorted(name for name, entry in files.items() if entry.rows)])
+    dimension = int(rows.slice("features", 0, 1).shape[1])
+    chosen = np.random.default_rng(0).permutation(len(rows))[:_TRAINING_ROWS]
+    needs_training = factory != "Flat"
+    sample = rows.take("features", np.sort(chosen)) if needs_training else np.empty((0, dimension), np.float32)
+    index = FaissIndex.build(factory, dimension, sample, rows.pieces("features"))
+    _store(folder / index_name, index.write)
+    files[index_name] = FileEntry.of(folder / index_name)
+    manifest = Manifest(
+        rows=len(rows),
+        dimension=dimension,
+        index={"factory": factory, "metric": "l2", "file": index_name},
+        files=files,
+        versions=library_versions(),
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **identity,
+    )
+    with _writing(folder):
+        manifest.write(folder)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say in one line that a disk is full or read-only; HDF5, FAISS and safetensors each have errors of their own."""
+    try:
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        reason = os.strerror(number) if number else str(error).strip().splitlines()[-1]
+        raise DatabaseError(
+            f"{folder} cannot be written ({reason}): free some space or choose another folder"
+        ) from error
+
+
+def _store(path: Path, write: Callable[[Path], None]) -> None:
+    with _writing(path.parent):
+        write_atomically(path, write)
+
+
+def clear(folder: Path) -> None:
+    """Remove a database, or what an interrupted build left of one; the manifest goes first."""
+    for pattern in (MANIFEST, "calibration.json", "index*.faiss", _PCA_FILE, "rows-*.h5", f"*{PART}"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def read_pca(folder: Path, manifest: Manifest) -> PCA | None:
+    """The PCA of a database whose files were checked, or None where it has none."""
+    if _PCA_FILE not in manifest.files:
+        return None
+    tensors = safetensors.torch.load_file(folder / _PCA_FILE)
+    return PCA(tensors["mean"], tensors["axes"], tensors["scale"])
+
+
+def _cut(batch: Mapping[str, Array], size: int, room: Any) -> Iterator[dict[str, Array]]:
+    """Cut a batch where shards end; ``room()`` is asked anew after each piece."""
+    first = 0
+    while first < size:
+        last = min(first + room(), size)
+        yield {name: column[first:last] for name, column in batch.items()}
+        first = last
+
+
+def _check(
+    features: Tensor, posteriors: Tensor, ids: Sequence[str], labels: Array, classes: int, dimension: int | None
+) -> None:
+    count = len(ids)
+    if not (features.dim() == posteriors.dim() == 2 and len(features) == len(posteriors) == len(labels) == count):
+        raise InputError(
+            f"a batch of rows needs features M x d, posteriors M x C, M ids and M labels, but has "
+            f"{tuple(features.shape)}, {tuple(posteriors.shape)}, {count} and {len(labels)}"
+        )
+    if dimension is not None and features.shape[1] != dimension:
+        raise InputError(f"features have {features.shape[1]} dimensions, but the rows before had {dimension}")
+    if posteriors.shape[1] != classes:
+        raise InputError(f"posteriors have {posteriors.shape[1]} classes, but the classifier has {classes}")
+    if not bool(torch.isfinite(features).all()):
+        raise InputError("features hold NaN or infinite values: check the images and the classifier")
+    if not bool(torch.isfinite(posteriors).all()) or bool((posteriors < 0).any()):
+        raise InputError("posteriors must be finite and at least 0: give softmax outputs")
+    if count and not torch.allclose(posteriors.sum(1), torch.ones(count), atol=1e-3):
+        raise InputError("posteriors must sum to 1 in each row: give softmax outputs, not logits")
