@@ -1,0 +1,5 @@
+"""Index-building jobs: a collection of images -> an image database that the defence can search."""
+
+from index_build.runner import build_database, build_databases
+
+__all__ = ["build_database", "build_databases"]

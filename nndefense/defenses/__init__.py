@@ -1,0 +1,6 @@
+"""Defences: modules from images N x C x H x W in [0, 1] to log-probabilities N x classes."""
+
+from nndefense.defenses.calibration import DEFAULT_KS, Calibration, Choice, calibrate
+from nndefense.defenses.nearest_neighbor import Explanation, NearestNeighborDefense
+
+__all__ = ["DEFAULT_KS", "Calibration", "Choice", "Explanation", "NearestNeighborDefense", "calibrate"]
