@@ -1,0 +1,122 @@
+"""The report of an evaluation: one self-contained HTML page, from the numbers of ``results.json``.
+
+The page opens no connection and runs no script: style, figures and pictures are inside the file. Its words follow from
+the numbers: they are computed by pure functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from nndefense.errors import InputError
+from nndefense.evaluation.report.calibration import calibration_section
+from nndefense.evaluation.report.figures import figure_section
+from nndefense.evaluation.report.gallery import GalleryRow, gallery_section
+from nndefense.evaluation.report.limits import limits_section
+from nndefense.evaluation.report.records import BARE, DEFENDED, Results, at_headline
+from nndefense.evaluation.report.run import records_section, run_section
+from nndefense.evaluation.report.table import table_section
+from nndefense.evaluation.report.verdict import verdict, verdict_parts
+from nndefense.evaluation.report.wording import date_text, escape, number, percent
+from nndefense.evaluation.results import FORMAT, VERSION
+from nndefense.files import write_atomically
+
+
+def write_report(results: dict[str, Any], gallery: Sequence[GalleryRow], path: Path) -> None:
+    """Write the report as one self-contained HTML file.
+
+    The file appears whole or not at all: it is written beside ``path`` and then renamed. Missing folders are made.
+
+    Args:
+        results: a ``results.json`` as a dict; calibration and surrogate may be None, records may be few.
+        gallery: rows to show, in this order; may be empty.
+        path: the HTML file; replaced if it exists.
+
+    Raises:
+        InputError: ``results`` is not a results file of this project, or a picture has a wrong shape.
+        OSError: the file cannot be written.
+    """
+    page = report_html(results, gallery)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(draft: Path) -> None:
+        draft.write_text(page, encoding="utf-8", newline="\n")
+
+    write_atomically(path, write)
+
+
+def report_html(results: Results, gallery: Sequence[GalleryRow] = ()) -> str:
+    """The page of :func:`write_report` as text; the same arguments always give the same text."""
+    if results.get("format") != FORMAT or results.get("version") != VERSION:
+        raise InputError(f"these results are not {FORMAT} version {VERSION}: write them with this version's evaluation")
+    for key in ("dataset", "headline", "records"):
+        if results.get(key) is None:
+            raise InputError(f"these results have no {key!r}: run the evaluation again")
+    style = resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
+    title = f"Nearest-neighbour defence on {results['dataset']['name']}"
+    body = "\n".join(
+        [
+            _header(results, title),
+            table_section(results),
+            figure_section(results),
+            gallery_section(results, gallery),
+            calibration_section(results),
+            run_section(results),
+            limits_section(results),
+            records_section(results),
+        ]
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en-GB">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="description" content="{escape(verdict(results))}">
+<link rel="icon" href="data:,">
+<title>{escape(title)}</title>
+<style>
+{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def _header(results: Results, title: str) -> str:
+    dataset = results["dataset"]
+    facts = [str(dataset["name"]), f"{number(dataset['n'])} images"]
+    if results.get("created"):
+        facts.append(date_text(str(results["created"])))
+    sentence = "".join(
+        f'<strong class="{kind}">{escape(text)}</strong>' if kind else escape(text)
+        for kind, text in verdict_parts(results)
+    )
+    sentence = sentence.replace(" %", "\u00a0%").replace(" points", "\u00a0points")
+    sentence = sentence.replace("nearest-neighbour", '<span class="whole">nearest-neighbour</span>')
+    notes = []
+    gray = at_headline(results, BARE, "gray") and at_headline(results, DEFENDED, "gray")
+    bare, defended = (at_headline(results, defense, "black") for defense in (BARE, DEFENDED))
+    if gray and bare is not None and defended is not None:
+        notes.append(
+            f"Under the black-box attack it is {percent(bare['accuracy'])}\u00a0% without the defence and "
+            f"{percent(defended['accuracy'])}\u00a0% with it."
+        )
+    notes.append(
+        'None of the attacks knows that a database is searched: read <a href="#limits">what these numbers do not '
+        "show</a> before relying on them."
+    )
+    return f"""<header class="top">
+<p class="eyebrow">{" <span aria-hidden='true'>·</span> ".join(escape(fact) for fact in facts)}</p>
+<h1>{escape(title)}</h1>
+<p class="verdict">{sentence}</p>
+<p class="note">{" ".join(notes)}</p>
+</header>
+<main>"""

@@ -1,0 +1,53 @@
+"""Which records of ``results.json`` a number of the report comes from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Results = Mapping[str, Any]  # results.json as a dict
+Record = Mapping[str, Any]  # one of its records
+
+BARE = "none"
+DEFENDED = "nearest-neighbor"
+
+
+def records_of(results: Results) -> list[Record]:
+    """The records of the report's data set, so that numbers from two data sets never share a column."""
+    records: list[Record] = list(results["records"])
+    name = results["dataset"]["name"]
+    if len({record.get("dataset") for record in records}) > 1:
+        records = [record for record in records if record.get("dataset") == name] or records
+    return records
+
+
+def lowest(records: Sequence[Record]) -> Record:
+    """The record of lowest accuracy (of one or more records): of repeated measurements the worst case counts."""
+    return min(records, key=lambda record: float(record["accuracy"]))
+
+
+def under_attack(results: Results, defense: str, threat_model: str) -> list[Record]:
+    """Every record of one defence and threat model; for ``"gray"`` and ``"black"`` only the headline attack and norm.
+
+    Returns:
+        the records, in the order of their budget; records of one budget keep the order in which they were measured.
+    """
+    headline = results["headline"]
+    found = [
+        record
+        for record in records_of(results)
+        if record["defense"] == defense
+        and record["threat_model"] == threat_model
+        and (threat_model == "clean" or (record["attack"] == headline["attack"] and record["norm"] == headline["norm"]))
+    ]
+    return sorted(found, key=lambda record: float(record["eps"]))
+
+
+def at_headline(results: Results, defense: str, threat_model: str) -> Record | None:
+    """The record for a cell of the main table: clean, or the headline attack at the headline budget."""
+    found = under_attack(results, defense, threat_model)
+    if threat_model != "clean":
+        eps = results["headline"]["eps"]
+        found = [record for record in found if math.isclose(record["eps"], eps, rel_tol=1e-6)]
+    return lowest(found) if found else None

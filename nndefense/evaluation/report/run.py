@@ -1,0 +1,157 @@
+"""The sections on the run itself: what was run, signs that the attack was strong enough, and every record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nndefense.evaluation.report.records import Record, Results, records_of
+from nndefense.evaluation.report.verdict import attack_checks
+from nndefense.evaluation.report.wording import (
+    attack_name,
+    escape,
+    headline_raw,
+    norm_name,
+    number,
+    plural,
+    short,
+    unit,
+    value_text,
+    words,
+)
+
+
+def run_section(results: Results) -> str:
+    """Data, models, database, attacks, seeds and times of the run, and the checks on the attack."""
+    dataset, headline = results["dataset"], results["headline"]
+    shape = " × ".join(str(size) for size in dataset.get("shape") or ())
+    classes = list(dataset.get("classes") or ())
+    named = ", ".join(str(name) for name in classes[:10])
+    named = f"{named[:160].rstrip(' ,')}, …" if len(classes) > 10 or len(named) > 160 else named
+    seeds = sorted({str(record["seed"]) for record in results["records"] if record.get("seed") is not None})
+    database, defense = results.get("database") or {}, results.get("defense") or {}
+    surrogate = results.get("surrogate")
+    shape_note = f", {shape} (channels × height × width)" if shape else ""
+    about_database = [
+        f"{number(database['rows'])} images" if database.get("rows") is not None else "",
+        str(database.get("data") or ""),
+        f"features {database['layer']}, {database.get('pooling', '')}" if database.get("layer") else "",
+        f"{number(database['dimension'])} dimensions" if database.get("dimension") else "",
+        f"{database['index']} index" if database.get("index") else "",
+    ]
+    items: list[tuple[str, str]] = [
+        (
+            "Data set",
+            f"{escape(dataset['name'])}, {number(dataset['n'])} images{escape(shape_note)}"
+            f"{_fingerprint(dataset.get('fingerprint'))}",
+        ),
+        ("Classes", f"{number(len(classes))}: {escape(named)}" if classes else ""),
+        ("Classifier", _network(results.get("classifier"))),
+        ("Surrogate", _network(surrogate) if surrogate else "none given, so no black-box attack"),
+        (
+            "Database",
+            escape("; ".join(fact for fact in about_database if fact)) + _fingerprint(database.get("fingerprint")),
+        ),
+        (
+            "Defence",
+            escape(", ".join(f"{words(str(key))} {value_text(str(key), value)}" for key, value in defense.items())),
+        ),
+        ("Attacks", "<br>".join(escape(text) for text in _attack_texts(results)) or "none"),
+        ("Headline budget", f"{norm_name(str(headline['norm']))} {number(headline['eps'])}{headline_raw(results)}"),
+        ("Seeds", escape(", ".join(seeds)) or "not recorded"),
+        ("Time", _time_text(results)),
+        ("Versions", escape(", ".join(f"{name} {value}" for name, value in (results.get("versions") or {}).items()))),
+        ("Command", f"<code>{escape(results['command'])}</code>" if results.get("command") else ""),
+    ]
+    listing = "\n".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in items if text)
+    return f"""<section id="run">
+<h2>What was run</h2>
+<dl class="facts">
+{listing}
+</dl>
+<h3>Was the attack strong enough?</h3>
+<p>A weak attack flatters every defence. These signs are necessary, not sufficient.</p>
+<ul class="checks">
+{_checks_html(results)}
+</ul>
+</section>"""
+
+
+def _attack_texts(results: Results) -> list[str]:
+    """Each attack that was run, with its settings and all its budgets."""
+    attacks: dict[tuple[Any, ...], set[float]] = {}
+    for record in records_of(results):
+        if record["threat_model"] != "clean":
+            key = (record["attack"], record["norm"], record.get("steps"), record.get("restarts"))
+            attacks.setdefault(key, set()).add(float(record["eps"]))
+    texts = []
+    for (attack, norm, steps, restarts), budgets in attacks.items():
+        many = f", {plural(steps, 'step')}" if steps else ""
+        many += f", {plural(restarts, 'random start')}" if restarts else ""
+        listed = ", ".join(number(eps) for eps in sorted(budgets))
+        texts.append(f"{attack_name(str(attack))}{many}, {norm_name(str(norm))}, ε {listed}")
+    return texts
+
+
+def _checks_html(results: Results) -> str:
+    signs = {True: ("✓", "holds", "right"), False: ("✗", "fails", "wrong"), None: ("–", "not known", "open")}
+    return "\n".join(
+        f'<li class="{signs[check.passed][2]}"><span class="mark"><span aria-hidden="true">{signs[check.passed][0]}'
+        f"</span> {signs[check.passed][1]}</span> <span>{escape(check.text)}</span></li>"
+        for check in attack_checks(results)
+    )
+
+
+def _network(network: Mapping[str, Any] | None) -> str:
+    if not network:
+        return ""
+    arch = f", {escape(network['arch'])}" if network.get("arch") else ""
+    return f"{escape(network.get('source', 'not recorded'))}{arch}{_fingerprint(network.get('fingerprint'))}"
+
+
+def _fingerprint(value: object) -> str:
+    if not value:
+        return ""
+    return f' <code class="print" title="{escape(value)}">{escape(short(str(value)))}</code>'
+
+
+def _time_text(results: Results) -> str:
+    """Seconds spent on attacking and on classifying; the defences share an attack, so each attack counts once."""
+    attacking: dict[tuple[Any, ...], float] = {}
+    classifying = 0.0
+    for record in results["records"]:
+        key = tuple(record.get(name) for name in ("dataset", "threat_model", "attack", "norm", "eps", "seed"))
+        attacking[key] = max(attacking.get(key, 0.0), float(record.get("attack_seconds") or 0.0))
+        classifying += float(record.get("seconds") or 0.0)
+    total = sum(attacking.values())
+    if total <= 0:
+        return f"{classifying:,.0f} s" if classifying > 0 else ""
+    return f"{total:,.0f} s attacking, {classifying:,.0f} s classifying"
+
+
+def records_section(results: Results) -> str:
+    """Every record as a table, folded away."""
+    records: list[Record] = list(results["records"])
+    preferred = ["dataset", "defense", "variant", "threat_model", "attack", "steps", "norm", "eps", "eps_raw", "n"]
+    preferred += ["accuracy", "ci_low", "ci_high", "seed", "seconds", "database_rows"]
+    present = dict.fromkeys(key for record in records for key in record)
+    columns = [key for key in preferred if key in present] + [key for key in present if key not in preferred]
+    head = "".join(f'<th scope="col">{escape(words(key))}{unit(key)}</th>' for key in columns)
+    body = "\n".join(f"<tr>{''.join(_record_cell(key, record.get(key)) for key in columns)}</tr>" for record in records)
+    return f"""<section id="records">
+<h2>Every number</h2>
+<details><summary>{number(len(records))} measurements; accuracies in %, raw budgets for pixels in [0, 1]</summary>
+<div class="scroll"><table class="plain dense"><thead><tr>{head}</tr></thead><tbody>
+{body}
+</tbody></table></div></details>
+</section>
+</main>"""
+
+
+def _record_cell(key: str, value: object) -> str:
+    if isinstance(value, Mapping):
+        value = value.get("fingerprint") or value.get("source")
+    text = value_text(key, value)
+    if key in ("classifier", "database", "surrogate") and len(text) > 16:
+        return f'<td><code title="{escape(text)}">{escape(short(text))}</code></td>'
+    return f"<td>{escape(text)}</td>"
