@@ -1,0 +1,69 @@
+"""What the commands print and write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nndefense.cli import inputs, workflow
+from nndefense.database import ImageDatabase
+from nndefense.evaluation import summary, write_report
+from nndefense.files import write_json
+
+
+def show(value: Any, text: str, as_json: bool) -> None:
+    """Print the text for people, or the value as JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False) if as_json else text)
+
+
+def describe(database: ImageDatabase, as_json: bool) -> None:
+    """Print what a database is."""
+    manifest = database.manifest
+    size = sum(entry.bytes for entry in manifest.files.values())
+    calibration = inputs.stored_calibration(database.path)
+    chosen = {name: calibration["chosen"][name] for name in ("k", "weighting")} if calibration else None
+    found = {
+        "database": str(database.path),
+        "rows": len(database),
+        "dimension": database.dimension,
+        "classes": len(database.classes),
+        "feature": manifest.feature,
+        "classifier": manifest.classifier,
+        "data": manifest.data,
+        "index": manifest.index,
+        "fingerprint": database.fingerprint,
+        "bytes": size,
+        "created": manifest.created,
+        "versions": manifest.versions,
+        "calibrated": chosen,
+    }
+    text = (
+        f"{database.path}: {len(database):,} rows x {database.dimension} dimensions, {len(database.classes)} classes\n"
+        f"feature    {database.feature}\n"
+        f"index      {manifest.index['factory']} ({manifest.index['metric']})\n"
+        f"data       {manifest.data['name']}\n"
+        f"classifier {manifest.classifier['source']} ({manifest.classifier['fingerprint'][:12]})\n"
+        f"size       {size / 1e6:.1f} MB, built {manifest.created}"
+    )
+    if chosen:
+        text += f"\ncalibrated k {chosen['k']}, weighting {chosen['weighting']}"
+    show(found, text, as_json)
+
+
+def write(out: Path, results: dict[str, Any], evaluated: workflow.Evaluated, as_json: bool) -> None:
+    """Write ``results.json`` and ``report.html``, and print the summary or, as JSON, the results."""
+    write_json(out / "results.json", results)
+    write_report(results, evaluated.gallery, out / "report.html")
+    show(results, f"{summary(results)}\nresults: {out / 'results.json'}\nreport:  {out / 'report.html'}", as_json)
+
+
+def top_classes(probabilities: torch.Tensor, names: Sequence[str], top: int) -> list[dict[str, Any]]:
+    """The most probable classes of one image's probabilities (K), best first, as plain values."""
+    values, places = probabilities.topk(min(top, len(names)))
+    return [
+        {"class": names[int(place)], "probability": float(value)} for value, place in zip(values, places, strict=True)
+    ]

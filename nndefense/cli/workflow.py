@@ -1,0 +1,272 @@
+"""The steps that commands share: each takes opened objects and settings, and knows nothing of options or printing."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from index_build import build_databases
+from nndefense.cli import inputs
+from nndefense.datasets import ImageDataset
+from nndefense.defenses import NearestNeighborDefense
+from nndefense.errors import InputError
+from nndefense.evaluation import (
+    AttackSettings,
+    GalleryRow,
+    Record,
+    Subject,
+    ThreatModel,
+    evaluate,
+    illustrate,
+)
+from nndefense.features import FeatureSpec, layer_in, pool, spatial_layers, spread, tapped
+from nndefense.models import Classifier
+
+# Beyond this many raw dimensions a candidate's PCA would cost more than all the others together.
+_WIDEST = 8192
+_CANDIDATE_PCA_SAMPLE = 2048
+POOLINGS = ("avg", "rmac", "grid4", "grid8")
+
+
+def candidate_features(
+    classifier: Classifier, layers: Sequence[str] | None, poolings: Sequence[str], pca: int, count: int = 6
+) -> list[FeatureSpec]:
+    """The layers and poolings worth trying: given layers, or ``count`` spread over the depth of the net.
+
+    Left out: a finer grid than the layer's map (it equals a coarser one), and raw vectors of over 8,192 dimensions.
+    """
+    example = torch.full((1, *classifier.input_shape), 0.5, device=inputs.device_of(classifier))
+    names = list(layers) if layers else spread(spatial_layers(classifier.net, example), count)
+    inside = [layer_in(classifier, name) for name in names]
+    with torch.no_grad(), tapped(classifier, inside) as outputs:
+        classifier(example)
+    features = []
+    for name, full in zip(names, inside, strict=True):
+        seen = set()
+        for pooling in poolings:
+            width = pool(outputs[full], pooling).shape[1]
+            kind = width if pooling.startswith("grid") else pooling
+            if kind not in seen and width <= _WIDEST:
+                features.append(FeatureSpec(name, pooling, pca=pca))
+            seen.add(kind)
+    if not features:
+        raise InputError("no layer gives vectors of a usable length: name layers and poolings yourself")
+    return features
+
+
+def calibrate_on(
+    classifier: Classifier,
+    rows: ImageDataset,
+    held: ImageDataset,
+    features: Sequence[FeatureSpec],
+    attack: AttackSettings,
+    eps: float,
+    *,
+    ks: Sequence[int],
+    weightings: Sequence[str],
+    max_clean_loss: float,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """Build a candidate database of ``rows`` for each feature, and choose among them on the held-out images.
+
+    Returns:
+        Plain values: the calibration, the images it was made on, the attack and the number of candidate rows.
+    """
+    inputs.check_disjoint(held, rows)
+    device = inputs.device_of(classifier)
+    generator = torch.Generator().manual_seed(seed)
+    labels_of = classifier.label_map(held.classes)
+    clean, attacked, truth = [], [], []
+    bar = tqdm(total=len(held), desc="attacking calibration images", unit=" images", delay=1, disable=hidden(progress))
+    for images, labels, _ in held.batches(batch_size):
+        images, aims = images.to(device), labels_of[labels].to(device)
+        clean.append(images)
+        attacked.append(attack.run(classifier, images, aims, eps, generator))
+        truth.append(aims)
+        bar.update(len(images))
+    bar.close()
+    with tempfile.TemporaryDirectory(prefix="nndefense-") as folder:
+        paths = {Path(folder) / f"candidate-{i:02d}": feature for i, feature in enumerate(features)}
+        databases = build_databases(
+            rows,
+            classifier,
+            paths,
+            batch_size=batch_size,
+            pca_sample=_CANDIDATE_PCA_SAMPLE,
+            seed=seed,
+            progress=progress,
+        )
+        _, calibration = NearestNeighborDefense.calibrate(
+            classifier,
+            databases,
+            torch.cat(clean),
+            torch.cat(attacked),
+            torch.cat(truth),
+            ks=ks,
+            weightings=weightings,
+            max_clean_loss=max_clean_loss,
+            batch_size=batch_size,
+            progress=lambda found: tqdm(
+                found, desc="comparing settings", unit=" layers", delay=1, disable=hidden(progress)
+            ),
+        )
+    return {
+        **calibration.to_json(),
+        "dataset": held.name,
+        "candidate_rows": len(rows),
+        "attack": {**attack.to_json(), "eps": [eps]},
+        "seed": seed,
+    }
+
+
+def calibration_text(calibration: dict[str, Any], rows: int = 12) -> str:
+    """The table that a setting was chosen from, for a terminal."""
+    head = (
+        f"calibrated on {calibration['n']} images of {calibration['dataset']}: {calibration['objective']}\n"
+        f"bare classifier: clean {calibration['bare_clean']:.3f}, attacked {calibration['bare_attacked']:.3f}"
+    )
+    if not calibration["within_bound"]:
+        head += "\nno setting keeps that bound; the one that loses least was chosen"
+    width = max(len(row["layer"]) for row in calibration["table"])
+    lines = [f"  {'layer':<{width}}  pooling  dims    k  weighting   clean  attacked"]
+    for row in calibration["table"][:rows]:
+        mark = ">" if row == calibration["chosen"] else " "
+        lines.append(
+            f"{mark} {row['layer']:<{width}}  {row['pooling']:<7} {row['dimension']:>5} {row['k']:>4}  "
+            f"{row['weighting']:<9}  {row['clean']:>6.3f}  {row['attacked']:>8.3f}"
+        )
+    rest = len(calibration["table"]) - rows
+    return "\n".join([head, *lines, *([f"  ... and {rest} more"] if rest > 0 else [])])
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The records of an evaluation and the rows of its gallery."""
+
+    records: list[Record]
+    gallery: list[GalleryRow]
+
+
+def evaluate_on(
+    dataset: ImageDataset,
+    defense: NearestNeighborDefense,
+    surrogate: Classifier | None,
+    attack: AttackSettings,
+    headline_eps: float,
+    *,
+    others: Sequence[Subject] = (),
+    sizes: bool = True,
+    gallery: int = 10,
+    pictures: ImageDataset | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluated:
+    """Measure the bare classifier, the defence, its other weightings and smaller databases, and draw the gallery."""
+    classifier = defense.classifier
+    check_headline(attack, headline_eps)
+    subjects = [Subject("none", classifier, "none"), _subject("nearest-neighbor", "calibrated", defense)]
+    subjects += weighting_subjects(defense) + list(others) + (size_subjects(defense, seed) if sizes else [])
+    threats = [ThreatModel("gray", classifier)]
+    maps: dict[str, Tensor] = {"clean": classifier.label_map(dataset.classes)}
+    maps["gray"] = maps["clean"]
+    if surrogate is not None:
+        threats.append(ThreatModel("black", surrogate, surrogate.fingerprint))
+        maps["black"] = surrogate.label_map(dataset.classes)
+    cells = 1 + len(threats) * len(attack.eps)
+    device = inputs.device_of(classifier)
+    with tqdm(total=cells * len(dataset), desc="evaluating", unit=" images", delay=1, disable=hidden(progress)) as bar:
+        records = evaluate(
+            dataset,
+            subjects,
+            threats,
+            attack,
+            headline_eps=headline_eps,
+            classifier=classifier.fingerprint,
+            label_maps=maps,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            progress=bar.update,
+        )
+    rows = illustrate(
+        dataset,
+        defense,
+        threats[0],
+        attack,
+        eps=headline_eps,
+        label_maps=maps,
+        pictures=pictures,
+        count=min(gallery, len(dataset)),
+        seed=seed,
+        device=device,
+    )
+    return Evaluated(records, rows)
+
+
+def check_headline(attack: AttackSettings, eps: float) -> None:
+    """Raise :class:`InputError` unless the radius to tabulate is one of those that are run."""
+    if eps not in attack.eps:
+        raise InputError(f"the headline eps {eps:g} must be one of {', '.join(f'{e:g}' for e in attack.eps)}")
+
+
+def weighting_subjects(defense: NearestNeighborDefense) -> list[Subject]:
+    """The same defence with the other two weightings."""
+    return [
+        _subject(
+            f"nearest-neighbor ({weighting})",
+            "weighting",
+            NearestNeighborDefense(defense.classifier, defense.database, defense.k, weighting),
+        )
+        for weighting in ("uniform", "cbw-e", "cbw-d")
+        if weighting != defense.weighting
+    ]
+
+
+def size_subjects(defense: NearestNeighborDefense, seed: int, sizes: int = 4) -> list[Subject]:
+    """The same defence on smaller databases, each a random third of the next; K is lowered where it must be."""
+    database, order = defense.database, np.random.default_rng(seed).permutation(len(defense.database))
+    counts = [len(database) // 3**power for power in range(sizes, 0, -1)]
+    return [
+        _subject(
+            f"nearest-neighbor (rows={count})",
+            "rows",
+            NearestNeighborDefense(
+                defense.classifier, database.subset(order[:count]), min(defense.k, count), defense.weighting
+            ),
+        )
+        for count in counts
+        if count >= 10
+    ]
+
+
+def layer_subject(defense: NearestNeighborDefense) -> Subject:
+    """A defence on another layer, to be compared."""
+    feature = defense.database.feature
+    return _subject(f"nearest-neighbor ({feature.layer}, {feature.pooling})", "layer", defense)
+
+
+def _subject(name: str, variant: str, defense: NearestNeighborDefense) -> Subject:
+    return Subject(
+        name,
+        defense,
+        variant,
+        database=defense.database.fingerprint,
+        database_rows=len(defense.database),
+        every_eps=variant == "calibrated",
+    )
+
+
+def hidden(progress: bool) -> bool | None:
+    """What tqdm's ``disable`` should be: None hides the bar where standard error is a file or a pipe."""
+    return None if progress else True

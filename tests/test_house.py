@@ -1,0 +1,242 @@
+"""The house rules that no linter knows: who may import whom, how long a file may be, and what is never done."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES = ("nndefense", "index_build")
+SOURCES = sorted(path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py"))
+
+# From the bottom up: a room imports only rooms of lower rows, never one beside it.
+FLOORS = (
+    ("nndefense.errors",),
+    ("nndefense.images", "nndefense.files", "nndefense.versions"),
+    ("nndefense.datasets", "nndefense.attacks"),
+    ("nndefense.models", "nndefense.features"),
+    ("nndefense.database",),
+    ("nndefense.defenses", "nndefense.training"),
+    ("index_build", "nndefense.evaluation"),
+    ("nndefense.cli",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# The face of the package stands outside the rooms, and imports them when they are used.
+FACE = ("nndefense/__init__.py", "nndefense/__main__.py")
+FOUNDATION = {"nndefense.errors", "nndefense.images", "nndefense.files", "nndefense.versions"}
+
+LINES = 400
+# The declarations of every subcommand's options stand together: one line an option, and no other work.
+LONGER = {"nndefense/cli/app.py": 600}
+
+PUBLIC = (
+    "nndefense",
+    "nndefense.attacks",
+    "nndefense.cli",
+    "nndefense.database",
+    "nndefense.datasets",
+    "nndefense.defenses",
+    "nndefense.evaluation",
+    "nndefense.evaluation.report",
+    "nndefense.features",
+    "nndefense.models",
+    "nndefense.training",
+    "index_build",
+)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+def room_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[0] if parts[0] == "index_build" else ".".join(parts[:2]) if parts[0] == "nndefense" else None
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Every module of the project that a file imports, at any depth of its code."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide which room is meant"
+            # "from nndefense import attacks" imports the room nndefense.attacks.
+            found.update([node.module] if node.module != "nndefense" else [f"nndefense.{a.name}" for a in node.names])
+    return {module for module in found if module and module.split(".")[0] in PACKAGES}
+
+
+def upward(path: Path, source: str) -> list[str]:
+    """What a file imports that it must not."""
+    own = room_of(name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    assert own in FLOOR, f"{name_of(path)} stands in no room"
+    wrong = []
+    for module in imported(ast.parse(source)):
+        room = room_of(module)
+        assert room in FLOOR, f"{name_of(path)} imports {module}, which stands in no room"
+        allowed = room == own or FLOOR[room] < FLOOR[own]
+        if own == "nndefense.attacks" and room != own:
+            allowed = room in FOUNDATION
+        if not allowed:
+            wrong.append(f"{name_of(path)} imports {module}")
+    return wrong
+
+
+def forbidden(source: str) -> list[str]:
+    """Uses of pickles and of code that is made from text."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in ("eval", "exec", "compile", "__import__", "os.system", "torch.load", "torch.hub.load"):
+                found.append(called)
+            if any(
+                k.arg == "allow_pickle" and not (isinstance(k.value, ast.Constant) and k.value.value is False)
+                for k in node.keywords
+            ):
+                found.append(f"{called}(allow_pickle)")
+            if any(k.arg == "shell" for k in node.keywords):
+                found.append(f"{called}(shell)")
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or ""]
+        found += [
+            m for m in modules if m.split(".")[0] in ("pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+        ]
+    return found
+
+
+def test_there_are_sources() -> None:
+    assert len(SOURCES) > 50
+    assert {room_of(name_of(p).removesuffix(".py").replace("/", ".")) for p in SOURCES} >= set(FLOOR)
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if name_of(path) not in FACE], ids=name_of)
+def test_rooms_import_only_downward(path: Path) -> None:
+    assert not upward(path, path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("nndefense/attacks/norms.py", "from nndefense.models import Classifier"),
+        ("nndefense/attacks/norms.py", "from nndefense import datasets"),
+        ("nndefense/models/load.py", "import nndefense.features"),
+        ("nndefense/database/rows.py", "def f():\n    from nndefense.defenses import calibrate"),
+        ("index_build/reader.py", "from nndefense.evaluation import evaluate"),
+        ("nndefense/training/loop.py", "from nndefense.cli import workflow"),
+    ],
+)
+def test_an_upward_import_would_be_seen(file: str, line: str) -> None:
+    assert upward(REPOSITORY / file, line)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_file_is_too_long(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGER.get(name_of(path), LINES)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_pickle_and_no_code_from_text(path: Path) -> None:
+    assert not forbidden(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from joblib import load",
+        "torch.load(path)",
+        "eval('1')",
+        "exec(text)",
+        "np.load(path, allow_pickle=True)",
+        "subprocess.run('ls', shell=True)",
+    ],
+)
+def test_a_pickle_would_be_seen(line: str) -> None:
+    assert forbidden(line)
+
+
+def test_harmless_code_is_not_forbidden() -> None:
+    assert not forbidden("model.eval()\nre.compile('x')\nimportlib.import_module('a')\nnp.load(p, allow_pickle=False)")
+
+
+HEAVY = ("torch", "torchvision", "numpy", "h5py", "faiss", "sklearn", "scipy", "PIL", "safetensors", "tqdm")
+
+
+def loaded_by(code: str) -> dict[str, object]:
+    """Run code in a fresh interpreter: which heavy modules it loaded, how many threads it left, and its seconds."""
+    program = f"""
+import json, os, sys, threading, time
+begun = time.perf_counter()
+try:
+    {code}
+except SystemExit as end:
+    assert not end.code, end.code
+seconds = time.perf_counter() - begun
+tasks = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else threading.active_count()
+found = [name for name in {HEAVY!r} if name in sys.modules]
+print(json.dumps({{"heavy": found, "threads": tasks, "seconds": seconds}}), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    found: dict[str, object] = json.loads(done.stderr.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("words", [["--help"], ["demo", "--help"], ["index", "build", "--help"]])
+def test_help_loads_nothing_heavy(words: list[str]) -> None:
+    found = loaded_by(f"sys.argv = {['nndefense', *words]!r}; from nndefense.cli import main; main()")
+    assert found["heavy"] == []
+    assert found["threads"] == 1
+
+
+def test_importing_the_package_loads_nothing_and_starts_nothing() -> None:
+    found = loaded_by("import nndefense, nndefense.errors; nndefense.__version__; dir(nndefense)")
+    assert found["heavy"] == []
+    assert found["threads"] == 1
+    # And the probe does see what is loaded.
+    assert "numpy" in str(loaded_by("import nndefense; nndefense.open_dataset")["heavy"])
+
+
+def test_help_is_instant() -> None:
+    best = float("inf")
+    for _ in range(3):
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "nndefense", "--help"], capture_output=True, check=True, cwd=REPOSITORY)
+        best = min(best, time.perf_counter() - begun)
+    # A third of a second on an idle machine; the rest is for busy ones.
+    assert best < 2
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_public_names_exist_and_are_described(package: str) -> None:
+    module = importlib.import_module(package)
+    assert module.__doc__
+    assert module.__all__
+    assert len(set(module.__all__)) == len(module.__all__)
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            # A dataclass without a docstring gets its signature for one.
+            described = value.__doc__ and not value.__doc__.startswith(f"{name}(")
+            assert described, f"{package}.{name} has no docstring"
+            for member, found in vars(value).items() if inspect.isclass(value) else ():
+                if inspect.isfunction(found) and not member.startswith("_"):
+                    assert found.__doc__, f"{package}.{name}.{member} has no docstring"
+
+
+def test_every_package_is_in_the_list_of_public_ones() -> None:
+    folders = {name_of(path.parent).replace("/", ".") for path in SOURCES if path.name == "__init__.py"}
+    # The architectures are reached through nndefense.models.
+    assert folders - {"nndefense.models.architectures"} == set(PUBLIC)
