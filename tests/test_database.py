@@ -109,14 +109,26 @@ def test_bad_queries(tmp_path):
         ImageDatabase.open(tmp_path, backend="numpy")
 
 
+def test_overwriting_removes_no_file_of_others(tmp_path):
+    write(tmp_path, table(5))
+    for name in ("rows-mine.h5", "film.part", "notes.txt"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "rows-00007.h5.123.part").write_text("left by a writer that was killed")
+    write(tmp_path, table(6), overwrite=True)
+    assert len(ImageDatabase.open(tmp_path)) == 6
+    assert {"rows-mine.h5", "film.part", "notes.txt"} <= {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / "rows-00007.h5.123.part").exists()
+
+
 def test_an_inverted_index_finds_the_same_where_it_looks(tmp_path):
     data = table(400)
-    database = write(tmp_path, data, index="IVF8,Flat")
-    assert database.manifest.index["factory"] == "IVF8,Flat"
+    database = write(tmp_path, data, index="IVF16,Flat")
+    assert database.manifest.index["factory"] == "IVF16,Flat"
     distances, found = database.search(data.features[:50], 1)
     assert torch.equal(found[:, 0], torch.arange(50))
     assert float(distances.max()) < 1e-2
-    # Only one of eight lists is looked at by default, so the whole database cannot be asked for.
+    assert database.search(data.features[:50], 50)[0].shape == (50, 50)
+    # Half of the sixteen lists are looked at, so the whole database cannot be asked for.
     with pytest.raises(DatabaseError, match=r"found fewer than 400 rows.*lower k or use an exact index"):
         database.search(data.features[:1], 400)
     # The torch backend searches exactly, whatever the index.

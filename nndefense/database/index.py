@@ -36,7 +36,8 @@ class FaissIndex:
         """Train an index on a sample and add all rows to it.
 
         Args:
-            factory: FAISS's factory string: ``Flat`` is exact; ``IVF1024,Flat``, ``HNSW32`` and so on.
+            factory: FAISS's factory string: ``Flat`` is exact; ``IVF1024,Flat``, ``HNSW32`` and so on. Inverted
+                lists are searched in a sixteenth of them, at least 8.
             dimension: d.
             sample: n x d float32 to train on; ignored by indexes that need no training.
             rows: pieces M x d of the rows, in order.
@@ -50,6 +51,10 @@ class FaissIndex:
                 index.train(np.ascontiguousarray(sample, dtype=np.float32))
             for piece in rows:
                 index.add(np.ascontiguousarray(piece, dtype=np.float32))
+            lists = import_faiss().try_extract_index_ivf(index)
+            if lists is not None:
+                # FAISS looks into a single list by default, which often holds fewer rows than K.
+                lists.nprobe = min(lists.nlist, max(lists.nlist // 16, 8))
         except RuntimeError as error:
             raise _unusable(factory, error) from error
         return cls(index)

@@ -31,6 +31,9 @@ Array = NDArray[Any]
 _SHARD_BYTES = 64 << 20
 _TRAINING_ROWS = 200_000
 _PCA_FILE = "pca.safetensors"
+# What a database may consist of, the manifest first, and what an interrupted write may leave: no more is ever removed.
+_NAMES = (MANIFEST, "calibration.json", "index*.faiss", _PCA_FILE, "rows-[0-9][0-9][0-9][0-9][0-9].h5")
+_OWN_FILES = (*_NAMES, *(f"{name}.*{PART}" for name in _NAMES))
 
 
 class DatabaseWriter:
@@ -224,7 +227,7 @@ def _store(path: Path, write: Callable[[Path], None]) -> None:
 
 def clear(folder: Path) -> None:
     """Remove a database, or what an interrupted build left of one; the manifest goes first."""
-    for pattern in (MANIFEST, "calibration.json", "index*.faiss", _PCA_FILE, "rows-*.h5", f"*{PART}"):
+    for pattern in _OWN_FILES:
         for path in folder.glob(pattern):
             path.unlink()
 
