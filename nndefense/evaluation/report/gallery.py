@@ -95,7 +95,8 @@ space. The defence never asks what the classifier says of the attacked image: it
 the classifier says of these neighbours. A <span class="key-bar same"></span> solid bar is a neighbour of the true
 class, a <span class="key-bar other"></span> hollow one is of another; its length is the neighbour's weight.</p>
 <p class="lead">Of these {len(gallery)} images, the defence mends {rescued}, fails together with the bare classifier on
-{both} and breaks {lost} that the bare classifier gets right. They are examples; the rates are in the table above.</p>
+{both} and breaks {lost} that the bare classifier gets right. They were drawn at random; the rates are in the
+table above.</p>
 {gallery_html(gallery, k=int(k) if k else None)}
 </section>"""
 
