@@ -3,16 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint types check clean
+.PHONY: demo test bench lint types check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nndefense demo --out runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
-
-test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/first_path.py --out benchmarks/first_path.json
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
