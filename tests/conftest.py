@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def pytest_configure(config: pytest.Config) -> None:
     # The nets here are small: on a busy machine a second thread waits for longer than it helps.
     torch.set_num_threads(1)
+    # FAISS may be missing where only the torch backend is used.
+    with suppress(ImportError):
+        import faiss
+
+        faiss.omp_set_num_threads(1)
 
 
 def _data_root() -> Path | None:

@@ -13,15 +13,10 @@ import torch
 from torch import Tensor
 
 from nndefense.database import ImageDatabase
-from nndefense.database.index import faiss_available, import_faiss
 from nndefense.datasets import ImageDataset, open_dataset
 from nndefense.features import PCA, FeatureSpec
 from nndefense.models import Classifier, build_classifier
 from nndefense.training import train_classifier
-
-if faiss_available():
-    # FAISS's threads wait for one another by spinning, which is slow where the cores are shared; data here is small.
-    import_faiss().omp_set_num_threads(1)
 
 DIGITS = tuple(str(digit) for digit in range(10))
 BLOCK2 = FeatureSpec("block2", pca=0)

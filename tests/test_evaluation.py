@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -42,19 +42,6 @@ REQUIRED = {
     "dataset", "defense", "attack", "threat_model", "norm", "eps", "eps_raw", "n", "accuracy", "ci_low", "ci_high",
     "seed", "seconds", "classifier", "database",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """For such small nets threads cost more than they give, most of all where the cores are busy."""
-    import faiss
-
-    before = torch.get_num_threads(), faiss.omp_get_max_threads()
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
-    yield
-    torch.set_num_threads(before[0])
-    faiss.omp_set_num_threads(before[1])
 
 
 def fitted(images: ImageDataset, order: Sequence[int] = range(10), seed: int = 0) -> Classifier:
