@@ -18,7 +18,7 @@ from PIL import Image
 
 from nndefense.errors import InputError
 from nndefense.evaluation.report.records import Results
-from nndefense.evaluation.report.wording import count_text, escape, number, percent
+from nndefense.evaluation.report.wording import count_text, escape, number, percent, plural
 
 Pixels = npt.NDArray[np.floating[Any]]
 
@@ -213,8 +213,10 @@ def _draw_row(row: GalleryRow, factor: int, k: int | None, side: int) -> str:
     heaviest = max((neighbor.weight for neighbor in shown), default=0.0)
     neighbors = "".join(_neighbor_html(neighbor, row.label, heaviest, min(side, 128)) for neighbor in shown)
     share = sum(neighbor.weight for neighbor in shown)
-    of = f" of {count_text(k)}" if k is not None and k > len(shown) else ""
-    carried = f"{len(shown)}{of} neighbours, {percent(share, 0)} % of the weight" if shown else "no neighbours at hand"
+    counted = plural(len(shown), "neighbour")
+    if k is not None and k > len(shown):
+        counted = f"{len(shown)} of {count_text(k)} neighbours"
+    carried = f"{counted}, {percent(share, 0)} % of the weight" if shown else "no neighbours at hand"
     agree = sum(neighbor.label == row.label for neighbor in shown)
     return (
         '<article class="case">'
