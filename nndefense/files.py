@@ -9,9 +9,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nndefense.errors import DataError
+from nndefense.errors import DataError, InputError
 
 PART = ".part"
+
+
+def make_folder(folder: Path) -> None:
+    """Create ``folder`` and its parents, before the work that fills it.
+
+    Raises:
+        InputError: it cannot be created or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{folder} cannot be a folder, because a file is in its place: choose another one") from None
+    except OSError as error:
+        raise InputError(f"{folder} cannot be created ({error.strerror}): choose another one") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder} cannot be written: choose another one, or change its permissions")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -20,6 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from command import fails, nndefense
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -36,47 +35,6 @@ REQUIRED = {
     "seed", "seconds", "classifier", "database",
 }  # fmt: skip
 SHORT = ["--steps", "2", "--quiet"]
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a command came to."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        assert self.code == 0, self.err
-        value: dict[str, Any] = json.loads(self.out)
-        return value
-
-
-def nndefense(*words: object) -> Done:
-    """Run the command in this process, as its entry point does."""
-    out, err = io.StringIO(), io.StringIO()
-    argv = ["nndefense", *map(str, words)]
-    with (
-        mock.patch.object(sys, "argv", argv),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as end,
-    ):
-        main()
-    code = end.value.code
-    assert code is None or isinstance(code, int)
-    return Done(code or 0, out.getvalue(), err.getvalue())
-
-
-def fails(code: int, message: str, *words: object) -> None:
-    """Run a command that must fail with this exit code and one line that holds the message."""
-    done = nndefense(*words)
-    assert done.code == code, done.err
-    assert done.err.count("\n") == 1, done.err
-    assert done.err.startswith("nndefense: error: ")
-    assert message in done.err
-    assert done.out == ""
 
 
 @dataclass(frozen=True)

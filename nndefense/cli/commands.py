@@ -18,6 +18,7 @@ from nndefense.datasets import image_channels, load_image, open_dataset, write_h
 from nndefense.errors import DataError, InputError
 from nndefense.evaluation import AttackSettings, assemble, wilson_interval
 from nndefense.features import FeatureSpec
+from nndefense.files import make_folder
 from nndefense.models import build_classifier
 from nndefense.training import accuracy, train_classifier
 
@@ -118,7 +119,7 @@ def calibrate(
     )
     rows, rest, held = inputs.split(specs, calibration, n_holdout, data_dir=data_dir, like=classifier, seed=seed)
     # A folder that cannot be used is told before the work, not after it.
-    inputs.prepare_folder(out)
+    make_folder(out)
     check_vacant(out, overwrite=overwrite)
     found = workflow.calibrate_on(
         classifier,
@@ -181,7 +182,7 @@ def attack(
     dataset = inputs.open_datasets([spec], data_dir=data_dir, like=classifier, limit=limit, seed=seed)
     if len(dataset) == 0 or (dataset.labels < 0).any():
         raise DataError(f"{dataset.name} has no images, or some without a label: an attack needs the right answers")
-    inputs.prepare_folder(out.parent)
+    make_folder(out.parent)
     maps, where = classifier.label_map(dataset.classes), inputs.device_of(classifier)
     generator = torch.Generator().manual_seed(seed)
     attacked, right = [], [0, 0]
@@ -333,7 +334,7 @@ def evaluate(
     if other is not None:
         inputs.check_surrogate(other, classifier)
     workflow.check_headline(settings, headline)
-    inputs.prepare_folder(out)
+    make_folder(out)
     evaluated = workflow.evaluate_on(
         dataset,
         defense,

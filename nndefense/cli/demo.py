@@ -14,6 +14,7 @@ from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.evaluation import AttackSettings, assemble
 from nndefense.features import FeatureSpec
+from nndefense.files import make_folder
 from nndefense.models import Classifier, build_classifier
 from nndefense.training import train_classifier
 
@@ -86,7 +87,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> tuple[dict[s
     inputs.check_disjoint(test, rows)
     inputs.check_disjoint(test, held)
     test = test if s.limit is None else inputs.drawn(test, s.limit, s.seed)
-    inputs.prepare_folder(s.out)
+    make_folder(s.out)
     say(f"data: {len(rows):,} database images, {len(held):,} to calibrate on, {len(test):,} to report on")
 
     if model is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -212,22 +211,6 @@ def neighbor_pictures(database: ImageDatabase, data_dir: Path | None, like: Clas
         # The pictures only illustrate; the report says that they are not at hand.
         return None
     return dataset if dataset is not None and dataset.fingerprint == database.manifest.data["fingerprint"] else None
-
-
-def prepare_folder(folder: Path) -> None:
-    """Create a folder for results before the work that fills it.
-
-    Raises:
-        InputError: it cannot be created or written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{folder} cannot be a folder, because a file is in its place: choose another --out") from None
-    except OSError as error:
-        raise InputError(f"{folder} cannot be created ({error.strerror}): choose another --out") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{folder} cannot be written: choose another --out, or change its permissions")
 
 
 def device_of(classifier: Classifier) -> torch.device:

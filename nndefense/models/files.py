@@ -15,20 +15,6 @@ from nndefense.errors import InputError, ModelError
 from nndefense.files import json_text, write_atomically
 
 
-def make_folder(folder: Path) -> None:
-    """Create ``folder`` and its parents.
-
-    Raises:
-        InputError: a file is in the way, or the folder cannot be created.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{folder} cannot be a folder, because a file is in its place: choose another one") from None
-    except OSError as error:
-        raise InputError(f"the folder {folder} cannot be created ({error.strerror}): choose another one") from None
-
-
 def write_bytes(path: Path, data: bytes) -> None:
     """Put ``data`` in the place of ``path``, whole or not at all.
 

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError, ModelError
+from nndefense.files import make_folder
 from nndefense.models import Classifier, load_classifier, resolve_device, save_classifier
 from nndefense.models.checkpoint import check_savable
-from nndefense.models.files import make_folder
 from nndefense.training.accuracy import accuracy, check_labels
 from nndefense.training.batches import EpochBatches
 from nndefense.training.objectives import Objective, objective_name, standard
