@@ -30,7 +30,7 @@ _HOMES = {
     "open_dataset": "nndefense.datasets",
     "save_classifier": "nndefense.models",
 }
-_MODULES = ("attacks", "database", "datasets", "defenses", "evaluation", "features", "models", "training")
+_MODULES = ("attacks", "database", "datasets", "defenses", "evaluation", "features", "models", "theory", "training")
 
 __all__ = [
     "Classifier",

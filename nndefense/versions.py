@@ -6,7 +6,7 @@ import platform
 from contextlib import suppress
 from importlib import metadata
 
-_PACKAGES = ("nndefense", "torch", "torchvision", "numpy", "h5py", "faiss-gpu", "faiss-cpu", "safetensors")
+_PACKAGES = ("nndefense", "torch", "torchvision", "numpy", "scipy", "h5py", "faiss-gpu", "faiss-cpu", "safetensors")
 
 
 def library_versions() -> dict[str, str]:

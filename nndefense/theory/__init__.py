@@ -1,0 +1,43 @@
+"""The theory of the tradeoff between standard and robust error, as a small exact laboratory.
+
+After Raghunathan, Xie, Yang, Duchi and Liang, *Understanding and Mitigating the Tradeoff Between Robustness and
+Accuracy* (ICML 2020), with the toy distributions of Tsipras et al. (ICLR 2019) and Zhang et al. (ICML 2019). NumPy and
+SciPy in float64; no room of the house but the errors is imported.
+"""
+
+from nndefense.theory.decomposition import Decomposition, NoHarm, decompose
+from nndefense.theory.directions import boundaries, change, harmless_share
+from nndefense.theory.estimators import min_norm, robust_error_in_ball, rst, rst_closed_form, standard_error
+from nndefense.theory.experiments import Count, harm_by_condition, random_populations, rst_guarantees
+from nndefense.theory.monte_carlo import SIZES, Curve, error_against_size
+from nndefense.theory.population import Estimators, Population, estimators
+from nndefense.theory.staircase import LEFT_KNOTS, Staircase
+from nndefense.theory.toys import Intervals, RobustFeature
+
+__all__ = [
+    "LEFT_KNOTS",
+    "SIZES",
+    "Count",
+    "Curve",
+    "Decomposition",
+    "Estimators",
+    "Intervals",
+    "NoHarm",
+    "Population",
+    "RobustFeature",
+    "Staircase",
+    "boundaries",
+    "change",
+    "decompose",
+    "error_against_size",
+    "estimators",
+    "harm_by_condition",
+    "harmless_share",
+    "min_norm",
+    "random_populations",
+    "robust_error_in_ball",
+    "rst",
+    "rst_closed_form",
+    "rst_guarantees",
+    "standard_error",
+]
