@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nndefense.cli.theory_app import theory_app
 from nndefense.errors import InputError
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 index_app = typer.Typer(no_args_is_help=True, help="Build, describe and verify an image database.")
 app.add_typer(index_app, name="index")
+app.add_typer(theory_app, name="theory")
 
 
 class Device(str, Enum):
@@ -293,7 +295,7 @@ def calibrate(
         n_holdout=holdout,
         layers=_words(layers),
         poolings=_words(poolings) or [],
-        ks=[int(k) for k in _numbers(ks, whole=True)],
+        ks=[int(k) for k in numbers(ks, whole=True)],
         pca=pca,
         max_clean_loss=max_clean_loss,
         candidate_rows=candidate_rows,
@@ -425,7 +427,7 @@ def evaluate(
         classifier,
         database,
         out,
-        AttackSettings(attack.value, norm.value, _numbers(eps), steps, restarts),
+        AttackSettings(attack.value, norm.value, numbers(eps), steps, restarts),
         headline=_number("--headline", headline) if headline else None,
         surrogate=surrogate,
         k=k,
@@ -499,7 +501,7 @@ def demo(
             "database_sets": sets,
             "test": test or commands.test_split(sets[0]),
             "out": out,
-            "attack": AttackSettings(attack.value, norm.value, _numbers(eps), steps, restarts),
+            "attack": AttackSettings(attack.value, norm.value, numbers(eps), steps, restarts),
             "headline_eps": _number("--headline", headline),
             "calibration": calibration,
             "holdout": holdout,
@@ -511,7 +513,7 @@ def demo(
             "input_shape": _shape(input_shape),
             "layers": _words(layers),
             "poolings": _words(poolings) or [],
-            "ks": [int(k) for k in _numbers(ks, whole=True)],
+            "ks": [int(k) for k in numbers(ks, whole=True)],
             "pca": pca,
             "max_clean_loss": max_clean_loss,
             "candidate_rows": candidate_rows,
@@ -529,8 +531,8 @@ def demo(
     )
 
 
-def _numbers(text: str, *, whole: bool = False) -> tuple[float, ...]:
-    """Read ``0.05, 8/255`` as numbers."""
+def numbers(text: str, *, whole: bool = False) -> tuple[float, ...]:
+    """Read ``0.05, 8/255`` as numbers, for every command that takes several."""
     try:
         found = []
         for word in text.split(","):
@@ -547,7 +549,7 @@ def _numbers(text: str, *, whole: bool = False) -> tuple[float, ...]:
 
 def _number(option: str, text: str) -> float:
     """Read one number."""
-    found = _numbers(text)
+    found = numbers(text)
     if len(found) != 1:
         raise InputError(f"{option} is {text}, but this takes one budget: give one number")
     return found[0]
@@ -562,10 +564,10 @@ def _shape(text: str | None) -> tuple[int, int, int] | None:
     """Read ``3,224,224`` as a shape."""
     if text is None:
         return None
-    numbers = _numbers(text.replace("x", ","), whole=True)
-    if len(numbers) != 3:
+    sides = numbers(text.replace("x", ","), whole=True)
+    if len(sides) != 3:
         raise InputError(f"--input-shape is {text}, but must be channels, height and width, such as 3,224,224")
-    return int(numbers[0]), int(numbers[1]), int(numbers[2])
+    return int(sides[0]), int(sides[1]), int(sides[2])
 
 
 def _command() -> str:
