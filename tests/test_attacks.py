@@ -1,7 +1,8 @@
-"""FGSM and PGD: exact cases, budgets, foolbox as oracle, and what they leave alone."""
+"""FGSM and PGD: exact cases, budgets, foolbox as oracle, settings, errors, and what they leave alone."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -14,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nndefense.attacks import NORMS, fgsm, pgd, radius
+from nndefense.attacks import LOSSES, NORMS, fgsm, pgd, radius
 from nndefense.attacks.norms import length, project, random_in_ball, steepest
 from nndefense.errors import InputError
 
@@ -56,7 +57,7 @@ def linear(weights: Tensor, bias: float) -> nn.Module:
     with torch.no_grad():
         model[1].weight.copy_(torch.stack([-weights / 2, weights / 2]))
         model[1].bias.copy_(torch.tensor([-bias / 2, bias / 2]))
-    return model
+    return model.eval()
 
 
 class TestLinearModel:
@@ -263,17 +264,15 @@ class TestStrength:
 class TestLeavesTheModelAlone:
     def test_mode_parameters_gradients_and_buffers(self, digits: tuple[Tensor, Tensor]) -> None:
         model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 10))
-        model.train()
-        model[1].eval()  # a mixed mode must come back as it was
         x, y = digits[0][:8], digits[1][:8]
         F.cross_entropy(model(x), y).backward()
+        model.eval()
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         gradients = [parameter.grad.clone() for parameter in model.parameters()]
-        modes = [module.training for module in model.modules()]
         x_before = x.clone()
         fgsm(model, x, y, eps=0.1)
         pgd(model, x, y, eps=0.1, steps=3, restarts=2)
-        assert [module.training for module in model.modules()] == modes
+        assert not any(module.training for module in model.modules())
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, state[name])
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -282,15 +281,17 @@ class TestLeavesTheModelAlone:
         assert torch.equal(x, x_before)
         assert not x.requires_grad
 
-    def test_mode_comes_back_after_an_error(self) -> None:
-        class Broken(nn.Module):
-            def forward(self, images: Tensor) -> Tensor:
-                raise RuntimeError("broken")
-
-        model = Broken().train()
-        with pytest.raises(RuntimeError, match="broken"):
-            fgsm(model, torch.rand(1, 1, 2, 2), torch.tensor([0]), eps=0.1)
-        assert model.training
+    def test_a_model_in_training_mode_is_refused(self, digits: tuple[Tensor, Tensor]) -> None:
+        model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10)).eval()
+        model[1].train()
+        x, y = digits[0][:8], digits[1][:8]
+        with pytest.raises(InputError, match=r"training mode \(its part '1'\): call model.eval\(\) first"):
+            fgsm(model, x, y, eps=0.1)
+        with pytest.raises(InputError, match="training mode"):
+            pgd(model.train(), x, y, eps=0.1, steps=2)
+        assert model.training  # nothing was switched in silence
+        # A function is taken as it is: that is how a model that is random on purpose is attacked.
+        assert fgsm(lambda images: model(images), x, y, eps=0.1).shape == x.shape
 
     def test_works_under_no_grad_and_on_any_callable(self, net: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
         x, y = digits[0][-20:], digits[1][-20:]
@@ -309,6 +310,87 @@ class TestLeavesTheModelAlone:
         assert calls == [20] * 21
         assert torch.equal(runs[0], runs[1])
         assert not torch.equal(runs[0], runs[2])
+
+
+def momentum_by_hand(net: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, mu: float) -> Tensor:
+    """MI-FGSM as its paper writes it, one image after another."""
+    found = []
+    for image, label in zip(x, y, strict=True):
+        now, g = image.clone(), torch.zeros_like(image)
+        for _ in range(steps):
+            leaf = now.clone().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(F.cross_entropy(net(leaf[None]), label[None]), leaf)
+            g = mu * g + gradient / gradient.abs().sum()
+            now = torch.clamp(
+                torch.maximum(torch.minimum(now + eps / steps * g.sign(), image + eps), image - eps), 0, 1
+            )
+        found.append(now)
+    return torch.stack(found)
+
+
+class TestSettings:
+    def test_momentum_is_mi_fgsm(self, net: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+        x, y = digits[0][-50:], digits[1][-50:]
+        ours = pgd(net, x, y, eps=0.1, steps=8, step_size=0.1 / 8, random_start=False, momentum=1.0)
+        agree(ours, momentum_by_hand(net, x, y, 0.1, 8, 1.0), net)
+        plain = pgd(net, x, y, eps=0.1, steps=8, step_size=0.1 / 8, random_start=False)
+        assert not torch.equal(ours, plain)
+
+    @pytest.mark.parametrize("loss", ["cross-entropy", "margin", "dlr", "kl"])
+    @pytest.mark.parametrize("norm", NORMS)
+    def test_every_loss_fools(self, net: nn.Module, digits: tuple[Tensor, Tensor], loss: str, norm: str) -> None:
+        x, y = digits[0][-100:], digits[1][-100:]
+        eps = {"linf": 0.15, "l2": 0.9, "normalized-l2": 0.3}[norm]
+        generator = torch.Generator().manual_seed(0)
+        attacked = pgd(net, x, y, eps=eps, norm=norm, steps=10, loss=loss, generator=generator)
+        with torch.no_grad():
+            assert (net(attacked).argmax(1) != y).double().mean() > 0.6
+
+    def test_a_callable_is_a_loss(self, net: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+        x, y = digits[0][-20:], digits[1][-20:]
+        own = pgd(net, x, y, eps=0.1, steps=3, random_start=False,
+                  loss=lambda logits, labels: F.cross_entropy(logits, labels, reduction="none"))  # fmt: skip
+        assert torch.equal(own, pgd(net, x, y, eps=0.1, steps=3, random_start=False))
+
+    def test_a_targeted_loss_is_the_negative_one(self, net: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+        x, y = digits[0][-20:], digits[1][-20:]
+        towards = fgsm(net, x, (y + 1) % 10, eps=0.1, loss="margin", targeted=True)
+        away = fgsm(net, x, (y + 1) % 10, eps=0.1, loss=lambda z, t: -LOSSES["margin"](z, t))
+        assert torch.equal(towards, away)
+
+    def test_log_probabilities_do_as_well_as_logits(self, net: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+        # In float64, and in l2: the sign of a gradient that is 0 is that of its rounding error.
+        x, y, exact = digits[0][-100:].double(), digits[1][-100:], copy.deepcopy(net).double()
+        for loss in ("cross-entropy", "margin", "dlr"):
+            ours = fgsm(lambda images: exact(images).log_softmax(1), x, y, eps=0.5, norm="l2", loss=loss)
+            agree(ours, fgsm(exact, x, y, eps=0.5, norm="l2", loss=loss), exact)
+
+    def test_restarts_attack_only_what_stands(self, net: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+        x, y, sizes = digits[0][-100:], digits[1][-100:], []
+
+        def counting(images: Tensor) -> Tensor:
+            sizes.append(len(images))
+            return net(images)
+
+        attacked = pgd(counting, x, y, eps=0.09, steps=3, restarts=4, generator=torch.Generator().manual_seed(0))
+        runs = [sizes[i : i + 4] for i in range(0, len(sizes), 4)]  # three steps and the judgement
+        assert all(len(set(run)) == 1 for run in runs)
+        each = [run[0] for run in runs]
+        assert each[0] == 100
+        assert each == sorted(each, reverse=True)
+        assert 0 < each[1] < 100
+        with torch.no_grad():
+            assert int((net(attacked).argmax(1) == y).sum()) <= each[-1]
+
+    def test_no_more_restarts_once_all_are_fooled(self, net: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+        x, y, calls = digits[0][-20:], digits[1][-20:], []
+
+        def counting(images: Tensor) -> Tensor:
+            calls.append(len(images))
+            return net(images)
+
+        pgd(counting, x, y, eps=0.6, steps=10, restarts=50)
+        assert len(calls) <= 22
 
 
 class TestErrors:
@@ -339,6 +421,13 @@ class TestErrors:
             ({"steps": 0}, "at least 1"),
             ({"restarts": 0}, "at least 1"),
             ({"restarts": 2, "random_start": False}, "same path"),
+            ({"steps": 2.5}, "whole number"),
+            ({"momentum": -1.0}, "momentum"),
+            ({"loss": "hinge"}, "cross-entropy, margin, dlr, kl"),
+            ({"loss": "kl", "targeted": True}, "no target"),
+            ({"loss": "kl", "random_start": False}, "flat at the clean image"),
+            ({"loss": "dlr"}, "at least 3 classes"),
+            ({"loss": lambda logits, y: logits.sum()}, "one value per image"),
         ],
     )
     def test_settings(self, settings: dict[str, object], message: str) -> None:
@@ -349,6 +438,38 @@ class TestErrors:
     def test_labels(self, y: Tensor) -> None:
         with pytest.raises(InputError, match="one class number per image"):
             fgsm(linear(torch.ones(16), 0.0), self.x, y, eps=0.1)
+
+    @pytest.mark.parametrize("y", [torch.tensor([0, 2]), torch.tensor([-1, 0])])
+    @pytest.mark.parametrize("loss", ["cross-entropy", "margin", "kl"])
+    def test_labels_that_the_model_does_not_know(self, y: Tensor, loss: str) -> None:
+        with pytest.raises(InputError, match="has the classes 0 to 1"):
+            pgd(linear(torch.ones(16), 0.0), self.x, y, eps=0.1, steps=2, loss=loss)
+
+    def test_probabilities_instead_of_logits(self) -> None:
+        net, calls = linear(torch.ones(16), 0.0), []
+
+        def softmaxed(images: Tensor) -> Tensor:
+            calls.append(1)
+            return net(images).softmax(1)
+
+        with pytest.raises(InputError, match="remove its softmax"):
+            pgd(softmaxed, self.x, self.y, eps=0.1, steps=5)
+        assert calls == [1]  # seen in the first forward pass, which is the first step's
+
+    def test_logits_that_are_no_numbers(self) -> None:
+        with pytest.raises(InputError, match="clamp_min"):
+            fgsm(lambda images: torch.log(images[:, 0, 0, :3] * 0), self.x, self.y, eps=0.1)
+        with pytest.raises(InputError, match="logits 2 x K"):
+            fgsm(lambda images: images, self.x, self.y, eps=0.1)
+
+    def test_fgsm_on_the_kl_divergence(self) -> None:
+        with pytest.raises(InputError, match="pgd with a random start"):
+            fgsm(linear(torch.ones(16), 0.0), self.x, self.y, eps=0.1, loss="kl")
+
+    def test_a_model_that_ignores_the_images(self) -> None:
+        bias = nn.Parameter(torch.randn(3))
+        with pytest.raises(InputError, match="no gradient"):
+            fgsm(lambda images: bias.expand(len(images), 3), self.x, self.y, eps=0.1)
 
     def test_a_model_without_gradient(self) -> None:
         with pytest.raises(InputError, match="no gradient"):

@@ -1,4 +1,4 @@
-"""Gradient attacks on anything that is callable from images to logits.
+"""FGSM and PGD with their relatives, on anything that is callable from images to logits.
 
 A step costs one forward pass and one gradient with respect to the images alone: the parameters' gradients are
 neither computed nor touched.
@@ -6,26 +6,31 @@ neither computed nor touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from nndefense.attacks import norms
+from nndefense.attacks.checks import at_least, checked_inputs
+from nndefense.attacks.losses import Loss, find_loss, kl
+from nndefense.attacks.objective import Model, checked_logits, checking, fooled_by, loss_and_gradient, negated
 from nndefense.errors import InputError
-from nndefense.images import check_images
-
-Model = Callable[[Tensor], Tensor]
 
 
 def fgsm(
-    model: Model, x: Tensor, y: Tensor, *, eps: float | Tensor, norm: str = "linf", targeted: bool = False
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | Tensor,
+    norm: str = "linf",
+    targeted: bool = False,
+    loss: str | Loss = "cross-entropy",
 ) -> Tensor:
     """Fast gradient sign method (Goodfellow et al., ICLR 2015, section 4): one step of length eps.
 
-    ``x' = clip(x + eps * sign(grad_x CE(model(x), y)), 0, 1)``; in the l2 norms the sign becomes the unit gradient.
+    ``x' = clip(x + eps * sign(grad_x L(model(x), y)), 0, 1)``; in the l2 norms the sign becomes the unit gradient.
 
     Args:
         model: images N x C x H x W in [0, 1] -> logits N x K.
@@ -34,18 +39,24 @@ def fgsm(
         eps: radius, one number or one per image; in units of ``norm``.
         norm: ``linf``, ``l2`` or ``normalized-l2``.
         targeted: step towards ``y`` instead of away from it.
+        loss: a name in :data:`nndefense.attacks.LOSSES` except ``kl``, or a callable (logits, y) -> N.
 
     Returns:
         The attacked images: same shape, dtype and device as ``x``, in [0, 1] and inside the ball.
 
     Raises:
-        InputError: images, labels, eps or norm that cannot be used, or a model without a gradient.
+        InputError: images, labels, eps, norm or loss that cannot be used, a model in training mode, one that returns
+            probabilities, or one without a gradient.
     """
-    radii = _checked(x, y, eps, norm)
-    with _evaluating(model):
-        gradient = _gradient(model, x, y, targeted)
-    step = norms.project(norms.steepest(gradient, norm) * norms.per_image(radii, x), radii, norm)
-    return (x + step).clamp_(0, 1).detach()
+    radii = checked_inputs(model, x, y, eps, norm)
+    objective = find_loss(loss)
+    if objective is kl:
+        raise InputError("the gradient of the KL divergence is 0 at the clean image: use pgd with a random start")
+    if targeted:
+        objective = negated(objective)
+    x = x.detach()
+    _, _, gradient = loss_and_gradient(model, x, y, checking(objective))
+    return norms.projector(x, radii, norm)(x + norms.steepest(gradient, norm) * norms.per_image(radii, x))
 
 
 def pgd(
@@ -60,13 +71,19 @@ def pgd(
     random_start: bool = True,
     restarts: int = 1,
     targeted: bool = False,
+    loss: str | Loss = "cross-entropy",
+    momentum: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Projected gradient descent on the cross-entropy (Madry et al., ICLR 2018, section 2.1).
+    """Projected gradient descent (Madry et al., ICLR 2018, section 2.1), with I-FGSM and MI-FGSM as settings.
 
     ``x_{t+1} = P(x_t + step_size * g)`` with g the sign of the gradient (linf) or the unit gradient (l2), and P the
-    projection on the ball around ``x``, then on [0, 1]. The box cannot enlarge an l2 perturbation, so one
-    projection on each is enough. Each image keeps the restart that fools the model, else the one of highest loss.
+    projection on the ball around ``x``, then on [0, 1]. Each image keeps the restart that fools the model, else the
+    one of highest loss, and only images that still stand are attacked again.
+
+    * I-FGSM (Kurakin et al., ICLR Workshop 2017, section 2.2): ``random_start=False``.
+    * MI-FGSM (Dong et al., CVPR 2018, section 3.1): ``momentum=1.0, random_start=False, step_size=eps / steps``;
+      ``g <- momentum * g + grad / ||grad||_1``.
 
     Args:
         model: images N x C x H x W in [0, 1] -> logits N x K.
@@ -79,103 +96,75 @@ def pgd(
         random_start: begin at a uniform draw from the ball instead of at ``x``.
         restarts: independent runs, at least 1; more than one needs ``random_start``.
         targeted: lower the loss towards ``y`` instead of raising it.
+        loss: a name in :data:`nndefense.attacks.LOSSES`, or a callable (logits, y) -> N. ``kl`` raises the
+            divergence from the clean prediction; it needs ``random_start`` and cannot be targeted.
+        momentum: decay factor mu of MI-FGSM, at least 0; 0 is plain PGD.
         generator: source of the random starts, on any device.
 
     Returns:
         The attacked images: same shape, dtype and device as ``x``, in [0, 1] and inside the ball.
 
     Raises:
-        InputError: images, labels or settings that cannot be used, or a model without a gradient.
+        InputError: images, labels or settings that cannot be used, a model in training mode, one that returns
+            probabilities, or one without a gradient.
     """
-    radii = _checked(x, y, eps, norm)
-    if steps < 1:
-        raise InputError(f"steps is {steps}, but must be at least 1")
-    if restarts < 1:
-        raise InputError(f"restarts is {restarts}, but must be at least 1")
+    radii = checked_inputs(model, x, y, eps, norm)
+    at_least("steps", steps)
+    at_least("restarts", restarts)
     if restarts > 1 and not random_start:
         raise InputError("restarts without a random start all take the same path: turn random_start on")
+    if not 0 <= momentum < float("inf"):
+        raise InputError(f"momentum is {momentum}, but must be finite and at least 0")
+    objective = find_loss(loss)
+    if objective is kl and (targeted or not random_start):
+        raise InputError("the KL divergence knows no target and is flat at the clean image: use it with random_start")
     stride = radii * (2.5 / steps) if step_size is None else norms.radius(x, step_size, norm)
+    x = x.detach()
+    goal = checked_logits(model, x, y) if objective is kl else y
+    objective = negated(objective) if targeted else objective
+    path = _Path(objective, norm, steps, random_start, momentum, generator)
+    if restarts == 1:
+        return path.ascend(model, x, goal, radii, stride, checking(objective) if goal is y else objective)
 
-    best = x.detach().clone()
-    best_loss, best_fooled = torch.full_like(radii, -torch.inf), torch.zeros_like(radii, dtype=torch.bool)
-    with _evaluating(model):
-        for _ in range(restarts):
-            attacked = _ascend(model, x.detach(), y, radii, stride, norm, steps, random_start, targeted, generator)
-            if restarts == 1:
-                return attacked
-            loss, fooled = _outcome(model, attacked, y, targeted)
-            better = (fooled & ~best_fooled) | ((fooled == best_fooled) & (loss > best_loss))
-            best[better], best_loss[better], best_fooled[better] = attacked[better], loss[better], fooled[better]
+    best, best_loss, standing = x.clone(), torch.full_like(radii, -torch.inf), torch.arange(len(x), device=x.device)
+    for restart in range(restarts):
+        here = standing
+        first = checking(objective) if restart == 0 and goal is y else objective
+        attacked = path.ascend(model, x[here], goal[here], radii[here], stride[here], first)
+        with torch.no_grad():
+            logits = model(attacked)
+            reached, fooled = objective(logits, goal[here]), fooled_by(logits, y[here], targeted)
+        better = fooled | (reached > best_loss[here])
+        best[here[better]], best_loss[here[better]] = attacked[better], reached[better]
+        standing = here[~fooled]
+        if len(standing) == 0:
+            break
     return best
 
 
-def _ascend(
-    model: Model,
-    x: Tensor,
-    y: Tensor,
-    radii: Tensor,
-    stride: Tensor,
-    norm: str,
-    steps: int,
-    random_start: bool,
-    targeted: bool,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """One run of PGD from x or from a random start: N x C x H x W -> N x C x H x W."""
-    stride = norms.per_image(stride, x)
-    attacked = x
-    if random_start:
-        attacked = (x + norms.random_in_ball(x, radii, norm, generator)).clamp_(0, 1)
-    for _ in range(steps):
-        gradient = _gradient(model, attacked, y, targeted)
-        moved = attacked + stride * norms.steepest(gradient, norm)
-        attacked = (x + norms.project(moved - x, radii, norm)).clamp_(0, 1)
-    return attacked
+@dataclass(frozen=True)
+class _Path:
+    """The settings that every restart shares."""
 
+    loss: Loss
+    norm: str
+    steps: int
+    random_start: bool
+    momentum: float
+    generator: torch.Generator | None
 
-def _gradient(model: Model, x: Tensor, y: Tensor, targeted: bool) -> Tensor:
-    """The gradient of the loss that the attack raises, with respect to the images alone: N x C x H x W."""
-    x = x.detach().requires_grad_(True)
-    with torch.enable_grad():
-        # The sum, not the mean, so that no image's gradient depends on the size of the batch.
-        loss = F.cross_entropy(model(x), y, reduction="sum")
-        if not loss.requires_grad:
-            raise InputError(
-                "the model's output carries no gradient to the images (a retrieval is not differentiable): "
-                "attack the classifier itself, or a differentiable relaxation of the defence"
-            )
-        (gradient,) = torch.autograd.grad(-loss if targeted else loss, x)
-    return gradient
-
-
-@torch.no_grad()
-def _outcome(model: Model, attacked: Tensor, y: Tensor, targeted: bool) -> tuple[Tensor, Tensor]:
-    """The loss that the attack raised, N, and whether it reached its goal, N."""
-    logits = model(attacked)
-    losses, hit = F.cross_entropy(logits, y, reduction="none"), logits.argmax(1) == y
-    return (-losses, hit) if targeted else (losses, ~hit)
-
-
-def _checked(x: Tensor, y: Tensor, eps: float | Tensor, norm: str) -> Tensor:
-    """Check what every attack is given; return the radii N."""
-    check_images(x)
-    if y.shape != x.shape[:1] or y.is_floating_point():
-        raise InputError(f"labels have shape {tuple(y.shape)}, but must be one class number per image ({len(x)})")
-    return norms.radius(x, eps, norm)
-
-
-@contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    """Put a module into evaluation mode, and give every part its own mode back at the end.
-
-    Without it a batch-norm layer in training mode would make each image's attack depend on its batch, and would
-    move the running statistics of a model that the caller only lent.
-    """
-    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    def ascend(self, model: Model, x: Tensor, y: Tensor, radii: Tensor, stride: Tensor, first: Loss) -> Tensor:
+        """One run from x or from a random start, N x C x H x W -> N x C x H x W; ``first`` is the first step's loss."""
+        stride, inside = norms.per_image(stride, x), norms.projector(x, radii, self.norm)
+        attacked = x
+        if self.random_start:
+            attacked = inside(x + norms.random_in_ball(x, radii, self.norm, self.generator))
+        velocity: Tensor | None = None
+        for step in range(self.steps):
+            _, _, gradient = loss_and_gradient(model, attacked, y, self.loss if step else first)
+            if self.momentum:
+                gradient = norms.unit_l1(gradient)
+                velocity = gradient if velocity is None else self.momentum * velocity + gradient
+                gradient = velocity
+            attacked = inside(torch.addcmul(attacked, stride, norms.steepest(gradient, self.norm)))
+        return attacked

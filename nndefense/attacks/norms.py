@@ -7,6 +7,7 @@ pixels in [0, 1] before any normalisation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,6 +17,8 @@ from nndefense.errors import InputError
 
 Norm = Literal["linf", "l2", "normalized-l2"]
 NORMS: tuple[Norm, ...] = ("linf", "l2", "normalized-l2")
+
+Projector = Callable[[Tensor], Tensor]
 
 _TINY = 1e-12
 # Float32 rounding of x + delta can carry an image over the sphere by a few units in the last place.
@@ -62,10 +65,16 @@ def steepest(gradient: Tensor, norm: str) -> Tensor:
     """The direction of length 1 in which the loss rises fastest: its sign (linf) or its unit vector (l2)."""
     if norm == "linf":
         return gradient.sign()
-    # Dividing by the largest entry first keeps the square of a tiny gradient from becoming 0.
-    largest = gradient.flatten(1).abs().amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
-    scaled = gradient / per_image(largest, gradient)
-    return scaled / per_image(length(scaled).clamp_min(_TINY), gradient)
+    # The square of a tiny gradient is 0 in float32, but not in float64 (which MPS does not have).
+    exact = None if gradient.device.type == "mps" else torch.float64
+    size = torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=exact).to(gradient.dtype)
+    return gradient / per_image(size.clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
+
+
+def unit_l1(gradient: Tensor) -> Tensor:
+    """The gradient divided by its l1 norm, which MI-FGSM accumulates: N x C x H x W -> N x C x H x W."""
+    total = gradient.flatten(1).abs().sum(1).clamp_min(torch.finfo(gradient.dtype).tiny)
+    return gradient / per_image(total, gradient)
 
 
 def project(delta: Tensor, radii: Tensor, norm: str) -> Tensor:
@@ -74,7 +83,36 @@ def project(delta: Tensor, radii: Tensor, norm: str) -> Tensor:
     if norm == "linf":
         return torch.minimum(torch.maximum(delta, -limit), limit)
     norms = per_image(length(delta), delta)
-    return torch.where(norms > limit, delta * (limit * _SHRINK / norms.clamp_min(_TINY)), delta)
+    return delta * torch.where(norms > limit, limit * _SHRINK / norms.clamp_min(_TINY), 1.0)
+
+
+def projector(images: Tensor, radii: Tensor, norm: str) -> Projector:
+    """Make the projection on each image's ball and on the box [0, 1]: a function N x C x H x W -> N x C x H x W.
+
+    For linf both are one interval per pixel, so that a step clamps once. In l2 the projection on the ball comes
+    first: the box moves every pixel towards its clean value, so it cannot enlarge the perturbation again.
+    """
+    limit = per_image(radii, images)
+    if norm == "linf":
+        low, high = (images - limit).clamp_(0, 1), (images + limit).clamp_(0, 1)
+        return lambda moved: torch.clamp(moved, low, high)
+    return lambda moved: (images + project(moved - images, radii, norm)).clamp_(0, 1)
+
+
+def random_on_sphere(images: Tensor, radii: Tensor, norm: str, generator: torch.Generator | None) -> Tensor:
+    """Draw a perturbation whose norm is the radius: APGD's start (its authors' code), before the box is applied."""
+    if norm == "linf":
+        drawn = 2 * _uniform(images, generator) - 1
+        largest = drawn.flatten(1).abs().amax(1) if drawn[:1].numel() else radii
+        return drawn * per_image(radii / largest.clamp_min(_TINY), images)
+    drawn = _normal(images, generator)
+    return drawn * per_image(radii * _SHRINK / length(drawn).clamp_min(_TINY), images)
+
+
+def distance(images: Tensor, attacked: Tensor, norm: str) -> Tensor:
+    """The size of each perturbation in raw pixel units, N: the largest entry (linf) or the length (both l2 norms)."""
+    delta = attacked - images
+    return delta.flatten(1).abs().amax(1) if norm == "linf" else length(delta)
 
 
 def random_in_ball(images: Tensor, radii: Tensor, norm: str, generator: torch.Generator | None) -> Tensor:
@@ -82,8 +120,7 @@ def random_in_ball(images: Tensor, radii: Tensor, norm: str, generator: torch.Ge
     if norm == "linf":
         return (2 * _uniform(images, generator) - 1) * per_image(radii, images)
     # A normal vector has a uniform direction; the d-th root of a uniform number is the right law of the length.
-    device = images.device if generator is None else generator.device
-    normal = torch.randn(images.shape, generator=generator, device=device, dtype=images.dtype).to(images.device)
+    normal = _normal(images, generator)
     share = _uniform(images[:, :1, :1, :1], generator).flatten() ** (1.0 / max(images.shape[1:].numel(), 1))
     return normal * per_image(radii * share / length(normal).clamp_min(_TINY), images)
 
@@ -91,3 +128,8 @@ def random_in_ball(images: Tensor, radii: Tensor, norm: str, generator: torch.Ge
 def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
     device = like.device if generator is None else generator.device
     return torch.rand(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+
+
+def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = like.device if generator is None else generator.device
+    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)

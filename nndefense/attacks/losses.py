@@ -1,0 +1,109 @@
+"""What an attack raises: each loss takes logits N x K and labels N and gives N values to be MAXIMISED.
+
+All are unchanged by adding one number to a row of logits, so log-probabilities, which are logits less such a number,
+give the same values and gradients. Probabilities do not: :func:`nndefense.attacks.check_logits` refuses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nndefense.errors import InputError
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+_TINY = 1e-12
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy in nats, ``-log softmax(logits)_y``: N x K and N -> N, at least 0."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Margin of Carlini and Wagner (S&P 2017, section 5.A, f_6), ``max_{j != y} z_j - z_y``: N x K and N -> N.
+
+    It is positive exactly where the label is no longer the largest logit, and does not saturate as cross-entropy
+    does on a net that is sure of itself.
+    """
+    own = y[:, None]
+    others: Tensor = logits.scatter(1, own, -torch.inf).amax(1)
+    return others - logits.gather(1, own)[:, 0]
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio (Croce and Hein, ICML 2020, section 4.1): N x K and N -> N, at least -1.
+
+    ``-(z_y - max_{j != y} z_j) / (z_(1) - z_(3))`` with z sorted downwards. It does not change when the logits are
+    scaled, so a net cannot hide its gradients by being scaled up.
+
+    Raises:
+        InputError: fewer than 3 classes.
+    """
+    _classes(logits, 3, "dlr")
+    top = logits.topk(3, dim=1).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + _TINY)
+
+
+def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Targeted difference of logits ratio (Croce and Hein, ICML 2020, section 4.1): N x K, N and N -> N.
+
+    ``-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2)``: raising it carries an image of class y towards class t.
+
+    Args:
+        logits: N x K, K at least 4.
+        y: true labels N.
+        target: classes N that the attack heads for.
+
+    Raises:
+        InputError: fewer than 4 classes.
+    """
+    _classes(logits, 4, "targeted_dlr")
+    top = logits.topk(4, dim=1).values
+    gap = logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])
+    return gap[:, 0] / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + _TINY)
+
+
+def kl(logits: Tensor, clean: Tensor) -> Tensor:
+    """KL divergence from the clean to the attacked prediction, in nats (Zhang et al., ICML 2019, section 3.2).
+
+    ``sum_k p_k log(p_k / q_k)`` with p the softmax of the clean logits and q that of ``logits``: no label is needed.
+    Its gradient at the clean image is 0, so an attack that raises it starts elsewhere.
+
+    Args:
+        logits: logits of the attacked images, N x K.
+        clean: logits of the clean images, N x K; they take the place of the labels.
+
+    Returns:
+        N values, at least 0.
+    """
+    attacked, reference = logits.log_softmax(1), clean.log_softmax(1)
+    return F.kl_div(attacked, reference, reduction="none", log_target=True).sum(1)
+
+
+#: The losses by name. ``kl`` takes clean logits instead of labels; the attacks that offer it provide them.
+LOSSES: dict[str, Loss] = {"cross-entropy": cross_entropy, "margin": margin, "dlr": dlr, "kl": kl}
+
+
+def find_loss(loss: str | Loss) -> Loss:
+    """Give a loss by its name in :data:`LOSSES`; a callable (logits N x K, labels N) -> N is taken as it is.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if callable(loss):
+        return loss
+    if loss not in LOSSES:
+        raise InputError(f"loss is {loss!r}, but must be one of {', '.join(LOSSES)}, or a callable")
+    return LOSSES[loss]
+
+
+def _classes(logits: Tensor, least: int, name: str) -> None:
+    if logits.shape[1] < least:
+        raise InputError(
+            f"{name} needs at least {least} classes, but the model has {logits.shape[1]}: use loss='margin'"
+        )
