@@ -209,6 +209,15 @@ class ImageDatabase:
         """The classifier's posteriors of rows, of any shape: ``rows.shape`` x C, float32."""
         return torch.from_numpy(self._table.take("posteriors", np.asarray(rows)))
 
+    def features(self, rows: Tensor | Array) -> Tensor:
+        """The feature vectors of rows, of any shape: ``rows.shape`` x d, float32."""
+        return torch.from_numpy(self._table.take("features", np.asarray(rows)))
+
+    @property
+    def row_numbers(self) -> Array:
+        """The numbers of the rows that a search can find, ascending: all of them, or those of a subset."""
+        return np.arange(len(self), dtype=np.int64) if self._selection is None else self._selection
+
     def weights(
         self, rows: Tensor | Array, weighting: str, *, power: float = CBW_D_POWER, terms: int = CBW_D_TERMS
     ) -> Tensor:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from nndefense.database.exact import TorchIndex
 from nndefense.errors import DatabaseError, InputError
 
 Array = NDArray[Any]
 Search = tuple[NDArray[np.float32], NDArray[np.int64]]
 BACKENDS = ("auto", "faiss", "torch")
+__all__ = ["BACKENDS", "FaissIndex", "Index", "TorchIndex", "faiss_available", "import_faiss"]
 
 
 class Index(Protocol):
@@ -85,33 +86,6 @@ class FaissIndex:
         squared, rows = self.index.search(np.ascontiguousarray(queries, dtype=np.float32), k)
         # FAISS gives squared distances, and rounding can carry the smallest of them below 0.
         return np.sqrt(np.maximum(squared, 0)).astype(np.float32), rows.astype(np.int64)
-
-
-class TorchIndex:
-    """Exact search by matrix products and a running top-k, on any device; reads the rows in pieces."""
-
-    def __init__(
-        self, rows: Callable[[int, int], Array], count: int, *, device: str = "cpu", piece: int = 1 << 17
-    ) -> None:
-        """``rows(first, last)`` gives rows (last - first) x d float32; ``piece`` is how many are compared at once."""
-        self.rows, self.count, self.device, self.piece = rows, count, torch.device(device), piece
-
-    @torch.no_grad()
-    def search(self, queries: Array, k: int) -> Search:
-        wanted = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).to(self.device)
-        best = torch.full((len(wanted), 0), torch.inf, device=self.device)
-        ids = torch.zeros((len(wanted), 0), dtype=torch.int64, device=self.device)
-        for first in range(0, self.count, self.piece):
-            last = min(first + self.piece, self.count)
-            rows = torch.from_numpy(np.ascontiguousarray(self.rows(first, last))).to(self.device)
-            # ||q - r||^2 less ||q||^2, which does not change the order.
-            squared = torch.addmm((rows * rows).sum(1)[None], wanted, rows.T, alpha=-2)
-            near, position = squared.topk(min(k, last - first), dim=1, largest=False)
-            best, ids = torch.cat([best, near], 1), torch.cat([ids, position + first], 1)
-            best, order = best.topk(min(k, best.shape[1]), dim=1, largest=False)
-            ids = ids.gather(1, order)
-        distances = (best + (wanted * wanted).sum(1, keepdim=True)).clamp_min(0).sqrt()
-        return distances.cpu().numpy(), ids.cpu().numpy()
 
 
 def _unusable(factory: str, error: RuntimeError) -> InputError:

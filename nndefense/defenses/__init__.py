@@ -2,5 +2,15 @@
 
 from nndefense.defenses.calibration import DEFAULT_KS, Calibration, Choice, calibrate
 from nndefense.defenses.nearest_neighbor import Explanation, NearestNeighborDefense
+from nndefense.defenses.surface import RelaxedDefense, retrieval_surface
 
-__all__ = ["DEFAULT_KS", "Calibration", "Choice", "Explanation", "NearestNeighborDefense", "calibrate"]
+__all__ = [
+    "DEFAULT_KS",
+    "Calibration",
+    "Choice",
+    "Explanation",
+    "NearestNeighborDefense",
+    "RelaxedDefense",
+    "calibrate",
+    "retrieval_surface",
+]

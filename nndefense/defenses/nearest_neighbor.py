@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nndefense.attacks.retrieval import Knowledge, RetrievalSurface
 from nndefense.database import ImageDatabase, combine, weight_shares
 from nndefense.database.weighting import CBW_D_POWER, CBW_D_TERMS, check_weighting
 from nndefense.defenses.calibration import Calibration, calibrate
+from nndefense.defenses.surface import retrieval_surface
 from nndefense.errors import InputError
 from nndefense.images import check_images
 from nndefense.models import Classifier
@@ -128,6 +130,12 @@ class NearestNeighborDefense(nn.Module):
             labels=self.database.labels(rows),
             ids=[ids[first : first + self.k] for first in range(0, len(ids), self.k)],
         )
+
+    def surface(self, knowledge: Knowledge = Knowledge.WHITE, **options: Any) -> RetrievalSurface:
+        """What an attacker who knows this much can hold in his hands; options and errors as for
+        :func:`~nndefense.defenses.surface.retrieval_surface`.
+        """
+        return retrieval_surface(self, knowledge, **options)
 
     def _neighbors(self, images: Tensor) -> tuple[Tensor, Tensor]:
         check_images(images, channels=self.classifier.input_shape[0])

@@ -1,0 +1,313 @@
+"""The objectives of the fixed-budget attacks on retrieval; each is renewed from the attacker's rows as it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nndefense.attacks.retrieval import relaxation
+from nndefense.attacks.retrieval.ascent import Problem
+from nndefense.attacks.retrieval.relaxation import Neighborhood
+from nndefense.attacks.retrieval.surface import Rows
+from nndefense.errors import InputError
+
+Loss = Literal["margin", "dlr", "ce"]
+LOSSES: tuple[Loss, ...] = ("margin", "dlr", "ce")
+
+
+class SoftTopK:
+    """R1 or R3 of :mod:`~nndefense.attacks.retrieval.relaxation`, re-retrieved every few steps, T annealed.
+
+    T falls geometrically from ``hot`` to ``cold`` times the spread that the neighbourhood had at first.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        k: int,
+        *,
+        loss: str = "margin",
+        hard: bool = False,
+        target: Tensor | None = None,
+        m: int | None = None,
+        others: int = 32,
+        refresh: int = 10,
+        hot: float = 0.3,
+        cold: float = 0.03,
+    ) -> None:
+        if loss not in LOSSES:
+            raise InputError(f"loss is {loss!r}, but must be one of {', '.join(LOSSES)}")
+        if not 0 < cold <= hot:
+            raise InputError(f"the temperatures go from {hot} to {cold}, but must fall and stay above 0")
+        self.rows, self.k, self.loss, self.hard, self.target = rows, k, loss, hard, target
+        self.m, self.others, self.refresh = max(4 * k, 32) if m is None else m, others, refresh
+        self.hot, self.cold = hot, cold
+        self.hood: Neighborhood | None = None
+        self.y = torch.zeros(0, dtype=torch.int64)
+
+    def renew(self, problem: Problem, images: Tensor, features: Tensor | None, progress: float) -> None:
+        """Retrieve again."""
+        assert features is not None
+        spread = None if self.hood is None else self.hood.spread
+        self.y = problem.y
+        self.hood = relaxation.retrieve(self.rows, features, problem.y, self.k, m=self.m, others=self.others)
+        # One scale for the whole run, so that the annealing alone moves the temperature.
+        if spread is not None:
+            self.hood.spread = spread
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with some images."""
+        assert self.hood is not None
+        self.hood, self.y = self.hood.take(index), self.y[index]
+        self.target = None if self.target is None else self.target[index]
+
+    def value(self, images: Tensor, features: Tensor | None, progress: float) -> tuple[Tensor, Tensor | None]:
+        """The loss on log p."""
+        assert self.hood is not None
+        assert features is not None
+        temperature = self.hot * (self.cold / self.hot) ** progress
+        distances = self.hood.distances(features)
+        log_p = relaxation.soft_log_probabilities(self.hood, features, self.k, temperature, distances=distances)
+        with torch.no_grad():
+            hard = relaxation.hard_log_probabilities(self.hood, distances.detach(), self.k)
+        if self.hard:
+            log_p = relaxation.straight_through(hard, log_p)
+        return self._loss(log_p), hard.argmax(1) != self.y
+
+    def _loss(self, log_p: Tensor) -> Tensor:
+        if self.loss == "margin" or self.target is not None:
+            return relaxation.margin(log_p, self.y, self.target)
+        if self.loss == "dlr":
+            return relaxation.dlr(log_p, self.y)
+        return -log_p.gather(1, self.y.unsqueeze(1)).squeeze(1)
+
+
+class PushPull:
+    """Feature push-pull (Sitawarin & Wagner, arXiv 2003.06559).
+
+    Lowers ``sum_i ReLU(a_i (d_i^2 - tau) + margin)`` over m/2 rows of the wrong class to be pulled into the K-ball
+    (a = 1) and m/2 rows of the true class to be pushed out of it (a = -1); tau is the current K-th squared distance.
+    Guides and tau are found again every ``refresh`` steps. The wrong class is the target, or the class of smallest
+    mean distance over its m/2 nearest rows.
+    """
+
+    def __init__(
+        self, rows: Rows, k: int, *, guides: int = 100, refresh: int = 5, target: Tensor | None = None
+    ) -> None:
+        if guides < 2:
+            raise InputError(f"guides is {guides}, but must be at least 2: one to pull and one to push")
+        self.rows, self.k, self.half, self.refresh = rows, k, guides // 2, refresh
+        self.target = target
+        self.hood: Neighborhood | None = None
+        self.y = torch.zeros(0, dtype=torch.int64)
+
+    def renew(self, problem: Problem, images: Tensor, features: Tensor | None, progress: float) -> None:
+        """Find guides."""
+        assert features is not None
+        self.y = problem.y
+        if self.target is None:
+            self.target = wrong_classes(self.rows, features, problem.y, 1, self.half)[:, 0]
+        self.hood = guides(self.rows, features, problem.y, self.target, self.half, self.k)
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with some images."""
+        assert self.hood is not None
+        assert self.target is not None
+        self.hood, self.y, self.target = self.hood.take(index), self.y[index], self.target[index]
+
+    def value(self, images: Tensor, features: Tensor | None, progress: float) -> tuple[Tensor, Tensor | None]:
+        """Minus the hinge sum."""
+        assert self.hood is not None
+        assert features is not None
+        distances = self.hood.distances(features)
+        hard = relaxation.hard_log_probabilities(self.hood, distances.detach(), self.k)
+        return -hinge_sum(self.hood, distances, self.y, self.k), hard.argmax(1) != self.y
+
+
+def guides(rows: Rows, features: Tensor, y: Tensor, target: Tensor, half: int, k: int) -> Neighborhood:
+    """The ``half`` nearest rows of the target class and the ``half`` nearest of class y, then the K nearest of all."""
+    half = min(half, rows.count)
+    pull, own = rows.nearest(features, half, of=target), rows.nearest(features, half, of=y)
+    around = rows.nearest(features, min(k + 1, rows.count))
+    found = torch.cat([pull[1], own[1]], 1)
+    distances = torch.cat([pull[0], own[0], around[0]], 1)
+    # Rows of a third class near by decide on the answer too, but are neither pulled nor pushed.
+    third = ~(around[1].unsqueeze(2) == found.unsqueeze(1)).any(2)
+    filled = torch.isfinite(distances) & torch.cat([torch.ones_like(found, dtype=torch.bool), third], 1)
+    near = torch.cat([found, around[1]], 1)
+    posteriors = rows.posteriors(near)
+    log_weights = rows.weights(near).clamp_min(1e-30).log().masked_fill(~filled, -torch.inf)
+    classes = posteriors.argmax(2)
+    classes[:, found.shape[1] :] = -1
+    return Neighborhood(
+        rows.vectors(near), log_weights, posteriors.clamp_min(1e-30).log(), classes, torch.ones_like(features[:, 0])
+    )
+
+
+def hinge_sum(
+    hood: Neighborhood,
+    distances: Tensor,
+    y: Tensor,
+    k: int,
+    *,
+    active: Tensor | None = None,
+    half: int = 0,
+    slack: float = 1e-5,
+) -> Tensor:
+    """``sum_i ReLU(a_i (d_i^2 - tau) + slack)`` over the guides: N.
+
+    ``active`` (N) keeps only that many of the first ``half`` places, which pull, and of the next, which push.
+    """
+    filled = torch.isfinite(distances)
+    squared = torch.where(filled, distances, 0.0).square()
+    tau = relaxation.threshold(distances, k).square()
+    side = torch.where(hood.classes == y.unsqueeze(1), -1.0, 1.0).masked_fill((hood.classes < 0) | ~filled, 0.0)
+    if active is not None:
+        place = torch.arange(side.shape[1], device=side.device)
+        rank = torch.where(place < half, place, place - half).clamp_min(0)
+        side = side.masked_fill((rank >= active.unsqueeze(1)) & (place < 2 * half), 0.0)
+    return (F.relu(side * (squared - tau) + slack) * side.abs()).sum(1)
+
+
+def wrong_classes(rows: Rows, features: Tensor, y: Tensor, count: int, half: int) -> Tensor:
+    """The ``count`` classes other than y that are nearest by the mean distance of their ``half`` nearest rows.
+
+    N x count; filled up with the last one where fewer classes have rows. Only classes among the nearest rows of
+    other classes are ranked, so that the search does not grow with the number of classes.
+    """
+    far, found = rows.nearest(features, min(max(16 * half, 64), rows.count), but=y)
+    posteriors = rows.posteriors(found)
+    classes = posteriors.argmax(2)
+    number = posteriors.shape[2]
+    scores = torch.full((len(features), number), torch.inf, device=features.device, dtype=far.dtype)
+    for c in torch.unique(classes).tolist():
+        own = torch.where(classes == c, far, torch.inf)
+        nearest = own.topk(min(half, own.shape[1]), dim=1, largest=False).values
+        present = torch.isfinite(nearest)
+        mean = torch.where(present, nearest, 0.0).sum(1) / present.sum(1).clamp_min(1)
+        # A class with few rows in sight is farther than one with all of them, whatever these few look like.
+        missing = (~present).sum(1) * far.masked_fill(torch.isinf(far), 0.0).amax(1) / nearest.shape[1]
+        scores[:, c] = torch.where(present.any(1), mean * present.sum(1) / nearest.shape[1] + missing, torch.inf)
+    scores.scatter_(1, y.unsqueeze(1), torch.inf)
+    count = min(count, number - 1)
+    values, order = scores.topk(count, dim=1, largest=False)
+    return torch.where(torch.isfinite(values), order, order[:, :1])
+
+
+class ClassScores:
+    """ASK (Wang et al. 2021): cross-entropy of class scores from fixed references.
+
+    A class's score is the mean of ``-||phi(x') - phi_ref|| / T`` over its 5 nearest references, found once from the
+    clean image.
+    """
+
+    refresh = 0
+
+    def __init__(self, rows: Rows, *, references: int = 5, temperature: float = 0.1, classes: int = 10) -> None:
+        if references < 1 or temperature <= 0 or classes < 1:
+            raise InputError("ASK needs at least 1 reference, 1 other class and a temperature above 0")
+        self.rows, self.references, self.temperature, self.others = rows, references, temperature, classes
+        self.vectors = torch.zeros(0)
+
+    def renew(self, problem: Problem, images: Tensor, features: Tensor | None, progress: float) -> None:
+        """Find the references, at the first step only and around the clean images."""
+        with torch.no_grad():
+            clean = problem.surface.need_features("ASK")(problem.x)
+        order = wrong_classes(self.rows, clean, problem.y, self.others, self.references)
+        wanted = torch.cat([problem.y.unsqueeze(1), order], 1)  # N x classes, the true one first
+        found = []
+        for c in wanted.unbind(1):
+            distances, rows = self.rows.nearest(clean, min(self.references, self.rows.count), of=c)
+            # A class with fewer rows than references repeats its nearest.
+            found.append(self.rows.vectors(torch.where(torch.isfinite(distances), rows, rows[:, :1])))
+        self.vectors = torch.stack(found, 1)  # N x classes x references x d
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with some images."""
+        self.vectors = self.vectors[index]
+
+    def value(self, images: Tensor, features: Tensor | None, progress: float) -> tuple[Tensor, Tensor | None]:
+        """Cross-entropy of the class scores."""
+        assert features is not None
+        distances = (features[:, None, None] - self.vectors).square().sum(3).clamp_min(1e-12).sqrt()
+        scores = -distances.mean(2) / self.temperature
+        return scores.logsumexp(1) - scores[:, 0], None
+
+
+class Drift:
+    """Away from the clean image's own feature: raises ``||phi(x') - phi(x)||``; needs no row."""
+
+    refresh = 0
+
+    def __init__(self) -> None:
+        self.origin = torch.zeros(0)
+
+    def renew(self, problem: Problem, images: Tensor, features: Tensor | None, progress: float) -> None:
+        """Note where the clean images lie."""
+        with torch.no_grad():
+            self.origin = problem.surface.need_features("feature drift")(problem.x)
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with some images."""
+        self.origin = self.origin[index]
+
+    def value(self, images: Tensor, features: Tensor | None, progress: float) -> tuple[Tensor, Tensor | None]:
+        """The squared distance, whose direction is the distance's own and is 0 only at the clean image."""
+        assert features is not None
+        return (features - self.origin).square().sum(1), None
+
+
+class ClassifierLoss:
+    """Cross-entropy of the classifier, plus what the paper's own attacks add to it (Dubey et al. 2019).
+
+    ``prediction`` (PGD-PR): ``gamma * mean_k CE(h(x'), s_k)``, s_k the posteriors of the clean image's K neighbours.
+    ``feature`` (PGD-FS): ``gamma * mean_k ||phi(x') - phi_k||``. Forms and gamma are
+    ours, since the paper's could not be established; the sum over k is a mean here, so that gamma means the same for
+    every K.
+    """
+
+    refresh = 0
+
+    def __init__(
+        self,
+        classify: Callable[[Tensor], Tensor],
+        rows: Rows | None = None,
+        *,
+        term: Literal["none", "prediction", "feature"] = "none",
+        gamma: float = 1.0,
+    ) -> None:
+        if not 0 <= gamma < float("inf"):
+            raise InputError(f"gamma is {gamma}, but must be at least 0")
+        self.classify, self.rows, self.term, self.gamma = classify, rows, term, gamma
+        self.y, self.around = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+
+    def renew(self, problem: Problem, images: Tensor, features: Tensor | None, progress: float) -> None:
+        """Find the clean images' neighbours."""
+        self.y = problem.y
+        if self.rows is None or self.term == "none":
+            self.around = torch.zeros(len(images), 0)
+            return
+        with torch.no_grad():
+            clean = problem.surface.need_features("the paper's attack")(problem.x)
+        _, found = self.rows.nearest(clean, min(problem.surface.k, self.rows.count))
+        self.around = self.rows.posteriors(found) if self.term == "prediction" else self.rows.vectors(found)
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with some images."""
+        self.y, self.around = self.y[index], self.around[index]
+
+    def value(self, images: Tensor, features: Tensor | None, progress: float) -> tuple[Tensor, Tensor | None]:
+        """Cross-entropy and the term."""
+        log_p = self.classify(images).log_softmax(1)
+        loss = -log_p.gather(1, self.y.unsqueeze(1)).squeeze(1)
+        if self.term == "prediction":
+            loss = loss - self.gamma * (self.around.mean(1) * log_p).sum(1)
+        elif self.term == "feature":
+            assert features is not None
+            distances = (features.unsqueeze(1) - self.around).square().sum(2).clamp_min(1e-12).sqrt()
+            loss = loss + self.gamma * distances.mean(1)
+        return loss, None

@@ -1,0 +1,144 @@
+"""A retrieval that can be differentiated: the soft top-K of an image's neighbourhood, and losses on its logarithm.
+
+The defence answers ``p = sum_k w_k s_k / sum_k w_k`` over the K nearest rows; w_k and s_k are constants of the rows,
+so all of the gradient flows through who belongs to the K. Relaxation R1 (ours, after the advice of Tramer et al.,
+NeurIPS 2020, to attack the decisive part itself) gives every row near the image a membership
+
+    a_j = sigmoid((tau - d_j) / T),   tau = halfway between the K-th and the next distance, held fixed,
+
+and R3 (straight-through) takes the hard answer forward and R1's gradient backward. As T goes to 0, R1 becomes the
+hard top-K, where a softmax of -d^2 / T would become 1-NN. Everything is kept in logarithms: a row far outside the
+K-ball then still pulls, with slope 1/T, where its plain membership would be 0 and its gradient too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nndefense.attacks.retrieval.surface import Rows
+
+_TINY = 1e-30
+
+
+@dataclass
+class Neighborhood:
+    """The rows around N images that a relaxation looks at: fixed until they are retrieved again.
+
+    Attributes:
+        vectors: N x m x d.
+        log_weights: N x m, logarithm of the weights; minus infinity for a place that is not filled.
+        log_posteriors: N x m x C.
+        classes: N x m, the class that each row is predicted as.
+        spread: N, the scale of the temperatures, a distance.
+    """
+
+    vectors: Tensor
+    log_weights: Tensor
+    log_posteriors: Tensor
+    classes: Tensor
+    spread: Tensor
+
+    def take(self, index: Tensor) -> Neighborhood:
+        """The neighbourhoods of some of the images."""
+        return Neighborhood(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+    def distances(self, features: Tensor) -> Tensor:
+        """Euclidean distances of features N x d to their own rows: N x m, infinite where no row is."""
+        # Products instead of differences: no N x m x d array has to be made and kept for the gradient. Rounding below
+        # a thousandth of the nearest distances does not matter to a loss that the true pipeline checks.
+        own = features.square().sum(1, keepdim=True)
+        cross = torch.bmm(self.vectors, features.unsqueeze(2)).squeeze(2)
+        squared = own - 2 * cross + self.vectors.square().sum(2)
+        # The root's slope is infinite at 0.
+        distances = squared.clamp_min(1e-12).sqrt()
+        return distances.masked_fill(torch.isneginf(self.log_weights), torch.inf)
+
+
+@torch.no_grad()
+def retrieve(rows: Rows, features: Tensor, y: Tensor, k: int, *, m: int, others: int) -> Neighborhood:
+    """Gather the m nearest rows of features N x d and the ``others`` nearest that are not predicted as y.
+
+    The second part is what a gradient needs where the m nearest are all of the true class. The spread is the width of
+    the shell that holds the m nearest.
+    """
+    m, others = min(max(m, k + 1), rows.count), min(others, rows.count)
+    distances, near = rows.nearest(features, m)
+    filled = torch.isfinite(distances)
+    spread = (distances[:, -1] - distances[:, 0]).clamp_min(1e-6)
+    if others:
+        far, strange = rows.nearest(features, others, but=y)
+        known = (strange.unsqueeze(2) == near.unsqueeze(1)).any(2)
+        near, filled = torch.cat([near, strange], 1), torch.cat([filled, torch.isfinite(far) & ~known], 1)
+    posteriors = rows.posteriors(near)
+    weights = rows.weights(near)
+    # The defence falls back on the plain mean only where all K weights are 0; a floor does the same in the limit.
+    log_weights = weights.clamp_min(_TINY).log().masked_fill(~filled, -torch.inf)
+    return Neighborhood(
+        rows.vectors(near), log_weights, posteriors.clamp_min(_TINY).log(), posteriors.argmax(2), spread
+    )
+
+
+def threshold(distances: Tensor, k: int) -> Tensor:
+    """tau: halfway between the K-th and the next distance, held fixed. N x m -> N x 1."""
+    nearest = distances.detach().topk(min(k + 1, distances.shape[1]), dim=1, largest=False).values
+    # With K rows or fewer in all, everything is inside.
+    beyond = torch.where(torch.isfinite(nearest), nearest, 0.0).amax(1, keepdim=True) + 1.0
+    if nearest.shape[1] <= k:
+        return beyond
+    inside, after = nearest[:, k - 1 : k], nearest[:, k : k + 1]
+    return torch.where(torch.isfinite(after), (inside + after) / 2, beyond)
+
+
+def soft_log_probabilities(
+    hood: Neighborhood, features: Tensor, k: int, temperature: Tensor | float, *, distances: Tensor | None = None
+) -> Tensor:
+    """The relaxed defence R1: features N x d -> log-probabilities N x C, differentiable in the features.
+
+    Args:
+        hood: the rows around the images.
+        features: N x d.
+        k: the defence's K.
+        temperature: T as a multiple of each neighbourhood's spread, one number or N.
+        distances: ``hood.distances(features)``, where they are there already.
+    """
+    distances = hood.distances(features) if distances is None else distances
+    tau = threshold(distances, k)
+    width = (torch.as_tensor(temperature, dtype=features.dtype, device=features.device) * hood.spread).unsqueeze(1)
+    # Unfilled places: their weight of 0 takes them out; a finite distance keeps NaN out of the gradient.
+    finite = torch.where(torch.isfinite(distances), distances, tau)
+    membership = F.logsigmoid((tau - finite) / width) + hood.log_weights
+    shares = membership - membership.logsumexp(1, keepdim=True)
+    return torch.logsumexp(shares.unsqueeze(2) + hood.log_posteriors, 1)
+
+
+@torch.no_grad()
+def hard_log_probabilities(hood: Neighborhood, distances: Tensor, k: int) -> Tensor:
+    """The defence's own rule on the rows that are here: distances N x m -> log-probabilities N x C."""
+    nearest = distances.topk(min(k, distances.shape[1]), dim=1, largest=False).indices
+    log_weights = hood.log_weights.gather(1, nearest)
+    shares = log_weights - log_weights.logsumexp(1, keepdim=True)
+    picked = hood.log_posteriors.gather(1, nearest.unsqueeze(2).expand(-1, -1, hood.log_posteriors.shape[2]))
+    return torch.logsumexp(shares.unsqueeze(2) + picked, 1)
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """R3: the hard log-probabilities' values with the soft ones' gradient, both N x C."""
+    return hard.detach() + (soft - soft.detach())
+
+
+def margin(log_p: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
+    """``max_{c != y} log p_c - log p_y``, or the target's in place of the maximum: N x C, N -> N, above 0 if fooled."""
+    own = log_p.gather(1, y.unsqueeze(1)).squeeze(1)
+    if target is not None:
+        return log_p.gather(1, target.unsqueeze(1)).squeeze(1) - own
+    return log_p.scatter(1, y.unsqueeze(1), -torch.inf).amax(1) - own
+
+
+def dlr(log_p: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio on log p (Croce & Hein, ICML 2020, section 4); needs 3 classes. N x C, N -> N."""
+    ordered = log_p.sort(1, descending=True).values
+    return margin(log_p, y) / (ordered[:, 0] - ordered[:, 2]).clamp_min(1e-12)
