@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench lint types check clean
+.PHONY: demo test bench bench-attacks oracle lint types check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nndefense demo --out runs/demo
@@ -13,6 +13,13 @@ test: $(VENV)/.dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/first_path.py --out benchmarks/first_path.json
+
+bench-attacks: $(VENV)/.dev
+	$(BIN)/python benchmarks/attacks.py --out benchmarks/attacks.json
+
+# Compares the attacks with those of foolbox, torchattacks and ART, in an environment of its own; writes docs/oracle.md.
+oracle:
+	$(PYTHON) oracle/run.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

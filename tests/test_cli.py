@@ -164,13 +164,15 @@ def test_calibrate_then_classify_and_evaluate(work: Work, photos: Path, tmp_path
 
     results = nndefense(
         "evaluate", "--dataset", "digits:test", "--classifier", work.classifier, "--database", database, "--out", out,
-        "--surrogate", work.classifier, "--eps", "0.1,0.3", "--limit", 30, "--gallery", 2, *SHORT, "--json",
+        "--surrogate", work.classifier, "--eps", "0.1,0.3", "--limit", 30, "--gallery", 2, *SHORT,
+        "--adaptive-steps", 2, "--no-audit", "--json",
     ).json  # fmt: skip
     assert results == json.loads((out / "results.json").read_text())
     assert "<html" in (out / "report.html").read_text()
     # The budget that it was calibrated for is the headline, though it is not the largest.
     assert results["headline"]["eps"] == 0.1
-    assert results["calibration"] == calibration
+    assert results["calibration"] == {name: value for name, value in calibration.items() if name != "ids"}
+    assert len(calibration["ids"]) == 40
     assert results["command"].startswith("nndefense evaluate --dataset digits:test")
     cells = {(r["defense"], r["threat_model"], r["eps"]) for r in results["records"]}
     assert {("nearest-neighbor", threat, eps) for threat in ("gray", "black") for eps in (0.1, 0.3)} <= cells
@@ -203,14 +205,15 @@ def test_demo_and_again_in_the_same_folder(tmp_path: Path) -> None:
     words = [
         "demo", "--dataset", "digits:train[:300]", "--holdout", 40, "--epochs", 1, "--out", tmp_path / "demo",
         "--surrogate-arch", "small-cnn", "--layers", "block1,block3", "--poolings", "avg", "--ks", "1,5",
-        "--eps", "0.1,8/40", "--headline", "8/40", "--limit", 20, "--gallery", 2, *SHORT, "--json",
+        "--eps", "0.1,8/40", "--headline", "8/40", "--limit", 20, "--gallery", 2, *SHORT, "--adaptive-steps", 2,
+        "--no-audit", "--json",
     ]  # fmt: skip
     done = nndefense(*words)
     results = done.json
     assert "calibrating: 2 layers" in done.err
     out = tmp_path / "demo"
     assert {path.name for path in out.iterdir()} == {
-        "results.json", "report.html", "classifier", "surrogate", "database",
+        "results.json", "report.html", "classifier", "surrogate", "database", "cells",
     }  # fmt: skip
     assert json.loads((out / "results.json").read_text()) == results
     assert results["classifier"]["fingerprint"] == load_classifier(out / "classifier").fingerprint
@@ -224,7 +227,7 @@ def test_demo_and_again_in_the_same_folder(tmp_path: Path) -> None:
         assert record["database"] is None if record["defense"] == "none" else record["database"]
     assert {"none", "nearest-neighbor"} < names
     assert all(name.startswith("nearest-neighbor") for name in names - {"none"})
-    assert {r["threat_model"] for r in results["records"]} == {"clean", "gray", "black"}
+    assert {r["threat_model"] for r in results["records"]} == {"clean", "gray", "black", "white", "adaptive", "worst"}
     assert {r["eps"] for r in results["records"]} == {0.0, 0.1, 0.2}
 
     again = nndefense(*words).json
@@ -379,7 +382,8 @@ def test_more_neighbours_than_rows(work: Work, photos: Path, tmp_path: Path) -> 
 
 
 def test_images_that_would_find_themselves(work: Work, tmp_path: Path) -> None:
-    evaluate = ["evaluate", "--out", tmp_path / "out", "--eps", "0.1", "--limit", 10, *SHORT]
+    evaluate = ["evaluate", "--out", tmp_path / "out", "--eps", "0.1", "--limit", 10, *SHORT, "--no-adaptive"]
+    evaluate += ["--no-audit"]
     fails(3, "stand in", *evaluate, "--dataset", "digits:train[290:400]", *work.both)
     # The images of this database cannot be opened again by name, so they are recognised by their features.
     part = tmp_path / "part"

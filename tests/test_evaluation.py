@@ -24,15 +24,19 @@ from nndefense.defenses import NearestNeighborDefense
 from nndefense.errors import DataError, InputError
 from nndefense.evaluation import (
     AttackSettings,
+    Recipe,
     Record,
     Subject,
     ThreatModel,
     assemble,
     evaluate,
     illustrate,
+    run_attack,
+    rungs_for,
     summary,
     wilson_interval,
 )
+from nndefense.evaluation.audit import audit_records
 from nndefense.features import FeatureSpec
 from nndefense.models import Classifier
 
@@ -156,7 +160,7 @@ def test_wilson_interval_refuses_what_is_no_count(successes: int, n: int) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "cw"}, "pgd or fgsm"),
+        ({"name": "lbfgs"}, "must be one of fgsm, pgd"),
         ({"norm": "l1"}, "normalized-l2"),
         ({"eps": ()}, "at least one eps"),
         ({"eps": (0.1, 0.0)}, "above 0"),
@@ -165,6 +169,7 @@ def test_wilson_interval_refuses_what_is_no_count(successes: int, n: int) -> Non
         ({"eps": (0.1, math.inf)}, "finite"),
         ({"steps": 0}, "at least 1 step"),
         ({"restarts": 0}, "1 restart"),
+        ({"loss": "hinge"}, "cross-entropy, margin, dlr"),
     ],
 )
 def test_attack_settings_refuse(options: dict[str, Any], message: str) -> None:
@@ -175,14 +180,17 @@ def test_attack_settings_refuse(options: dict[str, Any], message: str) -> None:
 def test_attack_settings_run_what_they_say(classifier: Classifier, data: ImageDataset) -> None:
     x, y = data.batch(range(8))
     settings = AttackSettings("pgd", "linf", (0.1,), steps=4, restarts=2)
-    given = settings.run(classifier, x, y, 0.1, torch.Generator().manual_seed(3))
+    given = run_attack(settings, classifier, x, y, 0.1, torch.Generator().manual_seed(3))
     direct = attacks.pgd(
         classifier, x, y, eps=0.1, norm="linf", steps=4, restarts=2, generator=torch.Generator().manual_seed(3)
     )
-    assert torch.equal(given, direct)
+    assert torch.equal(given.images, direct)
+    # The second start is for images that still stand alone.
+    assert 8 * 4 <= given.backwards < 8 * 4 * 2
     fast = AttackSettings("fgsm", "l2", (0.1,), steps=50)
     assert torch.equal(
-        fast.run(classifier, x, y, 0.5, torch.Generator()), attacks.fgsm(classifier, x, y, eps=0.5, norm="l2")
+        run_attack(fast, classifier, x, y, 0.5, torch.Generator()).images,
+        attacks.fgsm(classifier, x, y, eps=0.5, norm="l2"),
     )
     # FGSM has one step whatever the settings hold, and a record says so.
     assert fast.to_json() == {"name": "fgsm", "norm": "l2", "eps": [0.1], "steps": 1, "restarts": 1}
@@ -229,7 +237,8 @@ def test_records_are_complete(
     subjects = [Subject("none", classifier, "none"), Subject("nearest-neighbor", defense, "calibrated", "print", 600)]
     records = run(data, classifier, subjects, surrogate)
     assert {field.name for field in fields(Record)} == REQUIRED | {
-        "variant", "steps", "restarts", "attack_seconds", "database_rows", "surrogate",
+        "variant", "steps", "restarts", "attack_seconds", "database_rows", "surrogate", "loss", "knowledge",
+        "budget_excess", "correct", "accuracy_8bit", "forwards", "backwards", "queries", "peak_memory_mb",
     }  # fmt: skip
     assert len(records) == 2 * (1 + 2 * 2)
     norms = torch.linalg.vector_norm(data.batch(range(50))[0].flatten(1), dim=1)
@@ -301,7 +310,8 @@ def test_each_attacked_batch_is_made_once_for_all(
     # All saw the very same images.
     for model in blind[1:]:
         assert all(torch.equal(a, b) for a, b in zip(blind[0].seen, model.seen, strict=True))
-    assert len(blind[0].seen) == 3 * 5
+    # Clean and four attacked cells, of which two are at the headline budget and shown in 8 bits too.
+    assert len(blind[0].seen) == 3 * (5 + 2)
     assert sum(done) == 50 * 5
     labels = [label for _, label in data]
     for record in records:
@@ -323,8 +333,8 @@ def test_black_box_follows_the_surrogate_alone(
             label_maps=maps,
             batch_size=25,
         )
-    # The classifier only answers: 2 batches clean, 2 attacked. The surrogate only gives gradients.
-    assert watch.calls == [[4, 0], [0, 8]]
+    # The classifier only answers: 2 batches clean, 2 attacked, 2 of those in 8 bits. The surrogate gives gradients.
+    assert watch.calls == [[6, 0], [0, 8]]
 
 
 def test_subjects_of_the_comparison_run_clean_and_at_the_headline_alone(
@@ -352,7 +362,7 @@ def test_permuted_classes_change_nothing(data: ImageDataset, train: ImageDataset
 
 def test_runs_repeat_and_cells_do_not_depend_on_each_other(data: ImageDataset, classifier: Classifier) -> None:
     def timeless(records: list[Record]) -> list[Record]:
-        return [replace(record, seconds=0.0, attack_seconds=0.0) for record in records]
+        return [replace(record, seconds=0.0, attack_seconds=0.0, peak_memory_mb=0.0) for record in records]
 
     subjects = [Subject("none", classifier, "none")]
     both = timeless(run(data, classifier, subjects))
@@ -456,21 +466,30 @@ def test_results_are_plain_and_the_summary_is_a_table(
         Subject("nearest-neighbor", defense, "calibrated", database.fingerprint, len(database)),
     ]
     records = run(data, classifier, subjects, surrogate)
+    attack = AttackSettings(eps=(0.1, 0.3), steps=3)
+    recipe = Recipe(
+        dataset="digits:test[:50]",
+        classifier="c",
+        database="d",
+        surrogate="s",
+        rungs=rungs_for(("gray", "black"), attack),
+        headline_norm="normalized-l2",
+        headline_eps=0.3,
+        seed=7,
+    )
     common: dict[str, Any] = {
+        "recipe": recipe,
         "dataset": data,
         "classifier": classifier,
-        "database": database,
-        "k": 5,
-        "weighting": "uniform",
-        "attack": AttackSettings(eps=(0.1, 0.3), steps=3),
-        "headline_eps": 0.3,
+        "defense": defense,
         "calibration": None,
+        "audit": audit_records(records, 10),
         "command": "nndefense evaluate",
-        "seed": 7,
     }
     results = assemble(records, surrogate=surrogate, **common)
     assert json.loads(json.dumps(results, allow_nan=False)) == results
-    assert (results["format"], results["version"]) == ("nndefense-results", 1)
+    assert (results["format"], results["version"]) == ("nndefense-results", 2)
+    assert results["recipe"]["sha256"] == recipe.sha256
     assert results["classifier"]["fingerprint"] == classifier.fingerprint
     assert results["surrogate"]["fingerprint"] == surrogate.fingerprint
     assert results["database"]["fingerprint"] == database.fingerprint
@@ -479,12 +498,14 @@ def test_results_are_plain_and_the_summary_is_a_table(
         "name": data.name, "n": 50, "classes": list(DIGITS), "fingerprint": data.fingerprint, "shape": [1, 8, 8],
     }  # fmt: skip
     assert results["headline"] == {"attack": "pgd", "norm": "normalized-l2", "eps": 0.3}
-    assert len(results["records"]) == len(records)
+    # The worst cases follow: for each defence one at each budget.
+    assert len(results["records"]) == len(records) + 4
+    assert [r["threat_model"] for r in results["records"][-4:]] == ["worst"] * 4
+    assert len(results["comparisons"]) == 1 + 4 + 2
 
     lines = summary(results).splitlines()
-    assert len(lines) == 4
-    assert lines[0] == "digits:test[:50]: accuracy on 50 images [95 % interval]; PGD at normalized-l2 0.3"
-    assert lines[1].split() == ["clean", "gray", "black"]
+    assert lines[0] == "digits:test[:50]: accuracy on 50 images [95 % interval]; normalized-l2 0.3"
+    assert lines[1].split() == ["clean", "black", "gray", "worst"]
     cells = {(r.threat_model, r.eps): r for r in records if r.defense == "nearest-neighbor"}
     assert lines[3].startswith("nearest-neighbor")
     # The headline's radius, not the other one.
@@ -493,4 +514,4 @@ def test_results_are_plain_and_the_summary_is_a_table(
 
     alone = assemble([r for r in records if r.threat_model != "black"], surrogate=None, **common)
     assert alone["surrogate"] is None
-    assert summary(alone).splitlines()[2].split()[-1] == "-"
+    assert "black" not in summary(alone)

@@ -1,18 +1,53 @@
-"""Options of every subcommand; the work is imported when it is asked for, so that help is instant."""
+"""The command's subcommands and their options; the work is imported when it is asked for, so that help is instant."""
 
 from __future__ import annotations
 
-import math
-import shlex
-import sys
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from nndefense.cli import evaluation_app
+from nndefense.cli.options import (
+    KS,
+    POOLINGS,
+    AttackName,
+    AttackOption,
+    BatchOption,
+    ClassesOption,
+    ClassifierOption,
+    DatabaseOption,
+    DataDirOption,
+    DatasetOption,
+    DatasetsOption,
+    DebugOption,
+    Device,
+    DeviceOption,
+    JsonOption,
+    KOption,
+    KsOption,
+    LayersOption,
+    LimitOption,
+    LossOption,
+    Norm,
+    NormOption,
+    OverwriteOption,
+    PcaOption,
+    PoolingsOption,
+    QuietOption,
+    RestartsOption,
+    RowsOption,
+    SeedOption,
+    ShapeOption,
+    StepsOption,
+    WeightingOption,
+    number,
+    numbers,
+    shape,
+    words,
+)
+from nndefense.cli.rp2_app import rp2_app
 from nndefense.cli.theory_app import theory_app
-from nndefense.errors import InputError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,104 +56,13 @@ app = typer.Typer(
     help="The nearest-neighbour defence against adversarial images: build, calibrate, attack, defend, report.",
     epilog="Exit codes: 0 done, 1 other error, 2 wrong input, 3 data, 4 classifier, 5 database, 130 interrupted.",
 )
+app.command()(evaluation_app.attack)
+app.command()(evaluation_app.evaluate)
+app.command()(evaluation_app.demo)
 index_app = typer.Typer(no_args_is_help=True, help="Build, describe and verify an image database.")
 app.add_typer(index_app, name="index")
+app.add_typer(rp2_app, name="rp2")
 app.add_typer(theory_app, name="theory")
-
-
-class Device(str, Enum):
-    """Where to compute."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Norm(str, Enum):
-    """How an attack's budget is measured."""
-
-    linf = "linf"
-    l2 = "l2"
-    normalized_l2 = "normalized-l2"
-
-
-class AttackName(str, Enum):
-    """Which attack."""
-
-    pgd = "pgd"
-    fgsm = "fgsm"
-
-
-class Weighting(str, Enum):
-    """How neighbours are weighted."""
-
-    uniform = "uniform"
-    cbw_e = "cbw-e"
-    cbw_d = "cbw-d"
-
-
-SPEC_HELP = (
-    "digits, mnist, fashion-mnist, cifar10, imagefolder:PATH or hdf5:PATH; a split and a slice may follow: "
-    "mnist:test[:1000]."
-)
-ClassifierOption = Annotated[
-    str,
-    typer.Option(
-        "--classifier", help="A trained folder, torchvision:NAME:WEIGHTS, or python:FILE_OR_MODULE:FACTORY (it is run)."
-    ),
-]
-ClassesOption = Annotated[
-    Path | None, typer.Option("--classes", help="Class names of a classifier of your own: a line each, or a CSV file.")
-]
-ShapeOption = Annotated[
-    str | None, typer.Option("--input-shape", metavar="C,H,W", help="Image shape of a classifier of your own.")
-]
-DatabaseOption = Annotated[Path, typer.Option("--database", help="Folder of the image database.")]
-DatasetOption = Annotated[str, typer.Option("--dataset", help=SPEC_HELP)]
-DatasetsOption = Annotated[list[str], typer.Option("--dataset", help=SPEC_HELP + " Repeat it to join several.")]
-DataDirOption = Annotated[
-    Path | None, typer.Option("--data-dir", help="Folder of the data sets [default: $NNDEFENSE_DATA, else data].")
-]
-DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of all random draws.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-NormOption = Annotated[Norm, typer.Option("--norm", help="normalized-l2: length of the change / length of the image.")]
-AttackOption = Annotated[AttackName, typer.Option("--attack", help="The attack.")]
-StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Gradient steps of PGD.")]
-RestartsOption = Annotated[int, typer.Option("--restarts", min=1, help="Random starts of PGD; the worst counts.")]
-KOption = Annotated[int | None, typer.Option("--k", min=1, help="Neighbours [default: as calibrated, else 50].")]
-WeightingOption = Annotated[
-    Weighting | None, typer.Option("--weighting", help="Weighting [default: as calibrated, else cbw-d].")
-]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use so many images, drawn at random.")]
-LayersOption = Annotated[
-    str | None, typer.Option("--layers", help="Layers to try, with commas [default: six, spread over the net].")
-]
-PoolingsOption = Annotated[
-    str, typer.Option("--poolings", help="Poolings to try, with commas: avg, max, rmac, gridG, flatten.")
-]
-KsOption = Annotated[str, typer.Option("--ks", help="Numbers of neighbours to try, with commas.")]
-PcaOption = Annotated[int, typer.Option("--pca", min=0, help="Dimensions kept by PCA; 0 for no PCA.")]
-LossOption = Annotated[
-    float, typer.Option("--max-clean-loss", min=0, max=1, help="Clean accuracy that may be lost, as a fraction.")
-]
-RowsOption = Annotated[
-    int, typer.Option("--candidate-rows", min=1, help="Database images, drawn at random, to compare settings on.")
-]
-EpsOption = Annotated[str, typer.Option("--eps", help="Budgets, with commas, in units of the norm; 8/255 is fine.")]
-HeadlineOption = Annotated[
-    str | None, typer.Option("--headline", help="The budget of the table [default: calibrated, else the largest].")
-]
-SurrogateOption = Annotated[
-    str | None, typer.Option("--surrogate", help="Classifier whose gradients the black-box attacker follows.")
-]
-EPS_GRID = "0.05,0.1,0.15,0.2,0.25,0.3"
-POOLINGS = "avg,rmac,grid4,grid8"
-KS = "1,3,5,10,20,50"
 
 
 @app.callback()
@@ -211,7 +155,7 @@ def index_build(
         FeatureSpec(layer, pooling, pca, whiten, normalize),
         out,
         classes=classes,
-        input_shape=_shape(input_shape),
+        input_shape=shape(input_shape),
         data_dir=data_dir,
         device=device.value,
         limit=limit,
@@ -290,11 +234,11 @@ def calibrate(
         dataset,
         classifier,
         out,
-        AttackSettings(attack.value, norm.value, (_number("--eps", eps),), steps, restarts),
+        AttackSettings(attack.value, norm.value, (number("--eps", eps),), steps, restarts),
         calibration=calibration,
         n_holdout=holdout,
-        layers=_words(layers),
-        poolings=_words(poolings) or [],
+        layers=words(layers),
+        poolings=words(poolings) or [],
         ks=[int(k) for k in numbers(ks, whole=True)],
         pca=pca,
         max_clean_loss=max_clean_loss,
@@ -302,51 +246,7 @@ def calibrate(
         overwrite=overwrite,
         batch_size=batch_size,
         classes=classes,
-        input_shape=_shape(input_shape),
-        data_dir=data_dir,
-        device=device.value,
-        seed=seed,
-        as_json=json,
-        progress=not quiet,
-    )
-
-
-@app.command()
-def attack(
-    dataset: DatasetOption,
-    classifier: ClassifierOption,
-    out: Annotated[Path, typer.Option("--out", help="HDF5 file for the attacked images; opens as hdf5:FILE.")],
-    attack: AttackOption = AttackName.pgd,
-    norm: NormOption = Norm.linf,
-    eps: Annotated[str, typer.Option("--eps", help="Budget in units of the norm; 8/255 is fine.")] = "8/255",
-    steps: StepsOption = 20,
-    restarts: RestartsOption = 1,
-    limit: LimitOption = None,
-    overwrite: OverwriteOption = False,
-    batch_size: BatchOption = 128,
-    classes: ClassesOption = None,
-    input_shape: ShapeOption = None,
-    data_dir: DataDirOption = None,
-    device: DeviceOption = Device.auto,
-    seed: SeedOption = 0,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Attack a classifier and keep the attacked images, unrounded."""
-    from nndefense.cli import commands
-    from nndefense.evaluation import AttackSettings
-
-    commands.attack(
-        dataset,
-        classifier,
-        out,
-        AttackSettings(attack.value, norm.value, (_number("--eps", eps),), steps, restarts),
-        limit=limit,
-        overwrite=overwrite,
-        batch_size=batch_size,
-        classes=classes,
-        input_shape=_shape(input_shape),
+        input_shape=shape(input_shape),
         data_dir=data_dir,
         device=device.value,
         seed=seed,
@@ -384,195 +284,7 @@ def classify(
         convert=convert,
         batch_size=batch_size,
         classes=classes,
-        input_shape=_shape(input_shape),
+        input_shape=shape(input_shape),
         device=device.value,
         as_json=json,
     )
-
-
-@app.command()
-def evaluate(
-    dataset: DatasetOption,
-    classifier: ClassifierOption,
-    database: DatabaseOption,
-    out: Annotated[Path, typer.Option("--out", help="Folder for results.json and report.html.")],
-    surrogate: SurrogateOption = None,
-    k: KOption = None,
-    weighting: WeightingOption = None,
-    attack: AttackOption = AttackName.pgd,
-    norm: NormOption = Norm.normalized_l2,
-    eps: EpsOption = EPS_GRID,
-    headline: HeadlineOption = None,
-    steps: StepsOption = 20,
-    restarts: RestartsOption = 1,
-    sizes: Annotated[bool, typer.Option("--sizes/--no-sizes", help="Also search smaller databases.")] = True,
-    gallery: Annotated[int, typer.Option(min=0, help="Images in the report's gallery.")] = 10,
-    limit: LimitOption = None,
-    batch_size: BatchOption = 128,
-    classes: ClassesOption = None,
-    input_shape: ShapeOption = None,
-    data_dir: DataDirOption = None,
-    device: DeviceOption = Device.auto,
-    seed: SeedOption = 0,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Measure the classifier and the defence, clean and attacked, and write results and report."""
-    from nndefense.cli import commands
-    from nndefense.evaluation import AttackSettings
-
-    commands.evaluate(
-        dataset,
-        classifier,
-        database,
-        out,
-        AttackSettings(attack.value, norm.value, numbers(eps), steps, restarts),
-        headline=_number("--headline", headline) if headline else None,
-        surrogate=surrogate,
-        k=k,
-        weighting=weighting.value if weighting else None,
-        sizes=sizes,
-        gallery=gallery,
-        limit=limit,
-        batch_size=batch_size,
-        classes=classes,
-        input_shape=_shape(input_shape),
-        data_dir=data_dir,
-        device=device.value,
-        seed=seed,
-        as_json=json,
-        progress=not quiet,
-        command=_command(),
-    )
-
-
-@app.command()
-def demo(
-    dataset: Annotated[
-        list[str] | None, typer.Option("--dataset", help=SPEC_HELP + " It fills the database [default: digits].")
-    ] = None,
-    test: Annotated[
-        str | None, typer.Option("--test", help="Data set to report on [default: the first one's split test].")
-    ] = None,
-    calibration: Annotated[
-        str | None, typer.Option("--calibration", help="Data set to calibrate on [default: hold images out].")
-    ] = None,
-    holdout: Annotated[int, typer.Option(min=1, help="Images to hold out of the first data set.")] = 300,
-    out: Annotated[Path, typer.Option("--out", help="Folder for everything that is made.")] = Path("runs/demo"),
-    classifier: Annotated[
-        str | None, typer.Option("--classifier", help="A ready classifier [default: train one].")
-    ] = None,
-    surrogate: SurrogateOption = None,
-    arch: Annotated[str, typer.Option(help="Architecture of the classifier that is trained.")] = "small-cnn",
-    surrogate_arch: Annotated[str, typer.Option(help="Architecture of the surrogate.")] = "madry-mnist",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Training epochs [default: by the data's size].")] = None,
-    attack: AttackOption = AttackName.pgd,
-    norm: NormOption = Norm.normalized_l2,
-    eps: EpsOption = EPS_GRID,
-    headline: Annotated[str, typer.Option("--headline", help="The budget to calibrate for and to tabulate.")] = "0.2",
-    steps: StepsOption = 20,
-    restarts: RestartsOption = 1,
-    layers: LayersOption = None,
-    poolings: PoolingsOption = POOLINGS,
-    ks: KsOption = KS,
-    pca: PcaOption = 256,
-    max_clean_loss: LossOption = 0.02,
-    candidate_rows: RowsOption = 20_000,
-    limit: LimitOption = 2000,
-    gallery: Annotated[int, typer.Option(min=0, help="Images in the report's gallery.")] = 10,
-    batch_size: BatchOption = 128,
-    classes: ClassesOption = None,
-    input_shape: ShapeOption = None,
-    data_dir: DataDirOption = None,
-    device: DeviceOption = Device.auto,
-    seed: SeedOption = 0,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Do it all: train, calibrate, build the database, attack, defend, and report."""
-    from nndefense.cli import commands
-    from nndefense.evaluation import AttackSettings
-
-    sets = dataset or ["digits"]
-    commands.demo(
-        {
-            "database_sets": sets,
-            "test": test or commands.test_split(sets[0]),
-            "out": out,
-            "attack": AttackSettings(attack.value, norm.value, numbers(eps), steps, restarts),
-            "headline_eps": _number("--headline", headline),
-            "calibration": calibration,
-            "holdout": holdout,
-            "classifier": classifier,
-            "surrogate": surrogate,
-            "arch": arch,
-            "surrogate_arch": surrogate_arch,
-            "classes": classes,
-            "input_shape": _shape(input_shape),
-            "layers": _words(layers),
-            "poolings": _words(poolings) or [],
-            "ks": [int(k) for k in numbers(ks, whole=True)],
-            "pca": pca,
-            "max_clean_loss": max_clean_loss,
-            "candidate_rows": candidate_rows,
-            "epochs": epochs,
-            "limit": limit,
-            "batch_size": batch_size,
-            "gallery": gallery,
-            "data_dir": data_dir,
-            "device": device.value,
-            "seed": seed,
-            "command": _command(),
-            "progress": not quiet,
-        },
-        as_json=json,
-    )
-
-
-def numbers(text: str, *, whole: bool = False) -> tuple[float, ...]:
-    """Read ``0.05, 8/255`` as numbers, for every command that takes several."""
-    try:
-        found = []
-        for word in text.split(","):
-            top, _, bottom = word.partition("/")
-            found.append(float(top) / float(bottom or 1))
-    except (ValueError, ZeroDivisionError):
-        found = [math.nan]
-    if not all(math.isfinite(number) for number in found):
-        raise InputError(f"{text!r} is not a list of numbers such as 0.05,0.1 or 8/255")
-    if whole and any(number != int(number) or number < 1 for number in found):
-        raise InputError(f"{text!r} is not a list of whole numbers from 1 up, such as 1,5,50")
-    return tuple(found)
-
-
-def _number(option: str, text: str) -> float:
-    """Read one number."""
-    found = numbers(text)
-    if len(found) != 1:
-        raise InputError(f"{option} is {text}, but this takes one budget: give one number")
-    return found[0]
-
-
-def _words(text: str | None) -> list[str] | None:
-    """Read ``a,b`` as words."""
-    return [word.strip() for word in text.split(",") if word.strip()] if text else None
-
-
-def _shape(text: str | None) -> tuple[int, int, int] | None:
-    """Read ``3,224,224`` as a shape."""
-    if text is None:
-        return None
-    sides = numbers(text.replace("x", ","), whole=True)
-    if len(sides) != 3:
-        raise InputError(f"--input-shape is {text}, but must be channels, height and width, such as 3,224,224")
-    return int(sides[0]), int(sides[1]), int(sides[2])
-
-
-def _command() -> str:
-    """The command line as it was given, for the record."""
-    return " ".join(["nndefense", *(shlex.quote(word) for word in sys.argv[1:])])
-
-
-__all__: list[Any] = ["app"]

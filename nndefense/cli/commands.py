@@ -16,7 +16,7 @@ from nndefense.cli.demo import DemoSettings, run_demo
 from nndefense.database import WEIGHTINGS, ImageDatabase, check_vacant
 from nndefense.datasets import image_channels, load_image, open_dataset, write_hdf5
 from nndefense.errors import DataError, InputError
-from nndefense.evaluation import AttackSettings, assemble, wilson_interval
+from nndefense.evaluation import AttackSettings, Recipe, run_attack, wilson_interval
 from nndefense.features import FeatureSpec
 from nndefense.files import make_folder
 from nndefense.models import build_classifier
@@ -195,7 +195,7 @@ def attack(
         disable=workflow.hidden(progress),
     ):
         images, truth = images.to(where), maps[labels].to(where)
-        moved = settings.run(classifier, images, truth, settings.eps[0], generator)
+        moved = run_attack(settings, classifier, images, truth, settings.eps[0], generator).images
         with torch.no_grad():
             for side, shown in enumerate((images, moved)):
                 right[side] += int((classifier(shown).argmax(1) == truth).sum())
@@ -287,82 +287,58 @@ def classify(
 
 
 def evaluate(
-    spec: str,
-    source: str,
-    folder: Path,
+    recipe: Recipe,
     out: Path,
-    settings: AttackSettings,
     *,
-    headline: float | None,
-    surrogate: str | None,
-    k: int | None,
-    weighting: str | None,
-    sizes: bool,
-    gallery: int,
-    limit: int | None,
-    batch_size: int,
-    classes: Path | None,
-    input_shape: tuple[int, int, int] | None,
     data_dir: Path | None,
     device: str,
-    seed: int,
     as_json: bool,
     progress: bool,
     command: str,
 ) -> None:
-    """Evaluate an existing database and classifier; write ``results.json`` and ``report.html``."""
+    """Evaluate a classifier and, with a database, its defence; write results, report and finished cells."""
+    folder = Path(recipe.database) if recipe.database else None
     classifier, other = (
         inputs.open_classifier(
-            name, device=device, data_dir=data_dir, classes=classes, input_shape=input_shape, database=folder
+            name,
+            device=device,
+            data_dir=data_dir,
+            classes=Path(recipe.classes) if recipe.classes else None,
+            input_shape=recipe.input_shape,
+            specs=() if folder else (recipe.dataset,),
+            database=folder,
         )
         if name
         else None
-        for name in (source, surrogate)
+        for name in (recipe.classifier, recipe.surrogate)
     )
     assert classifier is not None
-    defense, calibration = inputs.open_defense(classifier, folder, k, weighting)
-    dataset = inputs.open_datasets([spec], data_dir=data_dir, like=classifier)
-    pictures = inputs.neighbor_pictures(defense.database, data_dir, classifier)
-    if pictures is not None:
-        inputs.check_disjoint(dataset, pictures)
-    else:
-        inputs.check_not_in_database(dataset, defense)
-    dataset = dataset if limit is None else inputs.drawn(dataset, limit, seed)
-    if headline is None:
-        calibrated = calibration["attack"]["eps"][0] if calibration else None
-        headline = calibrated if calibrated in settings.eps else max(settings.eps)
+    dataset = inputs.open_datasets([recipe.dataset], data_dir=data_dir, like=classifier)
+    defense = calibration = pictures = None
+    if folder is not None:
+        defense, calibration = inputs.open_defense(classifier, folder, recipe.k, recipe.weighting)
+        pictures = inputs.neighbor_pictures(defense.database, data_dir, classifier)
+        if pictures is not None:
+            inputs.check_disjoint(dataset, pictures)
+        else:
+            inputs.check_not_in_database(dataset, defense)
+        inputs.check_not_calibrated_on(dataset, calibration, folder)
+    dataset = dataset if recipe.limit is None else inputs.drawn(dataset, recipe.limit, recipe.seed)
     if other is not None:
         inputs.check_surrogate(other, classifier)
-    workflow.check_headline(settings, headline)
     make_folder(out)
-    evaluated = workflow.evaluate_on(
-        dataset,
-        defense,
-        other,
-        settings,
-        headline,
-        sizes=sizes,
-        gallery=gallery,
-        pictures=pictures,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
+    evaluated = workflow.evaluated(
+        recipe, dataset, classifier, defense, other, out, pictures=pictures, progress=progress
     )
-    results = assemble(
-        evaluated.records,
-        dataset=dataset,
-        classifier=classifier,
-        surrogate=other,
-        database=defense.database,
-        k=defense.k,
-        weighting=defense.weighting,
-        attack=settings,
-        headline_eps=headline,
-        calibration=calibration,
-        command=command,
-        seed=seed,
-    )
+    results = workflow.results_of(evaluated, recipe, dataset, classifier, defense, other, calibration, command)
     output.write(out, results, evaluated, as_json)
+
+
+def headline_of(database: Path | None, budgets: Sequence[float]) -> float:
+    """The budget to tabulate where none is named: the calibrated one where it is run, else the largest."""
+    calibration = inputs.stored_calibration(database) if database is not None else None
+    calibrated = float(calibration["attack"]["eps"][0]) if calibration else None
+    return calibrated if calibrated is not None and calibrated in budgets else max(budgets)
 
 
 def demo(values: dict[str, Any], *, as_json: bool) -> None:

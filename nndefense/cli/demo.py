@@ -12,7 +12,7 @@ from index_build import build_databases
 from nndefense.cli import inputs, workflow
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
-from nndefense.evaluation import AttackSettings, assemble
+from nndefense.evaluation import AttackSettings, Evaluated, Recipe, layer_subject, rungs_for
 from nndefense.features import FeatureSpec
 from nndefense.files import make_folder
 from nndefense.models import Classifier, build_classifier
@@ -36,6 +36,7 @@ class DemoSettings:
         layers: candidate layers, or None for six that are spread over the net.
         candidate_rows: how many database images, drawn at random, the candidates are compared on.
         limit: how many test images, drawn at random, or None for all.
+        adaptive: the adaptive attack; None for neither that nor the white box.
     """
 
     database_sets: Sequence[str]
@@ -43,6 +44,8 @@ class DemoSettings:
     out: Path
     attack: AttackSettings
     headline_eps: float
+    adaptive: AttackSettings | None = None
+    audit: bool = True
     calibration: str | None = None
     holdout: int = 300
     classifier: str | None = None
@@ -69,7 +72,7 @@ class DemoSettings:
     progress: bool = True
 
 
-def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> tuple[dict[str, Any], workflow.Evaluated]:
+def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> tuple[dict[str, Any], Evaluated]:
     """Run all steps, writing ``classifier/``, ``surrogate/`` and ``database/`` under ``out``.
 
     Returns:
@@ -77,7 +80,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> tuple[dict[s
     """
     s = settings
     # What can be found wrong before the hours of work is found before them.
-    workflow.check_headline(s.attack, s.headline_eps)
+    recipe = _recipe(s)
     model = _load(s, s.classifier) if s.classifier else None
     surrogate = _load(s, s.surrogate) if s.surrogate else None
     rows, rest, held = inputs.split(
@@ -137,38 +140,34 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> tuple[dict[s
         inputs.store_calibration(s.out / "database", calibration)
         defense = NearestNeighborDefense(model, databases[0], chosen["k"], chosen["weighting"])
         others = [
-            workflow.layer_subject(NearestNeighborDefense(model, database, chosen["k"], chosen["weighting"]))
+            layer_subject(NearestNeighborDefense(model, database, chosen["k"], chosen["weighting"]))
             for database in databases[1:]
         ]
         say("attacking and evaluating")
-        evaluated = workflow.evaluate_on(
-            test,
-            defense,
-            surrogate,
-            s.attack,
-            s.headline_eps,
-            others=others,
-            gallery=s.gallery,
-            pictures=rows,
-            batch_size=s.batch_size,
-            seed=s.seed,
-            progress=s.progress,
+        found = workflow.evaluated(
+            recipe, test, model, defense, surrogate, s.out, others=others, pictures=rows, progress=s.progress
         )
-    results = assemble(
-        evaluated.records,
-        dataset=test,
-        classifier=model,
-        surrogate=surrogate,
-        database=defense.database,
-        k=defense.k,
-        weighting=defense.weighting,
-        attack=s.attack,
+    return workflow.results_of(found, recipe, test, model, defense, surrogate, calibration, s.command), found
+
+
+def _recipe(s: DemoSettings) -> Recipe:
+    informed = ("white", "adaptive") if s.adaptive is not None else ()
+    return Recipe(
+        dataset=s.test,
+        classifier=s.classifier or str(s.out / "classifier"),
+        surrogate=s.surrogate or str(s.out / "surrogate"),
+        database=str(s.out / "database"),
+        rungs=rungs_for(("gray", "black", *informed), s.attack, s.adaptive),
+        headline_norm=s.attack.norm,
         headline_eps=s.headline_eps,
-        calibration=calibration,
-        command=s.command,
+        classes=str(s.classes) if s.classes else None,
+        input_shape=s.input_shape,
+        limit=s.limit,
+        audit=s.audit,
+        gallery=s.gallery,
+        batch_size=s.batch_size,
         seed=s.seed,
     )
-    return results, evaluated
 
 
 def _load(s: DemoSettings, source: str) -> Classifier:

@@ -154,6 +154,16 @@ def check_not_in_database(dataset: ImageDataset, defense: NearestNeighborDefense
         )
 
 
+def check_not_calibrated_on(dataset: ImageDataset, calibration: dict[str, Any] | None, folder: Path) -> None:
+    """Raise :class:`DataError` where the setting was chosen on images that are to be reported."""
+    shared = sorted(set((calibration or {}).get("ids", ())).intersection(dataset.ids))
+    if shared:
+        raise DataError(
+            f"the setting of {folder} was calibrated on {len(shared)} images of {dataset.name} (such as {shared[0]}), "
+            "which would flatter it: report on other images"
+        )
+
+
 def check_surrogate(surrogate: Classifier, classifier: Classifier) -> None:
     """Raise :class:`ModelError` where a surrogate does not take the images that the classifier takes."""
     try:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from nndefense.cli import inputs, workflow
+from nndefense.cli import inputs
 from nndefense.database import ImageDatabase
-from nndefense.evaluation import summary, write_report
+from nndefense.evaluation import Evaluated, summary, write_report
 from nndefense.files import write_json
 
 
@@ -54,7 +54,7 @@ def describe(database: ImageDatabase, as_json: bool) -> None:
     show(found, text, as_json)
 
 
-def write(out: Path, results: dict[str, Any], evaluated: workflow.Evaluated, as_json: bool) -> None:
+def write(out: Path, results: dict[str, Any], evaluated: Evaluated, as_json: bool) -> None:
     """Write ``results.json`` and ``report.html``, and print the summary or, as JSON, the results."""
     write_json(out / "results.json", results)
     write_report(results, evaluated.gallery, out / "report.html")

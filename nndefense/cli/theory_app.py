@@ -69,7 +69,7 @@ def spline(
 ) -> None:
     """Fit the spline staircase by the three estimators, and try every single point that could be added."""
     from nndefense.cli import theory
-    from nndefense.cli.app import numbers
+    from nndefense.cli.options import numbers
 
     theory.spline(
         stairs,
@@ -94,7 +94,7 @@ def directions(
 ) -> None:
     """Draw which directions of one augmented point hurt, in two dimensions."""
     from nndefense.cli import theory
-    from nndefense.cli.app import numbers
+    from nndefense.cli.options import numbers
 
     diagonals = [list(numbers(text)) for text in variances or ["1,1", "1,4", "1,25"]]
     theory.directions(list(numbers(theta)), diagonals, out, as_json=json)
@@ -123,7 +123,7 @@ def gap(
 ) -> None:
     """Measure how the gap closes with data on the staircase, and two toys in which it never does."""
     from nndefense.cli import theory
-    from nndefense.cli.app import numbers
+    from nndefense.cli.options import numbers
     from nndefense.theory import Intervals, RobustFeature, Staircase
 
     theory.gap(

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from index_build import build_databases
@@ -18,15 +15,7 @@ from nndefense.cli import inputs
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.errors import InputError
-from nndefense.evaluation import (
-    AttackSettings,
-    GalleryRow,
-    Record,
-    Subject,
-    ThreatModel,
-    evaluate,
-    illustrate,
-)
+from nndefense.evaluation import AttackSettings, Evaluated, Recipe, Subject, assemble, run, run_attack
 from nndefense.features import FeatureSpec, layer_in, pool, spatial_layers, spread, tapped
 from nndefense.models import Classifier
 
@@ -91,7 +80,7 @@ def calibrate_on(
     for images, labels, _ in held.batches(batch_size):
         images, aims = images.to(device), labels_of[labels].to(device)
         clean.append(images)
-        attacked.append(attack.run(classifier, images, aims, eps, generator))
+        attacked.append(run_attack(attack, classifier, images, aims, eps, generator).images)
         truth.append(aims)
         bar.update(len(images))
     bar.close()
@@ -123,6 +112,7 @@ def calibrate_on(
     return {
         **calibration.to_json(),
         "dataset": held.name,
+        "ids": list(held.ids),
         "candidate_rows": len(rows),
         "attack": {**attack.to_json(), "eps": [eps]},
         "seed": seed,
@@ -149,121 +139,60 @@ def calibration_text(calibration: dict[str, Any], rows: int = 12) -> str:
     return "\n".join([head, *lines, *([f"  ... and {rest} more"] if rest > 0 else [])])
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """The records of an evaluation and the rows of its gallery."""
-
-    records: list[Record]
-    gallery: list[GalleryRow]
-
-
-def evaluate_on(
+def evaluated(
+    recipe: Recipe,
     dataset: ImageDataset,
-    defense: NearestNeighborDefense,
+    classifier: Classifier,
+    defense: NearestNeighborDefense | None,
     surrogate: Classifier | None,
-    attack: AttackSettings,
-    headline_eps: float,
+    out: Path,
     *,
     others: Sequence[Subject] = (),
-    sizes: bool = True,
-    gallery: int = 10,
     pictures: ImageDataset | None = None,
-    batch_size: int = 128,
-    seed: int = 0,
     progress: bool = True,
 ) -> Evaluated:
-    """Measure the bare classifier, the defence, its other weightings and smaller databases, and draw the gallery."""
-    classifier = defense.classifier
-    check_headline(attack, headline_eps)
-    subjects = [Subject("none", classifier, "none"), _subject("nearest-neighbor", "calibrated", defense)]
-    subjects += weighting_subjects(defense) + list(others) + (size_subjects(defense, seed) if sizes else [])
-    threats = [ThreatModel("gray", classifier)]
-    maps: dict[str, Tensor] = {"clean": classifier.label_map(dataset.classes)}
-    maps["gray"] = maps["clean"]
-    if surrogate is not None:
-        threats.append(ThreatModel("black", surrogate, surrogate.fingerprint))
-        maps["black"] = surrogate.label_map(dataset.classes)
-    cells = 1 + len(threats) * len(attack.eps)
-    device = inputs.device_of(classifier)
-    with tqdm(total=cells * len(dataset), desc="evaluating", unit=" images", delay=1, disable=hidden(progress)) as bar:
-        records = evaluate(
+    """Run a recipe with a progress bar; finished cells stand in ``out/cells``, and are not run again."""
+    with tqdm(desc="evaluating", unit=" images", delay=1, disable=hidden(progress)) as bar:
+
+        def step(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return run(
+            recipe,
             dataset,
-            subjects,
-            threats,
-            attack,
-            headline_eps=headline_eps,
-            classifier=classifier.fingerprint,
-            label_maps=maps,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            progress=bar.update,
+            classifier,
+            defense,
+            surrogate,
+            others=others,
+            pictures=pictures,
+            cells=out / "cells",
+            progress=step,
         )
-    rows = illustrate(
-        dataset,
-        defense,
-        threats[0],
-        attack,
-        eps=headline_eps,
-        label_maps=maps,
-        pictures=pictures,
-        count=min(gallery, len(dataset)),
-        seed=seed,
-        device=device,
-    )
-    return Evaluated(records, rows)
 
 
-def check_headline(attack: AttackSettings, eps: float) -> None:
-    """Raise :class:`InputError` unless the radius to tabulate is one of those that are run."""
-    if eps not in attack.eps:
-        raise InputError(f"the headline eps {eps:g} must be one of {', '.join(f'{e:g}' for e in attack.eps)}")
-
-
-def weighting_subjects(defense: NearestNeighborDefense) -> list[Subject]:
-    """The same defence with the other two weightings."""
-    return [
-        _subject(
-            f"nearest-neighbor ({weighting})",
-            "weighting",
-            NearestNeighborDefense(defense.classifier, defense.database, defense.k, weighting),
-        )
-        for weighting in ("uniform", "cbw-e", "cbw-d")
-        if weighting != defense.weighting
-    ]
-
-
-def size_subjects(defense: NearestNeighborDefense, seed: int, sizes: int = 4) -> list[Subject]:
-    """The same defence on smaller databases, each a random third of the next; K is lowered where it must be."""
-    database, order = defense.database, np.random.default_rng(seed).permutation(len(defense.database))
-    counts = [len(database) // 3**power for power in range(sizes, 0, -1)]
-    return [
-        _subject(
-            f"nearest-neighbor (rows={count})",
-            "rows",
-            NearestNeighborDefense(
-                defense.classifier, database.subset(order[:count]), min(defense.k, count), defense.weighting
-            ),
-        )
-        for count in counts
-        if count >= 10
-    ]
-
-
-def layer_subject(defense: NearestNeighborDefense) -> Subject:
-    """A defence on another layer, to be compared."""
-    feature = defense.database.feature
-    return _subject(f"nearest-neighbor ({feature.layer}, {feature.pooling})", "layer", defense)
-
-
-def _subject(name: str, variant: str, defense: NearestNeighborDefense) -> Subject:
-    return Subject(
-        name,
-        defense,
-        variant,
-        database=defense.database.fingerprint,
-        database_rows=len(defense.database),
-        every_eps=variant == "calibrated",
+def results_of(
+    found: Evaluated,
+    recipe: Recipe,
+    dataset: ImageDataset,
+    classifier: Classifier,
+    defense: NearestNeighborDefense | None,
+    surrogate: Classifier | None,
+    calibration: dict[str, Any] | None,
+    command: str,
+) -> dict[str, Any]:
+    """The results file of an evaluation, as plain values."""
+    return assemble(
+        found.records,
+        recipe=recipe,
+        dataset=dataset,
+        classifier=classifier,
+        surrogate=surrogate,
+        defense=defense,
+        # The ids serve to keep these images out of the test set; a reader of the results needs their number.
+        calibration={k: v for k, v in calibration.items() if k != "ids"} if calibration else None,
+        audit=found.audit,
+        command=command,
     )
 
 

@@ -1,24 +1,47 @@
 """Evaluation: accuracies under attack with intervals, a results file, and a report to look at."""
 
+from nndefense.evaluation.audit import AuditLine
 from nndefense.evaluation.evaluate import Record, Subject, evaluate
 from nndefense.evaluation.illustrate import illustrate
+from nndefense.evaluation.ladder import Comparison, compare, worst_cases
+from nndefense.evaluation.recipe import Recipe, Rung, read_recipe, rungs_for
 from nndefense.evaluation.report import GalleryRow, Neighbor, write_report
 from nndefense.evaluation.results import assemble, summary
-from nndefense.evaluation.statistics import wilson_interval
-from nndefense.evaluation.threats import THREAT_MODELS, AttackSettings, ThreatModel
+from nndefense.evaluation.runner import Evaluated, run
+from nndefense.evaluation.statistics import mcnemar_p, wilson_interval
+from nndefense.evaluation.store import CellStore
+from nndefense.evaluation.subjects import layer_subject, subjects_of
+from nndefense.evaluation.suite import run_attack
+from nndefense.evaluation.threats import THREAT_MODELS, AttackSettings, ThreatModel, attacks_for
 
 __all__ = [
     "THREAT_MODELS",
     "AttackSettings",
+    "AuditLine",
+    "CellStore",
+    "Comparison",
+    "Evaluated",
     "GalleryRow",
     "Neighbor",
+    "Recipe",
     "Record",
+    "Rung",
     "Subject",
     "ThreatModel",
     "assemble",
+    "attacks_for",
+    "compare",
     "evaluate",
     "illustrate",
+    "layer_subject",
+    "mcnemar_p",
+    "read_recipe",
+    "run",
+    "run_attack",
+    "rungs_for",
+    "subjects_of",
     "summary",
     "wilson_interval",
+    "worst_cases",
     "write_report",
 ]

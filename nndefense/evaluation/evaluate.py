@@ -1,4 +1,4 @@
-"""Accuracy of defences under attacks: each attacked batch is made once and shown to every defence."""
+"""Accuracy of defences under attacks: each attacked batch is made once and shown to every defence it is meant for."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from torch import Tensor, nn
 from nndefense import attacks
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError
+from nndefense.evaluation.outcomes import to_hex
 from nndefense.evaluation.statistics import wilson_interval
+from nndefense.evaluation.store import CellStore
+from nndefense.evaluation.suite import peak_memory_mb, run_attack
 from nndefense.evaluation.threats import AttackSettings, ThreatModel
+
+# One settings for all threat models, or several for each of them.
+Plan = AttackSettings | Mapping[str, Sequence[AttackSettings]]
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Subject:
         variant: what it is in the comparison: ``none``, ``calibrated``, ``weighting``, ``layer`` or ``rows``.
         database: fingerprint of its database, or None.
         database_rows: number of rows that it searches, or None.
-        every_eps: whether it is run at every radius, or only clean and at the headline radius.
+        every_eps: whether it is run in every cell, or only clean and at the headline budget.
     """
 
     name: str
@@ -43,9 +49,15 @@ class Record:
     """One accuracy with all that is needed to say what it is an accuracy of.
 
     ``accuracy`` is the fraction of all n images that are classified rightly after the attack; ``ci_low`` and
-    ``ci_high`` are its Wilson 95 % interval. ``eps`` is in units of ``norm``; ``eps_raw`` is the mean radius over
-    the images in raw pixels of [0, 1] (per entry for linf, an l2 length otherwise). ``seconds`` is the time of the
-    defence's predictions, ``attack_seconds`` that of the attack, which all defences of a cell share.
+    ``ci_high`` are its Wilson 95 % interval; ``correct`` says which images, as hexadecimal digits of one bit each.
+    ``accuracy_8bit`` is the same after rounding to 8-bit pixels, at the headline budget, else None.
+
+    ``eps`` is in units of ``norm``; ``eps_raw`` is the mean radius over the images in raw pixels of [0, 1] (per entry
+    for linf, an l2 length otherwise), and ``budget_excess`` by how much any image passes its own.
+
+    ``seconds`` is the time of the defence's predictions. ``attack_seconds``, ``forwards``, ``backwards`` and
+    ``queries`` (images x passes) are the cost of the attack, which all defences of a cell share; ``peak_memory_mb`` is
+    the process's, up to then.
     """
 
     dataset: str
@@ -54,17 +66,26 @@ class Record:
     attack: str
     steps: int
     restarts: int
+    loss: str
     threat_model: str
+    knowledge: str
     norm: str
     eps: float
     eps_raw: float
+    budget_excess: float
     n: int
     accuracy: float
     ci_low: float
     ci_high: float
+    correct: str
+    accuracy_8bit: float | None
     seed: int
     seconds: float
     attack_seconds: float
+    forwards: int
+    backwards: int
+    queries: int
+    peak_memory_mb: float
     classifier: str
     database: str | None
     database_rows: int | None
@@ -79,39 +100,203 @@ def evaluate(
     dataset: ImageDataset,
     subjects: Sequence[Subject],
     threats: Sequence[ThreatModel],
-    attack: AttackSettings,
+    attack: Plan,
     *,
     headline_eps: float,
     classifier: str,
     label_maps: Mapping[str, Tensor],
+    headline_norm: str | None = None,
     seed: int = 0,
     batch_size: int = 128,
     device: str | torch.device = "cpu",
+    store: CellStore | None = None,
     progress: Callable[[int], object] = lambda images: None,
 ) -> list[Record]:
     """Measure every subject clean and under every threat model at every radius.
 
-    The random starts of a cell (threat model and radius) depend on the seed alone, so that cells can be compared
-    and repeated one by one.
+    The random starts of a cell (threat model, attack and radius) depend on the seed alone, so that cells can be
+    compared and repeated one by one.
 
     Args:
         dataset: labelled images.
         subjects: what to measure.
         threats: whom to attack.
-        attack: how.
-        headline_eps: the radius at which even subjects without ``every_eps`` are run; one of ``attack.eps``.
+        attack: how; one for all threat models, or several for each, by its name.
+        headline_eps: the radius at which even subjects without ``every_eps`` are run, and 8-bit pixels are tried.
         classifier: fingerprint of the classifier, for the records.
         label_maps: for each threat model's name, and ``clean`` for the subjects, the class number of the attacked
             (measured) model for each class of the data set.
+        headline_norm: the norm of ``headline_eps``; by default any.
         seed: draws the random starts.
         batch_size: images per forward pass.
         device: where the images are put.
+        store: where finished cells are kept and found again; nowhere by default.
         progress: called with the number of images after each batch of each cell.
 
     Raises:
         DataError: an empty data set, or images without labels.
-        InputError: two subjects of one name.
+        InputError: two subjects of one name, or a threat model without attacks.
     """
+    _check(dataset, subjects, threats, attack)
+    cells: list[_Cell] = [_Cell(None, None, 0.0)]
+    for threat in threats:
+        for settings in [attack] if isinstance(attack, AttackSettings) else attack[threat.name]:
+            cells += [_Cell(threat, settings, eps) for eps in settings.eps]
+    records: list[Record] = []
+    for cell in cells:
+        headline = cell.at(headline_eps, headline_norm)
+        active = [
+            subject
+            for subject in subjects
+            if cell.is_for(subject) and (cell.threat is None or subject.every_eps or headline)
+        ]
+        key = _key(cell, dataset, active, classifier, headline, seed=seed, batch_size=batch_size)
+        stored = store.get(cell.name, key) if store is not None else None
+        if stored is not None:
+            records += [Record(**record) for record in stored]
+            progress(len(dataset))
+            continue
+        measured = _measure(
+            cell,
+            dataset,
+            active,
+            classifier,
+            label_maps,
+            headline=headline,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            progress=progress,
+        )
+        if store is not None:
+            store.put(cell.name, key, [record.to_json() for record in measured])
+        records += measured
+    return records
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One attack at one radius under one threat model; without them, the clean images."""
+
+    threat: ThreatModel | None
+    attack: AttackSettings | None
+    eps: float
+
+    @property
+    def name(self) -> str:
+        """A readable name; the key says the rest."""
+        if self.threat is None or self.attack is None:
+            return "clean"
+        whose = f" {self.threat.subject}" if self.threat.subject else ""
+        return f"{self.threat.name}{whose} {self.attack.name} {self.attack.norm} {self.eps:g}"
+
+    def is_for(self, subject: Subject) -> bool:
+        """Whether the cell's images are shown to a subject."""
+        return self.threat is None or self.threat.subject in (None, subject.name)
+
+    def at(self, eps: float, norm: str | None) -> bool:
+        """Whether it is at the headline budget."""
+        return self.attack is not None and self.eps == eps and norm in (None, self.attack.norm)
+
+
+def _measure(
+    cell: _Cell,
+    dataset: ImageDataset,
+    active: Sequence[Subject],
+    classifier: str,
+    label_maps: Mapping[str, Tensor],
+    *,
+    headline: bool,
+    seed: int,
+    batch_size: int,
+    device: str | torch.device,
+    progress: Callable[[int], object],
+) -> list[Record]:
+    right: dict[str, list[Tensor]] = {subject.name: [] for subject in active}
+    rounded = dict.fromkeys(right, 0)
+    seconds = dict.fromkeys(right, 0.0)
+    generator = torch.Generator().manual_seed(seed)
+    attack_seconds = radii = excess = 0.0
+    forwards = backwards = queries = 0
+    for images, labels, _ in dataset.batches(batch_size):
+        images, truth = images.to(device), label_maps["clean"][labels].to(device)
+        if cell.threat is not None and cell.attack is not None:
+            clean, radius = images, attacks.radius(images, cell.eps, cell.attack.norm)
+            radii += float(radius.sum())
+            begun = time.perf_counter()
+            aims = label_maps[cell.threat.name][labels].to(device)
+            made = run_attack(cell.attack, cell.threat.target, images, aims, cell.eps, generator)
+            attack_seconds += time.perf_counter() - begun
+            images = made.images
+            forwards, backwards = forwards + made.forwards, backwards + made.backwards
+            queries += made.queries
+            excess = max(excess, float((_size(images - clean, cell.attack.norm) - radius.double()).max()))
+        for subject in active:
+            begun = time.perf_counter()
+            right[subject.name].append(_right(subject.model, images, truth))
+            seconds[subject.name] += time.perf_counter() - begun
+            if headline and subject.every_eps:
+                rounded[subject.name] += int(_right(subject.model, (images * 255).round() / 255, truth).sum())
+        progress(len(images))
+    n = len(dataset)
+    plain: dict[str, Any] = (
+        cell.attack.to_json() if cell.attack else {"name": "none", "norm": "none", "steps": 0, "restarts": 0}
+    )
+    records = []
+    for subject in active:
+        bits = torch.cat(right[subject.name]).numpy()
+        low, high = wilson_interval(int(bits.sum()), n)
+        records.append(
+            Record(
+                dataset=dataset.name,
+                defense=subject.name,
+                variant=subject.variant,
+                attack=plain["name"],
+                steps=plain["steps"],
+                restarts=plain["restarts"],
+                loss=plain.get("loss", "cross-entropy" if cell.threat else "none"),
+                threat_model=cell.threat.name if cell.threat else "clean",
+                knowledge=cell.threat.knowledge if cell.threat else "",
+                norm=plain["norm"],
+                eps=cell.eps,
+                eps_raw=radii / n,
+                budget_excess=max(excess, 0.0),
+                n=n,
+                accuracy=int(bits.sum()) / n,
+                ci_low=low,
+                ci_high=high,
+                correct=to_hex(bits),
+                accuracy_8bit=rounded[subject.name] / n if headline and subject.every_eps else None,
+                seed=seed,
+                seconds=round(seconds[subject.name], 4),
+                attack_seconds=round(attack_seconds, 4),
+                forwards=forwards,
+                backwards=backwards,
+                queries=queries,
+                peak_memory_mb=round(peak_memory_mb(), 1),
+                classifier=classifier,
+                database=subject.database,
+                database_rows=subject.database_rows,
+                surrogate=cell.threat.surrogate if cell.threat else None,
+            )
+        )
+    return records
+
+
+@torch.no_grad()
+def _right(model: nn.Module, images: Tensor, truth: Tensor) -> Tensor:
+    found: Tensor = (model(images).argmax(1) == truth).cpu()
+    return found
+
+
+def _size(change: Tensor, norm: str) -> Tensor:
+    """The length of each change in raw units, float64: N x C x H x W -> N."""
+    flat = change.flatten(1).double()
+    found: Tensor = flat.abs().amax(1) if norm == "linf" else torch.linalg.vector_norm(flat, dim=1)
+    return found
+
+
+def _check(dataset: ImageDataset, subjects: Sequence[Subject], threats: Sequence[ThreatModel], attack: Plan) -> None:
     if len(dataset) == 0:
         raise DataError(f"the data set {dataset.name} is empty: there is nothing to evaluate on")
     if (dataset.labels < 0).any():
@@ -119,55 +304,38 @@ def evaluate(
     names = [subject.name for subject in subjects]
     if len(set(names)) != len(names):
         raise InputError(f"two subjects have the same name among {', '.join(names)}: name them apart")
-    records: list[Record] = []
-    cells: list[tuple[ThreatModel | None, float]] = [(None, 0.0)]
-    cells += [(threat, eps) for threat in threats for eps in attack.eps]
-    for threat, eps in cells:
-        active = [s for s in subjects if threat is None or s.every_eps or eps == headline_eps]
-        correct, seconds = dict.fromkeys((s.name for s in active), 0), dict.fromkeys((s.name for s in active), 0.0)
-        generator = torch.Generator().manual_seed(seed)
-        attack_seconds = radii = 0.0
-        for images, labels, _ in dataset.batches(batch_size):
-            images, truth = images.to(device), label_maps["clean"][labels].to(device)
-            if threat is not None:
-                radii += float(attacks.radius(images, eps, attack.norm).sum())
-                begun = time.perf_counter()
-                aims = label_maps[threat.name][labels].to(device)
-                images = attack.run(threat.target, images, aims, eps, generator)
-                attack_seconds += time.perf_counter() - begun
-            for subject in active:
-                begun = time.perf_counter()
-                with torch.no_grad():
-                    correct[subject.name] += int((subject.model(images).argmax(1) == truth).sum())
-                seconds[subject.name] += time.perf_counter() - begun
-            progress(len(images))
-        n = len(dataset)
-        settings = attack.to_json()
-        for subject in active:
-            low, high = wilson_interval(correct[subject.name], n)
-            records.append(
-                Record(
-                    dataset=dataset.name,
-                    defense=subject.name,
-                    variant=subject.variant,
-                    attack=attack.name if threat else "none",
-                    steps=settings["steps"] if threat else 0,
-                    restarts=settings["restarts"] if threat else 0,
-                    threat_model=threat.name if threat else "clean",
-                    norm=attack.norm if threat else "none",
-                    eps=eps,
-                    eps_raw=radii / n,
-                    n=n,
-                    accuracy=correct[subject.name] / n,
-                    ci_low=low,
-                    ci_high=high,
-                    seed=seed,
-                    seconds=round(seconds[subject.name], 4),
-                    attack_seconds=round(attack_seconds, 4),
-                    classifier=classifier,
-                    database=subject.database,
-                    database_rows=subject.database_rows,
-                    surrogate=threat.surrogate if threat else None,
-                )
-            )
-    return records
+    for threat in threats:
+        if threat.subject is not None and threat.subject not in names:
+            raise InputError(f"the {threat.name} attack is on {threat.subject!r}, which is no subject")
+        if not isinstance(attack, AttackSettings) and not attack.get(threat.name):
+            raise InputError(f"no attack is given for the threat model {threat.name!r}")
+
+
+def _key(
+    cell: _Cell,
+    dataset: ImageDataset,
+    active: Sequence[Subject],
+    classifier: str,
+    headline: bool,
+    *,
+    seed: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """All that the records of a cell depend on."""
+    threat = cell.threat
+    return {
+        "data": [dataset.name, dataset.fingerprint],
+        "classifier": classifier,
+        "subjects": [[s.name, s.variant, s.database, s.database_rows, _settings(s.model)] for s in active],
+        "threat": [threat.name, threat.surrogate, threat.knowledge, threat.subject] if threat else None,
+        "attack": {**cell.attack.to_json(), "eps": cell.eps} if cell.attack else None,
+        "headline": headline,
+        "seed": seed,
+        # The random starts of a batch follow those of the one before it.
+        "batch_size": batch_size,
+    }
+
+
+def _settings(model: nn.Module) -> list[Any]:
+    """What tells two defences over the same database apart."""
+    return [getattr(model, name, None) for name in ("k", "weighting", "power", "terms")]

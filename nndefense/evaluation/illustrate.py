@@ -9,6 +9,7 @@ from torch import Tensor
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.evaluation.report import GalleryRow, Neighbor
+from nndefense.evaluation.suite import run_attack
 from nndefense.evaluation.threats import AttackSettings, ThreatModel
 
 _NEIGHBORS = 8
@@ -47,7 +48,9 @@ def illustrate(
     images, labels = dataset.batch(drawn)
     clean = images.to(device)
     generator = torch.Generator().manual_seed(seed)
-    attacked = attack.run(threat.target, clean, label_maps[threat.name][labels].to(device), eps, generator)
+    attacked = run_attack(
+        attack, threat.target, clean, label_maps[threat.name][labels].to(device), eps, generator
+    ).images
     with torch.no_grad():
         bare_clean = defense.classifier(clean).softmax(1).cpu()
         bare = defense.classifier(attacked).softmax(1).cpu()

@@ -8,37 +8,44 @@ from typing import Any
 
 from nndefense.database import ImageDatabase
 from nndefense.datasets import ImageDataset
+from nndefense.defenses import NearestNeighborDefense
+from nndefense.evaluation.audit import AuditLine
 from nndefense.evaluation.evaluate import Record
-from nndefense.evaluation.threats import AttackSettings
+from nndefense.evaluation.ladder import RUNGS, compare, worst_cases
+from nndefense.evaluation.recipe import Recipe
 from nndefense.models import Classifier
 from nndefense.versions import library_versions
 
-FORMAT, VERSION = "nndefense-results", 1
+FORMAT, VERSION = "nndefense-results", 2
 NAME = "results.json"
 
 
 def assemble(
     records: Sequence[Record],
     *,
+    recipe: Recipe,
     dataset: ImageDataset,
     classifier: Classifier,
     surrogate: Classifier | None,
-    database: ImageDatabase,
-    k: int,
-    weighting: str,
-    attack: AttackSettings,
-    headline_eps: float,
+    defense: NearestNeighborDefense | None,
     calibration: dict[str, Any] | None,
+    audit: Sequence[AuditLine],
     command: str,
-    seed: int,
 ) -> dict[str, Any]:
-    """Put everything that a reader needs beside the records; plain values, ready for JSON."""
+    """Put everything that a reader needs beside the records; plain values, ready for JSON.
+
+    The worst cases and the paired tests follow from the records, and stand among and beside them.
+    """
+    plain = [record.to_json() for record in records]
+    plain += worst_cases(plain)
+    gray = [rung.attack.name for rung in recipe.rungs if rung.threat_model == "gray"]
     return {
         "format": FORMAT,
         "version": VERSION,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
-        "seed": seed,
+        "seed": recipe.seed,
+        "recipe": {"sha256": recipe.sha256, **recipe.to_json()},
         "dataset": {
             "name": dataset.name,
             "n": len(dataset),
@@ -48,23 +55,32 @@ def assemble(
         },
         "classifier": identity(classifier),
         "surrogate": identity(surrogate) if surrogate else None,
-        "database": {
-            "rows": len(database),
-            "dimension": database.dimension,
-            "layer": database.feature.layer,
-            "pooling": database.feature.pooling,
-            "feature": database.feature.to_json(),
-            "index": database.manifest.index["factory"],
-            "fingerprint": database.fingerprint,
-            "data": database.manifest.data["name"],
-            "path": str(database.path),
-        },
-        "defense": {"k": k, "weighting": weighting},
+        "database": _described(defense.database) if defense is not None else None,
+        "defense": {"k": defense.k, "weighting": defense.weighting} if defense is not None else None,
         "calibration": calibration,
-        "attack": attack.to_json(),
-        "headline": {"attack": attack.name, "norm": attack.norm, "eps": headline_eps},
+        "headline": {
+            "attack": (gray or [rung.attack.name for rung in recipe.rungs])[0],
+            "norm": recipe.headline_norm,
+            "eps": recipe.headline_eps,
+        },
         "versions": library_versions(),
-        "records": [record.to_json() for record in records],
+        "audit": [line.to_json() for line in audit],
+        "comparisons": [comparison.to_json() for comparison in compare(plain)],
+        "records": plain,
+    }
+
+
+def _described(database: ImageDatabase) -> dict[str, Any]:
+    return {
+        "rows": len(database),
+        "dimension": database.dimension,
+        "layer": database.feature.layer,
+        "pooling": database.feature.pooling,
+        "feature": database.feature.to_json(),
+        "index": database.manifest.index["factory"],
+        "fingerprint": database.fingerprint,
+        "data": database.manifest.data["name"],
+        "path": str(database.path),
     }
 
 
@@ -74,17 +90,22 @@ def identity(classifier: Classifier) -> dict[str, str]:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """The table of clean, gray and black accuracies at the headline radius, as text for a terminal."""
-    eps, cells = results["headline"]["eps"], {}
+    """The ladder at the headline budget, as text for a terminal: of several attacks the strongest counts."""
+    headline = results["headline"]
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
     for record in results["records"]:
-        if record["threat_model"] == "clean" or record["eps"] == eps:
-            cells[record["defense"], record["threat_model"]] = record
+        here = record["norm"] == headline["norm"] and record["eps"] == headline["eps"]
+        cell = record["defense"], record["threat_model"]
+        if (here or record["threat_model"] == "clean") and (
+            cell not in cells or record["accuracy"] < cells[cell]["accuracy"]
+        ):
+            cells[cell] = record
     names = list(dict.fromkeys(record["defense"] for record in results["records"]))
+    columns = [rung for rung in RUNGS if any(threat_model == rung for _, threat_model in cells)]
     width = max(len(name) for name in names)
-    columns = ("clean", "gray", "black")
     lines = [
         f"{results['dataset']['name']}: accuracy on {results['dataset']['n']:,} images [95 % interval]; "
-        f"{results['headline']['attack'].upper()} at {results['headline']['norm']} {eps:g}"
+        f"{headline['norm']} {headline['eps']:g}"
     ]
     lines.append(" " * width + "".join(f"  {column:<22}" for column in columns).rstrip())
     for name in names:
@@ -95,4 +116,6 @@ def summary(results: dict[str, Any]) -> str:
                 f"{record['accuracy']:.3f} [{record['ci_low']:.3f}, {record['ci_high']:.3f}]" if record else "-"
             )
         lines.append(f"{name:<{width}}" + "".join(f"  {text:<22}" for text in texts).rstrip())
+    failed = [line for line in results["audit"] if line["passed"] is False]
+    lines += [f"self-audit: {line['name']} FAILS: {line['text']}" for line in failed]
     return "\n".join(lines)

@@ -25,3 +25,23 @@ def wilson_interval(successes: int, n: int, z: float = Z95) -> tuple[float, floa
     half = z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     # At the ends the bound is exact, but rounding would leave 1e-17 of it.
     return (0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half)
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """The exact two-sided p-value of McNemar's test: are two classifiers equally often right on the same images?
+
+    Under that hypothesis each image that one of them alone gets right is a fair coin (McNemar, Psychometrika 1947).
+
+    Args:
+        only_first: images that the first alone gets right.
+        only_second: images that the second alone gets right.
+
+    Raises:
+        InputError: a count below 0.
+    """
+    if min(only_first, only_second) < 0:
+        raise InputError(f"counts of images must be at least 0, but are {only_first} and {only_second}")
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    # Whole numbers throughout: neither the binomial coefficients nor the powers of two fit a float.
+    tail = sum(math.comb(n, i) for i in range(fewer + 1))
+    return min(1.0, float(2 * tail / 2**n))

@@ -16,7 +16,14 @@ from nndefense.evaluation.report.wording import escape, percent
 _WIDTH, _HEIGHT = 452, 342
 _LEFT, _RIGHT, _TOP, _BOTTOM = 32, 110, 24, 84
 _COLORS = {"bare": "var(--bare, #b34a00)", "defended": "var(--defended, #0b62a8)"}
-_DASHES = {"gray": "", "black": ' stroke-dasharray="6 4"', "clean": ' stroke-dasharray="1.5 4"'}
+_DASHES = {
+    "gray": "",
+    "black": ' stroke-dasharray="6 4"',
+    "clean": ' stroke-dasharray="1.5 4"',
+    "white": ' stroke-dasharray="10 3 2 3"',
+    "adaptive": ' stroke-dasharray="3 2.5"',
+    "worst": ' stroke-opacity=".45"',
+}
 
 
 @dataclass(frozen=True)

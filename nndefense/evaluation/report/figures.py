@@ -88,11 +88,18 @@ def accuracy_vs_rows(results: Results, *, uid: str = "rows") -> str:
 
 
 def eps_lines(results: Results) -> list[Line]:
-    """Accuracy against budget, bare and defended, gray and black; each line starts at the clean accuracy (budget 0)."""
+    """Accuracy against budget for every threat model; each line starts at the clean accuracy (budget 0).
+
+    Without the defence white box is gray box, so that only its gray and black lines are drawn.
+    """
     lines = []
+    models = {DEFENDED: ("gray", "black", "white", "adaptive", "worst"), BARE: ("gray", "black")}
+    attacked = {record["threat_model"] for record in records_of(results)}
     for defense, label in ((DEFENDED, "defended"), (BARE, "bare")):
         clean = at_headline(results, defense, "clean")
-        for threat_model in ("gray", "black"):
+        for threat_model in models[defense]:
+            if threat_model == "worst" and not attacked & {"white", "adaptive"}:
+                continue
             records = _worst_by(under_attack(results, defense, threat_model), lambda record: float(record["eps"]))
             if records:
                 start = [] if clean is None or 0.0 in records else [_point(0.0, clean)]
@@ -159,7 +166,7 @@ def figure_section(results: Results) -> str:
 
     by_eps = _figure_html(
         "As the attack grows",
-        "Solid: gray box. Dashed: black box. Bands: 95\u00a0% intervals.",
+        "Each line is labelled where it ends. Bands: 95\u00a0% intervals.",
         accuracy_vs_eps(results),
         "Not drawn: no attack was run.",
         _points_table(eps_lines(results), "budget ε", budget),

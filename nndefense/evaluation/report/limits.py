@@ -9,8 +9,15 @@ from nndefense.evaluation.report.wording import escape, number
 def limits_section(results: Results) -> str:
     """The limits of the run, as a list."""
     calibration, database = results.get("calibration"), results.get("database") or {}
+    informed = {record["threat_model"] for record in results["records"]} & {"white", "adaptive"}
     limits = [
         (
+            "No attack is the strongest there is.",
+            "The adaptive attacks know the database and its settings, and every attacked image was judged by the true "
+            "defence. Another attack may still find what these did not: read the worst case as an upper bound.",
+        )
+        if informed
+        else (
             "No attack here knows of the database.",
             "The gray-box attack uses the classifier's weights and the black-box attack a surrogate; both ignore the "
             "retrieval. An attacker who knows the database, or can guess at part of it, can aim at the retrieval "

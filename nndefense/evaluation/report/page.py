@@ -15,9 +15,10 @@ from nndefense.errors import InputError
 from nndefense.evaluation.report.calibration import calibration_section
 from nndefense.evaluation.report.figures import figure_section
 from nndefense.evaluation.report.gallery import GalleryRow, gallery_section
+from nndefense.evaluation.report.ladder import ladder_section, obscurity
 from nndefense.evaluation.report.limits import limits_section
 from nndefense.evaluation.report.records import BARE, DEFENDED, Results, at_headline
-from nndefense.evaluation.report.run import records_section, run_section
+from nndefense.evaluation.report.run import audit_section, records_section, run_section
 from nndefense.evaluation.report.table import table_section
 from nndefense.evaluation.report.verdict import verdict, verdict_parts
 from nndefense.evaluation.report.wording import date_text, escape, number, percent
@@ -61,10 +62,12 @@ def report_html(results: Results, gallery: Sequence[GalleryRow] = ()) -> str:
     body = "\n".join(
         [
             _header(results, title),
+            ladder_section(results),
             table_section(results),
             figure_section(results),
             gallery_section(results, gallery),
             calibration_section(results),
+            audit_section(results),
             run_section(results),
             limits_section(results),
             records_section(results),
@@ -109,8 +112,11 @@ def _header(results: Results, title: str) -> str:
             f"Under the black-box attack it is {percent(bare['accuracy'])}\u00a0% without the defence and "
             f"{percent(defended['accuracy'])}\u00a0% with it."
         )
+    said = obscurity(results)
     notes.append(
-        'None of the attacks knows that a database is searched: read <a href="#limits">what these numbers do not '
+        f'<strong class="obscurity">{escape(said)}</strong> See <a href="#ladder">what it holds against whom</a>.'
+        if said
+        else 'None of the attacks knows that a database is searched: read <a href="#limits">what these numbers do not '
         "show</a> before relying on them."
     )
     return f"""<header class="top">

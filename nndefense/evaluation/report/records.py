@@ -27,26 +27,30 @@ def lowest(records: Sequence[Record]) -> Record:
     return min(records, key=lambda record: float(record["accuracy"]))
 
 
-def under_attack(results: Results, defense: str, threat_model: str) -> list[Record]:
-    """Every record of one defence and threat model; for ``"gray"`` and ``"black"`` only the headline attack and norm.
+def under_attack(results: Results, defense: str, threat_model: str, *, any_attack: bool = False) -> list[Record]:
+    """Every record of one defence and threat model under the headline norm.
+
+    For ``"gray"`` and ``"black"`` only those of the headline attack, unless ``any_attack`` is set.
 
     Returns:
         the records, in the order of their budget; records of one budget keep the order in which they were measured.
     """
     headline = results["headline"]
+    free = any_attack or threat_model not in ("gray", "black")
     found = [
         record
         for record in records_of(results)
         if record["defense"] == defense
         and record["threat_model"] == threat_model
-        and (threat_model == "clean" or (record["attack"] == headline["attack"] and record["norm"] == headline["norm"]))
+        and (threat_model == "clean" or record["norm"] == headline["norm"])
+        and (free or record["attack"] == headline["attack"])
     ]
     return sorted(found, key=lambda record: float(record["eps"]))
 
 
-def at_headline(results: Results, defense: str, threat_model: str) -> Record | None:
-    """The record for a cell of the main table: clean, or the headline attack at the headline budget."""
-    found = under_attack(results, defense, threat_model)
+def at_headline(results: Results, defense: str, threat_model: str, *, any_attack: bool = False) -> Record | None:
+    """The record for a cell of a table: clean, or the (headline) attack at the headline budget; the lowest counts."""
+    found = under_attack(results, defense, threat_model, any_attack=any_attack)
     if threat_model != "clean":
         eps = results["headline"]["eps"]
         found = [record for record in found if math.isclose(record["eps"], eps, rel_tol=1e-6)]

@@ -1,4 +1,4 @@
-"""The sections on the run itself: what was run, signs that the attack was strong enough, and every record."""
+"""The sections on the run itself: the self-audit, what was run, and every record."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from nndefense.evaluation.report.records import Record, Results, records_of
-from nndefense.evaluation.report.verdict import attack_checks
 from nndefense.evaluation.report.wording import (
     attack_name,
     escape,
@@ -69,8 +68,14 @@ def run_section(results: Results) -> str:
 <dl class="facts">
 {listing}
 </dl>
-<h3>Was the attack strong enough?</h3>
-<p>A weak attack flatters every defence. These signs are necessary, not sufficient.</p>
+</section>"""
+
+
+def audit_section(results: Results) -> str:
+    """The self-audit: each check with its verdict."""
+    return f"""<section id="audit">
+<h2>Was the attack strong enough?</h2>
+<p>A weak attack flatters every defence. These checks are necessary, not sufficient.</p>
 <ul class="checks">
 {_checks_html(results)}
 </ul>
@@ -95,11 +100,14 @@ def _attack_texts(results: Results) -> list[str]:
 
 def _checks_html(results: Results) -> str:
     signs = {True: ("✓", "holds", "right"), False: ("✗", "fails", "wrong"), None: ("–", "not known", "open")}
-    return "\n".join(
-        f'<li class="{signs[check.passed][2]}"><span class="mark"><span aria-hidden="true">{signs[check.passed][0]}'
-        f"</span> {signs[check.passed][1]}</span> <span>{escape(check.text)}</span></li>"
-        for check in attack_checks(results)
-    )
+    lines = []
+    for line in results.get("audit") or ():
+        mark, word, kind = signs[line["passed"]]
+        lines.append(
+            f'<li class="{kind}"><span class="mark"><span aria-hidden="true">{mark}</span> {word}</span> '
+            f"<span><b>{escape(line['name'])}.</b> {escape(line['text'])}</span></li>"
+        )
+    return "\n".join(lines)
 
 
 def _network(network: Mapping[str, Any] | None) -> str:

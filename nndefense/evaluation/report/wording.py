@@ -68,7 +68,14 @@ def norm_name(norm: str) -> str:
 
 def attack_name(attack: str) -> str:
     """An attack as papers write it: ``"pgd"`` is ``"PGD"``."""
-    return attack.upper() if len(attack) <= 5 else attack
+    names = {
+        "square": "Square",
+        "autoattack": "AutoAttack",
+        "deepfool": "DeepFool",
+        "cw": "C&W",
+        "drift": "feature drift",
+    }
+    return names.get(attack) or (attack.upper() if len(attack.split("-")[0]) <= 4 else attack.replace("-", " "))
 
 
 def raw_budget(norm: str, eps_raw: float) -> str:

@@ -1,0 +1,271 @@
+"""The subcommands that attack and measure: attack, evaluate and demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nndefense.cli.options import (
+    EPS_GRID,
+    KS,
+    POOLINGS,
+    SPEC_HELP,
+    AdaptiveOption,
+    AdaptiveStepsOption,
+    AttackName,
+    AttackOption,
+    AuditOption,
+    BatchOption,
+    ClassesOption,
+    ClassifierOption,
+    DataDirOption,
+    DatasetOption,
+    DebugOption,
+    Device,
+    DeviceOption,
+    EpsOption,
+    HeadlineOption,
+    JsonOption,
+    KOption,
+    KsOption,
+    LayersOption,
+    LimitOption,
+    LossOption,
+    Norm,
+    NormOption,
+    OverwriteOption,
+    PcaOption,
+    PoolingsOption,
+    QuietOption,
+    RestartsOption,
+    RowsOption,
+    SeedOption,
+    ShapeOption,
+    StepsOption,
+    SurrogateOption,
+    WeightingOption,
+    command_line,
+    number,
+    numbers,
+    shape,
+    words,
+)
+from nndefense.errors import InputError
+
+
+def attack(
+    dataset: DatasetOption,
+    classifier: ClassifierOption,
+    out: Annotated[Path, typer.Option("--out", help="HDF5 file for the attacked images; opens as hdf5:FILE.")],
+    attack: AttackOption = AttackName.pgd,
+    norm: NormOption = Norm.linf,
+    eps: Annotated[str, typer.Option("--eps", help="Budget in units of the norm; 8/255 is fine.")] = "8/255",
+    steps: StepsOption = 20,
+    restarts: RestartsOption = 1,
+    limit: LimitOption = None,
+    overwrite: OverwriteOption = False,
+    batch_size: BatchOption = 128,
+    classes: ClassesOption = None,
+    input_shape: ShapeOption = None,
+    data_dir: DataDirOption = None,
+    device: DeviceOption = Device.auto,
+    seed: SeedOption = 0,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Attack a classifier and keep the attacked images, unrounded."""
+    from nndefense.cli import commands
+    from nndefense.evaluation import AttackSettings
+
+    commands.attack(
+        dataset,
+        classifier,
+        out,
+        AttackSettings(attack.value, norm.value, (number("--eps", eps),), steps, restarts),
+        limit=limit,
+        overwrite=overwrite,
+        batch_size=batch_size,
+        classes=classes,
+        input_shape=shape(input_shape),
+        data_dir=data_dir,
+        device=device.value,
+        seed=seed,
+        as_json=json,
+        progress=not quiet,
+    )
+
+
+def evaluate(
+    out: Annotated[Path, typer.Option("--out", help="Folder for results.json, report.html and finished cells.")],
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="TOML file that names all of it, instead of the options below.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help=SPEC_HELP)] = None,
+    classifier: Annotated[
+        str | None, typer.Option("--classifier", help="A trained folder, torchvision:NAME:WEIGHTS or python:...")
+    ] = None,
+    database: Annotated[
+        Path | None, typer.Option("--database", help="Folder of the image database [default: no defence].")
+    ] = None,
+    surrogate: SurrogateOption = None,
+    k: KOption = None,
+    weighting: WeightingOption = None,
+    attack: AttackOption = AttackName.pgd,
+    norm: NormOption = Norm.normalized_l2,
+    eps: EpsOption = EPS_GRID,
+    headline: HeadlineOption = None,
+    steps: StepsOption = 20,
+    restarts: RestartsOption = 1,
+    adaptive: AdaptiveOption = True,
+    adaptive_steps: AdaptiveStepsOption = 40,
+    audit: AuditOption = True,
+    sizes: Annotated[bool, typer.Option("--sizes/--no-sizes", help="Also search smaller databases.")] = True,
+    gallery: Annotated[int, typer.Option(min=0, help="Images in the report's gallery.")] = 10,
+    limit: LimitOption = None,
+    batch_size: BatchOption = 128,
+    classes: ClassesOption = None,
+    input_shape: ShapeOption = None,
+    data_dir: DataDirOption = None,
+    device: DeviceOption = Device.auto,
+    seed: SeedOption = 0,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure the classifier and the defence, clean and attacked, and write results and report.
+
+    Started again with the same --out, it goes on where it was stopped.
+    """
+    from nndefense.cli import commands
+    from nndefense.evaluation import AttackSettings, Recipe, read_recipe, rungs_for
+
+    if recipe is not None:
+        if dataset or classifier or database or surrogate:
+            raise InputError("--recipe names data, models and database itself: leave those options out")
+        chosen = read_recipe(recipe)
+    elif dataset is None or classifier is None:
+        raise InputError("give --recipe, or --dataset and --classifier")
+    else:
+        budgets = numbers(eps)
+        settings = AttackSettings(attack.value, norm.value, budgets, steps, restarts)
+        models = ["gray", *(["black"] if surrogate else [])]
+        models += ["white", "adaptive"] if adaptive and database is not None else []
+        chosen = Recipe(
+            dataset=dataset,
+            classifier=classifier,
+            database=str(database) if database is not None else None,
+            rungs=rungs_for(models, settings, AttackSettings("adaptive", norm.value, budgets, adaptive_steps)),
+            headline_norm=norm.value,
+            headline_eps=number("--headline", headline) if headline else commands.headline_of(database, budgets),
+            surrogate=surrogate,
+            classes=str(classes) if classes else None,
+            input_shape=shape(input_shape),
+            limit=limit,
+            k=k,
+            weighting=weighting.value if weighting else None,
+            sizes=sizes,
+            audit=audit,
+            gallery=gallery,
+            batch_size=batch_size,
+            seed=seed,
+        )
+    commands.evaluate(
+        chosen,
+        out,
+        data_dir=data_dir,
+        device=device.value,
+        as_json=json,
+        progress=not quiet,
+        command=command_line(),
+    )
+
+
+def demo(
+    dataset: Annotated[
+        list[str] | None, typer.Option("--dataset", help=SPEC_HELP + " It fills the database [default: digits].")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option("--test", help="Data set to report on [default: the first one's split test].")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", help="Data set to calibrate on [default: hold images out].")
+    ] = None,
+    holdout: Annotated[int, typer.Option(min=1, help="Images to hold out of the first data set.")] = 300,
+    out: Annotated[Path, typer.Option("--out", help="Folder for everything that is made.")] = Path("runs/demo"),
+    classifier: Annotated[
+        str | None, typer.Option("--classifier", help="A ready classifier [default: train one].")
+    ] = None,
+    surrogate: SurrogateOption = None,
+    arch: Annotated[str, typer.Option(help="Architecture of the classifier that is trained.")] = "small-cnn",
+    surrogate_arch: Annotated[str, typer.Option(help="Architecture of the surrogate.")] = "madry-mnist",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Training epochs [default: by the data's size].")] = None,
+    attack: AttackOption = AttackName.pgd,
+    norm: NormOption = Norm.normalized_l2,
+    eps: EpsOption = EPS_GRID,
+    headline: Annotated[str, typer.Option("--headline", help="The budget to calibrate for and to tabulate.")] = "0.2",
+    steps: StepsOption = 20,
+    restarts: RestartsOption = 1,
+    adaptive: AdaptiveOption = True,
+    adaptive_steps: AdaptiveStepsOption = 40,
+    audit: AuditOption = True,
+    layers: LayersOption = None,
+    poolings: PoolingsOption = POOLINGS,
+    ks: KsOption = KS,
+    pca: PcaOption = 256,
+    max_clean_loss: LossOption = 0.02,
+    candidate_rows: RowsOption = 20_000,
+    limit: LimitOption = 2000,
+    gallery: Annotated[int, typer.Option(min=0, help="Images in the report's gallery.")] = 10,
+    batch_size: BatchOption = 128,
+    classes: ClassesOption = None,
+    input_shape: ShapeOption = None,
+    data_dir: DataDirOption = None,
+    device: DeviceOption = Device.auto,
+    seed: SeedOption = 0,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Do it all: train, calibrate, build the database, attack, defend, and report."""
+    from nndefense.cli import commands
+    from nndefense.evaluation import AttackSettings
+
+    sets, budgets = dataset or ["digits"], numbers(eps)
+    commands.demo(
+        {
+            "database_sets": sets,
+            "test": test or commands.test_split(sets[0]),
+            "out": out,
+            "attack": AttackSettings(attack.value, norm.value, budgets, steps, restarts),
+            "adaptive": AttackSettings("adaptive", norm.value, budgets, adaptive_steps) if adaptive else None,
+            "headline_eps": number("--headline", headline),
+            "audit": audit,
+            "calibration": calibration,
+            "holdout": holdout,
+            "classifier": classifier,
+            "surrogate": surrogate,
+            "arch": arch,
+            "surrogate_arch": surrogate_arch,
+            "classes": classes,
+            "input_shape": shape(input_shape),
+            "layers": words(layers),
+            "poolings": words(poolings) or [],
+            "ks": [int(k) for k in numbers(ks, whole=True)],
+            "pca": pca,
+            "max_clean_loss": max_clean_loss,
+            "candidate_rows": candidate_rows,
+            "epochs": epochs,
+            "limit": limit,
+            "batch_size": batch_size,
+            "gallery": gallery,
+            "data_dir": data_dir,
+            "device": device.value,
+            "seed": seed,
+            "command": command_line(),
+            "progress": not quiet,
+        },
+        as_json=json,
+    )

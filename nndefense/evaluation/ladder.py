@@ -1,0 +1,116 @@
+"""The ladder: accuracy from clean images up to the worst case over everything that was tried, image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from nndefense.evaluation.outcomes import Bits, from_hex, to_hex
+from nndefense.evaluation.statistics import mcnemar_p, wilson_interval
+
+# From the attacker who knows nothing to the one who knows all.
+RUNGS = ("clean", "black", "gray", "white", "adaptive", "worst")
+WORST = "worst"
+
+PlainRecord = Mapping[str, Any]  # a record as it stands in results.json
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The defence against the bare classifier on the same images.
+
+    Attributes:
+        threat_model, norm, eps: which images.
+        only_defended, only_bare: images that one of them alone gets right.
+        p: McNemar's exact two-sided p-value.
+    """
+
+    threat_model: str
+    norm: str
+    eps: float
+    only_defended: int
+    only_bare: int
+    p: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a results file."""
+        return asdict(self)
+
+
+def worst_cases(records: Sequence[PlainRecord]) -> list[dict[str, Any]]:
+    """For each defence, norm and budget the accuracy on images that every attack within that budget left right.
+
+    An attack at a smaller budget counts at every larger one of its norm, and so does the clean image.
+
+    Args:
+        records: plain records with ``correct``; those of one defence are over the same images.
+
+    Returns:
+        records with the threat model ``worst`` and the attack ``all``, in the order of defence, norm and budget.
+    """
+    found = []
+    for defense in dict.fromkeys(record["defense"] for record in records):
+        own = [record for record in records if record["defense"] == defense and record.get("correct")]
+        clean = [record for record in own if record["threat_model"] == "clean"]
+        attacked = [record for record in own if record["threat_model"] not in ("clean", WORST)]
+        for norm in dict.fromkeys(record["norm"] for record in attacked):
+            cells = [record for record in attacked if record["norm"] == norm]
+            for eps in sorted({record["eps"] for record in cells}):
+                within = clean + [record for record in cells if record["eps"] <= eps]
+                found.append(_combined(within, next(record for record in cells if record["eps"] == eps)))
+    return found
+
+
+def _combined(records: Sequence[PlainRecord], like: PlainRecord) -> dict[str, Any]:
+    n = like["n"]
+    right = np.logical_and.reduce([bits(record) for record in records])
+    low, high = wilson_interval(int(right.sum()), n)
+    return {
+        **like,
+        "threat_model": WORST,
+        "attack": "all",
+        "steps": 0,
+        "restarts": 0,
+        "accuracy": int(right.sum()) / n,
+        "ci_low": low,
+        "ci_high": high,
+        "correct": to_hex(right),
+        "seconds": 0.0,
+        "attack_seconds": 0.0,
+        "forwards": 0,
+        "backwards": 0,
+        "queries": 0,
+        "knowledge": max(str(record.get("knowledge") or "") for record in records),
+        "surrogate": None,
+    }
+
+
+def compare(records: Sequence[PlainRecord], bare: str = "none", defended: str = "nearest-neighbor") -> list[Comparison]:
+    """McNemar's test of the defence against the bare classifier, for every cell that both were measured in.
+
+    On shared images (clean, gray and black box) both saw the same pictures. In the worst case each was attacked by what
+    is strongest against it, which is the comparison that counts.
+    """
+    found = []
+    cells = {_cell(record): record for record in records if record["defense"] == bare and record.get("correct")}
+    for record in records:
+        other = cells.get(_cell(record)) if record["defense"] == defended and record.get("correct") else None
+        if other is not None:
+            ours, theirs = bits(record), bits(other)
+            counts = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+            found.append(
+                Comparison(record["threat_model"], record["norm"], record["eps"], *counts, p=mcnemar_p(*counts))
+            )
+    return found
+
+
+def bits(record: PlainRecord) -> Bits:
+    """Which images of a record are right, N booleans."""
+    return from_hex(record["correct"], record["n"])
+
+
+def _cell(record: PlainRecord) -> tuple[Any, ...]:
+    return tuple(record[name] for name in ("threat_model", "attack", "norm", "eps", "steps", "restarts"))

@@ -1,0 +1,147 @@
+"""The section with the ladder: from clean images to the worst case, without and with the defence, and what it cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nndefense.evaluation.ladder import RUNGS
+from nndefense.evaluation.report.records import BARE, DEFENDED, Record, Results, at_headline, records_of
+from nndefense.evaluation.report.wording import attack_name, escape, norm_name, number, percent
+
+KNOWS = {
+    "clean": "nothing is attacked",
+    "black": "a surrogate; neither classifier nor defence",
+    "gray": "the classifier; not the retrieval",
+    "white": "the defence, its database and its settings; follows a relaxed retrieval",
+    "adaptive": "the defence, its database and its settings; attacks made for retrieval",
+    "worst": "all of the above, image by image",
+}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung at the headline budget: the lowest measured accuracy without and with the defence."""
+
+    name: str
+    bare: Record | None
+    defended: Record | None
+    p: float | None
+
+
+def ladder(results: Results) -> list[Rung]:
+    """The rungs that were measured for either, from clean to worst case."""
+    rungs = []
+    for name in RUNGS:
+        bare, defended = (at_headline(results, defense, name, any_attack=True) for defense in (BARE, DEFENDED))
+        if bare is not None or defended is not None:
+            rungs.append(Rung(name, bare, defended, _p(results, name)))
+    return rungs
+
+
+def informed_record(results: Results) -> Record | None:
+    """The lowest accuracy of the defence at the headline budget under attackers who know the database."""
+    known = [at_headline(results, DEFENDED, name) for name in ("white", "adaptive")]
+    return min((r for r in known if r is not None), key=lambda r: float(r["accuracy"]), default=None)
+
+
+def obscurity(results: Results) -> str:
+    """What becomes of the defence's gain once the attacker knows of the retrieval, in a sentence; ``""`` if unknown."""
+    bare, gray = (at_headline(results, defense, "gray", any_attack=True) for defense in (BARE, DEFENDED))
+    informed = informed_record(results)
+    if gray is None or informed is None:
+        return ""
+    left = f"Attackers who know the database leave the defence {percent(informed['accuracy'])} %"
+    if informed["ci_high"] >= gray["ci_low"]:
+        return f"{left}, within the interval of the gray-box accuracy: the gain is not obscurity alone."
+    if bare is not None and bare["accuracy"] < gray["accuracy"]:
+        kept = (informed["accuracy"] - bare["accuracy"]) / (gray["accuracy"] - bare["accuracy"])
+        part = "none" if kept <= 0 else f"{percent(kept, 0)} %"
+        return f"{left}, which keeps {part} of the gray-box gain: the gain is mostly obscurity."
+    return f"{left}: what it holds under the gray-box attack is mostly obscurity."
+
+
+def ladder_section(results: Results) -> str:
+    """The ladder as a table, with the attackers' knowledge, the paired test and the cost."""
+    rungs = ladder(results)
+    headline = results["headline"]
+    body = "\n".join(_row(results, rung) for rung in rungs)
+    said = obscurity(results)
+    note = f'<p class="obscurity"><strong>{escape(said)}</strong></p>' if said else ""
+    return f"""<section id="ladder">
+<h2>What it holds against whom</h2>
+{note}
+<div class="scroll"><table class="plain ladder">
+<caption>Accuracy in % (95&nbsp;% interval) at {norm_name(str(headline["norm"]))} {number(headline["eps"])}; of several
+attacks the strongest. p: exact McNemar test of the defence against no defence on the same images. In the worst case an
+image counts as right only if every attack within the budget, and the clean image, left it right.</caption>
+<thead><tr><th scope="col">Attacker</th><th scope="col">knows</th><th scope="col">no defence</th>
+<th scope="col">defended</th><th scope="col">p</th><th scope="col">attack on the defence</th>
+<th scope="col">time</th><th scope="col">passes</th><th scope="col">memory</th></tr></thead>
+<tbody>
+{body}
+</tbody></table></div>
+</section>"""
+
+
+def _row(results: Results, rung: Rung) -> str:
+    record = rung.defended or rung.bare
+    assert record is not None
+    level = f" ({record['knowledge']})" if record.get("knowledge") else ""
+    tried = _attacks(results, rung.name)
+    p = "" if rung.p is None else ("&lt; 0.001" if rung.p < 0.001 else f"{rung.p:.3f}")
+    own = rung.name not in ("clean", "worst")
+    passes = (record.get("forwards") or 0) + (record.get("backwards") or 0) + (record.get("queries") or 0)
+    cells = [
+        escape(KNOWS[rung.name] + level),
+        _accuracy(rung.bare, "as gray box" if rung.name in ("white", "adaptive") else "not run"),
+        _accuracy(rung.defended, "not run"),
+        p,
+        escape(tried),
+        f"{record.get('attack_seconds') or 0:,.0f}&nbsp;s" if own else "",
+        f"{passes / max(int(record['n']), 1):,.0f} an image" if own and passes else "",
+        f"{record['peak_memory_mb']:,.0f}&nbsp;MB" if own and record.get("peak_memory_mb") else "",
+    ]
+    name = "worst case" if rung.name == "worst" else rung.name
+    columns = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f'<tr class="{rung.name}"><th scope="row">{escape(name)}</th>{columns}</tr>'
+
+
+def _accuracy(record: Record | None, absent: str) -> str:
+    if record is None:
+        return f'<span class="why">{absent}</span>'
+    return (
+        f'<span class="num">{percent(record["accuracy"])}</span> '
+        f"<small>{percent(record['ci_low'])}–{percent(record['ci_high'])}</small>"
+    )
+
+
+def _attacks(results: Results, threat_model: str) -> str:
+    """The attacks that were tried at the headline budget, the strongest first."""
+    if threat_model in ("clean", "worst"):
+        return ""
+    headline = results["headline"]
+    found = [
+        record
+        for record in records_of(results)
+        if record["threat_model"] == threat_model
+        and record["defense"] == DEFENDED
+        and record["norm"] == headline["norm"]
+        and math.isclose(record["eps"], headline["eps"], rel_tol=1e-6)
+    ]
+    found.sort(key=lambda record: float(record["accuracy"]))
+    return ", ".join(
+        attack_name(str(record["attack"])) + (f" ({percent(record['accuracy'])})" if len(found) > 1 else "")
+        for record in found
+    )
+
+
+def _p(results: Results, threat_model: str) -> float | None:
+    headline = results["headline"]
+    found = [
+        row["p"]
+        for row in results.get("comparisons") or ()
+        if row["threat_model"] == threat_model
+        and (threat_model == "clean" or (row["norm"] == headline["norm"] and row["eps"] == headline["eps"]))
+    ]
+    return min(found) if found else None

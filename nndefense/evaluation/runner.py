@@ -1,0 +1,195 @@
+"""From a recipe to records, audit and gallery, resuming where it was stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from nndefense.attacks.retrieval import Knowledge
+from nndefense.datasets import ImageDataset
+from nndefense.defenses import NearestNeighborDefense
+from nndefense.defenses.surface import RelaxedDefense, retrieval_surface
+from nndefense.errors import InputError
+from nndefense.evaluation.audit import AuditLine, AuditSubject, audit_records, audit_runs
+from nndefense.evaluation.evaluate import Record, Subject, evaluate
+from nndefense.evaluation.illustrate import illustrate
+from nndefense.evaluation.recipe import Recipe, Rung
+from nndefense.evaluation.report import GalleryRow
+from nndefense.evaluation.store import CellStore
+from nndefense.evaluation.subjects import DEFENDED, bare_subject, subjects_of
+from nndefense.evaluation.threats import AttackSettings, ThreatModel
+from nndefense.models import Classifier
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The records of an evaluation, its self-audit, and the rows of its gallery."""
+
+    records: list[Record]
+    audit: list[AuditLine]
+    gallery: list[GalleryRow]
+
+
+def run(
+    recipe: Recipe,
+    dataset: ImageDataset,
+    classifier: Classifier,
+    defense: NearestNeighborDefense | None,
+    surrogate: Classifier | None,
+    *,
+    others: Sequence[Subject] = (),
+    pictures: ImageDataset | None = None,
+    cells: Path | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Evaluated:
+    """Measure all that the recipe names.
+
+    Args:
+        recipe: what to run; the images, models and database that it names come opened.
+        dataset: labelled images, already cut to the recipe's limit.
+        classifier: the bare classifier.
+        defense: the defence under test, which has the same classifier; None to measure the classifier alone.
+        surrogate: of the black-box attacker, or None.
+        others: more defences to compare.
+        pictures: the images that the database was built from, to show neighbours and to start attacks from.
+        cells: folder where finished cells are kept and found again; None for nowhere.
+        progress: called with the images done and their total.
+
+    Raises:
+        DataError: a data set without images or labels.
+        InputError: a recipe that does not fit what was opened.
+    """
+    device = classifier.mean.device
+    threats = {name: _threat(name, classifier, defense, surrogate, pictures) for name in _models(recipe.rungs)}
+    plan: dict[str, list[AttackSettings]] = {}
+    for rung in recipe.rungs:
+        plan.setdefault(rung.threat_model, []).append(rung.attack)
+    maps = {name: classifier.label_map(dataset.classes) for name in ("clean", *threats)}
+    if surrogate is not None:
+        maps["black"] = surrogate.label_map(dataset.classes)
+    total, done = (1 + sum(len(rung.attack.eps) for rung in recipe.rungs)) * len(dataset), 0
+
+    def step(images: int) -> None:
+        nonlocal done
+        done += images
+        progress(done, total)
+
+    subjects = [bare_subject(classifier)]
+    if defense is not None:
+        subjects = subjects_of(defense, sizes=recipe.sizes, seed=recipe.seed)
+    store = CellStore(cells) if cells is not None else None
+    records = evaluate(
+        dataset,
+        [*subjects, *others],
+        list(threats.values()),
+        plan,
+        headline_eps=recipe.headline_eps,
+        headline_norm=recipe.headline_norm,
+        classifier=classifier.fingerprint,
+        label_maps=maps,
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+        device=device,
+        store=store,
+        progress=step,
+    )
+    audit = audit_records(records, len(dataset.classes))
+    strongest = _strongest(recipe)
+    if recipe.audit:
+        audit += _audit(recipe, dataset, classifier, defense, strongest, maps["clean"], store)
+    if defense is None:
+        return Evaluated(records, audit, [])
+    gallery = illustrate(
+        dataset,
+        defense,
+        threats[strongest.threat_model],
+        strongest.attack,
+        eps=recipe.headline_eps,
+        label_maps=maps,
+        pictures=pictures,
+        count=min(recipe.gallery, len(dataset)),
+        seed=recipe.seed,
+        device=device,
+    )
+    return Evaluated(records, audit, gallery)
+
+
+def _models(rungs: Sequence[Rung]) -> list[str]:
+    return list(dict.fromkeys(rung.threat_model for rung in rungs))
+
+
+def _threat(
+    name: str,
+    classifier: Classifier,
+    defense: NearestNeighborDefense | None,
+    surrogate: Classifier | None,
+    pictures: ImageDataset | None = None,
+) -> ThreatModel:
+    if name == "gray":
+        return ThreatModel(name, classifier, knowledge=Knowledge.GRAY.value)
+    if name == "black":
+        if surrogate is None:
+            raise InputError("a black-box attack needs a surrogate: give one, or leave the attack out")
+        return ThreatModel(name, surrogate, surrogate.fingerprint)
+    if defense is None:
+        raise InputError(f"a {name} attack is on a defence: give its database, or leave the attack out")
+    # Where the pictures of the database are at hand, attacks also start on the way to them.
+    surface = retrieval_surface(defense, Knowledge.WHITE, images=pictures)
+    target = RelaxedDefense(surface) if name == "white" else surface
+    return ThreatModel(name, target, knowledge=Knowledge.WHITE.value, subject=DEFENDED)
+
+
+def _strongest(recipe: Recipe) -> Rung:
+    """The rung of the best informed attacker at the headline budget; of several attacks the first named."""
+    at_headline = [
+        rung
+        for name in ("adaptive", "white", "gray", "black")
+        for rung in recipe.rungs
+        if rung.threat_model == name
+        and rung.attack.norm == recipe.headline_norm
+        and recipe.headline_eps in rung.attack.eps
+    ]
+    return at_headline[0]
+
+
+def _audit(
+    recipe: Recipe,
+    dataset: ImageDataset,
+    classifier: Classifier,
+    defense: NearestNeighborDefense | None,
+    strongest: Rung,
+    labels_of: Tensor,
+    store: CellStore | None,
+) -> list[AuditLine]:
+    """The audit's own runs, on a few images drawn at random; kept like a cell."""
+    key: list[Any] = [dataset.fingerprint, classifier.fingerprint, recipe.sha256]
+    key += [defense.database.fingerprint, defense.k, defense.weighting] if defense is not None else []
+    stored = store.get("audit", key) if store is not None else None
+    if stored is not None:
+        return [AuditLine(**line) for line in stored]
+    drawn = np.sort(np.random.default_rng(recipe.seed).permutation(len(dataset))[: recipe.audit_images])
+    images, labels = dataset.batch(drawn)
+    device = classifier.mean.device
+    # A surrogate's class numbers are its own; the classifier is attacked in its place.
+    attacked = "gray" if strongest.threat_model == "black" else strongest.threat_model
+    lines = audit_runs(
+        AuditSubject(
+            classifier if defense is None else defense,
+            classifier,
+            images.to(device),
+            labels_of[labels].to(device),
+            _threat(attacked, classifier, defense, None),
+            strongest.attack,
+            recipe.headline_eps,
+            seed=recipe.seed,
+            batch_size=recipe.batch_size,
+        )
+    )
+    if store is not None:
+        store.put("audit", key, [line.to_json() for line in lines])
+    return lines
