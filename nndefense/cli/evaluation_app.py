@@ -209,7 +209,7 @@ def demo(
     steps: StepsOption = 20,
     restarts: RestartsOption = 1,
     adaptive: AdaptiveOption = True,
-    adaptive_steps: AdaptiveStepsOption = 40,
+    adaptive_steps: AdaptiveStepsOption = 20,
     audit: AuditOption = True,
     layers: LayersOption = None,
     poolings: PoolingsOption = POOLINGS,
