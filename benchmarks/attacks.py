@@ -1,8 +1,10 @@
 """One PGD step against a bare loop of forward pass and input gradient, and against other libraries where installed.
 
-All are timed in turn, several times over, in one run, and the ratios of the medians to the bare loop are printed: on a
-shared machine the times move, their ratios much less. foolbox comes with the development packages; torchattacks and
-ART need the environment of oracle/run.py. Usage: python benchmarks/attacks.py [--threads N] [--repeats N] [--out FILE]
+All are timed in one run, round after round and in random order within a round; printed is the median over rounds of
+each round's ratio to the bare loop, with its quartiles: on a shared machine the times move, such ratios much less.
+foolbox comes with the development packages; torchattacks and ART need the environment of oracle/run.py.
+
+Usage: python benchmarks/attacks.py [--threads N] [--repeats N] [--out FILE]
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import importlib.util
 import json
 import logging
 import platform
+import random
 import statistics
 import time
 import warnings
@@ -37,7 +40,7 @@ def main() -> None:
     """Time every library on every net, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
@@ -55,7 +58,8 @@ def main() -> None:
             rows += timed(f"{name}, {norm}", attacks, net, images, labels, options.repeats, clock)
     width = max(len(row["what"]) for row in rows)
     for row in rows:
-        print(f"{row['what']:<{width}}  {row['library']:<13}{row['step_ms']:>9.2f} ms a step  ratio {row['ratio']:.3f}")
+        spread = f"ratio {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+        print(f"{row['what']:<{width}}  {row['library']:<13}{row['step_ms']:>9.2f} ms a step  {spread}")
     if options.out:
         packages = {row["library"]: None for row in rows}
         found = {
@@ -97,10 +101,10 @@ def timed(
 ) -> list[dict[str, Any]]:
     """Milliseconds a step of each library, and the ratio to the bare loop."""
     times: dict[str, list[float]] = {name: [] for name in attacks}
+    chance = random.Random(0)
     for repeat in range(repeats + 1):
-        # Each library follows another one each time: who comes after a large one finds a cold cache.
-        order = list(attacks)
-        for name in order[repeat % len(order) :] + order[: repeat % len(order)]:
+        # In random order: who always came after the same one would always find the cache as that one leaves it.
+        for name in chance.sample(list(attacks), len(attacks)):
             attack = attacks[name]
             begun = clock()
             attack(net, x, y)
@@ -110,11 +114,11 @@ def timed(
                 times[name].append((clock() - begun) / STEPS * 1e3)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     # Each repeat's own ratio: what slows the machine down slows its neighbours in the same round as well.
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(taken, times["bare loop"], strict=True))
-        for name, taken in times.items()
-    }
-    return [{"what": what, "library": name, "step_ms": medians[name], "ratio": ratios[name]} for name in attacks]
+    rows = []
+    for name, taken in times.items():
+        low, ratio, high = statistics.quantiles((a / b for a, b in zip(taken, times["bare loop"], strict=True)), n=4)
+        rows.append({"what": what, "library": name, "step_ms": medians[name], "ratio": ratio, "low": low, "high": high})
+    return rows
 
 
 def bare(norm: str) -> Attack:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,9 +128,16 @@ def _on_retrieval(
 
 
 def peak_memory_mb() -> float:
-    """The most memory that this process has held so far, in MB; on a GPU the most that torch has held there."""
+    """The most memory that this process has held so far, in MB; on a GPU the most that torch has held there.
+
+    0 where the system does not tell.
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Kilobytes on Linux, bytes on macOS.
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
