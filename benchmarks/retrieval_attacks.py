@@ -31,9 +31,9 @@ from nndefense.attacks.retrieval import Knowledge
 from nndefense.database import ImageDatabase
 from nndefense.datasets import open_dataset
 from nndefense.defenses import NearestNeighborDefense
-from nndefense.evaluation.statistics import wilson_interval
 from nndefense.features import FeatureSpec
 from nndefense.models import load_classifier
+from nndefense.statistics import wilson_interval
 
 GRAY_STEPS = 20
 ATTACKS: dict[str, Callable[..., Tensor]] = {

@@ -20,7 +20,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (REPOSITORY / package)
 # From the bottom up: a room imports only rooms of lower rows, never one beside it.
 FLOORS = (
     ("nndefense.errors",),
-    ("nndefense.images", "nndefense.files", "nndefense.versions"),
+    ("nndefense.images", "nndefense.files", "nndefense.statistics", "nndefense.versions"),
     ("nndefense.datasets", "nndefense.attacks", "nndefense.theory"),
     ("nndefense.models", "nndefense.features"),
     ("nndefense.database",),
@@ -33,7 +33,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FACE = ("nndefense/__init__.py", "nndefense/__main__.py")
 # These rooms know nothing of the rest of the house, not even of the rooms below.
 APART = {"nndefense.attacks", "nndefense.theory"}
-FOUNDATION = {"nndefense.errors", "nndefense.images", "nndefense.files", "nndefense.versions"}
+FOUNDATION = {floor for row in FLOORS[:2] for floor in row}
 
 LINES = 400
 LONGER: dict[str, int] = {}

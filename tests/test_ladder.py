@@ -75,18 +75,22 @@ def test_worst_case_is_image_by_image_and_over_smaller_budgets() -> None:
         record("none", "clean", 0, [1, 1, 1, 0]),
         record("none", "gray", 0.1, [1, 0, 1, 1]),
         record("none", "gray", 0.2, [0, 1, 1, 1]),
-        record("none", "adaptive", 0.2, [1, 1, 1, 1], knowledge="L3", attack="adaptive"),
+        record("nearest-neighbor", "gray", 0.2, [1, 1, 1, 1]),
+        record("nearest-neighbor", "adaptive", 0.2, [1, 1, 0, 1], knowledge="L3", attack="adaptive"),
         record("none", "gray", 0.3, [1, 1, 1, 1], norm="l2"),
         record("other", "gray", 0.2, [1, 1, 1, 1]),
     ]
     worst = {(r["defense"], r["norm"], r["eps"]): r for r in worst_cases(records)}
-    assert set(worst) == {("none", "linf", 0.1), ("none", "linf", 0.2), ("none", "l2", 0.3), ("other", "linf", 0.2)}
+    # No attacker who knows it was sent against "other", so its worst case is not known.
+    cells = {("none", "linf", 0.1), ("none", "linf", 0.2), ("none", "l2", 0.3), ("nearest-neighbor", "linf", 0.2)}
+    assert set(worst) == cells
     assert from_hex(worst["none", "linf", 0.1]["correct"], 4).tolist() == [True, False, True, False]
     # The image that only the smaller budget broke counts at the larger one too.
     assert from_hex(worst["none", "linf", 0.2]["correct"], 4).tolist() == [False, False, True, False]
     assert from_hex(worst["none", "l2", 0.3]["correct"], 4).tolist() == [True, True, True, False]
     assert worst["none", "linf", 0.2]["accuracy"] == 0.25
-    assert worst["none", "linf", 0.2]["knowledge"] == "L3"
+    assert worst["nearest-neighbor", "linf", 0.2]["knowledge"] == "L3"
+    assert worst["nearest-neighbor", "linf", 0.2]["accuracy"] == 0.75
     assert all(r["threat_model"] == "worst" for r in worst.values())
     # It is no stronger for being worked out twice.
     assert worst_cases([*records, *worst.values()]) == list(worst.values())

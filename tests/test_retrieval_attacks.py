@@ -9,6 +9,7 @@ from helpers import digits, images, trained
 from torch import Tensor
 
 from index_build import build_database
+from nndefense import attacks
 from nndefense.attacks import pgd, retrieval
 from nndefense.attacks.retrieval import Knowledge, RetrievalSurface, Rows, ascent, relaxation, starts
 from nndefense.database import combine
@@ -142,7 +143,7 @@ def test_straight_through_says_what_the_true_pipeline_says(surface, defense, bat
     x = batch[0].clone().requires_grad_()
     output = RelaxedDefense(surface, mode="straight-through")(x)
     assert torch.allclose(output.detach(), defense(batch[0]), atol=1e-6)
-    (gradient,) = torch.autograd.grad(relaxation.margin(output, batch[1]).sum(), x)
+    (gradient,) = torch.autograd.grad(attacks.margin(output, batch[1]).sum(), x)
     assert float((gradient.flatten(1).abs().amax(1) > 0).double().mean()) == 1
 
 
@@ -165,10 +166,10 @@ def test_a_relaxed_defense_never_answers_for_another_batch(surface, batch):
 def test_losses():
     log_p = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]).log()
     y = torch.tensor([0, 1])
-    assert torch.allclose(relaxation.margin(log_p, y), torch.tensor([2 / 7, 2.0]).log())
-    assert torch.allclose(relaxation.margin(log_p, y, torch.tensor([2, 0])), torch.tensor([1 / 7, 1 / 3]).log())
+    assert torch.allclose(attacks.margin(log_p, y), torch.tensor([2 / 7, 2.0]).log())
+    assert torch.allclose(relaxation.towards(log_p, y, torch.tensor([2, 0])), torch.tensor([1 / 7, 1 / 3]).log())
     ratio = torch.tensor([(2 / 7), 2.0]).log() / torch.tensor([7.0, 6.0]).log()
-    assert torch.allclose(relaxation.dlr(log_p, y), ratio)
+    assert torch.allclose(attacks.dlr(log_p, y), ratio)
 
 
 # -- fixed budgets -----------------------------------------------------------------------------------------------------
@@ -408,7 +409,7 @@ def test_arguments_that_cannot_be_used(surface, batch, change, message):
 def test_settings_that_cannot_be_used(defense, surface, batch):
     x, y = batch[0][:2], batch[1][:2]
     for attack, options, message in (
-        (retrieval.soft_top_k, {"loss": "x"}, "margin, dlr, ce"),
+        (retrieval.soft_top_k, {"loss": "x"}, "margin, dlr, cross-entropy"),
         (retrieval.soft_top_k, {"hot": 0.1, "cold": 0.2}, "temperatures go from"),
         (retrieval.push_pull, {"guides": 1}, "at least 2"),
         (retrieval.class_scores, {"references": 0}, "at least 1 reference"),

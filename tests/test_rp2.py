@@ -36,9 +36,9 @@ from nndefense.attacks.rp2 import (
     search_mask,
     success,
     warp,
-    wilson,
 )
 from nndefense.errors import InputError
+from nndefense.statistics import wilson_interval
 
 SKEW = torch.tensor([[[-0.5, -0.7], [0.9, -0.8], [0.7, 0.6], [-0.6, 0.9]]], dtype=torch.float64)
 
@@ -413,7 +413,7 @@ def test_the_ratio_counts_only_views_that_are_right_without_the_sticker() -> Non
     # Two views of each of three photos: five views are right, of two photos.
     rate = success(torch.tensor([[1, 1, 0], [1, 1, 0]]), torch.tensor([[2, 2, 2], [2, 0, 2]]), 1, 2)
     assert (rate.hits, rate.views, rate.shown, rate.photos) == (3, 4, 6, 2)
-    assert rate.interval == wilson(1.5, 2)
+    assert rate.interval == wilson_interval(1.5, 2)
     none = success(torch.tensor([0]), torch.tensor([2]), 1, 2)
     assert none.value is None
     assert none.interval is None
@@ -428,9 +428,9 @@ def test_the_wilson_interval_is_scipys() -> None:
 
     for k, n in ((0, 5), (10, 15), (15, 15), (844, 1000)):
         exact = binomtest(k, n).proportion_ci(method="wilson")
-        assert wilson(k, n) == pytest.approx((exact.low, exact.high), abs=1e-12)
+        assert wilson_interval(k, n) == pytest.approx((exact.low, exact.high), abs=1e-12)
     with pytest.raises(InputError):
-        wilson(3, 2)
+        wilson_interval(3, 2)
 
 
 # The paper's traffic-sign net and its photos.

@@ -8,11 +8,11 @@ from nndefense.evaluation.recipe import Recipe, Rung, read_recipe, rungs_for
 from nndefense.evaluation.report import GalleryRow, Neighbor, write_report
 from nndefense.evaluation.results import assemble, summary
 from nndefense.evaluation.runner import Evaluated, run
-from nndefense.evaluation.statistics import mcnemar_p, wilson_interval
 from nndefense.evaluation.store import CellStore
 from nndefense.evaluation.subjects import layer_subject, subjects_of
 from nndefense.evaluation.suite import run_attack
 from nndefense.evaluation.threats import THREAT_MODELS, AttackSettings, ThreatModel, attacks_for
+from nndefense.statistics import mcnemar_p, wilson_interval
 
 __all__ = [
     "THREAT_MODELS",

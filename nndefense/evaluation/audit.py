@@ -19,11 +19,11 @@ from nndefense import attacks
 from nndefense.attacks.norms import random_in_ball
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.evaluation.evaluate import Record
-from nndefense.evaluation.statistics import mcnemar_p
+from nndefense.evaluation.ladder import BARE, DEFENDED
 from nndefense.evaluation.suite import run_attack
 from nndefense.evaluation.threats import AttackSettings, ThreatModel
+from nndefense.statistics import mcnemar_p
 
-BARE, DEFENDED = "none", "nearest-neighbor"
 # Draws of noise in all, shared out over the images that are tried.
 NOISE_DRAWS = 10_000
 _SAME = 1e-4

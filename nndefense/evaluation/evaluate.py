@@ -14,10 +14,10 @@ from nndefense import attacks
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError
 from nndefense.evaluation.outcomes import to_hex
-from nndefense.evaluation.statistics import wilson_interval
 from nndefense.evaluation.store import CellStore
 from nndefense.evaluation.suite import peak_memory_mb, run_attack
 from nndefense.evaluation.threats import AttackSettings, ThreatModel
+from nndefense.statistics import wilson_interval
 
 # One settings for all threat models, or several for each of them.
 Plan = AttackSettings | Mapping[str, Sequence[AttackSettings]]

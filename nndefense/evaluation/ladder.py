@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from nndefense.evaluation.outcomes import Bits, from_hex, to_hex
-from nndefense.evaluation.statistics import mcnemar_p, wilson_interval
+from nndefense.statistics import mcnemar_p, wilson_interval
 
 # From the attacker who knows nothing to the one who knows all.
 RUNGS = ("clean", "black", "gray", "white", "adaptive", "worst")
 WORST = "worst"
+# What the bare classifier and the defence under test are called in every record.
+BARE, DEFENDED = "none", "nearest-neighbor"
 
 PlainRecord = Mapping[str, Any]  # a record as it stands in results.json
 
@@ -43,7 +45,9 @@ class Comparison:
 def worst_cases(records: Sequence[PlainRecord]) -> list[dict[str, Any]]:
     """For each defence, norm and budget the accuracy on images that every attack within that budget left right.
 
-    An attack at a smaller budget counts at every larger one of its norm, and so does the clean image.
+    An attack at a smaller budget counts at every larger one of its norm, and so does the clean image. Where attackers
+    who know a defence were sent against some defences, one that only ignorant attackers met (a variant, say) gets no
+    worst case: it would look better than the others for want of an attack.
 
     Args:
         records: plain records with ``correct``; those of one defence are over the same images.
@@ -52,7 +56,10 @@ def worst_cases(records: Sequence[PlainRecord]) -> list[dict[str, Any]]:
         records with the threat model ``worst`` and the attack ``all``, in the order of defence, norm and budget.
     """
     found = []
+    informed = {record["defense"] for record in records if record["threat_model"] in ("white", "adaptive")}
     for defense in dict.fromkeys(record["defense"] for record in records):
+        if informed and defense not in {BARE, *informed}:
+            continue
         own = [record for record in records if record["defense"] == defense and record.get("correct")]
         clean = [record for record in own if record["threat_model"] == "clean"]
         attacked = [record for record in own if record["threat_model"] not in ("clean", WORST)]
@@ -88,7 +95,7 @@ def _combined(records: Sequence[PlainRecord], like: PlainRecord) -> dict[str, An
     }
 
 
-def compare(records: Sequence[PlainRecord], bare: str = "none", defended: str = "nearest-neighbor") -> list[Comparison]:
+def compare(records: Sequence[PlainRecord], bare: str = BARE, defended: str = DEFENDED) -> list[Comparison]:
     """McNemar's test of the defence against the bare classifier, for every cell that both were measured in.
 
     On shared images (clean, gray and black box) both saw the same pictures. In the worst case each was attacked by what

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nndefense.attacks.retrieval import Knowledge
+from nndefense.attacks.retrieval import Knowledge, RetrievalSurface
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.defenses.surface import RelaxedDefense, retrieval_surface
@@ -18,10 +18,11 @@ from nndefense.errors import InputError
 from nndefense.evaluation.audit import AuditLine, AuditSubject, audit_records, audit_runs
 from nndefense.evaluation.evaluate import Record, Subject, evaluate
 from nndefense.evaluation.illustrate import illustrate
+from nndefense.evaluation.ladder import DEFENDED
 from nndefense.evaluation.recipe import Recipe, Rung
 from nndefense.evaluation.report import GalleryRow
 from nndefense.evaluation.store import CellStore
-from nndefense.evaluation.subjects import DEFENDED, bare_subject, subjects_of
+from nndefense.evaluation.subjects import bare_subject, subjects_of
 from nndefense.evaluation.threats import AttackSettings, ThreatModel
 from nndefense.models import Classifier
 
@@ -65,7 +66,9 @@ def run(
         InputError: a recipe that does not fit what was opened.
     """
     device = classifier.mean.device
-    threats = {name: _threat(name, classifier, defense, surrogate, pictures) for name in _models(recipe.rungs)}
+    # Where the pictures of the database are at hand, attacks also start on the way to them.
+    surface = retrieval_surface(defense, Knowledge.WHITE, images=pictures) if defense is not None else None
+    threats = {name: _threat(name, classifier, surface, surrogate) for name in _models(recipe.rungs)}
     plan: dict[str, list[AttackSettings]] = {}
     for rung in recipe.rungs:
         plan.setdefault(rung.threat_model, []).append(rung.attack)
@@ -101,7 +104,10 @@ def run(
     audit = audit_records(records, len(dataset.classes))
     strongest = _strongest(recipe)
     if recipe.audit:
-        audit += _audit(recipe, dataset, classifier, defense, strongest, maps["clean"], store)
+        # A surrogate's class numbers are its own; the classifier is attacked in its place.
+        attacked = "gray" if strongest.threat_model == "black" else strongest.threat_model
+        threat = threats.get(attacked) or _threat(attacked, classifier, surface, None)
+        audit += _audit(recipe, dataset, classifier, defense, threat, strongest.attack, maps["clean"], store)
     if defense is None:
         return Evaluated(records, audit, [])
     gallery = illustrate(
@@ -126,9 +132,8 @@ def _models(rungs: Sequence[Rung]) -> list[str]:
 def _threat(
     name: str,
     classifier: Classifier,
-    defense: NearestNeighborDefense | None,
+    surface: RetrievalSurface | None,
     surrogate: Classifier | None,
-    pictures: ImageDataset | None = None,
 ) -> ThreatModel:
     if name == "gray":
         return ThreatModel(name, classifier, knowledge=Knowledge.GRAY.value)
@@ -136,10 +141,8 @@ def _threat(
         if surrogate is None:
             raise InputError("a black-box attack needs a surrogate: give one, or leave the attack out")
         return ThreatModel(name, surrogate, surrogate.fingerprint)
-    if defense is None:
+    if surface is None:
         raise InputError(f"a {name} attack is on a defence: give its database, or leave the attack out")
-    # Where the pictures of the database are at hand, attacks also start on the way to them.
-    surface = retrieval_surface(defense, Knowledge.WHITE, images=pictures)
     target = RelaxedDefense(surface) if name == "white" else surface
     return ThreatModel(name, target, knowledge=Knowledge.WHITE.value, subject=DEFENDED)
 
@@ -162,7 +165,8 @@ def _audit(
     dataset: ImageDataset,
     classifier: Classifier,
     defense: NearestNeighborDefense | None,
-    strongest: Rung,
+    threat: ThreatModel,
+    attack: AttackSettings,
     labels_of: Tensor,
     store: CellStore | None,
 ) -> list[AuditLine]:
@@ -175,16 +179,14 @@ def _audit(
     drawn = np.sort(np.random.default_rng(recipe.seed).permutation(len(dataset))[: recipe.audit_images])
     images, labels = dataset.batch(drawn)
     device = classifier.mean.device
-    # A surrogate's class numbers are its own; the classifier is attacked in its place.
-    attacked = "gray" if strongest.threat_model == "black" else strongest.threat_model
     lines = audit_runs(
         AuditSubject(
             classifier if defense is None else defense,
             classifier,
             images.to(device),
             labels_of[labels].to(device),
-            _threat(attacked, classifier, defense, None),
-            strongest.attack,
+            threat,
+            attack,
             recipe.headline_eps,
             seed=recipe.seed,
             batch_size=recipe.batch_size,

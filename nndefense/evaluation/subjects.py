@@ -6,9 +6,8 @@ import numpy as np
 
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.evaluation.evaluate import Subject
+from nndefense.evaluation.ladder import BARE, DEFENDED
 from nndefense.models import Classifier
-
-BARE, DEFENDED = "none", "nearest-neighbor"
 
 
 def bare_subject(classifier: Classifier) -> Subject:

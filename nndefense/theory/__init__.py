@@ -2,7 +2,7 @@
 
 After Raghunathan, Xie, Yang, Duchi and Liang, *Understanding and Mitigating the Tradeoff Between Robustness and
 Accuracy* (ICML 2020), with the toy distributions of Tsipras et al. (ICLR 2019) and Zhang et al. (ICML 2019). NumPy and
-SciPy in float64; no room of the house but the errors is imported.
+SciPy in float64; of the house only the errors and the intervals are imported.
 """
 
 from nndefense.theory.decomposition import Decomposition, NoHarm, decompose

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
 
 from nndefense.errors import InputError
+from nndefense.statistics import wilson_interval
 from nndefense.theory.decomposition import decompose
 from nndefense.theory.population import Population, estimators
 from nndefense.theory.solve import Array
@@ -33,8 +33,7 @@ class Count:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the share."""
-        found = binomtest(self.hits, self.draws).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
+        return wilson_interval(self.hits, self.draws)
 
     def to_json(self) -> dict[str, object]:
         """Plain values."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nndefense.attacks.retrieval import ascent, objectives, relaxation, starts
+from nndefense.attacks.losses import margin
+from nndefense.attacks.retrieval import ascent, objectives, starts
 from nndefense.attacks.retrieval.ascent import Problem
 from nndefense.attacks.retrieval.fixed import BATCH
 from nndefense.attacks.retrieval.surface import Counts, RetrievalSurface
@@ -132,7 +133,7 @@ def run_adaptive(
     log_p = torch.cat(
         [problem.surface.predict(part).to(x.device) for part in torch.split(best, batch_size)] or [margins]
     )
-    final = relaxation.margin(log_p, problem.y) if len(x) else margins
+    final = margin(log_p, problem.y) if len(x) else margins
     fooled = log_p.argmax(1) != problem.y if len(x) else margins > 0
     spent = Counts(**{name: count - getattr(before, name) for name, count in vars(surface.counts).items()})
     return AdaptiveResult(best, fooled, final, tuple(stages), broken, spent, time.perf_counter() - begun)
@@ -158,7 +159,7 @@ class _Run:
             return
         log_p = self.problem.surface.predict(images).to(images.device)
         y = self.problem.y[index]
-        margins, fooled = relaxation.margin(log_p, y), log_p.argmax(1) != y
+        margins, fooled = margin(log_p, y), log_p.argmax(1) != y
         better = fooled | (margins > self.margins[index])
         self.best[index[better]], self.margins[index[better]] = images[better], margins[better]
         self.standing[index[fooled]] = False

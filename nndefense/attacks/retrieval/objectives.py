@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nndefense.attacks.losses import find_loss
 from nndefense.attacks.retrieval import relaxation
 from nndefense.attacks.retrieval.ascent import Problem
 from nndefense.attacks.retrieval.relaxation import Neighborhood
 from nndefense.attacks.retrieval.surface import Rows
 from nndefense.errors import InputError
 
-Loss = Literal["margin", "dlr", "ce"]
-LOSSES: tuple[Loss, ...] = ("margin", "dlr", "ce")
+LOSSES = ("margin", "dlr", "cross-entropy")
 
 
 class SoftTopK:
@@ -79,11 +79,9 @@ class SoftTopK:
         return self._loss(log_p), hard.argmax(1) != self.y
 
     def _loss(self, log_p: Tensor) -> Tensor:
-        if self.loss == "margin" or self.target is not None:
-            return relaxation.margin(log_p, self.y, self.target)
-        if self.loss == "dlr":
-            return relaxation.dlr(log_p, self.y)
-        return -log_p.gather(1, self.y.unsqueeze(1)).squeeze(1)
+        if self.target is not None:
+            return relaxation.towards(log_p, self.y, self.target)
+        return find_loss(self.loss)(log_p, self.y)
 
 
 class PushPull:

@@ -5,7 +5,7 @@ not made with how often it works (:func:`look`, :func:`success`). Tensors and ca
 """
 
 from nndefense.attacks.rp2.homography import FRAME, carry, frame, homography, warp
-from nndefense.attacks.rp2.measure import Rate, Seen, look, success, wilson
+from nndefense.attacks.rp2.measure import Rate, Seen, look, success
 from nndefense.attacks.rp2.optimise import Optimised, Settings, Terms, objective, rp2
 from nndefense.attacks.rp2.printing import check_palette, default_palette, nearest_printable, non_printability
 from nndefense.attacks.rp2.search import Found, cut_mask, search_mask
@@ -43,5 +43,4 @@ __all__ = [
     "search_mask",
     "success",
     "warp",
-    "wilson",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +12,7 @@ from nndefense.attacks.objective import Model
 from nndefense.attacks.rp2.sticker import Sticker, check_scene
 from nndefense.attacks.rp2.views import ViewChanges, as_photographed
 from nndefense.errors import InputError
-
-_Z95 = 1.959963984540054
+from nndefense.statistics import wilson_interval
 
 
 @dataclass(frozen=True)
@@ -45,17 +43,7 @@ class Rate:
         The views of one photo succeed and fail together, so photos are counted, not views: with several views a photo
         the interval is wider than it need be, never narrower.
         """
-        return wilson(self.hits / self.views * self.photos, self.photos) if self.views else None
-
-
-def wilson(successes: float, n: float) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a proportion; successes need not be a whole number."""
-    if not 0 <= successes <= n or n <= 0:
-        raise InputError(f"{successes} successes of {n} are no proportion")
-    share, square = successes / n, _Z95**2
-    middle = (share + square / (2 * n)) / (1 + square / n)
-    half = _Z95 / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+        return wilson_interval(self.hits / self.views * self.photos, self.photos) if self.views else None
 
 
 @dataclass(frozen=True)

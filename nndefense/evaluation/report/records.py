@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nndefense.evaluation.ladder import BARE, DEFENDED
+
+__all__ = ["BARE", "DEFENDED", "Record", "Results", "at_headline", "lowest", "records_of", "under_attack"]
+
 Results = Mapping[str, Any]  # results.json as a dict
 Record = Mapping[str, Any]  # one of its records
-
-BARE = "none"
-DEFENDED = "nearest-neighbor"
 
 
 def records_of(results: Results) -> list[Record]:

@@ -1,4 +1,4 @@
-"""Intervals for accuracies."""
+"""Intervals for rates, and the paired test of two of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from nndefense.errors import InputError
 Z95 = 1.959963984540054
 
 
-def wilson_interval(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson_interval(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
     """The Wilson score interval of a proportion (Wilson, JASA 1927), 95 % two-sided by default.
 
-    Unlike the normal approximation it stays in [0, 1] and is not empty at 0 or n successes.
+    The successes need not be a whole number. Unlike the normal approximation it stays in [0, 1] and is not empty at
+    0 or n successes.
 
     Raises:
         InputError: n < 1, or successes not between 0 and n.
