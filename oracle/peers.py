@@ -46,6 +46,8 @@ def in_art(kind: Any, **settings: Any) -> Attack:
         estimator = PyTorchClassifier(
             net, nn.CrossEntropyLoss(), tuple(x.shape[1:]), 10, clip_values=(0.0, 1.0), device_type="cpu"
         )
+        # ART draws from NumPy's global state.
+        np.random.seed(0)  # noqa: NPY002
         attacked = kind(estimator, verbose=False, **settings).generate(x.numpy(), y=np.eye(10)[y.numpy()])
         return torch.from_numpy(attacked).float()
 
