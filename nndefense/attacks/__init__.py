@@ -12,6 +12,7 @@ from nndefense.attacks.losses import LOSSES, Loss, cross_entropy, dlr, kl, margi
 from nndefense.attacks.norms import NORMS, Norm, distance, radius
 from nndefense.attacks.objective import Model
 from nndefense.attacks.result import Result, run
+from nndefense.attacks.spatial import SpatialAttack, rotated_and_shifted, spatial_grid
 from nndefense.attacks.square import square
 from nndefense.attacks.wrappers import Bpda, Eot
 
@@ -26,6 +27,7 @@ __all__ = [
     "Model",
     "Norm",
     "Result",
+    "SpatialAttack",
     "WorstCase",
     "apgd",
     "autoattack",
@@ -43,7 +45,9 @@ __all__ = [
     "margin",
     "pgd",
     "radius",
+    "rotated_and_shifted",
     "run",
+    "spatial_grid",
     "square",
     "targeted_dlr",
 ]

@@ -53,8 +53,8 @@ class Weighting(str, Enum):
 
 
 SPEC_HELP = (
-    "digits, mnist, fashion-mnist, cifar10, imagefolder:PATH or hdf5:PATH; a split and a slice may follow: "
-    "mnist:test[:1000]."
+    "digits, mnist, fashion-mnist, cifar10, imagefolder:PATH, hdf5:PATH or webdataset:PATH; a split and a slice may "
+    "follow: mnist:test[:1000]."
 )
 ClassifierOption = Annotated[
     str,

@@ -13,6 +13,7 @@ from nndefense.datasets.hdf5 import HDF5Dataset, write_hdf5
 from nndefense.datasets.image_files import image_channels, load_image
 from nndefense.datasets.spec import KNOWN_SPECS, default_data_dir, open_dataset
 from nndefense.datasets.transform import TransformedDataset
+from nndefense.datasets.webdataset import WebDataset
 
 __all__ = [
     "KNOWN_SPECS",
@@ -23,6 +24,7 @@ __all__ = [
     "ImageFolderDataset",
     "SubsetDataset",
     "TransformedDataset",
+    "WebDataset",
     "concatenate",
     "default_data_dir",
     "holdout",

@@ -96,7 +96,7 @@ class ImageFolderDataset(ImageDataset):
                 read(place, relative)
         else:
             # Pillow lets go of the interpreter lock while it decodes, so threads do run side by side.
-            list(_decoders(os.getpid()).map(read, range(len(names)), names))
+            list(decoder_threads(os.getpid()).map(read, range(len(names)), names))
         return images
 
     def _digest(self) -> str:
@@ -113,7 +113,7 @@ class ImageFolderDataset(ImageDataset):
 
 
 @functools.lru_cache(maxsize=1)
-def _decoders(process: int) -> ThreadPoolExecutor:
+def decoder_threads(process: int) -> ThreadPoolExecutor:
     """Return the process's decoding threads. They do not survive a fork, hence one pool for each process id."""
     return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="decode")
 

@@ -6,6 +6,7 @@ grey scaled by 65535 (Pillow's own conversion would clip it). Of an animation, t
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -58,28 +59,39 @@ def image_channels(path: str | os.PathLike[str]) -> int:
 
 
 def decode(
-    path: str | os.PathLike[str], channels: int, size: tuple[int, int] | None
+    path: str | os.PathLike[str], channels: int, size: tuple[int, int] | None, data: bytes | None = None
 ) -> NDArray[np.uint8] | NDArray[np.float32]:
     """Read an image file as an array H x W x C: uint8 in 0..255, or float32 in [0, 1] from more than 8 bits.
 
-    ``size`` is H, W; the rest is as in :func:`load_image`.
+    ``size`` is H, W; the rest is as in :func:`load_image`. Where ``data`` is given, it is the file's content, and
+    ``path`` only what messages call it.
     """
     # Pillow's decoders raise nearly every kind of exception on damaged files (OSError, SyntaxError, struct.error,
     # ValueError, ...), and for the person who has such a file they all mean the same.
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(path if data is None else io.BytesIO(data), formats=_FORMATS) as image:
             _check_pixels(path, image)
-            ImageOps.exif_transpose(image, in_place=True)
-            image.load()
-            if image.mode == "F" or image.mode.startswith("I"):
-                return _deep_grey(path, image, channels, size)
-            return np.asarray(_fit(_flat(image, "RGB" if channels == 3 else "L"), size)).reshape(
-                *(size or (image.height, image.width)), channels
-            )
+            return convert(path, image, channels, size)
     except DataError:
         raise
     except Exception as error:
         raise _unreadable(path, error) from error
+
+
+def convert(
+    name: str | os.PathLike[str], image: Image.Image, channels: int, size: tuple[int, int] | None
+) -> NDArray[np.uint8] | NDArray[np.float32]:
+    """Turn an image that Pillow has opened into what :func:`decode` gives; the image may be changed.
+
+    ``name`` is what a DataError about its grey values calls it.
+    """
+    ImageOps.exif_transpose(image, in_place=True)
+    image.load()
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _deep_grey(name, image, channels, size)
+    return np.asarray(_fit(_flat(image, "RGB" if channels == 3 else "L"), size)).reshape(
+        *(size or (image.height, image.width)), channels
+    )
 
 
 def to_tensor(pixels: NDArray[np.uint8] | NDArray[np.float32]) -> Tensor:
@@ -120,7 +132,7 @@ def _fit(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
 
 
 def _deep_grey(
-    path: str | os.PathLike[str], image: Image.Image, channels: int, size: tuple[int, int] | None
+    name: str | os.PathLike[str], image: Image.Image, channels: int, size: tuple[int, int] | None
 ) -> NDArray[np.float32]:
     """Read a grey image of 16-bit or 32-bit integers or floats as float32 H x W x C in [0, 1]."""
     values = np.asarray(image).astype(np.float32)
@@ -129,7 +141,7 @@ def _deep_grey(
         values /= 65535
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
         raise DataError(
-            f"the image {path} has grey values outside the range of a picture: save it with 8 or 16 bits a pixel"
+            f"the image {name} has grey values outside the range of a picture: save it with 8 or 16 bits a pixel"
         )
     pixels = np.asarray(_fit(Image.fromarray(values), size)).clip(0, 1)
     return np.repeat(pixels[:, :, None], channels, axis=2)

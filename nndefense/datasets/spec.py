@@ -16,9 +16,10 @@ from nndefense.datasets.digits import open_digits
 from nndefense.datasets.folder import ImageFolderDataset
 from nndefense.datasets.idx import open_idx
 from nndefense.datasets.transform import Size, check_form, in_form
+from nndefense.datasets.webdataset import WebDataset
 from nndefense.errors import DataError
 
-KNOWN_SPECS = ("digits", "mnist", "fashion-mnist", "cifar10", "imagefolder:PATH", "hdf5:PATH")
+KNOWN_SPECS = ("digits", "mnist", "fashion-mnist", "cifar10", "imagefolder:PATH", "hdf5:PATH", "webdataset:PATH")
 
 _NAMED = ("digits", "mnist", "fashion-mnist", "cifar10")
 _SPLITS = ("train", "test")
@@ -39,16 +40,18 @@ def open_dataset(
     ``digits``, ``mnist``, ``fashion-mnist`` and ``cifar10`` have the splits ``train`` and ``test``
     (``mnist:test``); without one, the training split is meant. ``imagefolder:PATH`` opens the folder PATH with one
     folder a class, ``imagefolder:PATH:val`` its folder ``val``. ``hdf5:PATH`` opens a file, and
-    ``hdf5:PATH:test`` the file ``test.h5`` of the folder PATH. A slice as in Python may follow:
-    ``mnist:train[:55000]``. A path that exists as it is written is never taken apart.
+    ``hdf5:PATH:test`` the file ``test.h5`` of the folder PATH. ``webdataset:PATH`` opens a tar shard, the shards of a
+    folder, or those of a pattern such as ``pool-{000..099}.tar``; ``webdataset:PATH:test`` the folder ``test`` or the
+    shards ``test*.tar`` of the folder PATH. A slice as in Python may follow: ``mnist:train[:55000]``. A path that
+    exists as it is written is never taken apart.
 
     Args:
         spec: the name.
         data_dir: the folder of the data sets; else the environment variable NNDEFENSE_DATA, else ``data``.
         size: one side, or (height, width), that all images are brought to: the centre is cropped to this aspect
             ratio and resized (bilinear, antialiased).
-        channels: 1 turns colour to grey (luma), 3 repeats the channel of grey images. Image folders are read in
-            colour unless this is 1; other data sets stay as they are stored.
+        channels: 1 turns colour to grey (luma), 3 repeats the channel of grey images. Image folders and shards are
+            read in colour unless this is 1; other data sets stay as they are stored.
         download: whether MNIST, Fashion-MNIST and CIFAR-10 may be fetched from the network if they are missing.
 
     Raises:
@@ -59,10 +62,13 @@ def open_dataset(
     spec = spec.strip()
     folder = Path(data_dir).expanduser() if data_dir is not None else default_data_dir()
     kind, _, rest = spec.partition(":")
-    if kind in ("imagefolder", "hdf5"):
+    if kind == "webdataset":
+        source, split, cut = _locate_shards(rest)
+        dataset: ImageDataset = WebDataset(source, split=split, size=form, channels=channels)
+    elif kind in ("imagefolder", "hdf5"):
         path, split, cut = _locate(kind, rest)
         if kind == "imagefolder":
-            dataset: ImageDataset = ImageFolderDataset(path, split=split, size=form, channels=channels)
+            dataset = ImageFolderDataset(path, split=split, size=form, channels=channels)
         else:
             dataset = in_form(_open_hdf5(path, split), form, channels)
     else:
@@ -119,6 +125,16 @@ def _locate(kind: str, rest: str) -> tuple[Path, str | None, str | None]:
         if head and split and os.path.exists(os.path.expanduser(head)):
             return Path(head).expanduser(), split, slice_text
     raise DataError(f"there is nothing at {body}: check the path of {kind}:{rest}")
+
+
+def _locate_shards(rest: str) -> tuple[str, str | None, str | None]:
+    """As :func:`_locate`, for a source that may also be a pattern."""
+    body, _ = _split_slice(rest)
+    # An ending .tar leaves no doubt; elsewhere brackets and braces could be read in two ways.
+    if rest and body.endswith(".tar") and not os.path.exists(os.path.expanduser(rest)):
+        return body, None, _split_slice(rest)[1]
+    path, split, cut = _locate("webdataset", rest)
+    return str(path), split, cut
 
 
 def _split_slice(text: str) -> tuple[str, str | None]:
