@@ -1,24 +1,47 @@
 """Training classifiers, repeatable under a seed and resumable."""
 
 from nndefense.training.accuracy import accuracy
+from nndefense.training.batch import Attack, Batch, Outcome
+from nndefense.training.inner import STARTS, InnerAttack
 from nndefense.training.loop import train_classifier
-from nndefense.training.objectives import Objective, objective_name, standard
+from nndefense.training.objectives import (
+    OBJECTIVES,
+    Objective,
+    ObjectiveSpec,
+    find_spec,
+    make_objective,
+    objective_name,
+    standard,
+)
 from nndefense.training.settings import (
     OPTIMIZERS,
+    PRECISIONS,
     SCHEDULES,
     TrainingSettings,
     default_batch_size,
     default_epochs,
 )
+from nndefense.training.watch import CatastrophicOverfitting
 
 __all__ = [
+    "OBJECTIVES",
     "OPTIMIZERS",
+    "PRECISIONS",
     "SCHEDULES",
+    "STARTS",
+    "Attack",
+    "Batch",
+    "CatastrophicOverfitting",
+    "InnerAttack",
     "Objective",
+    "ObjectiveSpec",
+    "Outcome",
     "TrainingSettings",
     "accuracy",
     "default_batch_size",
     "default_epochs",
+    "find_spec",
+    "make_objective",
     "objective_name",
     "standard",
     "train_classifier",

@@ -1,0 +1,48 @@
+"""What an objective is given and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's images.
+
+    Attributes:
+        images: n x C x H x W in [0, 1], float32, on the device.
+        labels: n class numbers, int64; pseudo-labels where an image is not labelled.
+        labelled: n booleans, or None where all images are labelled.
+    """
+
+    images: Tensor
+    labels: Tensor
+    labelled: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an objective found on a batch.
+
+    Attributes:
+        loss: a scalar to be minimised, with its graph.
+        clean: logits n x K of the batch's images as they are, detached; None where not all of them were computed.
+        robust: logits n x K of the attacked images in the same order, detached; None where not all were computed.
+        parts: detached scalars for the log, by name. An objective that attacks some of the images only reports
+            ``clean_accuracy`` and ``robust_accuracy`` here, each over the images that it concerns.
+    """
+
+    loss: Tensor
+    clean: Tensor | None = None
+    robust: Tensor | None = None
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+# (model, images, y, *, loss="cross-entropy" | "kl") -> attacked images; y are labels, or clean logits for "kl".
+Attack = Callable[..., Tensor]
+
+# A pure function; it may draw from torch's default generators, which the training seeds anew for every step.
+Objective = Callable[[nn.Module, Batch, Attack | None], Outcome]

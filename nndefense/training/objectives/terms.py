@@ -1,0 +1,76 @@
+"""What several objectives are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nndefense.attacks.modes import attacked_in
+from nndefense.errors import InputError
+from nndefense.training.batch import Attack, Batch
+
+
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """``-log softmax(logits)_y`` in nats: N x K and N -> N."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def both_logits(model: nn.Module, images: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of clean and attacked images, N x K each, from one pass for each kind.
+
+    Each kind is normalised by its own statistics. The clean pass comes last, as in the code of TRADES and of RST: the
+    running statistics lean a little towards the later one.
+    """
+    robust = model(attacked)
+    return model(images), robust
+
+
+@torch.no_grad()
+def clean_logits(model: nn.Module, images: Tensor, attack: Attack) -> Tensor:
+    """Logits N x K of the clean images, in the mode in which ``attack`` sees the net (``eval`` if it names none)."""
+    with attacked_in(model, getattr(attack, "mode", "eval")):
+        logits: Tensor = model(images)
+    return logits
+
+
+def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
+    """The mean of N values over the chosen ones (N booleans); 0 where there are none."""
+    weights = chosen.to(values.dtype)
+    return (weights * values).sum() / weights.sum().clamp_min(1)
+
+
+def mixed_mean(values: Tensor, labelled: Tensor, unlabelled_weight: float) -> Tensor:
+    """The mean of N values, a labelled image weighing 1 - a and an unlabelled one a = ``unlabelled_weight``.
+
+    ``[(1-a) sum_lab v + a sum_unl v] / [(1-a) n_lab + a n_unl]``; 0 where all weights are 0.
+    """
+    weights = unlabelled_weight + (1 - 2 * unlabelled_weight) * labelled.to(values.dtype)
+    return (weights * values).sum() / weights.sum().clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def needed(attack: Attack | None, name: str) -> Attack:
+    """The attack, or :class:`InputError` where an objective has to do without."""
+    if attack is None:
+        raise InputError(f"the objective {name} needs an attack: give one, such as InnerAttack(eps=0.1)")
+    return attack
+
+
+def only_labelled(batch: Batch, name: str) -> None:
+    """Raise :class:`InputError` for a batch with unlabelled images, which the objective has no term for.
+
+    They could not just be left out of the loss: they would still go through the net and into the statistics of its
+    batch normalisation, as they do in the labelled baseline of RST's code.
+    """
+    if batch.labelled is not None:
+        raise InputError(
+            f"the objective {name} has no use for unlabelled images: leave them out, or choose self-training, rst, "
+            "rst-at or rst-trades"
+        )
+
+
+def labelled_mask(batch: Batch, name: str) -> Tensor:
+    """Which images are labelled, N booleans, or :class:`InputError` where no images without labels were given."""
+    if batch.labelled is None:
+        raise InputError(f"the objective {name} needs unlabelled images with pseudo-labels: give some")
+    return batch.labelled
