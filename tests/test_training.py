@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ from nndefense.datasets.arrays import ArrayDataset
 from nndefense.errors import InputError, ModelError
 from nndefense.models import Classifier, build_classifier, load_classifier
 from nndefense.training import (
-    TrainingSettings,
+    Attack,
+    Batch,
+    Outcome,
     accuracy,
     default_batch_size,
     default_epochs,
+    make_objective,
+    objective_name,
     standard,
     train_classifier,
 )
-from nndefense.training.batches import EpochBatches, flipped, shifted
 from nndefense.training.random_state import derived_seed
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -161,14 +165,15 @@ def test_same_seed_same_weights_and_the_global_state_stays(few: ImageDataset) ->
 
 def test_reading_batch_by_batch_gives_the_same(few: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = train_classifier(fresh(few), few, **QUICK).fingerprint
-    monkeypatch.setattr(EpochBatches.__init__, "__kwdefaults__", {"resident_bytes": 0})
+    monkeypatch.setattr("nndefense.training.batches.RESIDENT_BYTES", 0)
     assert train_classifier(fresh(few), few, **QUICK).fingerprint == expected
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("nndefense-read")]
 
 
 def test_an_objective_may_use_chance(few: ImageDataset, tmp_path: Path) -> None:
-    def noisy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        return standard(model, (images + 0.1 * torch.randn_like(images)).clamp(0, 1), labels)
+    def noisy(model: nn.Module, batch: Batch, _attack: Attack | None) -> Outcome:
+        images = (batch.images + 0.1 * torch.randn_like(batch.images)).clamp(0, 1)
+        return standard(model, Batch(images, batch.labels))
 
     once = train_classifier(fresh(few), few, **QUICK, objective=noisy).fingerprint
     with pytest.raises(Stop):
@@ -177,10 +182,10 @@ def test_an_objective_may_use_chance(few: ImageDataset, tmp_path: Path) -> None:
     assert again.fingerprint == once
 
 
-def test_an_objective_that_bypasses_the_classifier_has_no_accuracy(few: ImageDataset) -> None:
-    def inner(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def test_an_objective_that_gives_no_logits_has_no_accuracy(few: ImageDataset) -> None:
+    def inner(model: nn.Module, batch: Batch, _attack: Attack | None) -> Outcome:
         assert isinstance(model, Classifier)
-        return nn.functional.cross_entropy(model.net(images), labels)
+        return Outcome(nn.functional.cross_entropy(model.net(batch.images), batch.labels))
 
     rows: list[dict[str, Any]] = []
     train_classifier(fresh(few), few, **QUICK | {"epochs": 1}, objective=inner, on_epoch=rows.append)
@@ -246,7 +251,7 @@ train_classifier(net, few, **{QUICK!r}, out=sys.argv[1], on_epoch=slow)
         assert process.stdout.readline().strip() == b"ready"
         process.send_signal(signal.SIGKILL)
     # What a kill in the middle of a write leaves: a part of a file, and tensors that nothing names yet.
-    (out / ".training-0003.safetensors.1.part").write_bytes(b"half")
+    (out / "training-0003.safetensors.1.part").write_bytes(b"half")
     (out / "training-0003.safetensors").write_bytes(b"half")
     resumed = train_classifier(fresh(few), few, **QUICK, out=out, resume=True)
     assert resumed.fingerprint == train_classifier(fresh(few), few, **QUICK).fingerprint
@@ -254,10 +259,10 @@ train_classifier(net, few, **{QUICK!r}, out=sys.argv[1], on_epoch=slow)
 
 
 def test_a_stop_in_the_first_epoch_can_be_resumed(few: ImageDataset, tmp_path: Path) -> None:
-    def fail(_model: nn.Module, _images: Tensor, _labels: Tensor) -> Tensor:
+    def fail(_model: nn.Module, _batch: Batch, _attack: Attack | None) -> Outcome:
         raise Stop
 
-    fail.__qualname__ = standard.__qualname__
+    fail.description = objective_name(make_objective("standard"))  # type: ignore[attr-defined]
     with pytest.raises(Stop):
         train_classifier(fresh(few), few, **QUICK, objective=fail, out=tmp_path)
     resumed = train_classifier(fresh(few), few, **QUICK, out=tmp_path, resume=True)
@@ -275,8 +280,8 @@ def test_resuming_a_finished_training_returns_it(few: ImageDataset, tmp_path: Pa
 
 
 def test_resume_names_what_differs(digits: ImageDataset, few: ImageDataset, tmp_path: Path) -> None:
-    def other(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        return standard(model, images, labels)
+    def other(model: nn.Module, batch: Batch, attack: Attack | None) -> Outcome:
+        return standard(model, batch, attack)
 
     with pytest.raises(Stop):
         train_classifier(fresh(few), few, **QUICK, out=tmp_path, on_epoch=stop_after(1))
@@ -381,7 +386,7 @@ def arrays(n: int = 20, labels: list[int] | None = None, **options: Any) -> Arra
         ({"lr": float("nan")}, "learning rate must be above 0"),
         ({"weight_decay": -1.0}, "weight decay"),
         ({"optimizer": "lion"}, "choose one of adam, adamw, sgd"),
-        ({"schedule": "step"}, "choose one of cosine, none"),
+        ({"schedule": "linear"}, "choose one of cosine, step, one-cycle, none"),
         ({"seed": -1}, "seed"),
         ({"device": "gpu"}, "no device 'gpu'"),
     ],
@@ -434,9 +439,10 @@ def test_frozen_and_foreign_nets(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite(few: ImageDataset, tmp_path: Path) -> None:
     calls = []
 
-    def breaks(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    def breaks(model: nn.Module, batch: Batch, attack: Attack | None) -> Outcome:
         calls.append(1)
-        return standard(model, images, labels) * (float("nan") if len(calls) > 4 else 1)
+        outcome = standard(model, batch, attack)
+        return replace(outcome, loss=outcome.loss * (float("nan") if len(calls) > 4 else 1))
 
     with pytest.raises(ModelError) as error:
         train_classifier(fresh(few), few, **QUICK, objective=breaks, out=tmp_path)
@@ -446,86 +452,7 @@ def test_a_loss_that_is_not_finite(few: ImageDataset, tmp_path: Path) -> None:
     assert len(text.splitlines()) == 1
 
 
-# --- batches and settings
-
-
-def test_batches_of_an_epoch() -> None:
-    data = arrays(33)
-    settings = TrainingSettings(epochs=2, batch_size=8)
-    labels = torch.arange(33)
-    batches = EpochBatches(data, labels, settings, torch.device("cpu"))
-    sizes = [len(rows) for _, rows in batches.epoch(1)]
-    assert sizes == [7, 7, 7, 6, 6]  # no batch of a single image, which batch normalisation could not take
-    orders = [torch.cat([rows for _, rows in batches.epoch(number)]).tolist() for number in (1, 2, 1)]
-    assert sorted(orders[0]) == list(range(33))
-    assert orders[0] == orders[2] != orders[1]
-    for images, rows in batches.epoch(2):
-        assert torch.equal(images, data.batch(rows)[0])
-
-
-def test_large_sets_are_read_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = arrays(33)
-    threads = set()
-    plain = data.batch
-
-    def noted(indices: Any) -> tuple[Tensor, Tensor]:
-        threads.add(threading.current_thread().name)
-        return plain(indices)
-
-    monkeypatch.setattr(data, "batch", noted)
-    settings = TrainingSettings(epochs=1, batch_size=8, augment=True, flip=True)
-    resident = EpochBatches(data, torch.arange(33), settings, torch.device("cpu"))
-    threads.clear()
-    read = EpochBatches(data, torch.arange(33), settings, torch.device("cpu"), resident_bytes=0)
-    assert read.images is None
-    assert resident.images is not None
-    for (images, rows), (others, same) in zip(read.epoch(1), resident.epoch(1), strict=True):
-        assert torch.equal(images, others)
-        assert torch.equal(rows, same)
-    assert len(threads) == 1
-    assert next(iter(threads)).startswith("nndefense-read")
-
-
-def test_a_failed_read_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = arrays(33)
-
-    def fail(_indices: Any) -> None:
-        raise Stop
-
-    monkeypatch.setattr(data, "batch", fail)
-    settings = TrainingSettings(epochs=1, batch_size=8)
-    batches = EpochBatches(data, torch.arange(33), settings, torch.device("cpu"), resident_bytes=0)
-    with pytest.raises(Stop):
-        next(batches.epoch(1))
-
-
-def test_shifts_are_whole_pixels_up_to_an_eighth() -> None:
-    images = torch.zeros(200, 2, 16, 24)
-    images[:, :, 8, 12] = 1
-    moved = shifted(images, torch.Generator().manual_seed(0))
-    assert moved.shape == images.shape
-    assert moved.sum() == 400
-    places = moved[:, 0].flatten(1).argmax(1)
-    rows, columns = places // 24, places % 24
-    assert sorted(set((rows - 8).tolist())) == [-2, -1, 0, 1, 2]
-    assert sorted(set((columns - 12).tolist())) == [-3, -2, -1, 0, 1, 2, 3]
-    assert torch.equal(moved[:, 0], moved[:, 1])
-    assert torch.equal(shifted(images[:, :, :4, :4], torch.Generator()), images[:, :, :4, :4])
-
-
-def test_flips() -> None:
-    images = torch.rand(200, 3, 4, 5)
-    result = flipped(images, torch.Generator().manual_seed(0))
-    same = (result == images).flatten(1).all(1)
-    mirrored = (result == images.flip(3)).flatten(1).all(1)
-    assert bool((same ^ mirrored).all())
-    assert 60 < int(same.sum()) < 140
-
-
-def test_schedule() -> None:
-    settings = TrainingSettings(epochs=1, batch_size=1, lr=0.2)
-    assert [settings.lr_at(share) for share in (0, 0.5, 1)] == pytest.approx([0.2, 0.1, 0])
-    assert TrainingSettings(epochs=1, batch_size=1, lr=0.2, schedule="none").lr_at(0.7) == 0.2
+# --- defaults and seeds
 
 
 def test_defaults_follow_the_size_of_the_data() -> None:

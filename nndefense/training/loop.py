@@ -1,269 +1,239 @@
-"""Training a classifier: repeatable under a seed, and resumable after any epoch."""
+"""Training a classifier: one loop for every objective, repeatable under a seed, and resumable after any step."""
 
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
 
 from nndefense.datasets import ImageDataset
-from nndefense.errors import InputError, ModelError
+from nndefense.errors import InputError
 from nndefense.files import make_folder
 from nndefense.models import Classifier, load_classifier, resolve_device, save_classifier
 from nndefense.models.checkpoint import check_savable
-from nndefense.training.accuracy import accuracy, check_labels
+from nndefense.training.accuracy import check_labels
+from nndefense.training.batch import Attack, Objective
 from nndefense.training.batches import EpochBatches
-from nndefense.training.objectives import Objective, objective_name, standard
+from nndefense.training.epochs import Checkpoints, Run, fastest_convolutions
+from nndefense.training.identity import check_same, described, described_attack, form, identity_of
+from nndefense.training.launcher import Team, join
+from nndefense.training.log import Board, check_tensorboard
+from nndefense.training.objectives import OBJECTIVES, find_spec, make_objective
 from nndefense.training.progress import TrainingFolder
-from nndefense.training.random_state import seeded
-from nndefense.training.settings import TrainingSettings, default_batch_size, default_epochs
+from nndefense.training.settings import SettingsOptions, TrainingSettings, make_settings, whole
+from nndefense.training.state import HistoryRow
+from nndefense.training.step import Stepper
+from nndefense.training.watch import Watch
 
-# One epoch as a line of history.jsonl.
-HistoryRow = dict[str, Any]
-
-# Reading the loss makes a GPU wait, so it is done once in so many steps.
-_LOOK_EVERY = 20
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def train_classifier(
     classifier: Classifier,
     dataset: ImageDataset,
     *,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    lr: float = 2e-3,
-    weight_decay: float = 0.0,
-    optimizer: str = "adam",
-    schedule: str = "cosine",
-    augment: bool = False,
-    flip: bool = False,
-    seed: int = 0,
+    objective: str | Objective = "standard",
+    attack: Attack | None = None,
+    unlabelled: ImageDataset | None = None,
+    validation: ImageDataset | None = None,
+    validation_attack: Attack | None = None,
     device: str | torch.device = "auto",
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    validation: ImageDataset | None = None,
-    objective: Objective = standard,
+    checkpoint_steps: int | None = None,
+    checkpoint_seconds: float | None = 300.0,
+    tensorboard: bool = False,
     progress: bool = True,
     on_epoch: Callable[[HistoryRow], None] | None = None,
+    **settings: Unpack[SettingsOptions],
 ) -> Classifier:
     """Train ``classifier`` in place and return it, in evaluation mode on ``device``.
 
     On one CPU with the same number of threads and the same versions, the same arguments give the same weights bit for
-    bit, whether in one go or resumed. On a GPU some operations add in varying order. The global random state is the
-    same afterwards as before.
+    bit, whether in one go or killed and resumed any number of times. On a GPU some operations add in varying order.
+    The global random state is the same afterwards as before.
+
+    Started by ``torchrun``, it is one training in several processes; see :mod:`nndefense.training.launcher`.
 
     Args:
         classifier: of any architecture; of a built-in or torchvision one if ``out`` is given.
         dataset: labelled images; its classes are matched by :meth:`Classifier.label_map`.
-        epochs, batch_size: by default :func:`default_epochs` and :func:`default_batch_size` of the data.
-        lr, weight_decay, optimizer, schedule, augment, flip, seed: see :class:`TrainingSettings`.
+        objective: what to minimise: a name in :data:`nndefense.training.OBJECTIVES`, or a function.
+        attack: for objectives that attack: an :class:`InnerAttack`, or anything that is called like one.
+        unlabelled: a pool whose labels are pseudo-labels, for objectives that take one.
+        validation: labelled images whose accuracy is measured after every epoch, and, with an attack, their robust
+            accuracy at every check.
+        validation_attack: for the checks; by default the attack of the training with at least ten steps.
         device: as for :func:`nndefense.models.resolve_device`.
-        out: the folder for the classifier, with ``history.jsonl`` and, until it is finished, a checkpoint after every
-            epoch; by default nothing is written.
+        out: the folder for the classifier, with ``history.jsonl`` and, until it is finished, a checkpoint; by default
+            nothing is written.
         resume: go on with the unfinished training in ``out``; a finished one is returned as it is.
         overwrite: delete the training or classifier that ``out`` holds.
-        validation: labelled images whose accuracy is measured after every epoch.
-        objective: what to minimise.
+        checkpoint_steps, checkpoint_seconds: save also within an epoch, after so many steps, or when so many seconds
+            have passed since the last time; None: not for that reason. It does not change the weights.
+        tensorboard: also write curves to ``out/tensorboard``.
         progress: show a bar on standard error.
         on_epoch: called with the line of history after every epoch, once the checkpoint is written; what it raises
             ends the training there.
+        **settings: the fields of :class:`TrainingSettings` by name; ``epochs`` and ``batch_size`` are by default
+            :func:`default_epochs` and :func:`default_batch_size` of the data.
 
     Raises:
-        InputError: settings, data or ``out`` cannot be used, or differ from those of the training to resume.
-        ModelError: the loss is no longer finite, the classes do not match, or a checkpoint is damaged.
+        InputError: settings, data or ``out`` cannot be used, differ from those of the training to resume, or the disk
+            is full.
+        ModelError: the loss or a weight is no longer finite, the classes do not match, or a checkpoint is damaged.
+
+    Whatever is raised, the last checkpoint in ``out`` stays whole.
     """
     started = time.perf_counter()
-    target = resolve_device(device)
+    team = join(resolve_device(device))
     check_labels(dataset)
-    batch = default_batch_size(len(dataset)) if batch_size is None else batch_size
-    settings = TrainingSettings(
-        epochs=default_epochs(len(dataset), max(batch, 1)) if epochs is None else epochs,
-        batch_size=batch,
-        lr=lr,
-        weight_decay=weight_decay,
-        optimizer=optimizer,
-        schedule=schedule,
-        augment=augment,
-        flip=flip,
-        seed=seed,
-    )
-    if batch > len(dataset):
-        raise InputError(
-            f"the batch size {batch} is more than the {len(dataset)} images of {dataset.name}: choose a smaller one"
-        )
-    classifier.check_shape((1, *dataset.shape))
+    chosen = make_settings(len(dataset), dict(settings))
+    loss = make_objective(objective) if isinstance(objective, str) else objective
+    _check_parts(classifier, dataset, loss, attack, unlabelled, validation, validation_attack, chosen)
+    checkpoints = _checkpoints(checkpoint_steps, checkpoint_seconds)
+    if tensorboard:
+        check_tensorboard()
+        if out is None:
+            raise InputError("without a folder there is no place for TensorBoard's curves: give --out")
     labels = classifier.label_map(dataset.classes)[torch.from_numpy(dataset.labels)]
-    if validation is not None:
-        check_labels(validation)
-        classifier.label_map(validation.classes)
+    pseudo = None
+    if unlabelled is not None:
+        pseudo = classifier.label_map(unlabelled.classes)[torch.from_numpy(unlabelled.labels)]
+    batches = EpochBatches(dataset, labels, chosen, team, unlabelled=unlabelled, pseudo_labels=pseudo)
+    watch = Watch(classifier, dataset, validation, attack, validation_attack, chosen, team)
 
-    identity = _identity(classifier, dataset, settings, objective)
-    folder = _open_folder(out, classifier, resume=resume, overwrite=overwrite)
-    saved = None
+    identity = identity_of(
+        classifier,
+        dataset,
+        chosen,
+        loss,
+        attack=attack,
+        unlabelled=unlabelled,
+        selection=_selection(validation, watch, chosen),
+        processes=team.size,
+    )
+    # The leading process may still be writing what an earlier call left.
+    team.wait()
+    folder = _open_folder(out, classifier, team, resume=resume, overwrite=overwrite)
+    state = None
     if folder is not None and resume:
         if not folder.is_unfinished():
-            return _finished(folder, identity, target)
-        saved = folder.state()
-        _check_same(saved, identity, folder)
+            return _finished(folder, identity, team.device)
+        state = folder.state()
+        check_same(state, identity, folder.folder)
 
-    classifier.to(target)
-    solver = _optimizer(classifier, settings)
-    history: list[HistoryRow] = []
-    if folder is not None:
-        if saved is not None:
-            history = folder.restore(saved, classifier, solver)
-        else:
-            # Before the first epoch, so that a training is recognised and can be resumed whenever it was stopped.
-            folder.save(classifier, solver, identity, history)
-    batches = EpochBatches(dataset, labels, settings, target)
-    for epoch in range(len(history) + 1, settings.epochs + 1):
-        row = _run_epoch(classifier, batches, solver, objective, epoch, progress=progress)
-        if validation is not None:
-            row["validation_accuracy"] = accuracy(classifier, validation)
-        history.append(row)
-        if progress:
-            _report(row, settings.epochs)
-        if folder is not None:
-            folder.save(classifier, solver, identity, history)
-        if on_epoch is not None:
-            on_epoch(dict(row))
+    classifier.to(team.device)
+    if chosen.channels_last:
+        classifier.to(memory_format=torch.channels_last)
+    team.agree(classifier)
+    stepper = Stepper(classifier, loss, attack, chosen, team)
+    run = Run(
+        stepper,
+        batches,
+        watch,
+        folder if team.leads else None,
+        checkpoints,
+        identity,
+        shown=progress and team.leads,
+    )
+    if folder is not None and state is not None:
+        run.restore(folder, state)
+        team.wait()
+    else:
+        # Before the first step, so that a training is recognised and can be resumed whenever it was stopped.
+        run.save()
+    board = None
+    if tensorboard and folder is not None and team.leads:
+        board = Board(folder.folder, run.done)
+    try:
+        with fastest_convolutions(team.device):
+            run.finish(board, on_epoch)
+    finally:
+        if board is not None:
+            board.close()
 
+    if chosen.channels_last:
+        classifier.to(memory_format=torch.contiguous_format)
     classifier.eval()
     classifier.info = {
-        "data": identity["data"],
-        "settings": identity["settings"],
-        "objective": identity["objective"],
-        "validation": None if validation is None else _described(validation),
-        "history": history,
-        "device": str(target),
+        **{name: identity[name] for name in ("data", "settings", "objective", "attack", "unlabelled", "selection")},
+        "processes": team.size,
+        "validation": None if validation is None else described(validation),
+        "precision": {"used": stepper.precision.name, "reason": stepper.precision.reason},
+        "best": None if run.standing.best is None else run.standing.best.as_dict(),
+        "history": run.standing.history,
+        "device": str(team.device),
         # Of this process only, where the training was resumed.
         "seconds": round(time.perf_counter() - started, 3),
     }
     if folder is not None:
         classifier.source = str(folder.folder)
-        save_classifier(classifier, folder.folder)
-        folder.finish(history)
+        if team.leads:
+            save_classifier(classifier, folder.folder)
+            folder.finish(run.standing.history)
+        # So that no process looks for the classifier before it is there.
+        team.wait()
     return classifier
 
 
-def _run_epoch(
+def _check_parts(
     classifier: Classifier,
-    batches: EpochBatches,
-    solver: torch.optim.Optimizer,
+    dataset: ImageDataset,
     objective: Objective,
-    epoch: int,
-    *,
-    progress: bool,
-) -> HistoryRow:
-    """Train for one epoch and return its line of history.
-
-    The accuracy is that of the objective's last forward pass on each batch, before the step: on the images that the
-    loss was worked out for. It costs nothing, unlike a second pass over the data.
-    """
-    settings, device = batches.settings, batches.device
-    steps = batches.count * settings.epochs
-    last: list[Tensor] = []
-    handle = classifier.register_forward_hook(lambda _module, _images, logits: last.append(logits.detach()))
-    loss_sum = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-    right = torch.zeros((), dtype=torch.int64, device=device)
-    counted = seen = 0
-    started = time.perf_counter()
-    bar = tqdm(
-        total=len(batches.dataset),
-        desc=f"epoch {epoch}/{settings.epochs}",
-        unit="img",
-        leave=False,
-        file=sys.stderr,
-        disable=not progress,
-    )
-    try:
-        with bar, seeded(settings.seed, epoch, device):
-            for number, (images, labels) in enumerate(batches.epoch(epoch)):
-                rate = settings.lr_at(((epoch - 1) * batches.count + number) / steps)
-                for group in solver.param_groups:
-                    group["lr"] = rate
-                classifier.train()
-                last.clear()
-                solver.zero_grad(set_to_none=True)
-                loss = objective(classifier, images, labels)
-                loss.backward()  # type: ignore[no-untyped-call]
-                solver.step()
-                seen += len(labels)
-                loss_sum += loss.detach() * len(labels)
-                if last and len(last[-1]) == len(labels):
-                    right += (last[-1].argmax(1) == labels).sum()
-                    counted += len(labels)
-                bar.update(len(labels))
-                if (number + 1) % _LOOK_EVERY == 0 or number + 1 == batches.count:
-                    mean = float(loss_sum) / seen
-                    if not math.isfinite(mean):
-                        raise ModelError(
-                            f"the loss is no longer a finite number in epoch {epoch} of {settings.epochs}: train with "
-                            f"a lower learning rate than {settings.lr:g}, and check that no image holds NaN"
-                        )
-                    share = f"{int(right) / counted:.4f}" if counted else "?"
-                    bar.set_postfix_str(f"loss {mean:.4f}, accuracy {share}", refresh=False)
-    finally:
-        handle.remove()
-    seconds = time.perf_counter() - started
-    return {
-        "epoch": epoch,
-        "loss": float(loss_sum) / seen,
-        "accuracy": int(right) / counted if counted else None,
-        "lr": rate,
-        "seconds": round(seconds, 3),
-        "images_per_second": round(seen / seconds, 1),
-    }
+    attack: Attack | None,
+    unlabelled: ImageDataset | None,
+    validation: ImageDataset | None,
+    validation_attack: Attack | None,
+    settings: TrainingSettings,
+) -> None:
+    """Raise :class:`InputError` unless the parts of a training fit together."""
+    spec = find_spec(objective)
+    if spec is not None:
+        name = next(name for name, value in OBJECTIVES.items() if value is spec)
+        if spec.attack and attack is None:
+            raise InputError(f"the objective {name} attacks its images: give an attack")
+        if spec.unlabelled and unlabelled is None:
+            raise InputError(f"the objective {name} learns from unlabelled images too: give a pool of them")
+        if not spec.unlabelled and unlabelled is not None:
+            raise InputError(f"the objective {name} knows labelled images alone: leave the unlabelled ones out")
+    if unlabelled is None and settings.unlabelled_per_batch is not None:
+        raise InputError("there are no unlabelled images of which a batch could hold some: give a pool of them")
+    for images in (dataset, unlabelled, validation):
+        if images is not None:
+            classifier.check_shape((1, *images.shape))
+            check_labels(images)
+            classifier.label_map(images.classes)
+    if validation is None and settings.keep_best:
+        raise InputError("the best weights are those on images held out: give a validation set")
+    if validation is None and validation_attack is not None:
+        raise InputError("there are no images for the validation attack: give a validation set")
 
 
-def _optimizer(classifier: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise InputError("the classifier has no weights to train: they are all frozen")
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
-        )
-    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+def _checkpoints(steps: int | None, seconds: float | None) -> Checkpoints:
+    if steps is not None and not (whole(steps) and steps >= 1):
+        raise InputError(f"the number of steps between checkpoints must be a whole number from 1 up, not {steps}")
+    if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
+        raise InputError(f"the seconds between checkpoints must be above 0, not {seconds}")
+    return Checkpoints(steps, seconds)
 
 
-def _described(dataset: ImageDataset) -> dict[str, Any]:
-    return {"name": dataset.name, "n": len(dataset), "fingerprint": dataset.fingerprint}
-
-
-def _identity(
-    classifier: Classifier, dataset: ImageDataset, settings: TrainingSettings, objective: Objective
-) -> dict[str, Any]:
-    """What must be the same for a training to go on as the one that it was."""
-    return {
-        "classifier": _form(classifier),
-        "settings": settings.as_dict(),
-        "objective": objective_name(objective),
-        "data": _described(dataset),
-    }
-
-
-def _form(classifier: Classifier) -> dict[str, Any]:
-    return {
-        "architecture": classifier.arch,
-        "input_shape": list(classifier.input_shape),
-        "classes": list(classifier.classes),
-        "mean": classifier.mean.flatten().tolist(),
-        "std": classifier.std.flatten().tolist(),
-    }
+def _selection(validation: ImageDataset | None, watch: Watch, settings: TrainingSettings) -> dict[str, Any] | None:
+    """What the final weights are chosen by; None where they are those of the last step."""
+    if not (settings.keep_best or settings.stop_on_collapse):
+        return None
+    held = described(validation) if validation is not None else None
+    return {"validation": held, "attack": described_attack(watch.attack) if watch.active else None}
 
 
 def _open_folder(
-    out: str | Path | None, classifier: Classifier, *, resume: bool, overwrite: bool
+    out: str | Path | None, classifier: Classifier, team: Team, *, resume: bool, overwrite: bool
 ) -> TrainingFolder | None:
     if resume and overwrite:
         raise InputError("a training cannot both be resumed and overwritten: give --resume or --overwrite, not both")
@@ -276,52 +246,17 @@ def _open_folder(
     if resume:
         if not (folder.is_unfinished() or folder.is_finished()):
             raise InputError(f"{folder.folder} holds no training to resume: leave --resume out to start one")
-        return folder
-    make_folder(folder.folder)
-    if overwrite:
-        folder.clear()
-    else:
-        folder.check_free()
+    elif team.leads:
+        make_folder(folder.folder)
+        if overwrite:
+            folder.clear()
+        else:
+            folder.check_free()
     return folder
 
 
 def _finished(folder: TrainingFolder, identity: dict[str, Any], device: torch.device) -> Classifier:
     """The classifier of a training that was resumed although it is finished."""
     classifier = load_classifier(folder.folder, device=device)
-    _check_same({**classifier.info, "classifier": _form(classifier)}, identity, folder)
+    check_same({**classifier.info, "classifier": form(classifier)}, identity, folder.folder)
     return classifier
-
-
-def _check_same(saved: dict[str, Any], identity: dict[str, Any], folder: TrainingFolder) -> None:
-    """Raise :class:`InputError` that names everything in which a training differs from the saved one."""
-    differences = []
-    for part in ("classifier", "settings"):
-        old = saved.get(part) or {}
-        differences += [
-            name.replace("_", " ")
-            if isinstance(value, list)
-            else f"{name.replace('_', ' ')} ({old.get(name)}, not {value})"
-            for name, value in identity[part].items()
-            if old.get(name) != value
-        ]
-    if saved.get("objective") != identity["objective"]:
-        differences.append(f"objective ({saved.get('objective')}, not {identity['objective']})")
-    old, new = saved.get("data") or {}, identity["data"]
-    if old.get("fingerprint") != new["fingerprint"]:
-        differences.append(f"data ({old.get('name')} of {old.get('n')} images, not {new['name']} of {new['n']})")
-    if differences:
-        raise InputError(
-            f"the training in {folder.folder} was started with other {', '.join(differences)}: "
-            "resume it with the same, or start anew with --overwrite"
-        )
-
-
-def _report(row: HistoryRow, epochs: int) -> None:
-    """One line an epoch on standard error, which stays when the bar has gone."""
-    parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.4f}"]
-    if row["accuracy"] is not None:
-        parts.append(f"accuracy {row['accuracy']:.4f}")
-    if "validation_accuracy" in row:
-        parts.append(f"validation {row['validation_accuracy']:.4f}")
-    parts.append(f"{row['images_per_second']:.0f} images/s")
-    tqdm.write(", ".join(parts), file=sys.stderr)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +12,33 @@ import torch
 from torch import Tensor
 
 from nndefense.errors import InputError, ModelError
-from nndefense.models import Classifier
+from nndefense.files import PART
 from nndefense.models.checkpoint import DESCRIPTION_FILE, WEIGHTS_FILE
 from nndefense.models.files import read_json, read_tensors, write_bytes, write_json, write_tensors
+from nndefense.training.state import Standing
 
 FORMAT = "nndefense-training"
-VERSION = 1
+VERSION = 2
 STATE_FILE = "training.json"
 HISTORY_FILE = "history.jsonl"
+BEST = "best."
+# All that is written beside the tensors; what makes the folder one comes first.
+_FILES = (DESCRIPTION_FILE, STATE_FILE, WEIGHTS_FILE, HISTORY_FILE)
 _TENSORS = "training-*.safetensors"
 _REMEDY = "start the training again with --overwrite"
 
 
 class TrainingFolder:
-    """The folder of a training, from its first epoch to the finished classifier.
+    """The folder of a training, from its first step to the finished classifier.
 
-    Each epoch's tensors go to a file of their own before ``training.json`` names it, and only then does the last one
-    go: whenever the process dies, ``training.json`` names a file that is whole.
+    Every state's tensors go to a file of their own before ``training.json`` names it, and only then does the last one
+    go: whenever the process dies, ``training.json`` names files that are whole.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.state_path = folder / STATE_FILE
+        self._best: tuple[tuple[int, int], dict[str, str]] | None = None
 
     def is_unfinished(self) -> bool:
         """Whether there is a training to go on with."""
@@ -55,33 +62,42 @@ class TrainingFolder:
 
     def clear(self) -> None:
         """Delete an earlier training and classifier, the file that makes them one first."""
-        for name in (DESCRIPTION_FILE, STATE_FILE, WEIGHTS_FILE, HISTORY_FILE):
+        for name in _FILES:
             (self.folder / name).unlink(missing_ok=True)
-        self._delete_tensors(keep=None)
+        self._delete_tensors(keep=set())
 
-    def save(
-        self,
-        classifier: Classifier,
-        optimizer: torch.optim.Optimizer,
-        identity: dict[str, Any],
-        history: list[dict[str, Any]],
-    ) -> None:
-        """Write the state after ``len(history)`` epochs."""
-        epoch = len(history)
-        tensors = {f"model.{name}": tensor for name, tensor in classifier.state_dict().items()}
-        tensors |= flat_state(optimizer)
-        name = _TENSORS.replace("*", f"{epoch:04d}")
+    def save(self, tensors: dict[str, Tensor], standing: Standing, extra: dict[str, Any]) -> None:
+        """Write a state that can be resumed.
+
+        Args:
+            tensors: everything that is a tensor, beside the best weights.
+            standing: where the training stands.
+            extra: whatever else belongs into ``training.json``.
+
+        Raises:
+            InputError: the disk is full, or the folder cannot be written; the last state is still there.
+            ModelError: a weight is no longer finite; the last state is still there.
+        """
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ModelError(
+                    f"the weights are no longer finite numbers ({name.partition('.')[2]}): go on from the last "
+                    "checkpoint with --resume if it was the machine, else train with a lower learning rate"
+                )
+        position = (len(standing.history), standing.step)
+        name = _named(*position)
+        best = self._write_best(standing)
         state = {
             "format": FORMAT,
             "version": VERSION,
-            "epoch": epoch,
-            **identity,
-            "history": history,
+            **extra,
+            **standing.as_dict(),
             "tensors": {"file": name, "sha256": write_tensors(self.folder / name, tensors)},
+            "best_tensors": best,
         }
         write_json(self.state_path, state)
-        self._write_history(history)
-        self._delete_tensors(keep=name)
+        self._write_history(standing.history)
+        self._delete_tensors(keep={name, best["file"] if best else name})
 
     def state(self) -> dict[str, Any]:
         """Read ``training.json``.
@@ -91,41 +107,64 @@ class TrainingFolder:
         """
         return read_json(self.state_path, FORMAT, VERSION, _REMEDY)
 
-    def restore(
-        self, state: dict[str, Any], classifier: Classifier, optimizer: torch.optim.Optimizer
-    ) -> list[dict[str, Any]]:
-        """Give classifier and optimiser the saved state and return the history so far.
+    def tensors(self, state: dict[str, Any]) -> dict[str, Tensor]:
+        """The tensors that a state names, on the CPU; those of the best weights as ``best.NAME``.
 
         Raises:
             ModelError: the files are damaged.
         """
+        with self.fitting():
+            tensors = self._read(state["tensors"])
+            best = state["best_tensors"]
+            if best is not None:
+                tensors |= {f"{BEST}{name}": tensor for name, tensor in self._read(best).items()}
+                self._best = ((int(state["best"]["epoch"]), int(state["best"]["step"])), dict(best))
+        return tensors
+
+    @contextlib.contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Turn whatever a state that does not fit raises into a :class:`ModelError`."""
         try:
-            path = self.folder / Path(state["tensors"]["file"]).name
-            tensors = read_tensors(path, state["tensors"]["sha256"], _REMEDY)
-            classifier.load_state_dict(
-                {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-            )
-            restore_flat_state(optimizer, tensors)
-            history = list(state["history"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            yield
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ModelError(f"{self.state_path} does not fit the classifier being trained: {_REMEDY}") from error
-        return history
 
     def finish(self, history: list[dict[str, Any]]) -> None:
         """Delete what only serves to resume; the classifier must be there."""
         self._write_history(history)
         self.state_path.unlink(missing_ok=True)
-        self._delete_tensors(keep=None)
+        self._delete_tensors(keep=set())
+
+    def _read(self, entry: dict[str, str]) -> dict[str, Tensor]:
+        return read_tensors(self.folder / Path(entry["file"]).name, entry["sha256"], _REMEDY)
+
+    def _write_best(self, standing: Standing) -> dict[str, str] | None:
+        """Write the best weights, if they are other ones than those that were written last."""
+        best = standing.best
+        if best is None:
+            return None
+        position = (best.epoch, best.step)
+        if self._best is None or self._best[0] != position:
+            name = _named(*position, "best-")
+            self._best = (position, {"file": name, "sha256": write_tensors(self.folder / name, dict(best.weights))})
+        return self._best[1]
 
     def _write_history(self, history: list[dict[str, Any]]) -> None:
         """Write ``history.jsonl``, one line an epoch; whole each time, so that resuming repeats no line."""
         text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in history)
         write_bytes(self.folder / HISTORY_FILE, text.encode())
 
-    def _delete_tensors(self, keep: str | None) -> None:
-        for path in [*self.folder.glob(_TENSORS), *self.folder.glob(".*.part")]:
-            if path.name != keep:
-                path.unlink(missing_ok=True)
+    def _delete_tensors(self, keep: set[str]) -> None:
+        # And what a process that was killed while it wrote has left.
+        for pattern in (_TENSORS, *(f"{name}.*{PART}" for name in (_TENSORS, *_FILES))):
+            for path in self.folder.glob(pattern):
+                if path.name not in keep:
+                    path.unlink(missing_ok=True)
+
+
+def _named(epochs: int, steps: int, kind: str = "") -> str:
+    """The name of a tensor file, by finished epochs (for the best weights: the epoch's number) and steps since."""
+    return _TENSORS.replace("*", f"{kind}{epochs:04d}" + (f"-{steps:06d}" if steps else ""))
 
 
 def flat_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -141,7 +180,7 @@ def flat_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def restore_flat_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore_flat_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Give an optimiser the state that :func:`flat_state` took."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
@@ -149,4 +188,11 @@ def restore_flat_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
         if kind == "optimizer":
             number, _, key = rest.partition(".")
             state.setdefault(int(number), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for index, values in state.items():
+        for key, value in values.items():
+            if value.shape == weights[index].shape and value.dim() > 0:
+                # In the weights' own layout in memory.
+                values[key] = torch.empty_like(weights[index], dtype=value.dtype).copy_(value)
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

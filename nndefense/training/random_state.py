@@ -1,4 +1,4 @@
-"""Chance that depends on the seed and the epoch alone, so that a resumed training goes on as it would have."""
+"""Chance that depends on the seed, the epoch and the step alone, so that a training goes on as it would have."""
 
 from __future__ import annotations
 
@@ -23,16 +23,23 @@ def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
 
 
 @contextlib.contextmanager
-def seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
-    """Seed the default generators of the CPU and of ``device``, and give them back their state afterwards."""
-    value = derived_seed(seed, epoch, "default")
+def kept(device: torch.device) -> Iterator[None]:
+    """Give the default generators of the CPU and of ``device`` back their state afterwards."""
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         with torch.random.fork_rng(devices=[index]), torch.cuda.device(index):
-            torch.default_generator.manual_seed(value)
-            torch.cuda.manual_seed(value)
             yield
     else:
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(value)
             yield
+
+
+def reseed(seed: int, epoch: int, purpose: str, device: torch.device) -> None:
+    """Seed the default generators of the CPU and of ``device``; inside :func:`kept`.
+
+    Done before every step, it makes whatever the step draws independent of how the training came there.
+    """
+    value = derived_seed(seed, epoch, purpose)
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypedDict
 
 from nndefense.errors import InputError
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
-SCHEDULES = ("cosine", "none")
+SCHEDULES = ("cosine", "step", "one-cycle", "none")
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 # What the defaults aim at: enough steps for small nets on small sets, few passes over large ones.
 _STEPS = 400
@@ -17,21 +19,79 @@ _MOST_EPOCHS = 20
 _FEWEST_EPOCHS = 3
 
 
+class SettingsOptions(TypedDict, total=False):
+    """The fields of :class:`TrainingSettings` as the options of a training; each may be left out."""
+
+    epochs: int | None
+    batch_size: int | None
+    lr: float
+    weight_decay: float
+    optimizer: str
+    schedule: str
+    augment: bool
+    flip: bool
+    seed: int
+    momentum: float
+    nesterov: bool
+    warmup: float
+    milestones: Sequence[float]
+    gamma: float
+    peak: float
+    ema: float | None
+    clip_norm: float | None
+    precision: str
+    channels_last: bool
+    compile: bool
+    steps_per_epoch: int | None
+    unlabelled_per_batch: int | None
+    keep_best: bool
+    patience: int | None
+    checks_per_epoch: int
+    check_images: int
+    stop_on_collapse: bool
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a net is trained.
+    """How a net is trained: all that the weights depend on beside net, data, objective and attacks.
 
     Attributes:
-        epochs: passes over the data.
-        batch_size: images a step; an epoch is cut into batches of equal size (to within one image).
+        epochs: passes over the labelled data.
+        batch_size: labelled images a step, over all processes; an epoch is cut into batches of equal size (to within
+            one image).
         lr: the learning rate, or the highest one of a schedule.
         weight_decay: L2 penalty for ``adam`` and ``sgd``; decoupled from the gradient for ``adamw``.
-        optimizer: ``adam``, ``adamw``, or ``sgd`` with Nesterov momentum 0.9.
+        optimizer: ``adam``, ``adamw``, or ``sgd`` with momentum.
         schedule: ``cosine`` lowers the learning rate step by step to 0 (Loshchilov and Hutter, ICLR 2017, without
-            restarts), ``none`` keeps it.
+            restarts), ``step`` multiplies it by ``gamma`` at every milestone, ``one-cycle`` raises it in a straight
+            line up to the share ``peak`` of the training and lowers it to 0 (Smith and Topin 2017; as Wong et al.,
+            ICLR 2020, use it for fast adversarial training), ``none`` keeps it. ``cyclic`` is another name of
+            ``one-cycle``.
         augment: shift every image by up to 1/8 of its side, at random, with black borders.
         flip: mirror every second image left to right, at random.
-        seed: of order, augmentation and whatever chance the net or the objective uses.
+        seed: of order, augmentation and whatever chance the net, the objective or the attack uses.
+        momentum, nesterov: of ``sgd``.
+        warmup: epochs (3 or 0.5) in which the learning rate rises to its schedule in a straight line.
+        milestones: epochs at whose end ``step`` lowers the learning rate.
+        gamma: by what factor.
+        peak: where ``one-cycle`` is highest, as a share of the training.
+        ema: decay of the weights' exponential moving average, such as 0.999, or None for none; with it, evaluation
+            and the final weights are those of the average.
+        clip_norm: the gradient is shortened to this l2 length where it is longer; None: never.
+        precision: ``float32``, or ``bfloat16`` or ``float16`` for the forward and backward passes (weights and
+            evaluation stay in float32; see :mod:`nndefense.training.precision`).
+        channels_last: keep images and weights with the channels innermost, which is faster on most GPUs.
+        compile: run the net through ``torch.compile``; the first steps take minutes.
+        steps_per_epoch: the length of an epoch, where it is not to follow from the labelled set: its images are then
+            taken over and over, in a new order each time.
+        unlabelled_per_batch: images of the unlabelled pool a step, beside the labelled ones; None: as many as those,
+            but no more than the pool has.
+        keep_best: the final weights are those of the check with the highest accuracy on the validation set, under
+            the validation attack where there is one.
+        patience: end the training after so many epochs without a new best; implies ``keep_best``.
+        checks_per_epoch: how often an epoch is interrupted for a check of robust accuracy.
+        check_images: how many images, drawn once, a check attacks at most.
+        stop_on_collapse: end the training when catastrophic overfitting is found.
     """
 
     epochs: int
@@ -43,32 +103,106 @@ class TrainingSettings:
     augment: bool = False
     flip: bool = False
     seed: int = 0
+    momentum: float = 0.9
+    nesterov: bool = True
+    warmup: float = 0.0
+    milestones: Sequence[float] = ()
+    gamma: float = 0.1
+    peak: float = 0.4
+    ema: float | None = None
+    clip_norm: float | None = None
+    precision: str = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    steps_per_epoch: int | None = None
+    unlabelled_per_batch: int | None = None
+    keep_best: bool = False
+    patience: int | None = None
+    checks_per_epoch: int = 1
+    check_images: int = 1000
+    stop_on_collapse: bool = False
 
     def __post_init__(self) -> None:
         """Raise :class:`InputError` for values that make no training."""
-        for name, value in (("number of epochs", self.epochs), ("batch size", self.batch_size)):
-            if not _whole(value) or value < 1:
-                raise InputError(f"the {name} must be a whole number from 1 up, not {value}")
-        if not math.isfinite(self.lr) or self.lr <= 0:
-            raise InputError(f"the learning rate must be above 0, not {self.lr}")
-        if not math.isfinite(self.weight_decay) or self.weight_decay < 0:
-            raise InputError(f"the weight decay must be 0 or more, not {self.weight_decay}")
-        if self.optimizer not in OPTIMIZERS:
-            raise InputError(f"there is no optimizer {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
-        if self.schedule not in SCHEDULES:
-            raise InputError(f"there is no schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
-        if not _whole(self.seed) or self.seed < 0:
+        if self.schedule == "cyclic":
+            object.__setattr__(self, "schedule", "one-cycle")
+        # A list, as JSON gives it back, so that settings compare equal after a resume.
+        object.__setattr__(self, "milestones", [float(epoch) for epoch in self.milestones])
+        self._check_numbers()
+        for name, value, choices in (
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("schedule", self.schedule, SCHEDULES),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if value not in choices:
+                raise InputError(f"there is no {name} {value!r}: choose one of {', '.join(choices)}")
+        if self.schedule == "step" and not self.milestones:
+            raise InputError("the schedule step needs milestones: name the epochs at which the learning rate falls")
+        if self.milestones and not all(0 < epoch < self.epochs for epoch in self.milestones):
+            raise InputError(
+                f"the milestones {', '.join(f'{epoch:g}' for epoch in self.milestones)} must lie between 0 and the "
+                f"{self.epochs} epochs"
+            )
+        if self.nesterov and self.momentum == 0 and self.optimizer == "sgd":
+            raise InputError("Nesterov momentum needs a momentum above 0: give one, or turn Nesterov off")
+        if self.patience is not None:
+            object.__setattr__(self, "keep_best", True)
+
+    def _check_numbers(self) -> None:
+        optional = {"steps_per_epoch", "unlabelled_per_batch", "patience"}
+        for name, text in (
+            ("epochs", "number of epochs"),
+            ("batch_size", "batch size"),
+            ("steps_per_epoch", "number of steps an epoch"),
+            ("unlabelled_per_batch", "number of unlabelled images a batch"),
+            ("patience", "patience in epochs"),
+            ("checks_per_epoch", "number of checks an epoch"),
+            ("check_images", "number of images of a check"),
+        ):
+            value = getattr(self, name)
+            if not (value is None and name in optional) and not (whole(value) and value >= 1):
+                raise InputError(f"the {text} must be a whole number from 1 up, not {value}")
+        if not whole(self.seed) or self.seed < 0:
             raise InputError(f"the seed must be a whole number from 0 up, not {self.seed}")
+        _between("learning rate", self.lr, above=0)
+        _between("weight decay", self.weight_decay, least=0)
+        _between("momentum", self.momentum, least=0, below=1)
+        _between("warm-up in epochs", self.warmup, least=0, below=self.epochs)
+        _between("factor gamma of the schedule", self.gamma, above=0)
+        _between("peak of the one-cycle schedule", self.peak, above=0, below=1)
+        if self.ema is not None:
+            _between("decay of the moving average of the weights", self.ema, above=0, below=1)
+        if self.clip_norm is not None:
+            _between("length to which gradients are clipped", self.clip_norm, above=0)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         return asdict(self)
 
-    def lr_at(self, progress: float) -> float:
-        """The learning rate when a share ``progress`` in [0, 1] of all steps is done."""
-        if self.schedule == "none":
-            return self.lr
-        return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+def make_settings(images: int, options: Mapping[str, Any]) -> TrainingSettings:
+    """The settings of a training on ``images`` labelled images.
+
+    Raises:
+        InputError: there is no such option, or its value cannot be used.
+    """
+    names = [field.name for field in fields(TrainingSettings)]
+    unknown = sorted(set(options) - set(names))
+    if unknown:
+        raise InputError(f"a training has no setting {unknown[0]!r}: choose from {', '.join(names)}")
+    chosen = dict(options)
+    if chosen.get("batch_size") is None:
+        chosen["batch_size"] = default_batch_size(images)
+    batch = chosen["batch_size"]
+    if chosen.get("epochs") is None:
+        chosen["epochs"] = default_epochs(images, max(batch, 1) if whole(batch) else 1)
+    return TrainingSettings(**chosen)
+
+
+def setting_defaults() -> dict[str, Any]:
+    """The default of every setting that has one, as plain JSON values."""
+    plain = TrainingSettings(epochs=1, batch_size=1).as_dict()
+    return {name: value for name, value in plain.items() if name not in ("epochs", "batch_size")}
 
 
 def default_batch_size(images: int) -> int:
@@ -82,5 +216,15 @@ def default_epochs(images: int, batch_size: int) -> int:
     return min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, math.ceil(_STEPS / steps)))
 
 
-def _whole(value: object) -> bool:
+def whole(value: object) -> bool:
+    """Whether it is an integer, and not a truth value."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _between(
+    name: str, value: float, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> None:
+    if not (math.isfinite(value) and value >= least and above < value < below):
+        lower = f"above {above:g}" if above > -math.inf else f"{least:g} or more"
+        upper = f" and below {below:g}" if below < math.inf else ""
+        raise InputError(f"the {name} must be {lower}{upper}, not {value}")

@@ -1,0 +1,158 @@
+"""Checks while a training goes on: robust accuracy on images held out, and catastrophic overfitting.
+
+Robust accuracy on new images falls again while that on the training images still rises (Rice, Wong and Kolter, ICML
+2020), so the weights of the best check are worth keeping. And a net that is trained with a single attack step can, from
+one epoch to the next, become robust to that step alone, with no robustness to several (Wong, Rice and Kolter, ICLR
+2020, section 5.4): catastrophic overfitting. Each check attacks the same images with the same random draws.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nndefense.datasets import ImageDataset
+from nndefense.models import Classifier
+from nndefense.training.batch import Attack
+from nndefense.training.batches import Images
+from nndefense.training.inner import InnerAttack
+from nndefense.training.launcher import Team
+from nndefense.training.random_state import generator, kept, reseed
+from nndefense.training.settings import TrainingSettings
+
+_STEPS = 10
+_BATCH = 256
+# Of a training set, where there are no images held out: collapse shows on it as well.
+_OWN_IMAGES = 256
+
+
+class CatastrophicOverfitting(UserWarning):
+    """A net that is being trained is robust to its own single attack step, but not to several."""
+
+
+class Watch:
+    """A fixed sample of images that is attacked at every check.
+
+    Args:
+        classifier: the net that is trained.
+        dataset: the training set, sampled where there is no validation set.
+        validation: images held out, or None.
+        attack: of the training, or None.
+        validation_attack: for the checks, or None for :func:`stronger` than the training's.
+        settings: of the training.
+        team: the processes that share the work.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        dataset: ImageDataset,
+        validation: ImageDataset | None,
+        attack: Attack | None,
+        validation_attack: Attack | None,
+        settings: TrainingSettings,
+        team: Team,
+    ) -> None:
+        self.classifier = classifier
+        self.seed = settings.seed
+        self.team = team
+        self.held_out = validation is not None
+        self.validation: Images | None = None
+        if validation is not None:
+            self.validation = Images(validation, team.device)
+            numbers = classifier.label_map(validation.classes)[torch.from_numpy(validation.labels)]
+            self.validation_labels = numbers.to(team.device)
+        self.single = attack if isinstance(attack, InnerAttack) and attack.steps == 1 and attack.eps > 0 else None
+        self.attack = validation_attack if validation_attack is not None or attack is None else stronger(attack)
+        # Without images held out, only a collapse is looked for.
+        self.active = self.attack is not None and (self.held_out or self.single is not None)
+        if self.active:
+            source = dataset if validation is None else validation
+            most = min(len(source), settings.check_images if self.held_out else _OWN_IMAGES)
+            rows = torch.randperm(len(source), generator=generator(settings.seed, 0, "check"))[:most].sort().values
+            images, labels = source.batch(rows)
+            self.count = most
+            own = team.share(torch.arange(most))
+            self.images = images[own].to(team.device)
+            self.labels = classifier.label_map(source.classes)[labels[own]].to(team.device)
+
+    def validation_accuracy(self) -> float:
+        """The share of right answers on the whole validation set: that of :func:`nndefense.training.accuracy`."""
+        assert self.validation is not None
+        own = self.team.share(torch.arange(len(self.validation)))
+        right = torch.zeros((), dtype=torch.int64, device=self.team.device)
+        training = self.classifier.training
+        self.classifier.eval()
+        try:
+            with torch.inference_mode():
+                for rows in torch.split(own, _BATCH):
+                    images = self.validation.fetch(rows)
+                    right += (self.classifier(images).argmax(1) == self.validation_labels[rows.to(right.device)]).sum()
+        finally:
+            self.classifier.train(training)
+        return int(self.team.sum(right)) / len(self.validation)
+
+    def check(self) -> dict[str, Any]:
+        """Attack the sample; return the shares of images that keep their right class, by name.
+
+        ``accuracy`` of the images as they are, ``robust_accuracy`` under the attack of the checks, and for a training
+        with a single step ``single_step_accuracy`` under that. In evaluation mode and float32.
+        """
+        assert self.attack is not None
+        attacks: dict[str, Attack | None] = {"accuracy": None, "robust_accuracy": self.attack}
+        if self.single is not None:
+            attacks["single_step_accuracy"] = self.single
+        right = torch.zeros(len(attacks), dtype=torch.float64 if self.team.device.type != "mps" else torch.float32)
+        right = right.to(self.team.device)
+        training = self.classifier.training
+        self.classifier.eval()
+        try:
+            with kept(self.team.device):
+                for number, attack in enumerate(attacks.values()):
+                    reseed(self.seed, 0, f"check {number} {self.team.rank}", self.team.device)
+                    for images, labels in zip(
+                        torch.split(self.images, _BATCH), torch.split(self.labels, _BATCH), strict=True
+                    ):
+                        right[number] += self._right(images, labels, attack)
+        finally:
+            self.classifier.train(training)
+        shares = (self.team.sum(right) / self.count).tolist()
+        return dict(zip(attacks, shares, strict=True))
+
+    def _right(self, images: Tensor, labels: Tensor, attack: Attack | None) -> Tensor:
+        if attack is not None:
+            with torch.enable_grad():
+                images = attack(self.classifier, images, labels)
+        with torch.no_grad():
+            logits: Tensor = self.classifier(images)
+            return (logits.argmax(1) == labels).sum()
+
+
+def stronger(attack: Attack) -> Attack:
+    """The attack of the checks for a training with ``attack``: as many steps, but no fewer than ten.
+
+    An attack that is not of :class:`InnerAttack` stays what it is.
+    """
+    if not isinstance(attack, InnerAttack):
+        return attack
+    if attack.steps >= _STEPS:
+        return dataclasses.replace(attack, mode="eval")
+    return dataclasses.replace(attack, steps=_STEPS, step_size=None, start="uniform", mode="eval")
+
+
+def collapsed(single: float, robust: float, top: float) -> bool:
+    """Whether a net shows catastrophic overfitting.
+
+    Of the images that withstand the single step, fewer than half withstand several, with at least 20 points between;
+    and either the robust accuracy has fallen below half of its own best, or less than a quarter withstand several. A
+    net that is only not robust yet, early in a training, fails the second part.
+
+    Args:
+        single: accuracy under the single step of the training.
+        robust: accuracy under several steps.
+        top: the highest ``robust`` of any earlier check.
+    """
+    return robust < single / 2 and single - robust >= 0.2 and (robust < top / 2 or robust < single / 4)
