@@ -10,6 +10,7 @@ from torch import nn
 from nndefense.models.architectures.cifar_resnet import CifarResNet18
 from nndefense.models.architectures.madry_mnist import MadryMNIST
 from nndefense.models.architectures.small_cnn import SmallCNN
+from nndefense.models.architectures.strided_cnn import StridedCNN
 from nndefense.models.architectures.wide_resnet import WideResNet
 
 InputShape = tuple[int, int, int]
@@ -44,6 +45,7 @@ def _wide_resnet(depth: int, factor: int, millions: str) -> Architecture:
 ARCHITECTURES: dict[str, Architecture] = {
     "small-cnn": Architecture(SmallCNN, 4, False, "three convolution blocks, for images of 8 to 32 pixels"),
     "madry-mnist": Architecture(MadryMNIST, 4, True, "two 5x5 convolutions and a wide linear layer, for MNIST"),
+    "strided-cnn": Architecture(StridedCNN, 4, True, "two strided 4x4 convolutions, a tenth of madry-mnist's work"),
     "cifar-resnet18": Architecture(CifarResNet18, 4, False, "ResNet-18 with a 3x3 stem for CIFAR-10, 11.2 M weights"),
     "wrn-40-2": _wide_resnet(40, 2, "2.2"),
     "wrn-28-10": _wide_resnet(28, 10, "36.5"),

@@ -1,0 +1,38 @@
+"""Published experiments, each as a recipe that trains, attacks, and writes the table and the figure.
+
+A recipe is a TOML file in ``recipes`` with two scales: ``full``, the settings of the papers for a GPU, and ``small``,
+for two CPU cores. Nothing is chosen on test images: validation images are split off the training set.
+"""
+
+from nndefense.experiments.data import Images, open_images
+from nndefense.experiments.figures import figure_of
+from nndefense.experiments.plan import Run, runs_of
+from nndefense.experiments.reading import SCALES, recipe_from, recipe_names, shipped_recipe
+from nndefense.experiments.recipe import Method, Published, Recipe, Threat
+from nndefense.experiments.report import write_outputs
+from nndefense.experiments.runner import read_results, run
+from nndefense.experiments.spread import Spread, differences
+from nndefense.experiments.tables import Table, tables_of
+
+__all__ = [
+    "SCALES",
+    "Images",
+    "Method",
+    "Published",
+    "Recipe",
+    "Run",
+    "Spread",
+    "Table",
+    "Threat",
+    "differences",
+    "figure_of",
+    "open_images",
+    "read_results",
+    "recipe_from",
+    "recipe_names",
+    "run",
+    "runs_of",
+    "shipped_recipe",
+    "tables_of",
+    "write_outputs",
+]

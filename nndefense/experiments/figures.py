@@ -1,0 +1,146 @@
+"""The figure of an experiment, as a matplotlib figure; whoever asked for it decides where it is saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nndefense.experiments.spread import Results, Spread, accuracy_of, clean_of
+
+# Colours that colour-blind readers can tell apart (Okabe and Ito, 2008); markers and lines differ too.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_LINES = ("-", "--", "-.", ":", "-", "--")
+_GRID: dict[str, Any] = {"color": "#dddddd", "linewidth": 0.6}
+
+
+def figure_of(results: Results) -> Figure:
+    """Draw what the recipe asks for: ``bars`` of every threat, curves over ``labels``, or the ``gap`` over labels."""
+    return {"bars": _bars, "labels": _labels, "gap": _gap}[results["recipe"]["figure"]](results)
+
+
+def _bars(results: Results) -> Figure:
+    """Clean and robust accuracy of every method, side by side for every threat."""
+    threats = results["threats"]
+    methods = [method["name"] for method in results["recipe"]["methods"]]
+    count = results["runs"][0]["labels"]
+    figure, panels = _figure(2, width=max(7.2, 1.0 + 1.3 * len(threats) * 2))
+    width = 0.8 / len(methods)
+    for axes, of, title in zip(panels, (clean_of, accuracy_of), ("Standard accuracy", "Robust accuracy"), strict=True):
+        for number, method in enumerate(methods):
+            found = [of(results, method, count, threat["name"]) for threat in threats]
+            places = np.arange(len(threats)) + (number - (len(methods) - 1) / 2) * width
+            shown = [(place, one) for place, one in zip(places, found, strict=True) if one is not None]
+            heights = np.array([one.mean for _, one in shown])
+            reach = np.array([_reach(one) for _, one in shown]).T
+            axes.bar(
+                [place for place, _ in shown],
+                100 * heights,
+                width,
+                yerr=100 * reach,
+                label=method,
+                color=_COLOURS[number % len(_COLOURS)],
+                error_kw={"linewidth": 1, "capsize": 2},
+            )
+        axes.set_xticks(range(len(threats)), [threat["title"].replace(", ", ",\n") for threat in threats])
+        axes.set(ylabel="%", title=title, ylim=(0, 100))
+        axes.grid(axis="x", visible=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False)
+    return figure
+
+
+def _labels(results: Results) -> Figure:
+    """Standard and robust accuracy of every method against the number of labels."""
+    counts = _counts(results)
+    figure, panels = _figure(2)
+    threat = results["threats"][0]
+    for axes, of, title in zip(panels, (clean_of, accuracy_of), ("Standard accuracy", "Robust accuracy"), strict=True):
+        for number, method in enumerate(results["recipe"]["methods"]):
+            found = [of(results, method["name"], count, threat["name"]) for count in counts]
+            _curve(axes, counts, found, number, method["name"])
+        axes.set(xscale="log", xlabel="labelled images", ylabel="%", title=title)
+        _count_ticks(axes, counts)
+    figure.suptitle(f"Attack: {threat['title']}", fontsize=10)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _gap(results: Results) -> Figure:
+    """Standard error of the compared methods, and its difference in points, against the number of labels."""
+    counts = _counts(results)
+    first, second = results["recipe"]["compare"][0]
+    figure, (left, right) = _figure(2)
+    standard = [clean_of(results, first, count, results["threats"][0]["name"]) for count in counts]
+    _curve(left, counts, [_error(one) for one in standard], 0, first)
+    for number, threat in enumerate(results["threats"], 1):
+        found = [_error(clean_of(results, second, count, threat["name"])) for count in counts]
+        _curve(left, counts, found, number, f"{second}, {threat['title']}")
+        rows = {
+            row["labels"]: row["standard"]
+            for row in results["differences"]
+            if (row["first"], row["second"], row["threat"]) == (first, second, threat["name"])
+        }
+        gaps = [Spread(**{**rows[count], "values": tuple(rows[count]["values"])}) if count in rows else None
+                for count in counts]  # fmt: skip
+        _curve(right, counts, gaps, number, threat["title"])
+    left.set(xscale="log", yscale="log", xlabel="labelled images", ylabel="%", title="Standard error")
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set(xscale="log", xlabel="labelled images", ylabel="points", title=f"Standard error: {second} − {first}")
+    left.legend(frameon=False)
+    right.legend(frameon=False)
+    for axes in (left, right):
+        _count_ticks(axes, counts)
+    return figure
+
+
+def _curve(axes: Axes, counts: list[int], found: list[Spread | None], number: int, label: str) -> None:
+    """A line with its intervals; single seeds as faint points."""
+    shown = [(count, one) for count, one in zip(counts, found, strict=True) if one is not None]
+    x = [count for count, _ in shown]
+    y = np.array([one.mean for _, one in shown])
+    reach = np.array([_reach(one) for _, one in shown]).T
+    colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+    axes.errorbar(
+        x, 100 * y, 100 * reach, color=colour, marker=marker, markersize=5, linestyle=_LINES[number % len(_LINES)],
+        capsize=3, linewidth=1.6, label=label,
+    )  # fmt: skip
+    for count, one in shown:
+        if len(one.values) > 1:
+            axes.plot([count] * len(one.values), [100 * v for v in one.values], ".", color=colour, alpha=0.4)
+
+
+def _reach(one: Spread) -> tuple[float, float]:
+    return max(one.mean - one.low, 0.0), max(one.high - one.mean, 0.0)
+
+
+def _error(one: Spread | None) -> Spread | None:
+    if one is None:
+        return None
+    # A logarithmic axis has no room for an error of 0.
+    floor = 1e-4
+    return Spread(
+        max(1 - one.mean, floor), max(1 - one.high, floor), max(1 - one.low, floor),
+        tuple(max(1 - value, floor) for value in one.values), one.over,
+    )  # fmt: skip
+
+
+def _counts(results: Results) -> list[int]:
+    return sorted({run["labels"] for run in results["runs"]})
+
+
+def _count_ticks(axes: Axes, counts: list[int]) -> None:
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.minorticks_off()
+
+
+def _figure(panels: int, *, width: float = 9.6, height: float = 4.4) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    found = figure.subplots(1, panels, squeeze=False)[0]
+    for axes in found:
+        axes.grid(**_GRID)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, list(found)

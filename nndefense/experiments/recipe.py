@@ -1,0 +1,299 @@
+"""A recipe: which nets are trained and how they are judged, checked before anything runs and echoed in the results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from nndefense.attacks import NORMS
+from nndefense.attacks.spatial import SHIFT, SpatialAttack
+from nndefense.errors import InputError
+from nndefense.evaluation.threats import FIXED, AttackSettings
+from nndefense.models import ARCHITECTURES
+from nndefense.training import InnerAttack, TrainingSettings, make_objective
+from nndefense.training.batch import Attack
+from nndefense.training.objectives import OBJECTIVES
+from nndefense.training.settings import make_settings
+
+SPATIAL = "spatial"
+LAYOUTS = ("tradeoff", "methods")
+FIGURES = ("bars", "labels", "gap")
+TEACHER = "standard"
+# How many transformations these objectives draw; another number is another method.
+_DRAWS = {"worst-of-10": 10, "random-augmentation": 1}
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What a net is to withstand: a ball, or rotations with translations.
+
+    Attributes:
+        norm: one of :data:`nndefense.attacks.NORMS`, or ``spatial``.
+        eps: the radius in units of the norm; 0 for ``spatial``.
+        text: the radius as the recipe has it, such as ``8/255``.
+        degrees, shift: the limits of ``spatial``, as for :class:`nndefense.attacks.spatial.SpatialAttack`.
+    """
+
+    norm: str
+    eps: float = 0.0
+    text: str = ""
+    degrees: float = 30.0
+    shift: float = SHIFT
+
+    def __post_init__(self) -> None:
+        """Raise :class:`InputError` for a threat that cannot be."""
+        if self.norm == SPATIAL:
+            SpatialAttack(degrees=self.degrees, shift=self.shift)
+        elif self.norm not in NORMS:
+            raise InputError(f"the threat's norm is {self.norm!r}, but must be one of {', '.join((*NORMS, SPATIAL))}")
+        elif self.eps <= 0:
+            raise InputError(f"the threat's eps is {self.eps}, but must be above 0")
+
+    @property
+    def name(self) -> str:
+        """Names the threat in files, such as ``linf-0.3`` or ``linf-8of255``."""
+        return SPATIAL if self.norm == SPATIAL else f"{self.norm}-{self.text.replace('/', 'of')}"
+
+    @property
+    def title(self) -> str:
+        """Names the threat for people."""
+        if self.norm == SPATIAL:
+            return f"rotations to {self.degrees:g}°, shifts to {100 * self.shift:.3g} %"
+        return f"{_NORM_NAMES[self.norm]} {self.text}"
+
+
+_NORM_NAMES = {"linf": "ℓ∞", "l2": "ℓ2", "normalized-l2": "normalised ℓ2"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        name: what the tables call it; unique in a recipe.
+        objective: one of :data:`nndefense.training.OBJECTIVES`.
+        weights: those of the objective that differ from their defaults.
+        settings: fields of :class:`nndefense.training.TrainingSettings` that differ from the recipe's.
+        attack: entries of the inner attack that differ from the recipe's.
+    """
+
+    name: str
+    objective: str
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    attack: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise :class:`InputError` for an objective that cannot be."""
+        make_objective(self.objective, **self.weights)
+
+    @property
+    def attacks(self) -> bool:
+        """Whether the training depends on the threat."""
+        return OBJECTIVES[self.objective].attack or self.objective in _DRAWS
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether it learns from unlabelled images."""
+        return OBJECTIVES[self.objective].unlabelled
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure from a paper, in percent; None where the paper has none.
+
+    Attributes:
+        method: whose.
+        standard, robust: accuracies.
+        threat: name of the threat; ``""`` for all.
+    """
+
+    method: str
+    standard: float | None = None
+    robust: float | None = None
+    threat: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a table depends on, at one scale.
+
+    Attributes:
+        name, title, about, sources: for people; ``about`` says what is done and what differs from the papers.
+        scale: ``full`` or ``small``.
+        train, test: specs of the labelled images to train on and to report on.
+        validation: how many images are split off ``train``, for the choice of weights and for nothing else.
+        architecture: of every net.
+        threats, methods: what is trained and measured: each method that attacks against each threat.
+        settings: of every training, fields of :class:`nndefense.training.TrainingSettings`.
+        attack: of every training that attacks: fields of :class:`nndefense.training.InnerAttack` without norm and
+            eps; ``step`` is the step size in parts of eps, in the place of ``step_size``.
+        start: an easier first stage for every training that attacks, whose weights are the initial ones of the
+            training proper: ``eps`` is its radius in parts of the threat's, ``settings`` and ``attack`` what else
+            differs. Nets that meet the full radius at once can stay at guessing. Empty for none.
+        check_steps: of the attack on the validation images.
+        evaluation: the attacks of the report, one after another on what still stands; the worst counts.
+        grid: rotations and shifts along either axis of the grid, for spatial threats.
+        images: how many test images are attacked, drawn at random once; None for all. All are classified clean.
+        labels: numbers of labelled images; 0 for all. The rest are the pool of unlabelled ones.
+        seeds: how many; each gives initial weights, order, and the draw of the labelled images.
+        compare: pairs of methods whose difference is reported, image by image and seed by seed.
+        published, published_source: figures to set beside the measured ones.
+        layout: shape of the table, one of :data:`LAYOUTS`.
+        figure: one of :data:`FIGURES`.
+        batch_size: images per forward pass of the evaluation.
+    """
+
+    name: str
+    title: str
+    scale: str
+    train: str
+    test: str
+    architecture: str
+    threats: tuple[Threat, ...]
+    methods: tuple[Method, ...]
+    evaluation: tuple[AttackSettings, ...]
+    about: str = ""
+    sources: tuple[str, ...] = ()
+    validation: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    attack: Mapping[str, Any] = field(default_factory=dict)
+    start: Mapping[str, Any] = field(default_factory=dict)
+    check_steps: int = 20
+    grid: tuple[int, int] = (31, 5)
+    images: int | None = None
+    labels: tuple[int, ...] = (0,)
+    seeds: int = 1
+    compare: tuple[tuple[str, str], ...] = ()
+    published: tuple[Published, ...] = ()
+    published_source: str = ""
+    layout: str = "methods"
+    figure: str = "bars"
+    batch_size: int = 250
+
+    def __post_init__(self) -> None:
+        """Raise :class:`InputError` for parts that do not fit together."""
+        names = [method.name for method in self.methods]
+        for what, found in (("methods", names), ("threats", [threat.name for threat in self.threats])):
+            if not found:
+                raise InputError(f"a recipe needs {what}")
+            if len(set(found)) < len(found):
+                raise InputError(f"two of the {what} have one name: {', '.join(found)}")
+        for value, name, choices in (
+            (self.architecture, "architecture", tuple(ARCHITECTURES)),
+            (self.layout, "layout", LAYOUTS),
+            (self.figure, "figure", FIGURES),
+        ):
+            if value not in choices:
+                raise InputError(f"the {name} is {value!r}, but must be one of {', '.join(choices)}")
+        for name in ("seeds", "check_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if self.validation < 0 or (self.images is not None and self.images < 1) or min(self.grid) < 1:
+            raise InputError("validation must be 0 or more, images and both numbers of grid at least 1")
+        if not self.labels or min(self.labels) < 0 or len(set(self.labels)) < len(self.labels):
+            raise InputError("labels must be different numbers of images, with 0 for all of them")
+        for pair in self.compare:
+            self._known(pair, names, "compare")
+        self._known([one.method for one in self.published], names, "published")
+        threats = {"", *(threat.name for threat in self.threats)}
+        for one in self.published:
+            if one.threat not in threats:
+                raise InputError(f"published names the threat {one.threat!r}, which the recipe has not")
+        if any(method.unlabelled for method in self.methods) and TEACHER not in names:
+            raise InputError(f"pseudo-labels come from the method {TEACHER!r}: add it, with the objective standard")
+        if not self.evaluation and any(threat.norm != SPATIAL for threat in self.threats):
+            raise InputError("a recipe needs at least one [[evaluation]]")
+        if self.validation == 0 and any(self.settings_of(method, 10**6).keep_best for method in self.methods):
+            raise InputError("keep_best chooses the weights on validation images: split some off, or leave it out")
+        unknown = set(self.start) - {"eps", "settings", "attack"}
+        if unknown:
+            raise InputError(f"start has no entry {', '.join(sorted(unknown))}: choose from eps, settings, attack")
+        for method in self.methods:
+            for threat in self.threats:
+                self.attack_of(method, threat)
+            if self.start:
+                make_settings(10**6, self.start_options_of(method))
+                self.start_attack_of(method, self.threats[0])
+
+    def _known(self, given: Any, names: list[str], where: str) -> None:
+        for name in given:
+            if name not in names:
+                raise InputError(f"{where} names the method {name!r}, which is none of {', '.join(names)}")
+
+    def settings_of(self, method: Method, images: int, seed: int = 0) -> TrainingSettings:
+        """The settings of a method's training on so many labelled images."""
+        return make_settings(images, {**self.options_of(method), "seed": seed})
+
+    def options_of(self, method: Method) -> dict[str, Any]:
+        """What the recipe says about a method's training settings."""
+        return {**self.settings, **method.settings}
+
+    def attack_of(self, method: Method, threat: Threat) -> Attack | None:
+        """The inner attack of a method's training against a threat; None where it does not attack."""
+        if not method.attacks:
+            return None
+        return self._attack(method, threat, {**self.attack, **method.attack})
+
+    def start_options_of(self, method: Method) -> dict[str, Any]:
+        """The training settings of the first stage; its last weights count, so nothing is chosen."""
+        return {**self.options_of(method), "keep_best": False, "patience": None, **self.start.get("settings", {})}
+
+    def start_attack_of(self, method: Method, threat: Threat) -> Attack | None:
+        """The inner attack of the first stage; None where the method does not attack."""
+        if not method.attacks:
+            return None
+        easier = replace(threat, eps=threat.eps * self.start.get("eps", 1.0))
+        return self._attack(method, easier, {**self.attack, **method.attack, **self.start.get("attack", {})})
+
+    def _attack(self, method: Method, threat: Threat, given: dict[str, Any]) -> Attack:
+        if threat.norm == SPATIAL:
+            draws = _DRAWS.get(method.objective, given.get("draws", 10))
+            return SpatialAttack(draws=draws, degrees=threat.degrees, shift=threat.shift)
+        given.pop("draws", None)
+        step = given.pop("step", None)
+        if step is not None:
+            given["step_size"] = step * threat.eps
+        try:
+            return InnerAttack(norm=threat.norm, eps=threat.eps, **given)
+        except TypeError:
+            raise InputError(f"an inner attack has no such entry: {', '.join(sorted(given))}") from None
+
+    def check_attack(self, threat: Threat) -> Attack:
+        """The attack on the validation images."""
+        if threat.norm == SPATIAL:
+            return SpatialAttack(degrees=threat.degrees, shift=threat.shift)
+        return InnerAttack(norm=threat.norm, eps=threat.eps, steps=self.check_steps)
+
+    def evaluation_of(self, threat: Threat) -> tuple[AttackSettings, ...]:
+        """The attacks of the report at a threat's norm and radius; none for a spatial threat, which has its grid."""
+        if threat.norm == SPATIAL:
+            return ()
+        return tuple(replace(attack, norm=threat.norm, eps=(threat.eps,)) for attack in self.evaluation)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        for attack in plain["evaluation"]:
+            del attack["norm"], attack["eps"]  # they are the threat's
+        return plain
+
+    @property
+    def sha256(self) -> str:
+        """Identifies the recipe: the sha256 of its plain values in canonical form."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def evaluation_attack(name: str, **options: Any) -> AttackSettings:
+    """An attack of the report; norm and radius come from the threat.
+
+    Raises:
+        InputError: it is not one that stays inside a budget, or its options cannot be used.
+    """
+    if name not in FIXED:
+        raise InputError(f"the attack {name!r} of an [[evaluation]] must be one of {', '.join(FIXED)}")
+    return AttackSettings(name=name, norm="linf", eps=(1.0,), **options)

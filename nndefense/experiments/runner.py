@@ -1,0 +1,153 @@
+"""From a recipe to its results, resuming where it was stopped."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from nndefense.errors import DataError, InputError
+from nndefense.evaluation import CellStore
+from nndefense.experiments.data import Images
+from nndefense.experiments.measure import Judge
+from nndefense.experiments.plan import Run, runs_of, threats_of
+from nndefense.experiments.recipe import Recipe
+from nndefense.experiments.spread import differences
+from nndefense.experiments.train import Workshop
+from nndefense.files import make_folder, read_json, write_json
+from nndefense.models import resolve_device
+from nndefense.versions import library_versions
+
+FORMAT, VERSION = "nndefense-experiment", 1
+NAME = "results.json"
+_IDENTITY = "experiment.json"
+
+
+def run(
+    recipe: Recipe,
+    images: Images,
+    out: Path,
+    *,
+    device: str | torch.device = "auto",
+    progress: bool = True,
+    command: str = "",
+    say: Callable[[str], object] = lambda text: None,
+) -> dict[str, Any]:
+    """Train and measure all that a recipe names, and write ``results.json``.
+
+    Whatever is finished in ``out`` is not done again: trainings with the same settings, and blocks of attacked images
+    of the same net. A training that was stopped goes on from its checkpoint. So a run that was killed is continued by
+    the same call, and its results are those of one that was not.
+
+    Args:
+        recipe: at one scale.
+        images: opened by :func:`nndefense.experiments.open_images`.
+        out: folder for results, trainings and finished cells.
+        device: as for :func:`nndefense.models.resolve_device`.
+        progress: whether to show bars.
+        command: recorded.
+        say: called with a line for people before every training and measurement.
+
+    Returns:
+        The results, as plain values.
+
+    Raises:
+        InputError: ``out`` holds the results of another recipe, or a part of the recipe cannot be used.
+        ModelError: a loss is no longer finite, or a file is damaged.
+    """
+    make_folder(out)
+    _claim(out, recipe, images)
+    target = resolve_device(device)
+    workshop = Workshop(recipe, images, out, target, progress)
+    runs = runs_of(recipe)
+    records, measured = [], []
+    begun = time.perf_counter()
+    for number, one in enumerate(runs, 1):
+        say(f"{number}/{len(runs)} {one.name}: training")
+        trained = workshop.train(one)
+        records.append(trained.record)
+        judged = len(images.test) + len(images.attacked) * len(threats_of(recipe, one))
+        with tqdm(total=judged, desc="measuring", unit=" images", delay=1, disable=None if progress else True) as bar:
+            judge = Judge(recipe, images.test, images.attacked, CellStore(out / "cells"), bar.update)
+            found = [judge.clean(trained.classifier)]
+            found += [judge.robust(trained.classifier, threat) for threat in threats_of(recipe, one)]
+        measured += [{**_of(one, trained.record), **measurement} for measurement in found]
+        shares = ", ".join(f"{entry['threat'] or 'clean'} {100 * entry['accuracy']:.2f} %" for entry in found)
+        say(f"{number}/{len(runs)} {one.name}: {shares}; {time.perf_counter() - begun:.0f} s in all")
+    results: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "recipe": {"sha256": recipe.sha256, **recipe.to_json()},
+        "threats": [{"name": threat.name, "title": threat.title} for threat in recipe.threats],
+        "images": images.to_json(),
+        "machine": machine(target),
+        "versions": library_versions(),
+        "runs": records,
+        "measurements": measured,
+        "seconds": {
+            "training": round(sum(record["training_seconds"] for record in records), 1),
+            "attacks": round(sum(entry.get("seconds", 0.0) for entry in measured), 1),
+            "this_process": round(time.perf_counter() - begun, 1),
+        },
+    }
+    results["differences"] = differences(results)
+    write_json(out / NAME, results)
+    return results
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a ``results.json`` that :func:`run` wrote.
+
+    Raises:
+        DataError: it is missing, damaged or something else.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (FORMAT, VERSION):
+        raise DataError(f"{path} does not hold the results of an experiment: run nndefense reproduce again")
+    return found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What it runs on, as far as its figures depend on it."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _of(one: Run, record: dict[str, Any]) -> dict[str, Any]:
+    """Whose measurement it is."""
+    return {
+        "run": one.name,
+        "method": one.method.name,
+        "trained_for": record["threat"],
+        "labels": record["labels"],
+        "seed": one.seed,
+    }
+
+
+def _claim(out: Path, recipe: Recipe, images: Images) -> None:
+    """Write down whose folder it is, or check that it is this recipe's."""
+    # More seeds or labels, other attacks of the report and other words are the same trainings with something added.
+    identity = {"recipe": recipe.name, "scale": recipe.scale, "images": images.train.fingerprint}
+    path = out / _IDENTITY
+    if not path.exists():
+        write_json(path, identity)
+        return
+    found = read_json(path)
+    if found != identity:
+        raise InputError(
+            f"{out} holds the experiment {found.get('recipe')} at scale {found.get('scale')}, or one on other images: "
+            "choose another --out"
+        )

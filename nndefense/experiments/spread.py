@@ -1,0 +1,135 @@
+"""Means over seeds with their intervals, and paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from nndefense.evaluation.outcomes import from_hex
+from nndefense.statistics import mcnemar_p
+
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over several seeds, or of one.
+
+    Attributes:
+        mean: over the seeds.
+        low, high: 95 % interval: Student's over seeds, or Wilson's over the images where there is one seed.
+        values: one a seed.
+        over: ``seeds`` or ``images``.
+    """
+
+    mean: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+    over: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def student_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean of n >= 2 values by Student's t with n - 1 degrees of freedom."""
+    mean, n = float(np.mean(values)), len(values)
+    half = float(stats.t.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return mean - half, mean + half
+
+
+def accuracy_of(results: Results, method: str, labels: int, threat: str) -> Spread | None:
+    """A method's accuracy under a threat; None where it was not measured."""
+    return _spread(
+        [
+            found
+            for found in _measured(results, method, labels)
+            if found["threat"] == threat and found["kind"] != "clean"
+        ]
+    )
+
+
+def clean_of(results: Results, method: str, labels: int, threat: str) -> Spread | None:
+    """Clean accuracy of the nets that a method made against a threat, or of its only nets where it does not attack."""
+    return _spread(
+        [
+            found
+            for found in _measured(results, method, labels)
+            if found["kind"] == "clean" and found["trained_for"] in (None, threat)
+        ]
+    )
+
+
+def differences(results: Results) -> list[dict[str, Any]]:
+    """The first method less the second of every pair of the recipe, paired by seed and image.
+
+    Each with threat and labels, ``standard`` and ``robust`` as :class:`Spread` of the difference, and ``mcnemar``: for
+    each seed the exact p-value of the test whether both are right equally often on the same images.
+    """
+    recipe = results["recipe"]
+    threats = [threat["name"] for threat in results["threats"]]
+    labels = sorted({run["labels"] for run in results["runs"]})
+    rows = []
+    for (first, second), count, threat in product(recipe["compare"], labels, threats):
+        row: dict[str, Any] = {"first": first, "second": second, "labels": count, "threat": threat}
+        for kind in ("standard", "robust"):
+            pairs = _pairs(results, first, second, count, threat, kind)
+            if not pairs:
+                break
+            values = [one["accuracy"] - other["accuracy"] for one, other in pairs]
+            bits = [(from_hex(a["outcomes"], a["n"]), from_hex(b["outcomes"], b["n"])) for a, b in pairs]
+            if len(values) > 1:
+                low, high = student_interval(values)
+                over = "seeds"
+            else:
+                low, high = _paired_interval(*bits[0])
+                over = "images"
+            row[kind] = Spread(float(np.mean(values)), low, high, tuple(values), over).to_json()
+            row[f"{kind}_mcnemar"] = [mcnemar_p(int((a & ~b).sum()), int((b & ~a).sum())) for a, b in bits]
+        else:
+            rows.append(row)
+    return rows
+
+
+def _paired_interval(first: Any, second: Any) -> tuple[float, float]:
+    """The 95 % normal interval of the difference of two shares on the same n images."""
+    change = first.astype(np.float64) - second
+    half = 1.959963984540054 * float(change.std()) / math.sqrt(len(change))
+    return float(change.mean()) - half, float(change.mean()) + half
+
+
+def _pairs(
+    results: Results, first: str, second: str, labels: int, threat: str, kind: str
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    def by_seed(method: str) -> dict[int, dict[str, Any]]:
+        return {
+            found["seed"]: found
+            for found in _measured(results, method, labels)
+            if (kind == "standard" and found["kind"] == "clean" and found["trained_for"] in (None, threat))
+            or (kind == "robust" and found["kind"] == "robust" and found["threat"] == threat)
+        }
+
+    one, other = by_seed(first), by_seed(second)
+    return [(one[seed], other[seed]) for seed in sorted(one.keys() & other.keys())]
+
+
+def _measured(results: Results, method: str, labels: int) -> list[dict[str, Any]]:
+    return [found for found in results["measurements"] if found["method"] == method and found["labels"] == labels]
+
+
+def _spread(found: list[dict[str, Any]]) -> Spread | None:
+    values = tuple(one["accuracy"] for one in sorted(found, key=lambda one: one["seed"]))
+    if not values:
+        return None
+    if len(values) == 1:
+        return Spread(values[0], found[0]["ci_low"], found[0]["ci_high"], values, "images")
+    low, high = student_interval(values)
+    return Spread(float(np.mean(values)), low, high, values, "seeds")

@@ -1,0 +1,194 @@
+"""One training of a recipe: opened again where it is finished, continued where it was stopped."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nndefense.datasets import ImageDataset
+from nndefense.experiments.data import Images
+from nndefense.experiments.plan import Run
+from nndefense.experiments.recipe import Recipe
+from nndefense.models import Classifier, build_classifier, load_classifier
+from nndefense.training import make_objective, train_classifier
+from nndefense.training.batch import Attack
+from nndefense.training.labellers import Teacher
+from nndefense.training.near import NearSearch
+from nndefense.training.progress import TrainingFolder
+from nndefense.training.pseudo_job import write_pseudo_labels
+from nndefense.training.pseudo_labels import label_accuracy
+from nndefense.training.watch import CatastrophicOverfitting
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished net and how it came about.
+
+    Attributes:
+        classifier: in evaluation mode, on its device.
+        record: plain values for the results.
+    """
+
+    classifier: Classifier
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where a recipe's nets are trained.
+
+    Attributes:
+        recipe: what to train.
+        images: opened.
+        out: folder of the results; trainings stand in ``out/trainings``, pseudo-labels in ``out/pseudo-labels``.
+        device: where to compute.
+        progress: whether to show bars.
+    """
+
+    recipe: Recipe
+    images: Images
+    out: Path
+    device: torch.device
+    progress: bool = True
+
+    def folder(self, name: str) -> Path:
+        """The folder of the training with this name."""
+        return self.out / "trainings" / name
+
+    def train(self, run: Run) -> Trained:
+        """Train one net, or open it where that was done.
+
+        Raises:
+            InputError: the folder holds a training with other settings.
+            ModelError: the loss is no longer finite, or a file is damaged.
+        """
+        recipe = self.recipe
+        labelled, pool = self.images.labelled(run.labels, run.seed)
+        unlabelled, pseudo = None, None
+        if run.teacher is not None:
+            assert pool is not None
+            unlabelled, pseudo = self._pseudo_labelled(run, labelled, pool)
+        options = recipe.options_of(run.method)
+        chosen = recipe.settings_of(run.method, len(labelled), run.seed).keep_best
+        first = self._first_stage(run, labelled, unlabelled)
+        finished = self._net(
+            run,
+            run.name,
+            labelled,
+            unlabelled,
+            options,
+            None if run.threat is None else recipe.attack_of(run.method, run.threat),
+            initial=first,
+            chosen=chosen,
+        )
+        return Trained(finished, _record(self, run, finished, first, pseudo))
+
+    def _first_stage(self, run: Run, labelled: ImageDataset, unlabelled: ImageDataset | None) -> Classifier | None:
+        """The net that the easier first stage makes, where the recipe has one for this run."""
+        recipe, threat = self.recipe, run.threat
+        if not recipe.start or threat is None:
+            return None
+        attack, options = recipe.start_attack_of(run.method, threat), recipe.start_options_of(run.method)
+        return self._net(run, f"{run.name}-start", labelled, unlabelled, options, attack)
+
+    def _net(
+        self,
+        run: Run,
+        name: str,
+        labelled: ImageDataset,
+        unlabelled: ImageDataset | None,
+        options: dict[str, Any],
+        attack: Attack | None,
+        *,
+        initial: Classifier | None = None,
+        chosen: bool = False,
+    ) -> Classifier:
+        """A finished training: opened, continued, or begun.
+
+        Args:
+            run: whose it is.
+            name: of its folder.
+            labelled, unlabelled: to train on.
+            options: training settings.
+            attack: of the training.
+            initial: the net to begin with; one with fresh weights by default.
+            chosen: whether its weights are chosen on the validation images.
+        """
+        classifier = build_classifier(
+            self.recipe.architecture, input_shape=labelled.shape, classes=labelled.classes, seed=run.seed
+        )
+        if initial is not None:
+            classifier.load_state_dict(initial.state_dict())
+        folder = TrainingFolder(self.folder(name))
+        with warnings.catch_warnings():
+            # It is told in the results.
+            warnings.simplefilter("ignore", CatastrophicOverfitting)
+            return train_classifier(
+                classifier,
+                labelled,
+                objective=make_objective(run.method.objective, **run.method.weights),
+                attack=attack,
+                unlabelled=unlabelled,
+                validation=self.images.validation if chosen else None,
+                validation_attack=self.recipe.check_attack(run.threat) if chosen and run.threat is not None else None,
+                device=self.device,
+                out=folder.folder,
+                resume=folder.is_unfinished() or folder.is_finished(),
+                progress=self.progress,
+                **{**options, "seed": run.seed},
+            )
+
+    def _pseudo_labelled(
+        self, run: Run, labelled: ImageDataset, pool: ImageDataset
+    ) -> tuple[ImageDataset, dict[str, Any]]:
+        """The pool with the teacher's labels, and what is known of them."""
+        assert run.teacher is not None
+        teacher = load_classifier(self.folder(run.teacher), device=self.device)
+        # Images from elsewhere could be copies of test images; those left over from the training set are not.
+        near = NearSearch(self.images.test, device=self.device) if self.images.extra is not None else None
+        path = self.out / "pseudo-labels" / f"{run.teacher}.h5"
+        found = write_pseudo_labels(Teacher(teacher), pool, path, exclude=near, progress=self.progress)
+        truth = self.images.true_labels(pool)
+        unlabelled = found.dataset(pool, like=labelled)
+        record: dict[str, Any] = {
+            "teacher": run.teacher,
+            "teacher_fingerprint": teacher.fingerprint,
+            "n": len(unlabelled),
+            "near_test_images": len(found.excluded_ids),
+        }
+        if truth is not None:
+            record |= label_accuracy(found, truth)["all"]
+        return unlabelled, record
+
+
+def _record(
+    workshop: Workshop,
+    run: Run,
+    classifier: Classifier,
+    first: Classifier | None,
+    pseudo: dict[str, Any] | None,
+) -> dict[str, Any]:
+    info = classifier.info
+    history = info["history"]
+    stages = [*(first.info["history"] if first is not None else []), *history]
+    checks = [check for row in history for check in row.get("checks", [])]
+    return {
+        "name": run.name,
+        "method": run.method.name,
+        "threat": None if run.threat is None else run.threat.name,
+        "labels": run.labels or len(workshop.images.train),
+        "seed": run.seed,
+        "folder": str(workshop.folder(run.name).relative_to(workshop.out)),
+        "fingerprint": classifier.fingerprint,
+        **{name: info[name] for name in ("objective", "settings", "attack", "data", "unlabelled", "selection", "best")},
+        "start": None if first is None else {key: first.info[key] for key in ("settings", "attack")},
+        "pseudo_labels": pseudo,
+        "epochs_done": len(history),
+        # Steps alone; checks and checkpoints come on top.
+        "training_seconds": round(sum(row["seconds"] for row in stages), 1),
+        "catastrophic_overfitting": any(check.get("catastrophic_overfitting") for check in checks),
+    }

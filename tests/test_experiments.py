@@ -1,0 +1,558 @@
+"""Recipes: read, shrunk until they run in seconds on digits, killed, resumed, and written as tables and figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command import fails, nndefense
+
+from nndefense.cli import experiments
+from nndefense.errors import DataError, InputError
+from nndefense.evaluation.outcomes import from_hex
+from nndefense.evaluation.threats import AttackSettings
+from nndefense.experiments import (
+    SCALES,
+    Method,
+    Recipe,
+    Threat,
+    differences,
+    figure_of,
+    open_images,
+    read_results,
+    recipe_from,
+    recipe_names,
+    run,
+    runs_of,
+    shipped_recipe,
+    tables_of,
+    write_outputs,
+)
+from nndefense.experiments.recipe import SPATIAL
+from nndefense.experiments.spread import student_interval
+from nndefense.experiments.train import Workshop
+from nndefense.models import build_classifier, load_classifier
+
+Results = dict[str, Any]
+
+
+def tiny(recipe: Recipe, **changes: Any) -> Recipe:
+    """The same experiment on a few digits, in a second or two: every part of it runs."""
+    threats = {threat.norm: threat for threat in recipe.threats}
+    # Several numbers of labels only where the figure is about them.
+    labels = (0,) if not max(recipe.labels) else (40, 80) if recipe.figure == "gap" else (60,)
+    # Step settings of the shipped ones that mean nothing in two short epochs.
+    kept = ("optimizer", "lr", "schedule", "keep_best", "augment", "flip", "momentum", "nesterov", "weight_decay")
+    settings = {name: value for name, value in recipe.settings.items() if name in kept}
+    if settings.get("schedule") == "step":
+        settings["milestones"] = [1]
+    chosen: dict[str, Any] = {
+        "train": "digits:train[:200]",
+        "test": "digits:test[:40]",
+        "validation": min(recipe.validation, 40),
+        "architecture": "strided-cnn",
+        "threats": tuple(threats.values()),
+        "labels": labels,
+        "seeds": 1,
+        "settings": {**settings, "epochs": 2, "batch_size": 40, "check_images": 20},
+        "attack": {**recipe.attack, "steps": 2},
+        "start": {**recipe.start, "settings": {"epochs": 1}} if recipe.start else {},
+        "check_steps": 2,
+        "evaluation": tuple(
+            replace(attack, steps=3, restarts=min(attack.restarts, 2)) for attack in recipe.evaluation
+            if attack.name == "pgd"
+        ),
+        "grid": (3, 2),
+        "images": 30,
+        "batch_size": 16,
+        **changes,
+    }  # fmt: skip
+    named = {"", *(threat.name for threat in chosen["threats"])}
+    return replace(recipe, **{**chosen, "published": tuple(one for one in recipe.published if one.threat in named)})
+
+
+def done(recipe: Recipe, out: Path, **options: Any) -> Results:
+    return run(recipe, open_images(recipe), out, device="cpu", progress=False, **options)
+
+
+VALUES: dict[str, Any] = {
+    "title": "T",
+    "train": "digits:train",
+    "test": "digits:test",
+    "architecture": "strided-cnn",
+    "threat": [{"norm": "linf", "eps": [0.1, "8/255"]}],
+    "method": [{"name": "standard", "objective": "standard"}, {"name": "at", "objective": "adversarial"}],
+    "evaluation": [{"name": "pgd", "steps": 3}],
+    "small": {},
+}
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_can_be_read(name: str, scale: str) -> None:
+    recipe = shipped_recipe(name, scale)
+    assert recipe.title
+    assert recipe.about
+    assert recipe.sources
+    assert recipe.scale == scale
+    for method in recipe.methods:
+        settings = recipe.settings_of(method, 50_000)
+        assert settings.epochs >= 1
+        if settings.keep_best:
+            assert recipe.validation > 0
+    # The full scale is the stronger one.
+    if scale == "full" and recipe.evaluation:
+        assert recipe.evaluation[0].steps >= shipped_recipe(name, "small").evaluation[0].steps
+
+
+def test_the_recipes_are_those_that_are_promised() -> None:
+    assert set(recipe_names()) >= {
+        "tsipras-mnist", "tsipras-cifar10", "madry-mnist", "madry-cifar10", "trades-cifar10", "rst-cifar10",
+        "gap-vs-labels", "rotations", "rst-mnist",
+    }  # fmt: skip
+
+
+def test_papers_settings_at_full_scale() -> None:
+    madry = shipped_recipe("madry-mnist")
+    robust = madry.methods[2]
+    attack: Any = madry.attack_of(robust, madry.threats[0])
+    assert (attack.eps, attack.steps, attack.step_size, attack.start) == (0.3, 40, 0.01, "uniform")
+    trades = shipped_recipe("trades-cifar10")
+    attack = trades.attack_of(trades.methods[2], trades.threats[0])
+    assert (attack.eps, attack.steps, attack.step_size, attack.start) == (0.031, 10, 0.007, "gaussian")
+    assert trades.methods[2].weights == {"beta": 6.0}
+    rotations = shipped_recipe("rotations")
+    assert rotations.grid[0] * rotations.grid[1] ** 2 == 775
+    draws = [getattr(rotations.attack_of(method, rotations.threats[0]), "draws", None) for method in rotations.methods]
+    assert draws == [None, 10, 1, 10, 1]
+    tsipras = shipped_recipe("tsipras-mnist")
+    assert [(threat.norm, threat.eps) for threat in tsipras.threats] == [
+        ("linf", 0.1), ("linf", 0.2), ("linf", 0.3), ("l2", 0.5), ("l2", 1.5), ("l2", 2.5),
+    ]  # fmt: skip
+    # Standard training once, the other two for every threat.
+    assert len(runs_of(tsipras)) == 13
+
+
+def test_a_scale_replaces_what_stands_at_the_top() -> None:
+    values = {
+        **VALUES,
+        "seeds": 3,
+        "settings": {"epochs": 5, "lr": 1.0},
+        "small": {"settings": {"epochs": 2}, "seeds": 1},
+    }
+    recipe = recipe_from(values, "r", "small")
+    assert recipe.settings == {"epochs": 2, "lr": 1.0}
+    assert recipe.seeds == 1
+    assert [threat.name for threat in recipe.threats] == ["linf-0.1", "linf-8of255"]
+    assert recipe.threats[1].eps == pytest.approx(8 / 255)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"sede": 1}, "no entry sede"),
+        ({"seeds": "many"}, "seeds is 'many', but must be a whole number"),
+        ({"seeds": True}, "seeds is True"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"threat": [{"norm": "l3", "eps": 1}]}, "l3"),
+        ({"threat": [{"norm": "linf"}]}, "needs eps"),
+        ({"threat": [{"norm": "linf", "eps": -0.1}]}, "above 0"),
+        ({"threat": [{"norm": "linf", "eps": "8/0"}]}, "quotient"),
+        ({"threat": []}, "needs threats"),
+        ({"threat": [{"norm": "linf", "eps": [0.1, 0.1]}]}, "one name"),
+        ({"method": [{"name": "x", "objective": "magic"}]}, "magic"),
+        ({"method": [{"name": "x", "objective": "trades", "weights": {"gamma": 1}}]}, "gamma"),
+        ({"method": [{"name": "x"}]}, "needs objective"),
+        ({"method": [{"name": "r", "objective": "rst-at"}]}, "standard"),
+        ({"settings": {"learning_rate": 1}}, "learning_rate"),
+        ({"settings": {"lr": -1.0}}, "learning rate"),
+        ({"settings": {"keep_best": True}}, "validation"),
+        ({"attack": {"eps": 3}}, "attack"),
+        ({"attack": {"steps": 0}}, "steps"),
+        ({"start": {"radius": 1}}, "start has no entry radius"),
+        ({"evaluation": []}, "[[evaluation]]"),
+        ({"evaluation": [{"name": "deepfool"}]}, "deepfool"),
+        ({"architecture": "perceptron"}, "perceptron"),
+        ({"labels": [-1]}, "labels"),
+        ({"compare": [["at", "robust"]]}, "robust"),
+        ({"published": [{"method": "at", "threat": "l2-1"}]}, "l2-1"),
+        ({"layout": "round"}, "round"),
+        ({"small": None}, "no table [small]"),
+    ],
+)  # fmt: skip
+def test_a_wrong_recipe_is_refused_by_name(changes: dict[str, Any], text: str) -> None:
+    values = {key: value for key, value in {**VALUES, **changes}.items() if value is not None}
+    with pytest.raises(InputError, match="recipe r at scale small") as caught:
+        recipe_from(values, "r", "small")
+    assert text in str(caught.value)
+
+
+def test_an_unknown_recipe_or_scale_is_refused() -> None:
+    with pytest.raises(InputError, match="there is no recipe"):
+        shipped_recipe("madry")
+    with pytest.raises(InputError, match="there is no scale"):
+        shipped_recipe("madry-mnist", "huge")
+
+
+def test_the_hash_follows_every_setting() -> None:
+    recipe = recipe_from(VALUES, "r", "small")
+    again = recipe_from(json.loads(json.dumps(VALUES)), "r", "small")
+    assert recipe.sha256 == again.sha256
+    for change in ({"seeds": 2}, {"settings": {"lr": 0.1}}, {"images": 5}, {"attack": {"steps": 3}}):
+        assert replace(recipe, **change).sha256 != recipe.sha256
+
+
+# -- images --------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_kept_apart() -> None:
+    recipe = tiny(shipped_recipe("rst-cifar10", "small"))
+    images = open_images(recipe)
+    labelled, pool = images.labelled(60, 3)
+    assert images.validation is not None
+    assert pool is not None
+    parts = [set(part.ids) for part in (labelled, pool, images.validation, images.test)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 200 + 40
+    assert set(images.attacked.ids) <= parts[3]
+    assert len(images.attacked) == 30
+    assert (pool.labels == -1).all()
+    assert np.bincount(labelled.labels).tolist() == [6] * 10
+    truth = images.true_labels(pool)
+    assert truth is not None
+    assert list(truth.ids) == list(pool.ids)
+    assert (truth.labels >= 0).all()
+
+
+def test_overlapping_or_too_few_images_are_refused() -> None:
+    recipe = tiny(shipped_recipe("madry-mnist", "small"))
+    with pytest.raises(DataError, match="in common"):
+        open_images(replace(recipe, test="digits:train[180:240]"))
+    with pytest.raises(InputError, match="label fewer"):
+        open_images(replace(recipe, labels=(190,)))
+    with pytest.raises(InputError, match="unlabelled"):
+        open_images(replace(tiny(shipped_recipe("rst-mnist", "small")), labels=(0,)))
+
+
+# -- running -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_runs(name: str, tmp_path: Path) -> None:
+    recipe = tiny(shipped_recipe(name, "small"), **({"seeds": 2} if name == "gap-vs-labels" else {}))
+    results = done(recipe, tmp_path, command="nndefense reproduce")
+    assert read_results(tmp_path / "results.json") == json.loads(json.dumps(results))
+    names = [one.name for one in runs_of(recipe)]
+    assert [record["name"] for record in results["runs"]] == names
+    measured = [(found["run"], found["threat"]) for found in results["measurements"]]
+    assert len(set(measured)) == len(measured)
+    for found in results["measurements"]:
+        n = 40 if found["kind"] == "clean" else 30
+        assert found["n"] == n
+        assert found["right"] == int(from_hex(found["outcomes"], n).sum())
+        assert found["ci_low"] <= found["accuracy"] <= found["ci_high"]
+        if found["kind"] == "robust" and found["norm"] != SPATIAL:
+            assert found["largest_change"] <= found["eps"] + 1e-6
+            assert found["forwards"] > 0
+    for record in results["runs"]:
+        net = load_classifier(tmp_path / record["folder"], device="cpu")
+        assert net.fingerprint == record["fingerprint"]
+        assert record["settings"]["seed"] == record["seed"]
+        if record["unlabelled"] is not None:
+            assert record["pseudo_labels"]["n"] == record["unlabelled"]["n"]
+            assert 0 < record["pseudo_labels"]["right"] <= record["pseudo_labels"]["n"]
+            assert "pseudo-labels" in record["unlabelled"]["name"]
+    assert len(results["differences"]) == len(recipe.compare) * len(recipe.threats) * len(recipe.labels)
+
+    paths = write_outputs(results, tmp_path)
+    assert [path.name for path in paths] == ["table.md", "figure.png", "figure.svg", "report.html"]
+    assert paths[1].read_bytes().startswith(b"\x89PNG")
+    page = paths[3].read_text(encoding="utf-8")
+    for foreign in ("<script", "http://", "https://", 'src="figure', "@import"):
+        assert foreign not in page
+    assert "data:image/svg+xml;base64," in page
+    assert recipe.sha256 in page
+    text = paths[0].read_text(encoding="utf-8")
+    for method in recipe.methods:
+        assert method.name in text
+    for table in tables_of(results):
+        assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def test_a_killed_run_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny(shipped_recipe("rst-mnist", "small"))
+    whole = done(recipe, tmp_path / "whole")
+    steps = {"n": 0}
+
+    def kill_after(count: int) -> Callable[[], None]:
+        def step() -> None:
+            steps["n"] += 1
+            if steps["n"] >= count:
+                raise Killed
+
+        return step
+
+    from nndefense.experiments.measure import Judge
+    from nndefense.training.step import Stepper
+
+    trained, judged = Stepper.__call__, Judge._block
+    kills, blocks = 0, []
+    for count in (3, 4, 3, 5, 4, 6, 10**9):
+        steps["n"] = 0
+        step = kill_after(count)
+
+        def stepping(self: Stepper, *args: Any, step: Callable[[], None] = step, **options: Any) -> Any:
+            found = trained(self, *args, **options)
+            step()
+            return found
+
+        def blocking(self: Judge, *args: Any, step: Callable[[], None] = step) -> Any:
+            step()
+            blocks.append(args)
+            return judged(self, *args)
+
+        monkeypatch.setattr(Stepper, "__call__", stepping)
+        monkeypatch.setattr(Judge, "_block", blocking)
+        try:
+            resumed = done(recipe, tmp_path / "killed")
+        except Killed:
+            kills += 1
+    assert kills >= 4
+
+    def essence(results: Results) -> Any:
+        nets = [(record["name"], record["fingerprint"], record["best"]) for record in results["runs"]]
+        return nets, [(found["run"], found["threat"], found["outcomes"]) for found in results["measurements"]]
+
+    assert essence(resumed) == essence(whole)
+    # No block was attacked twice, and the whole of it once more costs nothing.
+    assert len(blocks) == len(runs_of(recipe))
+    again = done(recipe, tmp_path / "killed")
+    assert len(blocks) == len(runs_of(recipe))
+    assert essence(again) == essence(whole)
+
+
+def test_more_seeds_add_to_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny(shipped_recipe("gap-vs-labels", "small"), labels=(40,))
+    one = done(recipe, tmp_path)
+    begun = []
+    train = Workshop._net
+    monkeypatch.setattr(
+        Workshop,
+        "_net",
+        lambda self, run, name, *args, **options: (
+            begun.append(name) if not (self.folder(name) / "classifier.json").exists() else None,
+            train(self, run, name, *args, **options),
+        )[1],
+    )
+    two = done(replace(recipe, seeds=2), tmp_path)
+    assert len([name for name in begun if not name.endswith("-start")]) == len(two["runs"]) // 2
+    assert all("seed1" in name for name in begun)
+    fingerprints = {record["name"]: record["fingerprint"] for record in two["runs"]}
+    assert all(fingerprints[record["name"]] == record["fingerprint"] for record in one["runs"])
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
+    recipe = tiny(shipped_recipe("madry-cifar10", "small"))
+    done(recipe, tmp_path)
+    with pytest.raises(InputError, match="other lr"):
+        done(replace(recipe, settings={**recipe.settings, "lr": 0.5}), tmp_path)
+    with pytest.raises(InputError, match="another --out"):
+        done(replace(recipe, name="other"), tmp_path)
+
+
+def test_the_first_stage_gives_the_initial_weights(tmp_path: Path) -> None:
+    recipe = tiny(shipped_recipe("madry-mnist", "small"))
+    assert recipe.start
+    results = done(
+        replace(recipe, methods=recipe.methods[2:], compare=(), settings={**recipe.settings, "lr": 1e-12}), tmp_path
+    )
+    # With next to no learning rate the net that is trained stays where the first stage left it.
+    folder = tmp_path / results["runs"][0]["folder"]
+    first, last = load_classifier(folder.with_name(f"{folder.name}-start")), load_classifier(folder)
+    for before, after in zip(first.parameters(), last.parameters(), strict=True):
+        torch.testing.assert_close(before, after, atol=1e-7, rtol=1e-6)
+    assert results["runs"][0]["start"]["attack"]["eps"] == pytest.approx(recipe.start.get("eps", 1) * 0.3)
+
+
+def test_the_small_net_is_the_papers() -> None:
+    net = build_classifier("strided-cnn", input_shape=(1, 28, 28), classes=tuple("0123456789"))
+    # Weights and biases of 4x4 convolutions of 16 and 32 filters, 7 x 7 x 32 -> 100 -> 10.
+    assert sum(p.numel() for p in net.parameters()) == 272 + 8224 + 156_900 + 1010
+    assert net(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    odd = build_classifier("strided-cnn", input_shape=(3, 33, 35), classes=("a", "b"))
+    assert odd(torch.zeros(1, 3, 33, 35)).shape == (1, 2)
+    with pytest.raises(InputError, match="takes only 28 x 28"):
+        net(torch.zeros(1, 1, 32, 32))
+
+
+# -- numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_students_interval() -> None:
+    # Half-width of three values with standard deviation 1: 4.302653 / sqrt(3).
+    low, high = student_interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 2.4841377, 2 + 2.4841377), abs=1e-6)
+
+
+def hand_made() -> Results:
+    """Two methods, one threat, three seeds of four images, with outcomes that are easy to count."""
+
+    def entry(method: str, seed: int, kind: str, bits: list[int]) -> dict[str, Any]:
+        from nndefense.experiments.measure import rate
+
+        return {
+            "run": f"{method}-{seed}", "method": method, "trained_for": None if method == "standard" else "linf-0.1",
+            "labels": 100, "seed": seed, "kind": kind, "threat": None if kind == "clean" else "linf-0.1",
+            **rate(np.array(bits, dtype=bool)),
+        }  # fmt: skip
+
+    measured = []
+    for seed, (standard, robust) in enumerate([(4, 3), (4, 2), (3, 1)]):
+        for method, clean, attacked in (("standard", standard, 0), ("robust", robust, robust)):
+            measured.append(entry(method, seed, "clean", [1] * clean + [0] * (4 - clean)))
+            measured.append(entry(method, seed, "robust", [1] * attacked + [0] * (4 - attacked)))
+    recipe = Recipe(
+        name="h", title="H", scale="small", train="a", test="b", architecture="strided-cnn",
+        threats=(Threat("linf", 0.1, "0.1"),),
+        methods=(Method("standard", "standard"), Method("robust", "adversarial")),
+        evaluation=(AttackSettings(name="pgd", norm="linf", eps=(1.0,)),),
+        compare=(("standard", "robust"),), labels=(100,), seeds=3,
+    )  # fmt: skip
+    run_of = {"labels": 100, "seed": 0, "name": "x", "objective": "o", "epochs_done": 1, "training_seconds": 1.0,
+              "catastrophic_overfitting": False, "fingerprint": "f" * 64}  # fmt: skip
+    results: Results = {
+        "recipe": recipe.to_json(),
+        "threats": [{"name": "linf-0.1", "title": "ℓ∞ 0.1"}],
+        "runs": [run_of],
+        "measurements": measured,
+        "images": {"test": {"n": 4}, "attacked": {"n": 4}},
+        "machine": {"device": "cpu", "threads": 1},
+    }
+    results["differences"] = differences(results)
+    return results
+
+
+def test_differences_are_paired_by_seed() -> None:
+    (row,) = hand_made()["differences"]
+    assert row["standard"]["values"] == (0.25, 0.5, 0.5)
+    assert row["standard"]["mean"] == pytest.approx(1.25 / 3)
+    assert row["standard"]["over"] == "seeds"
+    assert row["robust"]["values"] == (-0.75, -0.5, -0.25)
+    # One image against none: p = 1; two against none: 1/2.
+    assert row["standard_mcnemar"] == [1.0, 0.5, 0.5]
+
+
+def test_tables_show_means_and_intervals() -> None:
+    results = hand_made()
+    methods, gap, _ = tables_of(results)
+    assert methods.columns == ("method", "threat", "standard accuracy", "robust accuracy")
+    low, high = student_interval([1.0, 1.0, 0.75])
+    assert methods.rows[0][2] == f"91.67 [{100 * low:.2f}, 100.00]"
+    assert high > 1
+    assert gap.rows[0][3].startswith("+41.67 [")
+    markdown = methods.markdown()
+    assert "| standard | ℓ∞ 0.1 | 91.67" in markdown
+    figure = figure_of({**results, "recipe": {**results["recipe"], "figure": "gap"}})
+    heights = figure.axes[1].containers[0].lines[0].get_ydata()
+    assert heights == pytest.approx([100 * 1.25 / 3])
+
+
+def test_the_tradeoff_table_has_the_shape_of_the_slides(tmp_path: Path) -> None:
+    shipped = shipped_recipe("tsipras-mnist", "small")
+    recipe = tiny(shipped, threats=shipped.threats[1:4:2], images=10)
+    results = done(recipe, tmp_path)
+    table = tables_of(results)[0]
+    head = ["norm", "ε"]
+    for group in ("standard acc.", "robust acc.", "published standard", "published robust"):
+        head += [f"{group}: {method}" for method in ("standard", "half-half", "robust")]
+    assert list(table.columns) == head
+    assert [row[:2] for row in table.rows] == [("linf", "0"), ("", "0.2"), ("l2", "0"), ("", "0.5")]
+    # The line of eps 0 has the standard net alone.
+    assert table.rows[0][3:8] == ("–",) * 5
+    assert table.rows[0][8] == "99.31"
+    assert table.rows[1][8:] == ("99.31", "99.22", "98.99", "0.05", "90.79", "92.86")
+    assert table.rows[3][8:] == ("99.31", "99.35", "99.41", "94.67", "97.60", "97.70")
+    measured = {(m["method"], m["threat"]): m["accuracy"] for m in results["measurements"] if m["kind"] == "robust"}
+    names = [threat["name"] for threat in results["threats"]]
+    for row, name in ((table.rows[1], names[0]), (table.rows[3], names[1])):
+        assert row[5:8] == tuple(f"{100 * measured[m, name]:.2f}" for m in ("standard", "half-half", "robust"))
+
+
+def test_an_image_counts_only_if_it_withstands_every_attack(tmp_path: Path) -> None:
+    recipe = tiny(shipped_recipe("madry-mnist", "small"))
+    recipe = replace(recipe, methods=recipe.methods[:1], compare=(), published=())
+    weak = done(recipe, tmp_path)["measurements"][1]
+    stronger = replace(
+        recipe, evaluation=(*recipe.evaluation, AttackSettings(name="apgd", norm="linf", eps=(1.0,), steps=10))
+    )
+    both = done(stronger, tmp_path)["measurements"][1]
+    bits = [from_hex(found["outcomes"], found["n"]) for found in (weak, both)]
+    assert not (bits[1] & ~bits[0]).any()
+    assert sum(both["broken_by"].values()) == int(done(recipe, tmp_path)["measurements"][1]["n"]) - both["right"] - int(
+        (~clean_bits(tmp_path)).sum()
+    )
+
+
+def clean_bits(out: Path) -> Any:
+    """Which attacked images the net classifies rightly when they are clean."""
+    results = read_results(out / "results.json")
+    recipe = tiny(shipped_recipe("madry-mnist", "small"))
+    net = load_classifier(out / results["runs"][0]["folder"], device="cpu")
+    images, labels = open_images(recipe).attacked.batch(np.arange(30))
+    with torch.no_grad():
+        return (net(images).argmax(1) == labels).numpy()
+
+
+# -- command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_lists_the_recipes() -> None:
+    listed: Any = nndefense("reproduce", "--list", "--json").json
+    assert [row["name"] for row in listed] == list(recipe_names())
+    assert next(row for row in listed if row["name"] == "tsipras-mnist")["small"]["trainings"] == 13
+    text = nndefense("reproduce", "--list").out
+    assert all(name in text for name in recipe_names())
+
+
+def test_the_command_runs_resumes_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "nndefense.cli.experiments.shipped_recipe", lambda name, scale: tiny(shipped_recipe(name, scale))
+    )
+    monkeypatch.setitem(experiments._ADDED, "square", {"steps": 5})
+    words = ["reproduce", "madry-cifar10", "--scale", "small", "--out", tmp_path, "--device", "cpu", "--quiet"]
+    first = nndefense(*words, "--json").json
+    assert first["command"].startswith("nndefense reproduce madry-cifar10 --scale small")
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "results.json", "table.md", "figure.png", "figure.svg", "report.html", "trainings", "cells",
+    }  # fmt: skip
+    (tmp_path / "table.md").unlink()
+    again = nndefense(*words, "--report-only")
+    assert again.code == 0
+    assert "Accuracies with intervals" in again.out
+    assert (tmp_path / "table.md").exists()
+    added = nndefense(*words, "--seeds", 2, "--attack", "square", "--json").json
+    assert len(added["runs"]) == 2 * len(first["runs"])
+    assert [one["name"] for one in added["recipe"]["evaluation"]][-1] == "square"
+    fingerprints = {record["name"]: record["fingerprint"] for record in added["runs"]}
+    assert all(fingerprints[record["name"]] == record["fingerprint"] for record in first["runs"])
+
+
+def test_mistakes_at_the_command(tmp_path: Path) -> None:
+    fails(2, "name a recipe", "reproduce")
+    fails(2, "there is no recipe 'mnist'", "reproduce", "mnist")
+    fails(2, "uses no unlabelled images", "reproduce", "madry-mnist", "--unlabelled", "digits", "--out", tmp_path)
+    fails(2, "--attack is deepfool", "reproduce", "madry-mnist", "--attack", "deepfool", "--out", tmp_path)
+    fails(2, "perceptron", "reproduce", "madry-mnist", "--arch", "perceptron", "--out", tmp_path)
+    fails(3, "results.json is missing", "reproduce", "madry-mnist", "--report-only", "--out", tmp_path)
