@@ -27,6 +27,7 @@ from nndefense.cli.app import app
 from nndefense.datasets import open_dataset
 from nndefense.errors import DataError, NNDefenseError
 from nndefense.models import build_classifier, load_classifier, save_classifier
+from nndefense.serving import Guard
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DIGITS = [str(digit) for digit in range(10)]
@@ -151,8 +152,8 @@ def test_calibrate_then_classify_and_evaluate(work: Work, photos: Path, tmp_path
     assert {name: answer[name] for name in chosen} == chosen
     assert [image["file"] for image in answer["images"]] == [str(file) for file in files]
     for image in answer["images"]:
-        assert len(image["defended"]) == len(image["bare"]) == 3
-        assert image["agree"] == (image["defended"][0]["class"] == image["bare"][0]["class"])
+        assert len(image["top"]) == len(image["bare"]["top"]) == 3
+        assert image["agree"] == (image["class"] == image["bare"]["class"])
         assert len(image["neighbors"]) == min(3, chosen["k"])
         assert all(neighbor["id"].startswith("digits/") for neighbor in image["neighbors"])
     # Options beat the calibration.
@@ -218,7 +219,13 @@ def test_demo_and_again_in_the_same_folder(tmp_path: Path) -> None:
     assert json.loads((out / "results.json").read_text()) == results
     assert results["classifier"]["fingerprint"] == load_classifier(out / "classifier").fingerprint
     assert results["surrogate"]["fingerprint"] == load_classifier(out / "surrogate").fingerprint
-    assert results["database"]["rows"] == 300
+    # Of the 40 that were held out, 20 stand in no database: the guard is calibrated on them.
+    assert results["database"]["rows"] == 280
+    guard = Guard.open(out / "database", device="cpu")
+    assert guard.calibration is not None
+    assert len(guard.calibration) == 20
+    assert not {sample.id for sample in guard.samples(20)} & set(guard.database.ids(guard.database.row_numbers))
+    assert guard.describe()["pictures"]
     names = set()
     for record in results["records"]:
         assert set(record) >= REQUIRED
@@ -253,7 +260,7 @@ def test_grey_files_and_a_colour_classifier(colour: Path, photos: Path, tmp_path
         nndefense("classify", *given, *words, "--json").json["images"][0]
         for given in ([grey, "--convert"], [colourful])
     )
-    assert converted["defended"] == plain["defended"]
+    assert converted["top"] == plain["top"]
     # The colour picture is in the database, so it must find itself.
     assert plain["neighbors"][0]["id"].endswith("4/1.png")
     assert plain["neighbors"][0]["distance"] == pytest.approx(0, abs=1e-3)
@@ -385,7 +392,6 @@ def test_images_that_would_find_themselves(work: Work, tmp_path: Path) -> None:
     evaluate = ["evaluate", "--out", tmp_path / "out", "--eps", "0.1", "--limit", 10, *SHORT, "--no-adaptive"]
     evaluate += ["--no-audit"]
     fails(3, "stand in", *evaluate, "--dataset", "digits:train[290:400]", *work.both)
-    # The images of this database cannot be opened again by name, so they are recognised by their features.
     part = tmp_path / "part"
     built = nndefense(
         "index", "build", "--dataset", "digits:train", "--limit", 60, "--classifier", work.classifier,
@@ -393,6 +399,11 @@ def test_images_that_would_find_themselves(work: Work, tmp_path: Path) -> None:
     )  # fmt: skip
     assert built.json["rows"] == 60
     two = ["--classifier", work.classifier, "--database", part]
+    fails(3, "stand in digits:train (60 of 1297)", *evaluate, "--dataset", "digits:train", *two)
+    # Where the images cannot be opened again by name, they are recognised by their features.
+    manifest = json.loads((part / "manifest.json").read_text())
+    manifest["data"]["specs"] = []
+    (part / "manifest.json").write_text(json.dumps(manifest))
     fails(3, "stand in the database", *evaluate, "--dataset", "digits:train", *two)
     assert nndefense(*evaluate, "--dataset", "digits:test", *two, "--gallery", 0, "--no-sizes", "--k", 5).code == 0
 

@@ -14,41 +14,12 @@ from index_build import build_database
 from nndefense.cli import inputs, output, workflow
 from nndefense.cli.demo import DemoSettings, run_demo
 from nndefense.database import WEIGHTINGS, ImageDatabase, check_vacant
-from nndefense.datasets import image_channels, load_image, open_dataset, write_hdf5
+from nndefense.datasets import image_channels, write_hdf5
 from nndefense.errors import DataError, InputError
 from nndefense.evaluation import AttackSettings, Recipe, run_attack, wilson_interval
 from nndefense.features import FeatureSpec
 from nndefense.files import make_folder
-from nndefense.models import build_classifier
-from nndefense.training import accuracy, train_classifier
-
-
-def train(
-    dataset: str,
-    out: Path,
-    arch: str,
-    *,
-    data_dir: Path | None,
-    validation: str | None,
-    as_json: bool,
-    options: dict[str, Any],
-) -> None:
-    """Train a classifier and say where it is and how good."""
-    images = open_dataset(dataset, data_dir=data_dir)
-    held = open_dataset(validation, data_dir=data_dir) if validation else None
-    net = build_classifier(arch, input_shape=images.shape, classes=images.classes, seed=options["seed"])
-    classifier = train_classifier(net, images, out=out, validation=held, **options)
-    found = {
-        "classifier": str(out),
-        "arch": arch,
-        "fingerprint": classifier.fingerprint,
-        "training_accuracy": accuracy(classifier, images),
-        "validation_accuracy": accuracy(classifier, held) if held else None,
-    }
-    text = f"{out}: {arch}, training accuracy {found['training_accuracy']:.4f}"
-    if held is not None:
-        text += f", accuracy on {held.name} {found['validation_accuracy']:.4f}"
-    output.show(found, text, as_json)
+from nndefense.serving import Guard
 
 
 def index_build(
@@ -222,13 +193,14 @@ def attack(
 
 def classify(
     paths: Sequence[Path],
-    source: str,
+    source: str | None,
     folder: Path,
     *,
     k: int | None,
     weighting: str | None,
     top: int,
     convert: bool,
+    reject_rate: float | None,
     batch_size: int,
     classes: Path | None,
     input_shape: tuple[int, int, int] | None,
@@ -236,54 +208,36 @@ def classify(
     as_json: bool,
 ) -> None:
     """Classify image files; each gets the defence's classes, the bare classifier's, and the neighbours."""
-    classifier = inputs.open_classifier(
-        source, device=device, classes=classes, input_shape=input_shape, database=folder
+    guard = Guard.open(
+        folder,
+        source,
+        k=k,
+        weighting=weighting,
+        device=device,
+        reject_rate=reject_rate,
+        classes=classes,
+        input_shape=input_shape,
     )
-    defense, _ = inputs.open_defense(classifier, folder, k, weighting)
-    channels, *size = classifier.input_shape
-    found: list[dict[str, Any]] = []
-    for first in range(0, len(paths), batch_size):
-        batch = paths[first : first + batch_size]
-        for path in batch:
-            if not convert and image_channels(path) != channels:
-                kind, wanted = ("in colour", "grey") if channels == 1 else ("grey", "colour")
-                raise InputError(f"{path} is {kind}, but the classifier takes {wanted} images: give --convert")
-        images = torch.stack([load_image(path, channels=channels, size=(size[0], size[1])) for path in batch])
-        images = images.to(inputs.device_of(classifier))
-        why = defense.explain(images)
-        with torch.no_grad():
-            bare = classifier(images).softmax(1).cpu()
-        found += [
-            {
-                "file": str(path),
-                "defended": output.top_classes(why.log_probabilities[i].exp(), classifier.classes, top),
-                "bare": output.top_classes(bare[i], classifier.classes, top),
-                "agree": int(why.log_probabilities[i].argmax()) == int(bare[i].argmax()),
-                "neighbors": [
-                    {
-                        "id": why.ids[i][j],
-                        "distance": float(why.distances[i, j]),
-                        "weight": float(why.weights[i, j]),
-                        "class": classifier.classes[int(why.posteriors[i, j].argmax())],
-                    }
-                    for j in range(min(top, defense.k))
-                ],
-            }
-            for i, path in enumerate(batch)
-        ]
-    lines = []
-    for row in found:
-        defended, bare_top = row["defended"][0], row["bare"][0]
-        mark = "" if row["agree"] else "   (they disagree)"
+    channels = guard.input_shape[0]
+    for path in paths:
+        if not convert and image_channels(path) != channels:
+            kind, wanted = ("in colour", "grey") if channels == 1 else ("grey", "colour")
+            raise InputError(f"{path} is {kind}, but the classifier takes {wanted} images: give --convert")
+    found, lines = [], []
+    for path, said in zip(paths, guard.stream(list(paths), top=top, neighbors=top, batch_size=batch_size), strict=True):
+        found.append({"file": str(path), **said.to_json()})
+        marks = ["they disagree"] if not said.agree else []
+        marks += [] if said.percentile is None else [f"farther than {said.percentile:.1f} % of clean images"]
+        marks += ["too far: rejected"] if said.abstained else []
         lines.append(
-            f"{row['file']}: {defended['class']} {defended['probability']:.3f}; "
-            f"bare classifier: {bare_top['class']} {bare_top['probability']:.3f}{mark}"
+            f"{path}: {said.class_name} {said.probabilities[said.class_index]:.3f}; "
+            f"bare classifier: {said.bare.class_name} {said.bare.probabilities[said.bare.class_index]:.3f}"
+            + (f"   ({'; '.join(marks)})" if marks else "")
         )
         lines += [
-            f"    {n['class']:<12} weight {n['weight']:.3f}  distance {n['distance']:.3f}  {n['id']}"
-            for n in row["neighbors"]
+            f"    {n.class_name:<12} weight {n.weight:.3f}  distance {n.distance:.3f}  {n.id}" for n in said.neighbors
         ]
-    output.show({"k": defense.k, "weighting": defense.weighting, "images": found}, "\n".join(lines), as_json)
+    output.show({"k": guard.k, "weighting": guard.weighting, "images": found}, "\n".join(lines), as_json)
 
 
 def evaluate(

@@ -10,12 +10,15 @@ from typing import Any
 
 from index_build import build_databases
 from nndefense.cli import inputs, workflow
-from nndefense.datasets import ImageDataset
+from nndefense.database import ImageDatabase
+from nndefense.datasets import ImageDataset, holdout
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.evaluation import AttackSettings, Evaluated, Recipe, layer_subject, rungs_for
 from nndefense.features import FeatureSpec
 from nndefense.files import make_folder
 from nndefense.models import Classifier, build_classifier
+from nndefense.serving import Guard
+from nndefense.serving.percentile import FILE as GUARD_FILE
 from nndefense.training import train_classifier
 
 
@@ -27,7 +30,8 @@ class DemoSettings:
         database_sets: specs of the images that fill the database (and train the nets, where they are trained).
         test: spec of the images that are reported.
         calibration: spec of the images to calibrate on, or None to hold ``holdout`` images out of the first.
-        holdout: how many; they train nothing and stand in no candidate database, only in the final one.
+        holdout: how many; they train nothing and stand in no candidate database. In the final one stand all but half of
+            them: on that half the guard is calibrated. (Of a set of their own all serve for that.)
         classifier: source of a ready classifier, or None to train ``arch``.
         surrogate: source of a ready surrogate, or None to train ``surrogate_arch`` under another seed.
         arch, surrogate_arch: architectures for the nets that are trained.
@@ -89,6 +93,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> tuple[dict[s
     test = inputs.open_datasets([s.test], data_dir=s.data_dir, like=model)
     inputs.check_disjoint(test, rows)
     inputs.check_disjoint(test, held)
+    rows, guarded = _for_the_guard(s, rows, held)
     test = test if s.limit is None else inputs.drawn(test, s.limit, s.seed)
     make_folder(s.out)
     say(f"data: {len(rows):,} database images, {len(held):,} to calibrate on, {len(test):,} to report on")
@@ -138,6 +143,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> tuple[dict[s
             progress=s.progress,
         )
         inputs.store_calibration(s.out / "database", calibration)
+        _calibrate_guard(s, model, databases[0], chosen, guarded, say)
         defense = NearestNeighborDefense(model, databases[0], chosen["k"], chosen["weighting"])
         others = [
             layer_subject(NearestNeighborDefense(model, database, chosen["k"], chosen["weighting"]))
@@ -148,6 +154,32 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> tuple[dict[s
             recipe, test, model, defense, surrogate, s.out, others=others, pictures=rows, progress=s.progress
         )
     return workflow.results_of(found, recipe, test, model, defense, surrogate, calibration, s.command), found
+
+
+def _for_the_guard(s: DemoSettings, rows: ImageDataset, held: ImageDataset) -> tuple[ImageDataset, ImageDataset | None]:
+    """The images of the final database, and those that the guard is calibrated on: none of them stand in it."""
+    if s.calibration is not None:
+        return rows, held
+    if len(held) < 2:
+        return rows, None
+    guarded = held.subset(holdout(held, len(held) // 2, s.seed)[1])
+    apart = set(guarded.ids)
+    return rows.subset([place for place, item in enumerate(rows.ids) if item not in apart]), guarded
+
+
+def _calibrate_guard(
+    s: DemoSettings,
+    model: Classifier,
+    database: ImageDatabase,
+    chosen: dict[str, Any],
+    guarded: ImageDataset | None,
+    say: Callable[[str], None],
+) -> None:
+    if guarded is not None:
+        say(f"calibrating the guard: {len(guarded):,} images that stand in no database")
+        guard = Guard(model, database, chosen["k"], chosen["weighting"])
+        specs = [s.calibration] if s.calibration is not None else list(s.database_sets[:1])
+        guard.calibrate(guarded, specs=specs, batch_size=s.batch_size).write(database.path / GUARD_FILE)
 
 
 def _recipe(s: DemoSettings) -> Recipe:

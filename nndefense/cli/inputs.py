@@ -12,12 +12,12 @@ import torch
 from nndefense.database import ImageDatabase, Manifest
 from nndefense.datasets import ImageDataset, concatenate, holdout, open_dataset
 from nndefense.defenses import NearestNeighborDefense
+from nndefense.defenses.stored import store_calibration as store_calibration
+from nndefense.defenses.stored import stored_calibration as stored_calibration
 from nndefense.errors import DataError, InputError, ModelError, NNDefenseError
-from nndefense.files import read_json, write_json
 from nndefense.images import shape_text
 from nndefense.models import Classifier, load_classifier
-
-CALIBRATION_FILE = "calibration.json"
+from nndefense.serving.pictures import recorded
 
 
 def open_classifier(
@@ -195,32 +195,13 @@ def open_defense(
     return defense, None if changed else calibration
 
 
-def store_calibration(folder: Path, calibration: dict[str, Any]) -> None:
-    """Keep the calibrated K and weighting beside the database that they were chosen for."""
-    write_json(folder / CALIBRATION_FILE, calibration)
-
-
-def stored_calibration(folder: Path) -> dict[str, Any] | None:
-    """The calibration that stands beside a database, or None."""
-    path = folder / CALIBRATION_FILE
-    if not path.exists():
-        return None
-    value: dict[str, Any] = read_json(path)
-    chosen = value.get("chosen") if isinstance(value, dict) else None
-    if not isinstance(chosen, dict) or not isinstance(chosen.get("k"), int) or "weighting" not in chosen:
-        raise DataError(f"{path} is not a calibration: remove it, or calibrate again")
-    return value
-
-
 def neighbor_pictures(database: ImageDatabase, data_dir: Path | None, like: Classifier) -> ImageDataset | None:
     """The images that a database was built from, where they can be opened again; otherwise None."""
-    specs = database.manifest.data.get("specs") or []
     try:
-        dataset = open_datasets(specs, data_dir=data_dir, like=like) if specs else None
+        return recorded(database.manifest.data, lambda: database.ids(database.row_numbers), like.input_shape, data_dir)
     except NNDefenseError:
         # The pictures only illustrate; the report says that they are not at hand.
         return None
-    return dataset if dataset is not None and dataset.fingerprint == database.manifest.data["fingerprint"] else None
 
 
 def device_of(classifier: Classifier) -> torch.device:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from nndefense.cli import inputs
 from nndefense.database import ImageDatabase
@@ -59,11 +56,3 @@ def write(out: Path, results: dict[str, Any], evaluated: Evaluated, as_json: boo
     write_json(out / "results.json", results)
     write_report(results, evaluated.gallery, out / "report.html")
     show(results, f"{summary(results)}\nresults: {out / 'results.json'}\nreport:  {out / 'report.html'}", as_json)
-
-
-def top_classes(probabilities: torch.Tensor, names: Sequence[str], top: int) -> list[dict[str, Any]]:
-    """The most probable classes of one image's probabilities (K), best first, as plain values."""
-    values, places = probabilities.topk(min(top, len(names)))
-    return [
-        {"class": names[int(place)], "probability": float(value)} for value, place in zip(values, places, strict=True)
-    ]

@@ -54,6 +54,16 @@ class Rows:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    @property
+    def nbytes(self) -> int:
+        """The size of all columns."""
+        return sum(part.nbytes for parts in self._columns.values() for part in parts)
+
+    def hold(self) -> None:
+        """Copy everything into memory: from then on nothing that happens to the files changes what is read."""
+        for name, parts in self._columns.items():
+            self._columns[name] = [np.array(part) for part in parts]
+
     def take(self, name: str, rows: Array) -> Array:
         """Read one column at the given row numbers, of any shape: ``rows.shape`` + the column's own."""
         flat = np.asarray(rows, dtype=np.int64).ravel()

@@ -32,7 +32,7 @@ _SHARD_BYTES = 64 << 20
 _TRAINING_ROWS = 200_000
 _PCA_FILE = "pca.safetensors"
 # What a database may consist of, the manifest first, and what an interrupted write may leave: no more is ever removed.
-_NAMES = (MANIFEST, "calibration.json", "index*.faiss", _PCA_FILE, "rows-[0-9][0-9][0-9][0-9][0-9].h5")
+_NAMES = (MANIFEST, "calibration.json", "guard.json", "index*.faiss", _PCA_FILE, "rows-[0-9][0-9][0-9][0-9][0-9].h5")
 _OWN_FILES = (*_NAMES, *(f"{name}.*{PART}" for name in _NAMES))
 
 

@@ -1,0 +1,375 @@
+"""The guard: the whole defence behind one call, for images that strangers send."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from nndefense.database import ImageDatabase, Manifest
+from nndefense.database.weighting import check_weighting
+from nndefense.datasets import ImageDataset
+from nndefense.defenses import NearestNeighborDefense
+from nndefense.defenses.stored import stored_calibration
+from nndefense.errors import DatabaseError, InputError
+from nndefense.files import sha256_of
+from nndefense.images import shape_text
+from nndefense.models import Classifier
+from nndefense.serving.clean import clean_distances, record, some_ids
+from nndefense.serving.defended import Defended
+from nndefense.serving.named import named_classifier
+from nndefense.serving.nearest import NearestRows
+from nndefense.serving.percentile import FILE, Percentile, check_rate
+from nndefense.serving.pictures import Pictures, Sample
+from nndefense.serving.reading import batches
+from nndefense.serving.steady import SteadyForward
+from nndefense.serving.verdicts import Verdicts
+from nndefense.versions import library_versions
+
+Given = Tensor | Image.Image | NDArray[np.uint8] | str | Path | ImageDataset
+
+# Rows up to half of the machine's memory are held in it; a reload holds two databases at once for a moment.
+HELD_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 2**31
+_log = logging.getLogger(__name__)
+
+
+class Guard:
+    """Defended predictions from a database, made to be relied on.
+
+    The same image gives the same answer, to the last digit of its JSON, whatever it is classified together with, in one
+    call or another, in this thread or that: batches have fixed shapes that were measured to agree (see
+    :mod:`~nndefense.serving.steady`), and distances are worked out row by row (:mod:`~nndefense.serving.nearest`).
+    :meth:`predict` may be called from several threads at once.
+
+    Attributes:
+        classifier: the classifier, in evaluation mode; its ``input_shape`` is that of the database.
+        database: the database.
+        k: K, the number of neighbours.
+        weighting: ``uniform``, ``cbw-e`` or ``cbw-d``.
+        calibration: the distances of clean images, or None: then there are no percentiles and nobody abstains.
+        reject_rate: the share of clean images that it may abstain on, or None where it never abstains.
+        observe: where set, it is called with ``forward``, ``search`` or ``explain`` and the seconds that this part of a
+            batch took.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        database: ImageDatabase,
+        k: int,
+        weighting: str,
+        *,
+        calibration: Percentile | None = None,
+        reject_rate: float | None = None,
+        data_dir: Path | None = None,
+    ) -> None:
+        """Most callers want :meth:`open`, which says what the arguments are.
+
+        Raises:
+            InputError: k, weighting or rate cannot be used.
+            DatabaseError: the database was made with another classifier, or the calibration for another database.
+        """
+        database.check_classifier(classifier)
+        check_weighting(weighting)
+        if not 1 <= k <= len(database):
+            raise InputError(f"k is {k}, but must be from 1 to the database's {len(database):,} rows: lower k")
+        channels, height, width = database.manifest.classifier["input_shape"]
+        if classifier.input_shape != (channels, height, width):
+            raise InputError(
+                f"the classifier is set to images {shape_text(classifier.input_shape)}, but the database was made with "
+                f"{shape_text((channels, height, width))}: set its input_shape to that"
+            )
+        self.classifier, self.database = classifier.eval(), database
+        self.k, self.weighting = k, weighting
+        self.calibration, self.reject_rate = calibration, reject_rate
+        self.observe: Callable[[str, float], None] | None = None
+        self._fingerprint = classifier.fingerprint
+        self._manifest_sha256 = sha256_of(database.path / "manifest.json")
+        self._threshold = self._checked_threshold()
+        self._forward = SteadyForward(classifier, database.feature, database.pca, classifier.input_shape)
+        self._nearest = NearestRows(database, k)
+        self._verdicts = Verdicts(database, weighting)
+        self._pictures = Pictures(database, calibration, classifier.input_shape, data_dir)
+        self._making = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        database: str | Path | ImageDatabase,
+        classifier: str | Path | Classifier | None = None,
+        *,
+        k: int | None = None,
+        weighting: str | None = None,
+        device: str = "auto",
+        reject_rate: float | None = None,
+        calibration: str | Path | bool = True,
+        classes: str | Path | None = None,
+        input_shape: tuple[int, int, int] | None = None,
+        data_dir: str | Path | None = None,
+        verify: bool = True,
+    ) -> Guard:
+        """Open a database folder with its classifier, and check both.
+
+        Args:
+            database: the folder, or a database that is open.
+            classifier: the classifier or where it comes from. None: the one that the manifest names, or the folder
+                ``classifier`` beside the database; one that is Python code must be named, since naming it runs it.
+            k: K. None: as calibrated, else 50.
+            weighting: None: as calibrated, else ``cbw-d``.
+            device: where the net runs.
+            reject_rate: abstain on images that are farther away than all but this share of clean ones, above 0 and
+                below 1. None: the rate that was stored with the calibration, if any.
+            calibration: True: ``guard.json`` of the database's folder, where there is one; False: none; or a file.
+            classes: names of the classes, or a file of them, for a classifier that does not know them.
+            input_shape: C, H, W of the images, for a classifier that does not know them; default: the database's.
+            data_dir: the folder of the data sets that the pictures of neighbours come from.
+            verify: compare the sha256 of every file with the manifest before any is loaded (about a second per GB).
+                Weights are always compared, with the classifier's own record and with the database's.
+
+        Raises:
+            DatabaseError: a database that is missing, damaged or made with another classifier, or a ``guard.json`` that
+                belongs to another state of it.
+            ModelError: the classifier cannot be found or read.
+            InputError: an argument cannot be used; a rate without a calibration.
+            DataError: a calibration file that cannot be read.
+        """
+        if reject_rate is not None:
+            check_rate(reject_rate)
+        folder = database.path if isinstance(database, ImageDatabase) else Path(database)
+        manifest = database.manifest if isinstance(database, ImageDatabase) else Manifest.read(folder)
+        if not isinstance(classifier, Classifier):
+            classifier = named_classifier(
+                folder, manifest, classifier, device=device, classes=classes, input_shape=input_shape
+            )
+        if not isinstance(database, ImageDatabase):
+            database = ImageDatabase.open(folder, classifier=classifier, verify=verify)
+            # What was verified is what is used: files that change under a running service must not change its answers.
+            if not database.hold_rows(HELD_BYTES):
+                _log.warning("%s is too large to be held in memory: replace its files, never write into them", folder)
+        stored = None if k is not None and weighting is not None else stored_calibration(folder)
+        chosen: dict[str, Any] = stored["chosen"] if stored else {"k": min(50, len(database)), "weighting": "cbw-d"}
+        return cls(
+            classifier,
+            database,
+            k or chosen["k"],
+            weighting or chosen["weighting"],
+            calibration=_calibration(folder, calibration),
+            reject_rate=reject_rate,
+            data_dir=None if data_dir is None else Path(data_dir),
+        )
+
+    # -- predicting ---------------------------------------------------------------------------------------------
+
+    def predict(
+        self,
+        images: Given | Sequence[Given],
+        *,
+        top: int = 5,
+        neighbors: int | None = None,
+        batch_size: int = 64,
+    ) -> list[Defended]:
+        """Classify images.
+
+        Args:
+            images: one image or many, of mixed kinds too: a path, a Pillow image or a uint8 array H x W x C or H x W,
+                which are converted as data sets are (grey or colour, cut around the centre, resized); a tensor
+                C x H x W or N x C x H x W in [0, 1] of the classifier's own shape; a data set.
+            top: how many of the most probable classes to list, at least 1.
+            neighbors: how many of the K neighbours to list, at least 0. None: all.
+            batch_size: how many images are in memory at once. It changes no digit.
+
+        Returns:
+            A prediction for each image, in their order.
+
+        Raises:
+            InputError: an argument that cannot be used, or something that is not clearly an image.
+            DataError: an image file that is missing or damaged.
+        """
+        return list(self.stream(images, top=top, neighbors=neighbors, batch_size=batch_size))
+
+    def stream(
+        self, images: Given | Iterable[Given], *, top: int = 5, neighbors: int | None = None, batch_size: int = 64
+    ) -> Iterator[Defended]:
+        """As :meth:`predict`, one prediction after another: for any number of images, in bounded memory."""
+        shown = self.k if neighbors is None else min(neighbors, self.k)
+        if top < 1 or shown < 0:
+            raise InputError(f"top must be at least 1 and neighbors at least 0, but they are {top} and {neighbors}")
+        # The check above must not wait for the first prediction, so the loop is a function of its own.
+        return self._stream(images, top, shown, batch_size)
+
+    def _stream(self, images: Given | Iterable[Given], top: int, shown: int, batch_size: int) -> Iterator[Defended]:
+        for batch in batches(images, self.classifier.input_shape, batch_size):
+            begun = time.perf_counter()
+            vectors, bare = self._forward(batch)
+            passed = time.perf_counter()
+            rows, distances = self._nearest(vectors)
+            found = time.perf_counter()
+            done = self._verdicts(bare, rows, distances, top, shown, self.calibration, self._threshold)
+            if self.observe is not None:
+                ended = time.perf_counter()
+                for part, seconds in (
+                    ("forward", passed - begun),
+                    ("search", found - passed),
+                    ("explain", ended - found),
+                ):
+                    self.observe(part, seconds)
+            yield from done
+
+    # -- calibrating --------------------------------------------------------------------------------------------
+
+    def calibrate(
+        self,
+        dataset: ImageDataset,
+        *,
+        specs: Sequence[str] = (),
+        reject_rate: float | None = None,
+        batch_size: int = 64,
+    ) -> Percentile:
+        """Measure how far clean images lie from the database; later predictions of this guard use it.
+
+        The guarantee holds for images that come from where these come from. They must not stand in the database, nor
+        have trained the classifier.
+
+        Args:
+            dataset: images of the classifier's shape; labels are not needed.
+            specs: what opens the data set again, to show some of its images.
+            reject_rate: the rate to abstain at from now on, which is stored with it. None: do not abstain.
+            batch_size: images in memory at once.
+
+        Returns:
+            The calibration; :meth:`Percentile.write` keeps it, as ``guard.json`` in the database's folder.
+
+        Raises:
+            DataError: no images, or images that stand in the database.
+            InputError: images of another shape, or a rate that is too small for so few images.
+        """
+        distances = clean_distances(
+            dataset,
+            batches(dataset, self.classifier.input_shape, batch_size),
+            lambda batch: self._forward(batch)[0],
+            self._nearest,
+        )
+        found = Percentile(
+            distances=distances,
+            manifest=self._manifest_sha256,
+            classifier=self._fingerprint,
+            dataset=record(dataset, specs),
+            samples=some_ids(dataset) if specs else (),
+            reject_rate=reject_rate,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        )
+        threshold = None if reject_rate is None else found.threshold(reject_rate)
+        self.calibration, self.reject_rate, self._threshold = found, reject_rate, threshold
+        self._pictures = Pictures(self.database, found, self.classifier.input_shape, self._pictures.data_dir)
+        return found
+
+    @property
+    def threshold(self) -> float | None:
+        """The distance beyond which it abstains, or None."""
+        return self._threshold
+
+    def _checked_threshold(self) -> float | None:
+        made = self.calibration
+        if made is None:
+            if self.reject_rate is not None:
+                raise InputError(
+                    f"the database {self.database.path} has no calibration to abstain by: make one with 'nndefense "
+                    "guard calibrate', or choose no rejection rate"
+                )
+            return None
+        if made.manifest != self._manifest_sha256 or made.classifier != self._fingerprint:
+            raise DatabaseError(
+                f"the calibration of the guard belongs to another state of the database {self.database.path}: run "
+                "'nndefense guard calibrate' again, or remove it"
+            )
+        if self.reject_rate is None:
+            self.reject_rate = made.reject_rate
+        return None if self.reject_rate is None else made.threshold(self.reject_rate)
+
+    # -- what it is and what it shows ---------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> str:
+        """The classifier's, as it was when the guard was opened."""
+        return self._fingerprint
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the probabilities."""
+        return self.database.classes
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """C, H, W of the tensors that it takes."""
+        return self.classifier.input_shape
+
+    @property
+    def defense(self) -> NearestNeighborDefense:
+        """The same defence as a module, for its attack surface; made when it is first asked for."""
+        with self._making:
+            return self._defense
+
+    @cached_property
+    def _defense(self) -> NearestNeighborDefense:
+        return NearestNeighborDefense(self.classifier, self.database, self.k, self.weighting)
+
+    def neighbor_image(self, row: int | str) -> NDArray[np.uint8] | None:
+        """The picture of a row, by its number or id: uint8 H x W x C of the classifier's size, C 1 or 3.
+
+        None where the data sets of the database cannot be opened, or are not those that it was built from.
+
+        Raises:
+            InputError: there is no such row.
+        """
+        return self._pictures.of(row)
+
+    def samples(self, count: int = 8) -> list[Sample]:
+        """Some images to try, at most ``count``: clean calibration images, else images of the database, else none."""
+        return self._pictures.samples(count)
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as plain values without any path."""
+        manifest, made = self.database.manifest, self.calibration
+        return {
+            "classes": list(self.classes),
+            "input_shape": list(self.input_shape),
+            "k": self.k,
+            "weighting": self.weighting,
+            "feature": dict(manifest.feature),
+            "rows": len(self.database),
+            "dimension": self.database.dimension,
+            "index": {"factory": manifest.index["factory"], "metric": manifest.index["metric"]},
+            "classifier": {"arch": manifest.classifier.get("arch", ""), "fingerprint": self._fingerprint},
+            "database": {
+                "fingerprint": self.database.fingerprint,
+                "data": manifest.data["name"],
+                "created": manifest.created,
+            },
+            "calibrated": made is not None,
+            "calibration": None
+            if made is None
+            else {"n": len(made), "dataset": made.dataset.get("name", ""), "created": made.created},
+            "reject_rate": self.reject_rate,
+            "threshold": self._threshold,
+            "pictures": self._pictures.at_hand,
+            "batches": list(self._forward.sizes()),
+            "versions": library_versions(),
+        }
+
+
+def _calibration(folder: Path, wanted: str | Path | bool) -> Percentile | None:
+    if isinstance(wanted, bool):
+        path = folder / FILE
+        return Percentile.read(path) if wanted and path.exists() else None
+    return Percentile.read(Path(wanted))

@@ -1,0 +1,75 @@
+"""Which classifier a database was made with, and where it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nndefense.database import Manifest
+from nndefense.errors import ModelError
+from nndefense.models import Classifier, load_classifier
+
+_PYTHON, _TORCHVISION = "python:", "torchvision:"
+_FOLDER, _DESCRIPTION = "classifier", "classifier.json"
+
+
+def named_classifier(
+    folder: Path,
+    manifest: Manifest,
+    source: str | Path | None,
+    *,
+    device: str = "auto",
+    classes: str | Path | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+) -> Classifier:
+    """Load the classifier of a database.
+
+    Args:
+        folder: the database's folder.
+        manifest: its manifest.
+        source: where the classifier comes from, as for :func:`~nndefense.models.load_classifier`. None: the folder that
+            the manifest names, or the folder ``classifier`` beside or in the database, whichever has the weights that
+            the database was made with.
+        device, classes, input_shape: as for :func:`~nndefense.models.load_classifier`.
+
+    Raises:
+        ModelError: it is not to be found, or is Python code that nobody named.
+    """
+    channels, height, width = manifest.classifier["input_shape"]
+    shape = input_shape or (channels, height, width)
+    found = str(source) if source is not None else _found(folder, manifest)
+    classifier = load_classifier(
+        found, device=device, classes=classes, input_shape=shape if found.startswith(_PYTHON) else input_shape
+    )
+    # A net for other images is left as it is: its fingerprint, compared later, says better what is wrong.
+    if shape[0] == classifier.input_shape[0] and not classifier.fixed_size:
+        classifier.input_shape = shape
+    return classifier
+
+
+def _found(folder: Path, manifest: Manifest) -> str:
+    named = str(manifest.classifier["source"])
+    if named.startswith(_PYTHON):
+        # A manifest is data: opening it must not run code that it names.
+        raise ModelError(
+            f"the classifier of {folder} is Python code ({named}), which runs only if you name it: give --classifier"
+        )
+    if named.startswith(_TORCHVISION):
+        return named
+    places = [Path(named)] if named else []
+    for place in (*places, folder.parent / _FOLDER, folder / _FOLDER):
+        if _fingerprint(place) == manifest.classifier["fingerprint"]:
+            return str(place)
+    raise ModelError(
+        f"the classifier of {folder} ({named or 'its source was not recorded'}, "
+        f"{manifest.classifier['fingerprint'][:12]}) is not to be found: give --classifier"
+    )
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """What a classifier's folder says of its weights; they are compared when they are loaded."""
+    try:
+        found = json.loads((folder / _DESCRIPTION).read_bytes())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return str(found)

@@ -1,0 +1,158 @@
+"""The pictures behind the rows of a database, and some images to try, where they can be opened again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nndefense.database import ImageDatabase
+from nndefense.datasets import ImageDataset, concatenate, open_dataset
+from nndefense.errors import DataError, InputError, NNDefenseError
+from nndefense.serving.percentile import Percentile
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image to try.
+
+    Attributes:
+        id: its id in its data set.
+        image: uint8 H x W x C, C 1 or 3, of the classifier's size.
+        class_name: its own class, or None where that is unknown.
+        held_out: whether it is one of the calibration images; otherwise it stands in the database.
+    """
+
+    id: str
+    image: NDArray[np.uint8]
+    class_name: str | None
+    held_out: bool
+
+
+class Pictures:
+    """Opens the data sets of a database and of its calibration when the first picture is asked for.
+
+    A data set is used only where its fingerprint is the recorded one: a picture is never that of another image.
+    """
+
+    def __init__(
+        self,
+        database: ImageDatabase,
+        calibration: Percentile | None,
+        shape: tuple[int, int, int],
+        data_dir: Path | None = None,
+    ) -> None:
+        """``shape`` is C, H, W of the pictures; ``data_dir`` is where data sets are looked for."""
+        self.database, self.calibration, self.shape, self.data_dir = database, calibration, shape, data_dir
+        self._lock = threading.Lock()
+        self._opened: dict[str, ImageDataset | None] = {}
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether the pictures of the rows can be shown."""
+        return self._rows() is not None
+
+    def of(self, row: int | str) -> NDArray[np.uint8] | None:
+        """The picture of a row, by its number or id, uint8 H x W x C; None where the pictures are not at hand.
+
+        Raises:
+            InputError: there is no such row.
+        """
+        if isinstance(row, (int, np.integer)):
+            if not 0 <= row < self.database.manifest.rows:
+                raise InputError(f"there is no row {row}: the database has rows 0 to {self.database.manifest.rows - 1}")
+            row = self.database.ids(np.array([row]))[0]
+        dataset = self._rows()
+        if dataset is None:
+            return None
+        try:
+            return _picture(dataset, dataset.index_of(row))
+        except DataError:
+            raise InputError("the database has no row of that id: give the id of a neighbour") from None
+
+    def samples(self, count: int) -> list[Sample]:
+        """At most ``count`` images: calibration images, or rows of the database where those are not at hand."""
+        dataset = self._held_out()
+        if dataset is not None and self.calibration is not None and self.calibration.samples:
+            chosen = _spread(self.calibration.samples, count)
+            return [_sample(dataset, dataset.index_of(item), held_out=True) for item in chosen]
+        dataset = self._rows()
+        if dataset is None:
+            return []
+        return [_sample(dataset, place, held_out=False) for place in _spread(range(len(dataset)), count)]
+
+    def _rows(self) -> ImageDataset | None:
+        return self._open("rows", self.database.manifest.data, lambda: self.database.ids(self.database.row_numbers))
+
+    def _held_out(self) -> ImageDataset | None:
+        data = {} if self.calibration is None else self.calibration.dataset
+        return self._open("held out", data, lambda: data.get("ids", ()))
+
+    def _open(self, key: str, data: Mapping[str, Any], ids: Callable[[], Sequence[str]]) -> ImageDataset | None:
+        with self._lock:
+            if key not in self._opened:
+                try:
+                    self._opened[key] = recorded(data, ids, self.shape, self.data_dir)
+                except NNDefenseError:
+                    # Pictures illustrate; nothing that is answered depends on them.
+                    self._opened[key] = None
+            return self._opened[key]
+
+
+def recorded(
+    data: Mapping[str, Any],
+    ids: Callable[[], Sequence[str]],
+    shape: tuple[int, int, int],
+    data_dir: Path | None = None,
+) -> ImageDataset | None:
+    """Open a data set again that was recorded, as in a database's manifest.
+
+    Args:
+        data: ``specs`` and ``fingerprint``.
+        ids: gives the ids of its images in order, where it may be a part of what the specs open, because some were held
+            out or a limit was given.
+        shape: C, H, W that it was opened with.
+        data_dir: the folder of the data sets.
+
+    Returns:
+        The data set, or None where what the specs open is not what was recorded.
+
+    Raises:
+        NNDefenseError: it cannot be opened.
+    """
+    parts = [open_dataset(s, data_dir=data_dir, size=shape[1:], channels=shape[0]) for s in data.get("specs") or ()]
+    if not parts:
+        return None
+    dataset = concatenate(parts)
+    if dataset.fingerprint == data["fingerprint"]:
+        return dataset
+    wanted = ids()
+    if not len(wanted):
+        return None
+    part = dataset.subset([dataset.index_of(item) for item in wanted])
+    return part if part.fingerprint == data["fingerprint"] else None
+
+
+def _picture(dataset: ImageDataset, place: int) -> NDArray[np.uint8]:
+    images, _ = dataset.batch([place])
+    pixels: NDArray[np.uint8] = (images[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    return pixels
+
+
+def _sample(dataset: ImageDataset, place: int, *, held_out: bool) -> Sample:
+    label = int(dataset.labels[place])
+    name = dataset.classes[label] if label >= 0 else None
+    return Sample(dataset.ids[place], _picture(dataset, place), name, held_out)
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most ``count`` of the items, evenly from the first to the last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
