@@ -1,0 +1,65 @@
+"""How much one request may ask of the server."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from nndefense.errors import InputError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+"""The image formats that are decoded, by Pillow's names; :mod:`nndefense.serving.decode` says why no others."""
+
+MEDIA_TYPES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP", "image/gif": "GIF"}
+"""The content type of each format."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits on a request; all are positive, and sizes are in bytes.
+
+    Raises:
+        InputError: a limit is not a positive finite number, or one image may be larger than a whole body.
+    """
+
+    max_body_bytes: int = 16 * 2**20
+    """A body, however it is sent; counted as it arrives, whatever the content length claims."""
+    max_image_bytes: int = 8 * 2**20
+    """One image file (after base64)."""
+    max_images: int = 64
+    """The images of one request."""
+    max_pixels: int = 25_000_000
+    """Width times height of one image, as its header says: checked before any pixel is decoded."""
+    max_request_pixels: int = 50_000_000
+    """The pixels of all images of one request together."""
+    max_side: int = 12_000
+    """Width or height of one image."""
+    decode_seconds: float = 5.0
+    """The time for decoding all images of one request."""
+    max_decoders: int = 2
+    """How many images are decoded at the same time: this many times the memory of one large image."""
+    max_parts: int = 80
+    """The parts of a multipart body, fields and files together."""
+    max_part_header_bytes: int = 4096
+    """The headers of one part."""
+    max_field_bytes: int = 1024
+    """The value of one multipart field that is no file, or of a query parameter."""
+    max_json_depth: int = 4
+    """How deep arrays and objects may stand inside one another in a JSON body; a correct one needs 2."""
+    max_header_bytes: int = 16 * 2**10
+    """The request line and all headers together."""
+    body_seconds: float = 20.0
+    """The time in which the whole body must have arrived, counted from the end of the headers."""
+    header_seconds: float = 10.0
+    """The time in which a new connection must have sent its headers."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"the limit {field.name} is {value}: it must be a positive number")
+        if self.max_image_bytes > self.max_body_bytes:
+            raise InputError(
+                f"one image may have {self.max_image_bytes} bytes but a whole body only {self.max_body_bytes}: "
+                "lower max_image_bytes or raise max_body_bytes"
+            )
