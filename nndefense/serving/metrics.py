@@ -1,0 +1,118 @@
+"""What the service counts and times, in Prometheus' format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+
+if TYPE_CHECKING:
+    from nndefense.serving.defended import Defended
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+PARTS = ("body", "decode", "queue", "batch", "forward", "search", "explain", "encode")
+"""The parts of a classification that are timed: receiving the body, decoding its images, waiting for a batch, the whole
+batch, in it the forward pass, the search and the reading of the neighbours, and writing the answer."""
+
+
+class Metrics:
+    """The numbers of one server; each server has its own, so that two in one process do not mix."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self.requests = Counter(
+            "nndefense_requests", "Answers, by route and status.", ("route", "status"), registry=self.registry
+        )
+        self.request_seconds = Histogram(
+            "nndefense_request_seconds",
+            "From the end of the headers to the end of the answer, by route.",
+            ("route",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        seconds = Histogram(
+            "nndefense_part_seconds",
+            "Latency of the parts of a classification: " + ", ".join(PARTS) + ".",
+            ("part",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.part = {name: seconds.labels(name) for name in PARTS}
+        self.batch_size = Histogram("nndefense_batch_size", "Images per batch.", buckets=_SIZES, registry=self.registry)
+        self.images = Counter("nndefense_images", "Images classified.", registry=self.registry)
+        self.abstained = Counter("nndefense_abstentions", "Images abstained on.", registry=self.registry)
+        self.disagreed = Counter(
+            "nndefense_disagreements",
+            "Images on which the defence and the bare classifier disagree.",
+            registry=self.registry,
+        )
+        self.rejected = Counter(
+            "nndefense_rejected_inputs", "Refused requests, by problem code.", ("code",), registry=self.registry
+        )
+        self.reloads = Counter(
+            "nndefense_reloads", "Attempts to load a database, by outcome.", ("outcome",), registry=self.registry
+        )
+        self.in_flight = Gauge("nndefense_requests_in_flight", "Requests being answered.", registry=self.registry)
+        self.log_lost = Counter(
+            "nndefense_log_lines_lost", "Lines of the access log that could not be written.", registry=self.registry
+        )
+        self.ready = Gauge("nndefense_ready", "1 where the database is loaded and verified.", registry=self.registry)
+        self.database = Gauge(
+            "nndefense_database",
+            "1 for the database that is being served.",
+            ("database", "model"),
+            registry=self.registry,
+        )
+        self._database: tuple[str, str] | None = None
+        for outcome in ("succeeded", "failed"):
+            self.reloads.labels(outcome)
+
+    def watch(self, waiting: Callable[[], int], buffered: Callable[[], int]) -> None:
+        """Read the gauges of the queue and of the buffered bodies when somebody asks for them."""
+        queue = Gauge("nndefense_queue_images", "Images waiting for a batch.", registry=self.registry)
+        queue.set_function(waiting)
+        bodies = Gauge("nndefense_buffered_bytes", "Bytes of bodies held in memory.", registry=self.registry)
+        bodies.set_function(buffered)
+
+    def batch(self, size: int, seconds: float, waits: Sequence[float]) -> None:
+        """Count a batch; called from the worker."""
+        self.batch_size.observe(size)
+        self.part["batch"].observe(seconds)
+        for wait in waits:
+            self.part["queue"].observe(wait)
+
+    def observe(self, part: str, seconds: float) -> None:
+        """Time a part that the guard reports; one that is not in :data:`PARTS` is not kept."""
+        if part in self.part:
+            self.part[part].observe(seconds)
+
+    def predicted(self, predictions: Sequence[Defended]) -> None:
+        """Count what was answered."""
+        self.images.inc(len(predictions))
+        self.abstained.inc(sum(one.abstained for one in predictions))
+        self.disagreed.inc(sum(not one.agree for one in predictions))
+
+    def serving(self, database: str, model: str) -> None:
+        """Say which database is served from now on."""
+        if self._database is not None:
+            self.database.remove(*self._database)
+        self._database = (database, model)
+        self.database.labels(database, model).set(1)
+
+    def text(self) -> bytes:
+        """Everything, as Prometheus reads it."""
+        return generate_latest(self.registry)

@@ -1,0 +1,261 @@
+"""Who may ask, under which name, and how much: keys, the gate before every route, and limits on bodies."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from nndefense.errors import InputError
+from nndefense.serving.problem import Problem, busy
+from nndefense.serving.rejected import Rejected, rejected
+from nndefense.serving.settings import ServingSettings, is_loopback
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/openapi.json", "/favicon.ico"})
+"""Paths that need no key: what is there tells nothing of the images or the model."""
+OPEN_FOLDERS = ("/page/", "/problems/")
+ADMIN_FOLDER = "/v1/admin/"
+LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+HEADERS: tuple[tuple[bytes, bytes], ...] = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+)
+"""On every answer, unless it brings its own value (as the page does)."""
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+_SHORTEST_KEY = 16
+
+
+class Keys:
+    """The API keys, held as sha256 digests.
+
+    Args:
+        lines: a key each, of at least 16 visible ASCII characters; those after ``admin:`` may also use
+            ``/v1/admin``. Empty lines and those that begin with ``#`` are skipped.
+
+    Raises:
+        InputError: a key that is too short or has blanks in it.
+    """
+
+    def __init__(self, lines: list[str]) -> None:
+        self._digests: list[tuple[bytes, bool]] = []
+        for number, line in enumerate(lines, 1):
+            text = line.strip()
+            if not text or text.startswith("#"):
+                continue
+            admin = text.startswith("admin:")
+            key = text.removeprefix("admin:").strip()
+            if len(key) < _SHORTEST_KEY or not all("!" <= letter <= "~" for letter in key):
+                raise InputError(
+                    f"the key in line {number} must have at least {_SHORTEST_KEY} visible ASCII characters: make one "
+                    "with 'openssl rand -hex 24'"
+                )
+            self._digests.append((hashlib.sha256(key.encode()).digest(), admin))
+
+    @classmethod
+    def read(cls, path: Path | None) -> Keys:
+        """Read the file of keys; None gives none.
+
+        Raises:
+            InputError: the file cannot be read or holds no key.
+        """
+        if path is None:
+            return cls([])
+        try:
+            keys = cls(path.read_text(encoding="utf-8").splitlines())
+        except (OSError, UnicodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise InputError(f"the keys in {path} cannot be read ({reason})") from error
+        if not keys:
+            raise InputError(f"{path} holds no key: write one into a line, for example of 'openssl rand -hex 24'")
+        return keys
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def check(self, given: bytes) -> tuple[bool, bool]:
+        """Whether a key is one of ours, and whether it is an administrator's.
+
+        The time does not depend on how much of it is right, nor on which key it is.
+        """
+        digest = hashlib.sha256(given).digest()
+        known = admin = False
+        for stored, is_admin in self._digests:
+            same = hmac.compare_digest(digest, stored)
+            known |= same
+            admin |= same & is_admin
+        return known, admin
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    """The first header of a name (in lower case), or None."""
+    for found, value in scope["headers"]:
+        if found == name:
+            return bytes(value)
+    return None
+
+
+class Gate:
+    """Lets a request through, or raises the :class:`Problem` that it is refused with.
+
+    ``keys`` may be replaced while the service runs.
+    """
+
+    def __init__(self, settings: ServingSettings, keys: Keys) -> None:
+        self.keys = keys
+        self._local = is_loopback(settings.host)
+        self._header_bytes = settings.limits.max_header_bytes
+        self._hosts = frozenset(host.lower() for host in settings.allowed_hosts)
+
+    def check(self, scope: Scope) -> None:
+        """Check the name, the origin and the key of a request.
+
+        Raises:
+            Problem: ``wrong_host``, ``forbidden`` or ``unauthorized``.
+            Rejected: the headers are too large. (The connection's own limit does not see those that arrive whole.)
+        """
+        size = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
+        if size + sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > self._header_bytes:
+            raise Rejected(431, "malformed_request", "the headers are too large")
+        hosts = self._hosts or (LOCAL_HOSTS if self._local and not self.keys else None)
+        host = (header(scope, b"host") or b"").decode("latin-1").lower()
+        # Another web site whose name was pointed at this address would come with its own name (DNS rebinding).
+        if hosts is not None and _name(host) not in hosts:
+            raise Problem("wrong_host", "use the address that the server printed, or start it with --allowed-host")
+        if self.keys:
+            self._check_key(scope)
+        elif scope["method"] not in _SAFE:
+            self._check_origin(scope, host)
+
+    def _check_origin(self, scope: Scope, host: str) -> None:
+        """A page of another site must not make a visitor's browser ask here: without keys, nothing else stops it."""
+        origin = header(scope, b"origin")
+        if origin is None:
+            return
+        place = urlsplit(origin.decode("latin-1").lower()).netloc
+        if place != host and _name(place) not in self._hosts:
+            raise Problem("forbidden", "pages of other sites may not ask here")
+
+    def _check_key(self, scope: Scope) -> None:
+        path = scope["path"]
+        if path in OPEN_PATHS or path.startswith(OPEN_FOLDERS):
+            return
+        given = header(scope, b"x-api-key")
+        if given is None:
+            kind, _, rest = (header(scope, b"authorization") or b"").partition(b" ")
+            given = rest.strip() if kind.lower() == b"bearer" else b""
+        known, admin = self.keys.check(given)
+        if not known:
+            detail = "send a key: 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
+            raise Problem("unauthorized", detail, headers={"www-authenticate": "Bearer"})
+        if path.startswith(ADMIN_FOLDER) and not admin:
+            raise Problem("forbidden", "this needs an administrator's key (a line 'admin:KEY' of the key file)")
+
+
+def _name(host: str) -> str:
+    """A host without its port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
+
+
+class BodyLimit:
+    """ASGI middleware that receives a body whole, within limits, before anything else looks at it.
+
+    Args:
+        app: what gets the body, in one piece.
+        settings: the limits: bytes and seconds of one body, bytes of all together.
+    """
+
+    def __init__(self, app: App, settings: ServingSettings, on_body: Callable[[float], None]) -> None:
+        self.app, self._settings, self._on_body = app, settings, on_body
+        self.buffered = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not has_body(scope):
+            await self.app(scope, receive, send)
+            return
+        held = [0]
+        try:
+            body = await self._body(scope, receive, held)
+            pieces = [{"type": "http.request", "body": body, "more_body": False}]
+
+            async def again() -> Message:
+                return pieces.pop() if pieces else await receive()
+
+            await self.app(scope, again, send)
+        finally:
+            self.buffered -= held[0]
+
+    async def _body(self, scope: Scope, receive: Receive, held: list[int]) -> bytes:
+        limits = self._settings.limits
+        length = header(scope, b"content-length") or b"0"
+        if not length.isdigit() or len(length) > 15 or int(length) > limits.max_body_bytes:
+            raise _too_large(limits.max_body_bytes)
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        chunks: list[bytes] = []
+        with _Deadline(loop, limits.body_seconds):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise rejected("malformed_request", "the connection was closed before the body was complete")
+                chunk = message.get("body", b"")
+                held[0] += len(chunk)
+                self.buffered += len(chunk)
+                if held[0] > limits.max_body_bytes:
+                    raise _too_large(limits.max_body_bytes)
+                if self.buffered > self._settings.max_buffered_bytes:
+                    raise busy("queue_full", "too many bodies are being received: try later", 1)
+                chunks.append(chunk)
+                if not message.get("more_body", False):
+                    break
+        self._on_body(loop.time() - begun)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def has_body(scope: Scope) -> bool:
+    """Whether a request announces a body."""
+    return any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+
+
+def _too_large(limit: int) -> Exception:
+    return rejected("body_too_large", f"a body may have {limit:,} bytes at most: send fewer or smaller images")
+
+
+class _Deadline:
+    """Ends what runs inside it after some seconds, by a ``slow_body`` rejection (asyncio's own is missing in 3.10)."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        self._loop, self._seconds, self._passed = loop, seconds, False
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        self._timer = self._loop.call_later(self._seconds, self._end)
+
+    def _end(self) -> None:
+        self._passed = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._timer.cancel()
+        if self._passed and kind is asyncio.CancelledError:
+            uncancel = getattr(self._task, "uncancel", None)
+            if uncancel is not None:
+                uncancel()
+            raise rejected("slow_body", f"the body did not arrive within {self._seconds:g} seconds") from None
