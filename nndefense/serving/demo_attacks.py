@@ -1,0 +1,225 @@
+"""Attacks for the page: one picture at a time, within limits, and stopped as soon as nobody waits for the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from nndefense.attacks import distance
+from nndefense.serving.attack_pictures import eight_bits, magnified, png
+from nndefense.serving.attacking import AttackName, Job, Late, NormName, Stopped, Targets, Watch, attack_picture
+from nndefense.serving.openapi import problems
+from nndefense.serving.problem import Problem
+from nndefense.serving.rejected import rejected
+from nndefense.serving.schema import PredictionAnswer
+
+if TYPE_CHECKING:
+    from nndefense.serving.guard import Guard
+    from nndefense.serving.state import ServingState
+
+STEPS = 20
+"""Gradient steps that the page asks for; of the adaptive attack, in each of its stages."""
+MOST_STEPS = 50
+MOST_EPS = {"normalized-l2": 0.5, "linf": 76 / 255}
+"""The largest size of an attack, in units of its norm."""
+MOST_VALUES = 3 * 256 * 256
+"""The largest input, C x H x W, that is attacked."""
+MOST_ROW_BYTES = 2**30
+"""The largest database, as float32 vectors and posteriors, that the adaptive attack takes into memory."""
+SECONDS = 20.0
+"""The longest attack."""
+_LOOK = 0.1
+
+
+class AttackRequest(BaseModel):
+    """Which picture to attack, and how."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "example": {
+                "image": "iVBORw0KGgo…",
+                "attack": "classifier",
+                "norm": "normalized-l2",
+                "eps": 0.2,
+                "steps": 20,
+            }
+        },
+    )
+
+    image: Annotated[str, Field(description="An image file in base64, as for /v1/classify.")]
+    attack: Annotated[
+        AttackName,
+        Field(description="classifier: PGD that ignores the defence; defense: the adaptive attack, which knows all."),
+    ] = "classifier"
+    norm: Annotated[
+        NormName, Field(description="normalized-l2: eps is a share of the image's length; linf: eps is per pixel.")
+    ] = "normalized-l2"
+    eps: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="At most 0.5, or 76/255 per pixel.")] = 0.1
+    steps: Annotated[
+        int, Field(ge=1, le=MOST_STEPS, description="Gradient steps; of the adaptive attack, in each stage.")
+    ] = STEPS
+    top: Annotated[int, Field(ge=1, le=100_000, description="Classes in each list.")] = 5
+    neighbors: Annotated[int, Field(ge=0, le=100_000, description="Neighbours of each image.")] = 10
+
+
+class AttackedPicture(BaseModel):
+    """A picture, and what is said of it."""
+
+    image: str = Field(description="PNG in base64.")
+    prediction: PredictionAnswer
+
+
+class DifferencePicture(BaseModel):
+    """What an attack changed, on mid grey."""
+
+    image: str = Field(description="PNG in base64.")
+    magnification: int
+
+
+class Flipped(BaseModel):
+    """Whether the class changed; an abstention is no change."""
+
+    bare: bool
+    defended: bool
+
+
+class AttackAnswer(BaseModel):
+    """An attacked picture beside the clean one. Both have 8 bits a channel, and the predictions are of them as such."""
+
+    attack: AttackName
+    norm: NormName
+    eps: float
+    steps: int
+    away_from: str = Field(description="The class that was predicted before; the true one is not known.")
+    bits: int
+    size: dict[str, float] = Field(description="What the change measures after rounding: linf, l2 and normalized-l2.")
+    clean: AttackedPicture
+    attacked: AttackedPicture
+    difference: DifferencePicture
+    flipped: Flipped
+    seconds: float
+
+
+def offer(guard: Guard) -> dict[str, Any]:
+    """What the page may offer for this database: ``attacks`` (with a ``reason`` for one that is left out), ``norms``
+    with ``most``, ``step`` and ``text``, and ``steps``.
+    """
+    allowed, reason = ["classifier", "defense"], ""
+    channels, height, width = guard.classifier.input_shape
+    rows, dimension = len(guard.database), guard.database.manifest.dimension
+    if channels * height * width > MOST_VALUES:
+        allowed, reason = [], f"pictures of {height} x {width} take too long to attack here"
+    elif 4 * rows * (dimension + len(guard.classes) + 2) > MOST_ROW_BYTES:
+        allowed, reason = ["classifier"], "not here: the database is too large to hold in memory once more"
+    return {
+        "attacks": allowed,
+        "reason": reason,
+        "steps": STEPS,
+        "norms": {
+            "normalized-l2": {"most": MOST_EPS["normalized-l2"], "step": 0.01, "text": "ℓ₂, share of its length"},
+            "linf": {"most": MOST_EPS["linf"], "step": 1 / 255, "text": "ℓ∞, change of a pixel"},
+        },
+    }
+
+
+def router(state: ServingState) -> APIRouter:
+    """``POST /v1/demo/attack``; to be included only where the operator has asked for it."""
+    routes = APIRouter()
+    targets = Targets()
+
+    @routes.post(
+        "/v1/demo/attack",
+        summary="Attack an image on the server",
+        response_class=JSONResponse,
+        responses={200: {"model": AttackAnswer}, **problems(400, 408, 413, 415, 422, 503)},
+    )
+    async def demo_attack(request: Request, wanted: AttackRequest) -> JSONResponse:
+        """Attack an image away from the class that it is predicted as now, and predict the result.
+
+        The true class of the image is not known here. Both images are rounded to 8 bits a channel before they are
+        predicted, so the PNGs of the answer give the same predictions when they are sent to `/v1/classify`.
+        """
+        guard = state.guard
+        allowed = offer(guard)
+        if wanted.attack not in allowed["attacks"]:
+            raise rejected("invalid_argument", f"this attack is not offered: {allowed['reason']}")
+        most = MOST_EPS[wanted.norm]
+        if wanted.eps > most * (1 + 1e-9):
+            raise rejected("invalid_argument", f"eps is {wanted.eps:g}, but must be at most {most:g} in {wanted.norm}")
+        clean = eight_bits(await state.decode(_bytes(wanted.image), guard=guard))
+        before = (await state.submit([clean], wanted.top, wanted.neighbors, guard=guard))[0]
+        leaving = before.bare if wanted.attack == "classifier" else before
+        job = Job(clean[None], leaving.class_index, wanted.attack, wanted.norm, wanted.eps, wanted.steps)
+        begun = time.monotonic()
+        attacked = (await _while_awaited(request, state, guard, job))[0]
+        seconds = time.monotonic() - begun
+        after = (await state.submit([attacked], wanted.top, wanted.neighbors, guard=guard))[0]
+        shown, magnification = magnified(attacked - clean)
+        sizes = {
+            "linf": float(distance(clean[None], attacked[None], "linf")),
+            "l2": float(distance(clean[None], attacked[None], "l2")),
+        }
+        sizes["normalized-l2"] = sizes["l2"] / max(float(clean.norm()), 1e-12)
+        return JSONResponse(
+            {
+                "attack": wanted.attack,
+                "norm": wanted.norm,
+                "eps": wanted.eps,
+                "steps": wanted.steps,
+                "away_from": leaving.class_name,
+                "bits": 8,
+                "size": {name: float(f"{value:.6g}") for name, value in sizes.items()},
+                "clean": {"image": png(clean), "prediction": before.to_json()},
+                "attacked": {"image": png(attacked), "prediction": after.to_json()},
+                "difference": {"image": png(shown), "magnification": magnification},
+                "flipped": {
+                    "bare": after.bare.class_index != before.bare.class_index,
+                    "defended": after.class_index != before.class_index,
+                },
+                "seconds": round(seconds, 3),
+            }
+        )
+
+    async def _while_awaited(request: Request, state: ServingState, guard: Guard, job: Job) -> Tensor:
+        """The attacked image; the attack ends early where the client has gone."""
+        watch = Watch(SECONDS)
+
+        def run() -> Tensor:
+            watch.wanted()
+            target = targets(guard)
+            if job.attack == "defense":
+                # What takes long the first time is no part of the attack's own time.
+                target.prepare()
+            return attack_picture(target, job, watch)
+
+        running = asyncio.ensure_future(state.run_slow(run))
+        try:
+            while not (await asyncio.wait({running}, timeout=_LOOK))[0]:
+                if await request.is_disconnected():
+                    watch.stop()
+            return await running
+        except Late:
+            detail = f"the attack took longer than {SECONDS:g} seconds: take fewer steps, or attack the classifier"
+            raise Problem("timed_out", detail) from None
+        except Stopped:
+            raise Problem("stopping", "nobody waited for this attack any more") from None
+        finally:
+            watch.stop()
+
+    return routes
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise rejected("invalid_base64", "the image is not base64 of an image file: encode the file's bytes") from None

@@ -1,0 +1,79 @@
+"""The page for people: its files, as they lie in the package, and what it may offer."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from nndefense.serving.demo_attacks import offer
+
+if TYPE_CHECKING:
+    from nndefense.serving.state import ServingState
+
+FILES = {
+    "index.html": "text/html; charset=utf-8",
+    "page.css": "text/css; charset=utf-8",
+    "page.js": "text/javascript; charset=utf-8",
+    "answer.js": "text/javascript; charset=utf-8",
+    "api.js": "text/javascript; charset=utf-8",
+    "attack.js": "text/javascript; charset=utf-8",
+    "given.js": "text/javascript; charset=utf-8",
+    "prediction.js": "text/javascript; charset=utf-8",
+    "words.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+}
+"""The files of the page with their types; nothing else of the folder is served."""
+
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' blob: data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
+)
+"""The page's content security policy: nothing from elsewhere, no script or style but the files above."""
+
+
+def router(state: ServingState) -> APIRouter:
+    """``GET /``, ``GET /page/{name}`` and ``GET /page/settings.json``; the API's description leaves them out."""
+    routes = APIRouter(include_in_schema=False)
+    folder = resources.files("nndefense.serving").joinpath("page")
+    files = {name: folder.joinpath(name).read_bytes() for name in FILES}
+    tags = {name: f'"{hashlib.sha256(data).hexdigest()[:32]}"' for name, data in files.items()}
+
+    def answer(request: Request, name: str) -> Response:
+        headers = {"etag": tags[name], "cache-control": "no-cache", "content-security-policy": POLICY}
+        if tags[name] in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(files[name], media_type=FILES[name], headers=headers)
+
+    @routes.get("/")
+    async def index(request: Request) -> Response:
+        return answer(request, "index.html")
+
+    @routes.get("/page/settings.json")
+    async def settings() -> Response:
+        allowed: dict[str, Any] | None = None
+        if state.settings.demo_attacks:
+            allowed = offer(state.guard)
+        return JSONResponse({"demo_attacks": allowed})
+
+    def add(name: str) -> None:
+        @routes.get(f"/page/{name}")
+        async def file(request: Request) -> Response:
+            return answer(request, name)
+
+    for name in FILES:
+        add(name)
+    return routes
