@@ -738,7 +738,7 @@ def asked(*words: object) -> tuple[Json, ServingSettings, Json]:
 def test_the_command_s_defaults_are_the_settings_own(tmp_path: Path) -> None:
     opened, settings, engine = asked("--database", tmp_path)
     assert settings == ServingSettings()
-    assert engine == {"engine": "local", "replicas": 1, "shards": 1}
+    assert engine == {"engine": "local", "replicas": 1, "shards": 1, "max_replicas": None, "ray_address": None}
     assert opened["database"] == tmp_path
     assert {name: value for name, value in opened.items() if value is not None} == {
         "database": tmp_path,
@@ -753,7 +753,7 @@ def test_the_command_s_options_reach_the_service(key_file: Path) -> None:
         "--allowed-host", "a.example", "--allowed-host", "b.example", "--demo-attacks", "--reject-rate", 0.1,
         "--max-batch", 8, "--queue", 99, "--timeout", 3, "--max-body-mib", 2, "--max-images", 5, "--threads", 3,
         "--weighting", "uniform", "--k", 7, "--input-shape", "3,32,32", "--engine", "ray", "--replicas", 2,
-        "--shards", 4,
+        "--shards", 4, "--max-replicas", 6, "--ray-address", "10.0.0.5:6379",
     )  # fmt: skip
     assert (opened["classifier"], opened["reject_rate"], opened["k"], opened["weighting"]) == ("c", 0.1, 7, "uniform")
     assert opened["input_shape"] == (3, 32, 32)
@@ -761,7 +761,8 @@ def test_the_command_s_options_reach_the_service(key_file: Path) -> None:
     assert (settings.port, settings.demo_attacks, settings.max_batch, settings.queue) == (81, True, 8, 99)
     assert (settings.limits.max_body_bytes, settings.limits.max_image_bytes) == (2 * 2**20, 2 * 2**20)
     assert (settings.timeout, settings.limits.max_images, settings.threads) == (3, 5, 3)
-    assert engine == {"engine": "ray", "replicas": 2, "shards": 4}
+    ray = {"max_replicas": 6, "ray_address": "10.0.0.5:6379"}
+    assert engine == {"engine": "ray", "replicas": 2, "shards": 4, **ray}
 
 
 def test_the_command_says_what_is_missing_or_does_not_go_together() -> None:

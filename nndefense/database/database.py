@@ -15,6 +15,7 @@ from torch import Tensor
 from nndefense.database.index import BACKENDS, FaissIndex, Index, TorchIndex, faiss_available
 from nndefense.database.manifest import Manifest
 from nndefense.database.rows import Rows
+from nndefense.database.sharded import ENGINES, ShardedIndex
 from nndefense.database.weighting import CBW_D_POWER, CBW_D_TERMS, neighbor_weights
 from nndefense.database.writer import DatabaseWriter, ShardWriter, read_pca, seal
 from nndefense.errors import DatabaseError, InputError
@@ -37,6 +38,8 @@ class ImageDatabase:
         self.path, self.manifest, self.pca = path, manifest, pca
         self._table, self._index, self._backend, self._device = table, index, backend, device
         self._selection: Array | None = None
+        # How the index is held, to open it again in the same way.
+        self._held: dict[str, Any] = {}
 
     # -- making and opening -------------------------------------------------------------------------------------
 
@@ -71,6 +74,10 @@ class ImageDatabase:
         verify: bool = True,
         backend: str = "auto",
         device: str = "cpu",
+        engine: str = "local",
+        shards: int = 2,
+        ray_address: str | None = None,
+        ray_name: str | None = None,
     ) -> ImageDatabase:
         """Open a database folder.
 
@@ -81,14 +88,22 @@ class ImageDatabase:
             backend: ``faiss``, ``torch`` (exact search in torch, whatever the index), or ``auto``: FAISS where it is
                 installed.
             device: where the torch backend searches.
+            engine: ``local``: the index is in this process. ``ray``: parts of the rows are in Ray actors, which search
+                them exactly, whatever the index; for databases larger than one machine's memory.
+            shards: with Ray, the number of parts.
+            ray_address: with Ray, the cluster to join. None: the one that this process is in, else one is started.
+            ray_name: with Ray, a name under which processes share the parts; see
+                :meth:`~nndefense.database.sharded.ShardedIndex.start`.
 
         Raises:
-            DatabaseError: a missing or unfinished database, a file that is missing, truncated or changed, or a
-                database made with another classifier.
-            InputError: an unknown backend.
+            DatabaseError: a missing or unfinished database, a file that is missing, truncated or changed, a database
+                made with another classifier, or a Ray cluster that cannot be used.
+            InputError: an unknown backend or engine; Ray is not installed.
         """
         if backend not in BACKENDS:
             raise InputError(f"backend is {backend!r}, but must be one of {', '.join(BACKENDS)}")
+        if engine not in ENGINES:
+            raise InputError(f"engine is {engine!r}, but must be one of {', '.join(ENGINES)}")
         folder = Path(path)
         manifest = Manifest.read(folder)
         manifest.check_files(folder, checksums=verify)
@@ -101,12 +116,20 @@ class ImageDatabase:
             )
         if backend == "auto":
             backend = "faiss" if faiss_available() else "torch"
-        index: Index = (
-            FaissIndex.read(folder / manifest.index["file"])
-            if backend == "faiss"
-            else TorchIndex(lambda first, last: table.slice("features", first, last), len(table), device=device)
-        )
-        return cls(folder, manifest, table, index, read_pca(folder, manifest), backend, device)
+        held: dict[str, Any] = {}
+        index: Index
+        if engine == "ray":
+            held = {"engine": engine, "shards": shards, "ray_address": ray_address, "ray_name": ray_name}
+            index = ShardedIndex.start(
+                folder, manifest, shards=shards, address=ray_address, backend=backend, device=device, name=ray_name
+            )
+        elif backend == "faiss":
+            index = FaissIndex.read(folder / manifest.index["file"])
+        else:
+            index = TorchIndex(lambda first, last: table.slice("features", first, last), len(table), device=device)
+        database = cls(folder, manifest, table, index, read_pca(folder, manifest), backend, device)
+        database._held = held
+        return database
 
     def add(
         self, features: Tensor, posteriors: Tensor, ids: Sequence[str], labels: Sequence[int] | Tensor | Array
@@ -128,9 +151,20 @@ class ImageDatabase:
         identity = {name: getattr(manifest, name) for name in ("classes", "feature", "classifier", "data")}
         new_index = f"index-{len(files):05d}.faiss"
         seal(self.path, files, manifest.index["factory"], new_index, identity)
-        reopened = ImageDatabase.open(self.path, verify=False, backend=self._backend, device=self._device)
+        reopened = ImageDatabase.open(self.path, verify=False, backend=self._backend, device=self._device, **self._held)
         self.manifest, self._table, self._index = reopened.manifest, reopened._table, reopened._index
         (self.path / old_index).unlink(missing_ok=True)
+
+    def hold_rows(self, max_bytes: int) -> bool:
+        """Copy the rows into memory, where they have ``max_bytes`` at most; whether they had.
+
+        Rows are otherwise mapped: a program that overwrites a file in place, rather than replacing it, would change
+        what is read here, and one that truncates it would end this process.
+        """
+        fits = self._table.nbytes <= max_bytes
+        if fits:
+            self._table.hold()
+        return fits
 
     # -- what it is ---------------------------------------------------------------------------------------------
 
@@ -151,6 +185,17 @@ class ImageDatabase:
     def feature(self) -> FeatureSpec:
         """How the feature vectors are made."""
         return FeatureSpec(**self.manifest.feature)
+
+    @property
+    def sharded(self) -> ShardedIndex | None:
+        """The parts of the index in Ray actors, or None where the index is in this process."""
+        return self._index if isinstance(self._index, ShardedIndex) else None
+
+    @property
+    def exact(self) -> bool:
+        """Whether a search finds the nearest rows for certain, and not only most of them."""
+        made_exact = self.manifest.index["factory"] == "Flat" or self._selection is not None
+        return made_exact or not isinstance(self._index, FaissIndex)
 
     @property
     def fingerprint(self) -> str:
@@ -269,7 +314,11 @@ class ImageDatabase:
         ids = self._table.slice("ids", 0, len(self))
         if len(np.unique(ids)) != len(self):
             raise DatabaseError(f"{self.path} holds {len(self) - len(np.unique(ids)):,} ids twice: build it again")
-        held = self._index.index.ntotal if isinstance(self._index, FaissIndex) else len(self)
+        held = len(self)
+        if isinstance(self._index, FaissIndex):
+            held = self._index.index.ntotal
+        elif isinstance(self._index, ShardedIndex):
+            held = self._index.check()
         if held != len(self):
             raise DatabaseError(f"the index of {self.path} holds {held:,} of {len(self):,} rows: build it again")
         return {"rows": len(self), "files": len(self.manifest.files), "index_rows": held}

@@ -115,6 +115,7 @@ def running_top_k(
     groups: Tensor | None = None,
     of: Tensor | None = None,
     but: Tensor | None = None,
+    relative: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest rows over all pieces, keeping no more than k of them for each query.
 
@@ -123,9 +124,10 @@ def running_top_k(
         pieces: (number of the first row, rows M x d, their squared lengths M).
         k: at least 1; at most the number of rows is returned.
         groups, of, but: as for :meth:`ExactSearch.search`.
+        relative: leave out the queries' own squared lengths, as is needed to merge several results without rounding.
 
     Returns:
-        Squared distances N x k, at least 0, nearest first, and row numbers N x k.
+        Squared distances N x k, at least 0 (unless relative), nearest first, and row numbers N x k.
     """
     best = queries.new_full((len(queries), 0), torch.inf)
     ids = torch.zeros((len(queries), 0), dtype=torch.int64, device=queries.device)
@@ -142,6 +144,8 @@ def running_top_k(
         best, ids = torch.cat([best, near], 1), torch.cat([ids, position + first], 1)
         best, order = best.topk(min(k, best.shape[1]), dim=1, largest=False)
         ids = ids.gather(1, order)
+    if relative:
+        return best, ids
     return (best + (queries * queries).sum(1, keepdim=True)).clamp_min(0), ids
 
 
