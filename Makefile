@@ -3,19 +3,36 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench bench-attacks oracle lint types check clean
+.PHONY: demo serve-demo test test-slow bench bench-attacks bench-training bench-serving oracle lint types check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nndefense demo --out runs/demo
 
+# Serves the database that `make demo` made, with its page and the attacks on it, until interrupted.
+serve-demo: $(VENV)/.serve runs/demo/database/guard.json
+	$(BIN)/nndefense serve --database runs/demo/database --demo-attacks
+
+runs/demo/database/guard.json:
+	$(MAKE) demo
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/first_path.py --out benchmarks/first_path.json
 
 bench-attacks: $(VENV)/.dev
 	$(BIN)/python benchmarks/attacks.py --out benchmarks/attacks.json
+
+bench-training: $(VENV)/.dev
+	$(BIN)/python benchmarks/training.py --out benchmarks/training.json
+
+# Needs wrk, a load tool of the system's packages.
+bench-serving: $(VENV)/.serve
+	$(BIN)/python benchmarks/serving.py --out benchmarks/serving.json
 
 # Compares the attacks with those of foolbox, torchattacks and ART, in an environment of its own; writes docs/oracle.md.
 oracle:
@@ -33,6 +50,10 @@ check: lint types test
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serve]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed

@@ -26,6 +26,7 @@ FLOORS = (
     ("nndefense.database",),
     ("nndefense.defenses", "nndefense.training"),
     ("index_build", "nndefense.evaluation"),
+    ("nndefense.experiments", "nndefense.serving"),
     ("nndefense.cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -49,10 +50,13 @@ PUBLIC = (
     "nndefense.defenses",
     "nndefense.evaluation",
     "nndefense.evaluation.report",
+    "nndefense.experiments",
     "nndefense.features",
     "nndefense.models",
+    "nndefense.serving",
     "nndefense.theory",
     "nndefense.training",
+    "nndefense.training.objectives",
     "index_build",
 )
 
@@ -75,7 +79,8 @@ def imported(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide which room is meant"
             # "from nndefense import attacks" imports the room nndefense.attacks.
-            found.update([node.module] if node.module != "nndefense" else [f"nndefense.{a.name}" for a in node.names])
+            rooms = [f"nndefense.{a.name}" for a in node.names if not a.name.startswith("__")]
+            found.update([node.module] if node.module != "nndefense" else rooms)
     return {module for module in found if module and module.split(".")[0] in PACKAGES}
 
 

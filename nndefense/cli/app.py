@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from nndefense.cli import evaluation_app
+from nndefense.cli import evaluation_app, experiments_app, serve_app, training_app
+from nndefense.cli.guard_app import guard_app
 from nndefense.cli.options import (
     KS,
     POOLINGS,
@@ -18,7 +19,6 @@ from nndefense.cli.options import (
     ClassifierOption,
     DatabaseOption,
     DataDirOption,
-    DatasetOption,
     DatasetsOption,
     DebugOption,
     Device,
@@ -46,6 +46,7 @@ from nndefense.cli.options import (
     shape,
     words,
 )
+from nndefense.cli.pseudo_app import pseudo_app
 from nndefense.cli.rp2_app import rp2_app
 from nndefense.cli.theory_app import theory_app
 
@@ -56,11 +57,16 @@ app = typer.Typer(
     help="The nearest-neighbour defence against adversarial images: build, calibrate, attack, defend, report.",
     epilog="Exit codes: 0 done, 1 other error, 2 wrong input, 3 data, 4 classifier, 5 database, 130 interrupted.",
 )
+app.command()(training_app.train)
 app.command()(evaluation_app.attack)
 app.command()(evaluation_app.evaluate)
 app.command()(evaluation_app.demo)
+app.command()(experiments_app.reproduce)
+app.command()(serve_app.serve)
 index_app = typer.Typer(no_args_is_help=True, help="Build, describe and verify an image database.")
 app.add_typer(index_app, name="index")
+app.add_typer(guard_app, name="guard")
+app.add_typer(pseudo_app, name="pseudo-label")
 app.add_typer(rp2_app, name="rp2")
 app.add_typer(theory_app, name="theory")
 
@@ -68,57 +74,6 @@ app.add_typer(theory_app, name="theory")
 @app.callback()
 def _main(debug: DebugOption = False) -> None:
     """--debug is read where errors are caught; here it is only declared."""
-
-
-@app.command()
-def train(
-    dataset: DatasetOption,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the classifier.")],
-    arch: Annotated[str, typer.Option("--arch", help="Architecture; see the README for the list.")] = "small-cnn",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data [default: by its size].")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step [default: by its size].")] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.0,
-    optimizer: Annotated[str, typer.Option(help="adam, adamw or sgd.")] = "adam",
-    schedule: Annotated[str, typer.Option(help="cosine or none.")] = "cosine",
-    augment: Annotated[bool, typer.Option("--augment", help="Shift images at random.")] = False,
-    flip: Annotated[bool, typer.Option("--flip", help="Mirror images at random.")] = False,
-    validation: Annotated[str | None, typer.Option(help="Data set to measure after each epoch.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished training in --out.")] = False,
-    overwrite: OverwriteOption = False,
-    data_dir: DataDirOption = None,
-    device: DeviceOption = Device.auto,
-    seed: SeedOption = 0,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Train a classifier."""
-    from nndefense.cli import commands
-
-    commands.train(
-        dataset,
-        out,
-        arch,
-        data_dir=data_dir,
-        validation=validation,
-        as_json=json,
-        options={
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "optimizer": optimizer,
-            "schedule": schedule,
-            "augment": augment,
-            "flip": flip,
-            "resume": resume,
-            "overwrite": overwrite,
-            "device": device.value,
-            "seed": seed,
-            "progress": not quiet,
-        },
-    )
 
 
 @index_app.command("build")
@@ -258,12 +213,18 @@ def calibrate(
 @app.command()
 def classify(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    classifier: ClassifierOption,
     database: DatabaseOption,
+    classifier: Annotated[
+        str | None,
+        typer.Option("--classifier", help="As for the other commands [default: the one that the database names]."),
+    ] = None,
     k: KOption = None,
     weighting: WeightingOption = None,
     top: Annotated[int, typer.Option(min=1, help="Classes and neighbours to show.")] = 5,
     convert: Annotated[bool, typer.Option("--convert", help="Turn grey images to colour, or colour to grey.")] = False,
+    reject_rate: Annotated[
+        float | None, typer.Option(help="Mark images farther away than all but this share of clean ones.")
+    ] = None,
     batch_size: BatchOption = 64,
     classes: ClassesOption = None,
     input_shape: ShapeOption = None,
@@ -282,6 +243,7 @@ def classify(
         weighting=weighting.value if weighting else None,
         top=top,
         convert=convert,
+        reject_rate=reject_rate,
         batch_size=batch_size,
         classes=classes,
         input_shape=shape(input_shape),
