@@ -53,7 +53,7 @@ def report_html(results: Results, svg: bytes) -> str:
     tables = [_table(table) for table in tables_of(results)]
     picture = base64.b64encode(svg).decode("ascii")
     about = "".join(f"<p>{escape(text.strip())}</p>" for text in recipe["about"].split("\n\n") if text.strip())
-    sources = "".join(f"<li>{escape(source)}</li>" for source in recipe["sources"])
+    sources = f"<p>Sources: {escape('; '.join(recipe['sources']))}.</p>"
     return f"""<!DOCTYPE html>
 <html lang="en-GB">
 <head>
@@ -72,7 +72,7 @@ def report_html(results: Results, svg: bytes) -> str:
 <h1>{escape(title)}</h1>
 </header>
 <main>
-<section>{about}<ul>{sources}</ul></section>
+<section>{about}{sources}</section>
 {tables[0]}
 <section><figure><img alt="{escape(title)}: figure of the table's figures" style="max-width:100%;background:#fff"
 src="data:image/svg+xml;base64,{picture}"></figure></section>

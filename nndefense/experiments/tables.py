@@ -161,7 +161,7 @@ def _differences(results: Results) -> list[Table]:
     titles = {threat["name"]: threat["title"] for threat in results["threats"]}
     for one in results["differences"]:
         cells = [points_text(Spread(**{**one[kind], "values": tuple(one[kind]["values"])})) for kind in _KINDS]
-        ps = [", ".join(f"{p:.2g}" for p in one[f"{kind}_mcnemar"]) for kind in _KINDS]
+        ps = [", ".join("< 1e-300" if p == 0 else f"{p:.2g}" for p in one[f"{kind}_mcnemar"]) for kind in _KINDS]
         rows.append(
             (f"{one['first']} − {one['second']}", titles[one["threat"]], f"{one['labels']:,}", cells[0], ps[0])
             + (cells[1], ps[1])
