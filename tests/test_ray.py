@@ -50,6 +50,9 @@ from nndefense.serving import ray_app
 from nndefense.serving.ray_door import merged
 from nndefense.serving.ray_replica import Replica, Spec
 
+# Starting a cluster alone takes half a minute.
+pytestmark = pytest.mark.slow
+
 KEY, ADMIN = "a-key-of-some-length-1", "an-admin-key-of-length-2"
 
 

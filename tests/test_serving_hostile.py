@@ -237,6 +237,7 @@ def resident(child: Process) -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's memory")
+@pytest.mark.slow
 def test_memory_does_not_grow() -> None:
     """The whole catalogue, again and again, at a server in a process of its own: the memory stays where it was."""
     with process(home() / "database", "--body-seconds", SLOW) as child:

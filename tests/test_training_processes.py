@@ -20,6 +20,8 @@ from nndefense.training import train_classifier
 from nndefense.training.launcher import Team, join, leads, running_statistics
 
 pytest.importorskip("lightning_fabric")
+# Each case starts interpreters by torchrun.
+pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Run by every process; what it finds goes to found-RANK.json beside the folders of the trainings.
