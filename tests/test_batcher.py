@@ -209,6 +209,34 @@ def test_whoever_gives_up_is_not_worked_for() -> None:
     run(test)
 
 
+def test_giving_up_in_the_moment_of_being_taken_does_not_end_the_worker() -> None:
+    work = Work()
+
+    async def whole() -> None:
+        given_up = threading.Event()
+
+        def size(key: str) -> int:
+            # The worker has seen that somebody waits, and has not taken him yet.
+            if key == "impatient":
+                loop.call_soon_threadsafe(task.cancel)
+                assert given_up.wait(5)
+            return 1
+
+        loop = asyncio.get_running_loop()
+        batcher: Batcher[str, int, int] = Batcher(work, size=size, wait=0, capacity=10)
+        batcher.start()
+        task = asyncio.ensure_future(batcher.submit("impatient", [1], 10))
+        task.add_done_callback(lambda _: given_up.set())
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await batcher.submit("patient", [2], 5) == [4]
+        batcher.close()
+        assert await asyncio.to_thread(batcher.join, 5)
+
+    asyncio.run(whole())
+    assert work.batches == [("patient", [2])]
+
+
 def test_one_job_s_fault_does_not_fail_the_others() -> None:
     async def test(batcher: Batcher[str, int, int], work: Work) -> None:
         first = await blocked(batcher, work)

@@ -169,9 +169,11 @@ class Batcher(Generic[K, P, R]):
                 head = self._items[0][0]
                 size = self._size(head.key)
                 left = head.arrived + self._wait - time.monotonic()
-                if len(self._items) >= size or left <= 0 or self._closing:
-                    return self._gather(head.key, size)
-                self._sleep(size, left)
+                if len(self._items) < size and left > 0 and not self._closing:
+                    self._sleep(size, left)
+                # Empty where all of them gave up in this very moment, which is no reason to end.
+                elif batch := self._gather(head.key, size):
+                    return batch
 
     def _sleep(self, wanted: int, seconds: float | None) -> None:
         self._wanted = wanted
