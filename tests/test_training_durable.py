@@ -110,6 +110,24 @@ def end_of(number: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
 
 
+def position(out: Path) -> tuple[int, int] | None:
+    """The epoch and step of the checkpoint in a folder."""
+    try:
+        state = json.loads((out / "training.json").read_text())
+    except FileNotFoundError:
+        return None
+    return state["epoch"], state["step"]
+
+
+def moved_on(out: Path, before: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Wait for another checkpoint than that one, or the end of the training."""
+    deadline = time.monotonic() + 60
+    while (found := position(out)) == before and not (out / "classifier.json").exists():
+        assert time.monotonic() < deadline, "the training makes no checkpoints"
+        time.sleep(0.001)
+    return found
+
+
 def resumed(out: Path) -> Classifier:
     return train_classifier(fresh(), **everything(), out=out, resume=True)
 
@@ -118,26 +136,24 @@ def resumed(out: Path) -> Classifier:
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """SIGKILL, again and again, until a run gets through; then the weights are those of an uninterrupted one."""
     expected, history = uninterrupted()
-    begun = time.perf_counter()
-    train_classifier(fresh(), **everything(), out=tmp_path / "timed")
-    # No run lives long enough for more than about a third of the training.
-    longest = (time.perf_counter() - begun) / 3
     chance, out, kills, places = random.Random(), tmp_path / "net", 0, set()
     for _ in range(200):
-        unfinished = (out / "training.json").exists()
-        options = {"resume": True} if unfinished else {"overwrite": True}
+        before = position(out)
+        options = {"resume": True} if before else {"overwrite": True}
         number = child(lambda options=options: train_classifier(fresh(), **everything(), out=out, **options))  # type: ignore[misc]
-        time.sleep(chance.uniform(0.02, max(0.05, longest)))
         if kills < 8:
+            # A few of the 32 steps further, however fast the machine is, and then at any moment of a step.
+            for _ in range(chance.randrange(7)):
+                before = moved_on(out, before)
+            time.sleep(chance.uniform(0, 0.02))
             os.kill(number, signal.SIGKILL)
         code = end_of(number)
         if code == 0:
             break
         assert code == -signal.SIGKILL, "the training failed by itself"
         kills += 1
-        if (out / "training.json").exists():
-            state = json.loads((out / "training.json").read_text())
-            places.add((state["epoch"], state["step"]))
+        if found := position(out):
+            places.add(found)
     assert kills >= 3
     assert any(step for _, step in places), "no kill within an epoch"
     loaded = load_classifier(out)

@@ -91,6 +91,12 @@ class Batcher(Generic[K, P, R]):
         """How long the queue will last, by the speed of the last batches."""
         return len(self._items) * self._seconds_each
 
+    def check_room(self, items: int, timeout: float) -> None:
+        """Raise ``queue_full`` unless so many items more fit in the queue and it lasts ``timeout`` seconds at most."""
+        backlog = self.backlog_seconds
+        if len(self._items) + items > self._capacity or backlog > timeout:
+            raise busy("queue_full", "more requests are waiting than can be answered in time: try later", backlog)
+
     @property
     def alive(self) -> bool:
         """Whether the worker runs."""
@@ -121,9 +127,7 @@ class Batcher(Generic[K, P, R]):
         with self._changed:
             if self._closing:
                 raise busy("stopping", "the server is being stopped: try again in a moment", 1)
-            backlog = self.backlog_seconds
-            if len(self._items) + len(payloads) > self._capacity or backlog > timeout:
-                raise busy("queue_full", "more requests are waiting than can be answered in time: try later", backlog)
+            self.check_room(len(payloads), timeout)
             self._items.extend((job, number) for number in range(len(payloads)))
             if self._wanted and len(self._items) >= self._wanted:
                 self._changed.notify()

@@ -7,11 +7,8 @@ from dataclasses import dataclass, fields
 
 from nndefense.errors import InputError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
-"""The image formats that are decoded, by Pillow's names; :mod:`nndefense.serving.decode` says why no others."""
-
 MEDIA_TYPES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP", "image/gif": "GIF"}
-"""The content type of each format."""
+"""What is decoded, by content type; :mod:`nndefense.serving.decode` says why nothing else."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,6 @@ class Limits:
     """The parts of a multipart body, fields and files together."""
     max_part_header_bytes: int = 4096
     """The headers of one part."""
-    max_field_bytes: int = 1024
-    """The value of one multipart field that is no file, or of a query parameter."""
     max_json_depth: int = 4
     """How deep arrays and objects may stand inside one another in a JSON body; a correct one needs 2."""
     max_header_bytes: int = 16 * 2**10

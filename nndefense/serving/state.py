@@ -174,9 +174,7 @@ class ServingState:
         Raises:
             Problem: ``queue_full``.
         """
-        backlog = self.batcher.backlog_seconds
-        if self.batcher.waiting >= self.settings.queue or backlog > self.settings.timeout:
-            raise busy("queue_full", "more requests are waiting than can be answered in time: try later", backlog)
+        self.batcher.check_room(1, self.settings.timeout)
 
     async def run_blocking(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run short work, such as decoding or reading a file, in one of few threads.
