@@ -1,0 +1,116 @@
+"""Square crops of an image, brought back to its size: at random places, or on a grid."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from nndefense.attacks.checks import at_least, fraction
+from nndefense.errors import InputError
+
+#: 90 of 224 pixels (Guo et al., ICLR 2018, section 4).
+CROP_SIZE = 90 / 224
+
+
+def resized_crops(images: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut a window out of each image and stretch it to the image's size, bilinearly; differentiable.
+
+    Sampling is that of ``interpolate(window, align_corners=False)``: nothing outside the window is looked at.
+
+    Args:
+        images: N x C x H x W.
+        corners: the windows' upper left pixels as (row, column), int64, N x 2.
+        size: rows and columns of a window.
+
+    Returns:
+        N x C x H x W.
+    """
+    height, width = images.shape[2:]
+    rows, row_shares = _taps(corners[:, 0], size[0], height, images)
+    columns, column_shares = _taps(corners[:, 1], size[1], width, images)
+    # Two rows, then two columns of each: what bilinear sampling on a grid of straight lines comes to.
+    picked = rows[:, :, None, :, None].expand(-1, -1, images.shape[1], -1, width)
+    upper, lower = (images.gather(2, picked[:, side]) for side in (0, 1))
+    bands = torch.lerp(upper, lower, row_shares[:, None, :, None])
+    picked = columns[:, :, None, None, :].expand(-1, -1, images.shape[1], height, -1)
+    left, right = (bands.gather(3, picked[:, side]) for side in (0, 1))
+    return torch.lerp(left, right, column_shares[:, None, None, :])
+
+
+def _taps(first: Tensor, length: int, wanted: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The two pixels that each of ``wanted`` samples lies between, N x 2 x wanted, and the second's share."""
+    places = (torch.arange(wanted, device=like.device, dtype=like.dtype) + 0.5) * (length / wanted) - 0.5
+    places = places.clamp(0, length - 1)
+    below = places.floor().clamp_max(max(length - 2, 0))
+    pair = torch.stack([below, (below + 1).clamp_max(length - 1)]).long()
+    return first[:, None, None] + pair, (places - below).expand(len(first), -1)
+
+
+def window(images: Tensor, size: float) -> tuple[int, int]:
+    """Rows and columns of a crop of this share of the side; at least one pixel."""
+    rows, columns = (max(1, round(size * side)) for side in images.shape[2:])
+    return rows, columns
+
+
+class RandomCrop(nn.Module):
+    """One crop per image, each at its own place drawn uniformly, resized to the image (Guo et al., ICLR 2018).
+
+    Differentiable. Draws from torch's default generator of the images' device.
+
+    Args:
+        size: side of the crop as a share of the image's, in (0, 1].
+
+    Raises:
+        InputError: a size that cannot be used.
+    """
+
+    def __init__(self, size: float = CROP_SIZE) -> None:
+        super().__init__()
+        fraction("size", size)
+        self.size = size
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images N x C x H x W -> a crop of each, N x C x H x W."""
+        rows, columns = window(images, self.size)
+        free = torch.tensor([images.shape[2] - rows + 1, images.shape[3] - columns + 1], device=images.device)
+        drawn = torch.rand(len(images), 2, device=images.device, dtype=torch.float64)
+        return resized_crops(images, (drawn * free).long(), (rows, columns))
+
+
+class GridCrops(nn.Module):
+    """The crops on a grid of places that reaches from border to border, one after another (AID's 9-crop variant).
+
+    Differentiable and without chance.
+
+    Args:
+        size: side of the crop as a share of the image's, in (0, 1].
+        crops: their number, a square: 9 for a grid of 3 x 3.
+
+    Raises:
+        InputError: settings that cannot be used.
+    """
+
+    def __init__(self, size: float = CROP_SIZE, crops: int = 9) -> None:
+        super().__init__()
+        fraction("size", size)
+        at_least("crops", crops)
+        if math.isqrt(crops) ** 2 != crops:
+            raise InputError(f"crops is {crops}, but a grid needs a square number, such as 9 or 16")
+        self.size, self.crops = size, crops
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images N x C x H x W -> all crops of the first image, then of the second...: N * crops x C x H x W."""
+        rows, columns = window(images, self.size)
+        side = math.isqrt(self.crops)
+        down, across = (
+            torch.linspace(0, free, side, dtype=torch.float64, device=images.device).round().long()
+            if side > 1
+            else torch.tensor([free // 2], device=images.device)
+            for free in (images.shape[2] - rows, images.shape[3] - columns)
+        )
+        places = torch.cartesian_prod(down, across).repeat(len(images), 1)
+        return resized_crops(images.repeat_interleave(self.crops, 0), places, (rows, columns))
