@@ -15,7 +15,8 @@ from torch import Tensor
 from nndefense.datasets.arrays import ArrayDataset
 from nndefense.errors import InputError
 from nndefense.training import TrainingSettings
-from nndefense.training.batches import EpochBatches, Images, Share, flipped, shifted
+from nndefense.training.augmentation import flipped, shifted
+from nndefense.training.batches import EpochBatches, Images, Share
 from nndefense.training.launcher import Team
 from nndefense.training.random_state import kept
 

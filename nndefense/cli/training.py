@@ -11,12 +11,14 @@ from nndefense.attacks import SpatialAttack
 from nndefense.cli import output
 from nndefense.datasets import ImageDataset, holdout, open_dataset
 from nndefense.errors import InputError
-from nndefense.models import build_classifier
-from nndefense.training import OBJECTIVES, InnerAttack, accuracy, make_objective, train_classifier
+from nndefense.models import build_classifier, load_classifier
+from nndefense.training import OBJECTIVES, EnsembleAttack, InnerAttack, accuracy, make_objective, train_classifier
 from nndefense.training.batch import Attack
 from nndefense.training.launcher import leads
 from nndefense.training.pools import complement
 from nndefense.training.pseudo_labels import PseudoLabels
+
+ENSEMBLE = "ensemble-adversarial"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +26,16 @@ class AttackChoice:
     """The attack as it was asked for.
 
     Attributes:
-        kind: ``pgd``, ``single-step`` or ``spatial``.
+        kind: ``pgd``, ``single-step``, ``fgsm``, ``r-fgsm`` or ``spatial``; None for ``fgsm`` where an ensemble
+            attacks, else ``pgd``.
         norm, eps, steps, step_size, start, mode: as for :class:`InnerAttack`; None where nothing was said.
         check_steps: steps of the attack on the validation set, or None.
+        start_scale, target: as for :class:`InnerAttack`; None where nothing was said.
+        sources: where the static sources of an ensemble are.
+        source_cache: the folder of what they attacked beforehand, or None.
     """
 
-    kind: str
+    kind: str | None
     norm: str
     eps: float | None
     steps: int
@@ -37,28 +43,69 @@ class AttackChoice:
     start: str | None
     mode: str
     check_steps: int | None
+    start_scale: float | None = None
+    target: str | None = None
+    sources: Sequence[str] = ()
+    source_cache: Path | None = None
 
-    def made(self, objective: str) -> Attack | None:
+    def made(self, objective: str, data_dir: Path | None = None) -> Attack | None:
         """The attack of the training; None where no budget was given to an objective that needs none."""
+        if objective == ENSEMBLE:
+            return self._ensemble(data_dir)
+        if self.sources or self.source_cache is not None:
+            raise InputError(f"static sources attack for the objective {ENSEMBLE} alone: leave --source out")
         if self.kind == "spatial":
             return SpatialAttack(draws=self.steps, mode=self.mode)
         if self.eps is None:
             if objective in OBJECTIVES and not OBJECTIVES[objective].attack:
                 return None
             raise InputError(f"the objective {objective} attacks its images: give --eps, such as 0.3 or 8/255")
-        if self.kind == "single-step":
-            fast = InnerAttack.single_step(self.eps, self.norm, self.mode)
-            length = fast.step_size if self.step_size is None else self.step_size
-            return dataclasses.replace(fast, step_size=length, start=self.start or fast.start)
-        start = self.start or ("gaussian" if "trades" in objective else "uniform")
-        return InnerAttack(
-            eps=self.eps, norm=self.norm, steps=self.steps, step_size=self.step_size, start=start, mode=self.mode
-        )
+        return self._steps(objective, self.eps)
+
+    def _ensemble(self, data_dir: Path | None) -> EnsembleAttack:
+        if not self.sources:
+            raise InputError(
+                f"the objective {ENSEMBLE} attacks by static sources too: name trained classifiers by --source, once "
+                "for each"
+            )
+        if self.eps is None or self.kind == "spatial":
+            raise InputError(f"the objective {ENSEMBLE} attacks by gradient steps: give --eps, such as 0.3 or 8/255")
+        step = self._steps(ENSEMBLE, self.eps)
+        sources = [load_classifier(source, data_dir=data_dir) for source in self.sources]
+        return EnsembleAttack(sources, step, cache=self.source_cache)
+
+    def _steps(self, objective: str, eps: float) -> InnerAttack:
+        """An attack by gradient steps, with whatever was said in the place of its own settings."""
+        kind = self.kind or ("fgsm" if objective == ENSEMBLE else "pgd")
+        if kind == "single-step":
+            attack = InnerAttack.single_step(eps, self.norm, self.mode)
+        elif kind == "fgsm":
+            attack = InnerAttack.fgsm(eps, self.norm, self.mode)
+        elif kind == "r-fgsm":
+            if self.norm != "linf":
+                raise InputError(f"R+FGSM is an attack in linf, not in {self.norm}: choose another --attack")
+            attack = InnerAttack.r_fgsm(eps, self.start_scale, self.mode)
+        else:
+            start = "gaussian" if "trades" in objective else "uniform"
+            attack = InnerAttack(eps=eps, norm=self.norm, steps=self.steps, start=start, mode=self.mode)
+        if objective == "alp":
+            attack = dataclasses.replace(attack, target="least-likely")
+        elif objective == ENSEMBLE and attack.target == "label":
+            attack = dataclasses.replace(attack, target="predicted")
+        said: dict[str, Any] = {
+            "step_size": self.step_size,
+            "start": self.start,
+            "start_scale": self.start_scale,
+            "target": self.target,
+        }
+        return dataclasses.replace(attack, **{name: value for name, value in said.items() if value is not None})
 
     def checking(self, attack: Attack | None) -> Attack | None:
         """The attack on the validation set; None for the training's own choice."""
         if self.check_steps is None:
             return None
+        if isinstance(attack, EnsembleAttack):
+            attack = attack.step
         if not isinstance(attack, InnerAttack):
             raise InputError("--check-steps is the length of an attack by gradient steps: leave it out, or give --eps")
         return InnerAttack(eps=attack.eps, norm=attack.norm, steps=self.check_steps)
@@ -129,7 +176,7 @@ def train(
     """Train a classifier and say where it is and how good."""
     name, words = objective
     loss = make_objective(name, **dict(map(_weight, words)))
-    inner = attack.made(name)
+    inner = attack.made(name, data.data_dir)
     images, unlabelled, held = data.opened(spec, options["seed"])
     net = build_classifier(arch, input_shape=images.shape, classes=images.classes, seed=options["seed"])
     classifier = train_classifier(

@@ -30,6 +30,8 @@ class Kind(str, Enum):
 
     pgd = "pgd"
     single_step = "single-step"
+    fgsm = "fgsm"
+    r_fgsm = "r-fgsm"
     spatial = "spatial"
 
 
@@ -38,7 +40,16 @@ class Start(str, Enum):
 
     uniform = "uniform"
     gaussian = "gaussian"
+    sign = "sign"
     none = "none"
+
+
+class Target(str, Enum):
+    """Which class an attack steps away from, or towards."""
+
+    label = "label"
+    predicted = "predicted"
+    least_likely = "least-likely"
 
 
 class Mode(str, Enum):
@@ -55,14 +66,17 @@ def train(
     objective: Annotated[
         str,
         typer.Option(
-            help="standard, half-half, adversarial, trades, interpolated, worst-of-10, random-augmentation, "
-            "self-training, rst, rst-at, rst-trades or robust-consistency."
+            help="standard, half-half, adversarial, trades, interpolated, ensemble-adversarial, alp, clp, worst-of-10, "
+            "random-augmentation, self-training, rst, rst-at, rst-trades or robust-consistency."
         ),
     ] = "standard",
     weight: Annotated[
         list[str] | None, typer.Option("--weight", help="A weight of the objective: beta=6. Repeat it for several.")
     ] = None,
-    attack: Annotated[Kind, typer.Option(help="What attacks, for objectives that attack.")] = Kind.pgd,
+    attack: Annotated[
+        Kind | None,
+        typer.Option(help="What attacks [default: fgsm for ensemble-adversarial, else pgd]."),
+    ] = None,
     norm: Annotated[Norm, typer.Option(help="Of the attack; normalized-l2 is relative to the image's length.")] = (
         Norm.linf
     ),
@@ -71,6 +85,24 @@ def train(
     step_size: Annotated[str | None, typer.Option(help="Length of a step [default: 2.5 eps / steps].")] = None,
     start: Annotated[
         Start | None, typer.Option(help="Where the attack begins [default: gaussian for trades, else uniform].")
+    ] = None,
+    start_scale: Annotated[
+        str | None, typer.Option(help="Size of the noise of the starts gaussian and sign (r-fgsm: eps / 6).")
+    ] = None,
+    target: Annotated[
+        Target | None,
+        typer.Option(
+            help="Step away from the label or from the predicted class, or towards the least likely one [default: "
+            "least-likely for alp, predicted for fgsm, r-fgsm and ensemble-adversarial, else label]."
+        ),
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--source", help="A static source of ensemble-adversarial: a trained folder. Repeat it."),
+    ] = None,
+    source_cache: Annotated[
+        Path | None,
+        typer.Option("--source-cache", help="Folder to keep what the static sources attack [default: do it anew]."),
     ] = None,
     attack_mode: Annotated[Mode, typer.Option(help="The net's mode while it is attacked.")] = Mode.eval,
     labels: Annotated[
@@ -147,7 +179,7 @@ def train(
         arch,
         objective=(objective, weight or []),
         attack=training.AttackChoice(
-            kind=attack.value,
+            kind=None if attack is None else attack.value,
             norm=norm.value,
             eps=None if eps is None else number("--eps", eps),
             steps=steps,
@@ -155,6 +187,10 @@ def train(
             start=None if start is None else start.value,
             mode=attack_mode.value,
             check_steps=check_steps,
+            start_scale=None if start_scale is None else number("--start-scale", start_scale),
+            target=None if target is None else target.value,
+            sources=source or (),
+            source_cache=source_cache,
         ),
         data=training.DataChoice(
             labels=labels,

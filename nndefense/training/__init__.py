@@ -1,8 +1,10 @@
 """Training classifiers, repeatable under a seed and resumable."""
 
 from nndefense.training.accuracy import accuracy
+from nndefense.training.attacked_images import AttackedImages, write_attacked_images
 from nndefense.training.batch import Attack, Batch, Outcome
-from nndefense.training.inner import STARTS, InnerAttack
+from nndefense.training.ensemble_attack import EnsembleAttack
+from nndefense.training.inner import STARTS, TARGETS, InnerAttack
 from nndefense.training.loop import train_classifier
 from nndefense.training.objectives import (
     OBJECTIVES,
@@ -29,9 +31,12 @@ __all__ = [
     "PRECISIONS",
     "SCHEDULES",
     "STARTS",
+    "TARGETS",
     "Attack",
+    "AttackedImages",
     "Batch",
     "CatastrophicOverfitting",
+    "EnsembleAttack",
     "InnerAttack",
     "Objective",
     "ObjectiveSpec",
@@ -45,4 +50,5 @@ __all__ = [
     "objective_name",
     "standard",
     "train_classifier",
+    "write_attacked_images",
 ]

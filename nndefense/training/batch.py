@@ -16,11 +16,18 @@ class Batch:
         images: n x C x H x W in [0, 1], float32, on the device.
         labels: n class numbers, int64; pseudo-labels where an image is not labelled.
         labelled: n booleans, or None where all images are labelled.
+        rows: the labelled images' numbers in the training set, int64, on the device; labelled images come first. None
+            in a batch that was not taken from a set.
+        others: gives, for the number of a static source of an :class:`nndefense.training.EnsembleAttack`, the
+            batch's images as that source attacked them beforehand, shifted and mirrored like ``images``, which is why
+            it is no tensor: one source of several is read. None where nothing was attacked beforehand.
     """
 
     images: Tensor
     labels: Tensor
     labelled: Tensor | None = None
+    rows: Tensor | None = None
+    others: Callable[[int], Tensor] | None = None
 
 
 @dataclass(frozen=True)

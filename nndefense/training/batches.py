@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
+from nndefense.training.attacked_images import AttackedImages
+from nndefense.training.augmentation import drawn_flip, drawn_shift
 from nndefense.training.batch import Batch
 from nndefense.training.launcher import Team
 from nndefense.training.random_state import generator, reseed
@@ -94,6 +95,9 @@ class EpochBatches:
         pseudo_labels: int64 M.
         resident_bytes: as for :class:`Images`.
 
+    Attributes:
+        others: the labelled images as static sources attacked them, for :attr:`Batch.others`; none at first.
+
     Raises:
         InputError: a batch would be larger than a set, or smaller than the number of processes.
     """
@@ -132,6 +136,7 @@ class EpochBatches:
         if unlabelled is not None and pseudo_labels is not None:
             self._sets.append(Images(unlabelled, team.device, resident_bytes))
             self._labels.append(pseudo_labels.to(team.device))
+        self.others: Sequence[AttackedImages] = ()
         self._labelled = functools.lru_cache(maxsize=4)(self._mask)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Share]:
@@ -153,33 +158,54 @@ class EpochBatches:
         place = 0
         for step, (rows, shares, images) in enumerate(zip(steps, own, self._read(own), strict=True), start=first):
             reseed(self.settings.seed, number, self._purpose(step), self.team.device)
-            labels, parts = [], []
+            labels, parts, numbers = [], [], []
             for kind in range(len(shares)):
                 assert moved is not None
                 end = next(starts)
                 where = moved[place:end]
                 place = end
+                numbers.append(where)
                 labels.append(self._labels[kind][where])
                 found = self._sets[kind].at(where) if images[kind] is None else images[kind]
                 assert found is not None
                 parts.append(found.to(self.team.device, non_blocking=True))
-            yield self._share(rows, shares, parts, labels)
+            yield self._share(rows, shares, parts, labels, numbers[0])
 
     def _share(
-        self, rows: tuple[Tensor, ...], shares: tuple[Tensor, ...], parts: list[Tensor], labels: list[Tensor]
+        self,
+        rows: tuple[Tensor, ...],
+        shares: tuple[Tensor, ...],
+        parts: list[Tensor],
+        labels: list[Tensor],
+        numbers: Tensor,
     ) -> Share:
         mixed = len(parts) > 1
         images = torch.cat(parts) if mixed else parts[0]
-        if self.settings.augment:
-            images = shifted(images)
-        if self.settings.flip:
-            images = flipped(images)
-        if self.settings.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        move = self._augmentation(images)
+        images = move(images)
         own = len(shares[0])
         mask = self._labelled(own, len(images)) if mixed else None
-        batch = Batch(images, torch.cat(labels) if mixed else labels[0], mask)
+        others = None
+        if self.others and not mixed:
+            others = functools.partial(self._attacked, shares[0], move)
+        batch = Batch(images, torch.cat(labels) if mixed else labels[0], mask, numbers, others)
         return Share(batch, sum(map(len, rows)), len(rows[0]), own)
+
+    def _augmentation(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+        """What is done to a batch, drawn once, so that the same can be done to its attacked images."""
+        moves = [drawn_shift(images)] if self.settings.augment else []
+        if self.settings.flip:
+            moves.append(drawn_flip(images))
+
+        def move(batch: Tensor) -> Tensor:
+            for one in moves:
+                batch = one(batch)
+            return batch.contiguous(memory_format=torch.channels_last) if self.settings.channels_last else batch
+
+        return move
+
+    def _attacked(self, rows: Tensor, move: Callable[[Tensor], Tensor], number: int) -> Tensor:
+        return move(self.others[number].read(rows).to(self.team.device))
 
     def _mask(self, labelled: int, images: int) -> Tensor:
         return torch.arange(images, device=self.team.device) < labelled
@@ -226,30 +252,6 @@ class EpochBatches:
                 found = coming.result()
                 coming = pool.submit(fetch, following) if following is not None else None
                 yield found
-
-
-def shifted(images: Tensor) -> Tensor:
-    """Shift each image of n x C x H x W by whole pixels, up to 1/8 of the side each way, filling with black.
-
-    Drawn from torch's default generator of the images' device.
-    """
-    n, channels, height, width = images.shape
-    device = images.device
-    down, right = height // 8, width // 8
-    padded = F.pad(images, (right, right, down, down))
-    tops = torch.randint(2 * down + 1, (n, 1), device=device)
-    lefts = torch.randint(2 * right + 1, (n, 1), device=device)
-    rows = tops + torch.arange(height, device=device)
-    columns = lefts + torch.arange(width, device=device)
-    item = torch.arange(n, device=device)[:, None, None, None]
-    channel = torch.arange(channels, device=device)[None, :, None, None]
-    return padded[item, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-def flipped(images: Tensor) -> Tensor:
-    """Mirror each image of n x C x H x W left to right with probability 1/2; drawn as for :func:`shifted`."""
-    mirror = torch.rand(len(images), device=images.device) < 0.5
-    return torch.where(mirror[:, None, None, None], images.flip(3), images)
 
 
 def _resident(dataset: ImageDataset, device: torch.device, limit: int) -> Tensor | None:

@@ -13,10 +13,11 @@ from nndefense.attacks import LOSSES, NORMS, Model, check_labels, kl, norms
 from nndefense.attacks.checks import at_least
 from nndefense.attacks.losses import Loss
 from nndefense.attacks.modes import attacked_in, check_mode
-from nndefense.attacks.objective import loss_and_gradient
+from nndefense.attacks.objective import loss_and_gradient, negated
 from nndefense.errors import InputError
 
-STARTS = ("uniform", "gaussian", "none")
+STARTS = ("uniform", "gaussian", "sign", "none")
+TARGETS = ("label", "predicted", "least-likely")
 
 # Float16 has nothing below 6e-8, and the gradients of a net that is sure of itself are smaller.
 _FLOAT16_SCALE = 256.0
@@ -33,17 +34,23 @@ class InnerAttack:
     * Madry et al.: ``start="uniform"``.
     * TRADES (Zhang et al., ICML 2019): ``start="gaussian"``, x + 0.001 N(0, I), which is not projected before the
       first step, as in the authors' code; called with ``loss="kl"``.
-    * One fast step: :meth:`single_step`.
+    * One fast step: :meth:`single_step`; FGSM and R+FGSM without label leaking: :meth:`fgsm`, :meth:`r_fgsm`.
+    * Adversarial logit pairing (Kannan et al. 2018): ``target="least-likely"``.
 
     Attributes:
         eps: the radius, at least 0, in units of the norm.
         norm: ``linf``, ``l2`` or ``normalized-l2`` (radius ``eps * ||x||_2``).
         steps: gradient steps, at least 1.
         step_size: in units of the norm; None for ``2.5 * eps / steps``.
-        start: ``uniform`` in the ball, ``gaussian`` noise, or ``none`` for the image itself.
-        start_scale: standard deviation of the gaussian noise, in pixels.
+        start: ``uniform`` in the ball, ``gaussian`` noise, ``sign`` for noise of one size and random sign in every
+            pixel (linf alone), or ``none`` for the image itself.
+        start_scale: standard deviation of the gaussian noise, or size of the sign noise, in pixels.
         mode: of the net during the attack, ``eval`` or ``train``; whichever, its state is the same afterwards.
         momentum: the decay factor of MI-FGSM (Dong et al., CVPR 2018), at least 0; 0 is plain PGD.
+        target: ``label`` steps away from the label that the attack is called with; ``predicted`` away from the class
+            that the net itself gives the clean image, so that the label cannot leak into the attacked image (Kurakin
+            et al., ICLR 2017); ``least-likely`` towards the class that it holds for the least likely. Both
+            choose once, at the clean image; from another start that costs a forward pass.
 
     Raises:
         InputError: a setting that makes no attack.
@@ -57,6 +64,7 @@ class InnerAttack:
     start_scale: float = 0.001
     mode: str = "eval"
     momentum: float = 0.0
+    target: str = "label"
 
     def __post_init__(self) -> None:
         """Raise :class:`InputError` for settings that make no attack."""
@@ -64,6 +72,10 @@ class InnerAttack:
             raise InputError(f"norm is {self.norm!r}, but must be one of {', '.join(NORMS)}")
         if self.start not in STARTS:
             raise InputError(f"start is {self.start!r}, but must be one of {', '.join(STARTS)}")
+        if self.start == "sign" and self.norm != "linf":
+            raise InputError(f"the start 'sign' is a corner of a cube: use it with linf, not with {self.norm}")
+        if self.target not in TARGETS:
+            raise InputError(f"target is {self.target!r}, but must be one of {', '.join(TARGETS)}")
         check_mode(self.mode)
         at_least("steps", self.steps)
         for name, value in (("eps", self.eps), ("start_scale", self.start_scale), ("momentum", self.momentum)):
@@ -80,6 +92,38 @@ class InnerAttack:
         """
         return cls(eps=eps, norm=norm, steps=1, step_size=1.25 * eps, start="uniform", mode=mode)
 
+    @classmethod
+    def fgsm(cls, eps: float, norm: str = "linf", mode: str = "eval", target: str = "predicted") -> InnerAttack:
+        """One step of eps from the image, away from the predicted class; ``target="least-likely"`` is Step-LL.
+
+        Both as in Kurakin et al. (ICLR 2017) and Tramer et al. (ICLR 2018).
+        """
+        return cls(eps=eps, norm=norm, steps=1, step_size=eps, start="none", mode=mode, target=target)
+
+    @classmethod
+    def r_fgsm(
+        cls, eps: float, alpha: float | None = None, mode: str = "eval", target: str = "predicted"
+    ) -> InnerAttack:
+        """R+FGSM (Tramer et al., ICLR 2018): noise of size alpha and random sign, then a step of eps - alpha.
+
+        ``x1 = clip(x + alpha sign(N(0, I)))``, ``x' = clip(x1 + (eps - alpha) sign(grad L(x1)))``, in linf. The class
+        is that of x, not of x1.
+
+        Args:
+            eps: the radius.
+            alpha: the noise, less than eps; by default eps / 6, the authors' 0.05 of their 0.3 on MNIST.
+            mode, target: as for the class.
+
+        Raises:
+            InputError: alpha is not between 0 and eps.
+        """
+        _check_number("eps", eps)
+        alpha = eps / 6 if alpha is None else alpha
+        _check_number("alpha", alpha)
+        if alpha > eps:
+            raise InputError(f"the noise of R+FGSM is {alpha}, but must leave something of eps {eps} for the step")
+        return cls(eps=eps, steps=1, step_size=eps - alpha, start="sign", start_scale=alpha, mode=mode, target=target)
+
     def __call__(self, model: Model, images: Tensor, y: Tensor, *, loss: str = "cross-entropy") -> Tensor:
         """Attack a batch.
 
@@ -89,7 +133,7 @@ class InnerAttack:
         Args:
             model: images N x C x H x W in [0, 1] -> logits N x K, in any mode.
             images: N x C x H x W in [0, 1]; their values are not checked.
-            y: labels N; for ``kl`` the clean logits N x K.
+            y: labels N, which only ``target="label"`` looks at; for ``kl`` the clean logits N x K.
             loss: what is raised: a name in :data:`nndefense.attacks.LOSSES`.
 
         Returns:
@@ -111,10 +155,20 @@ class InnerAttack:
             attacked = inside(x + norms.random_in_ball(x, radii, self.norm, None))
         elif self.start == "gaussian":
             attacked = x + self.start_scale * torch.randn_like(x)
+        elif self.start == "sign":
+            attacked = inside(x + self.start_scale * torch.randn_like(x).sign())
         velocity: Tensor | None = None
         with attacked_in(model, self.mode):
+            goal = self._goal(model, x, y)
             for _ in range(self.steps):
-                _, _, gradient = loss_and_gradient(model, attacked, y, raised)
+                if goal is None:
+                    # The first pass is that of the clean image: it gives the class as well.
+                    _, logits, gradient = loss_and_gradient(
+                        model, attacked, y, lambda logits, _: raised(logits, self._chosen(logits.detach()))
+                    )
+                    goal = self._chosen(logits)
+                else:
+                    _, _, gradient = loss_and_gradient(model, attacked, goal, raised)
                 if self.momentum:
                     gradient = norms.unit_l1(gradient)
                     velocity = gradient if velocity is None else self.momentum * velocity + gradient
@@ -124,12 +178,31 @@ class InnerAttack:
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values, for a record."""
-        return {"name": "pgd", **asdict(self)}
+        found = {"name": "pgd", **asdict(self)}
+        if self.target == "label":
+            # As in the records from before there was a choice, so that those trainings can be resumed.
+            del found["target"]
+        return found
+
+    def _goal(self, model: Model, x: Tensor, y: Tensor) -> Tensor | None:
+        """What the steps lead away from, or towards; None where the first of them will tell."""
+        if self.target == "label":
+            return y
+        if self.start == "none":
+            return None
+        with torch.no_grad():
+            return self._chosen(model(x))
+
+    def _chosen(self, logits: Tensor) -> Tensor:
+        """The classes N that clean logits N x K single out."""
+        return logits.argmin(1) if self.target == "least-likely" else logits.argmax(1)
 
     def _checked_loss(self, images: Tensor, y: Tensor, loss: str) -> Loss:
         if loss not in LOSSES:
             raise InputError(f"loss is {loss!r}, but must be one of {', '.join(LOSSES)}")
         raised = LOSSES[loss]
+        if raised is kl and self.target != "label":
+            raise InputError(f"a step on the KL divergence knows no classes: use the target 'label', not {self.target}")
         if raised is kl:
             if self.start == "none":
                 raise InputError(
@@ -140,6 +213,8 @@ class InnerAttack:
                 raise InputError(f"the clean logits have shape {tuple(y.shape)}, but must be {len(images)} x K")
         else:
             check_labels(y, images)
+        if self.target == "least-likely":
+            raised = negated(raised)
         device = images.device.type
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             # No step depends on the length of the gradient.

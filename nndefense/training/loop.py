@@ -18,6 +18,7 @@ from nndefense.models.checkpoint import check_savable
 from nndefense.training.accuracy import check_labels
 from nndefense.training.batch import Attack, Objective
 from nndefense.training.batches import EpochBatches
+from nndefense.training.ensemble_attack import EnsembleAttack
 from nndefense.training.epochs import Checkpoints, Run, fastest_convolutions
 from nndefense.training.identity import check_same, described, described_attack, form, identity_of
 from nndefense.training.launcher import Team, join
@@ -65,7 +66,8 @@ def train_classifier(
         classifier: of any architecture; of a built-in or torchvision one if ``out`` is given.
         dataset: labelled images; its classes are matched by :meth:`Classifier.label_map`.
         objective: what to minimise: a name in :data:`nndefense.training.OBJECTIVES`, or a function.
-        attack: for objectives that attack: an :class:`InnerAttack`, or anything that is called like one.
+        attack: for objectives that attack: an :class:`InnerAttack`, or anything that is called like one; an
+            :class:`EnsembleAttack` first fills its cache, if it has one.
         unlabelled: a pool whose labels are pseudo-labels, for objectives that take one.
         validation: labelled images whose accuracy is measured after every epoch, and, with an attack, their robust
             accuracy at every check.
@@ -129,6 +131,8 @@ def train_classifier(
         state = folder.state()
         check_same(state, identity, folder.folder)
 
+    if isinstance(attack, EnsembleAttack):
+        batches.others = attack.prepare(dataset, team, progress=progress)
     classifier.to(team.device)
     if chosen.channels_last:
         classifier.to(memory_format=torch.channels_last)
@@ -203,6 +207,8 @@ def _check_parts(
             raise InputError(f"the objective {name} learns from unlabelled images too: give a pool of them")
         if not spec.unlabelled and unlabelled is not None:
             raise InputError(f"the objective {name} knows labelled images alone: leave the unlabelled ones out")
+    if isinstance(attack, EnsembleAttack):
+        attack.check(classifier, dataset)
     if unlabelled is None and settings.unlabelled_per_batch is not None:
         raise InputError("there are no unlabelled images of which a batch could hold some: give a pool of them")
     for images in (dataset, unlabelled, validation):

@@ -18,6 +18,7 @@ from nndefense.datasets import ImageDataset
 from nndefense.models import Classifier
 from nndefense.training.batch import Attack
 from nndefense.training.batches import Images
+from nndefense.training.ensemble_attack import EnsembleAttack
 from nndefense.training.inner import InnerAttack
 from nndefense.training.launcher import Team
 from nndefense.training.random_state import generator, kept, reseed
@@ -134,13 +135,17 @@ class Watch:
 def stronger(attack: Attack) -> Attack:
     """The attack of the checks for a training with ``attack``: as many steps, but no fewer than ten.
 
-    An attack that is not of :class:`InnerAttack` stays what it is.
+    It leads away from the true label, whatever the training's leads to: a net can withstand every step towards the
+    least likely class and none away from its own (Engstrom, Ilyas and Athalye 2018). Of an :class:`EnsembleAttack` it
+    is the attack on the net itself. Any other attack stays what it is.
     """
+    if isinstance(attack, EnsembleAttack):
+        attack = attack.step
     if not isinstance(attack, InnerAttack):
         return attack
     if attack.steps >= _STEPS:
-        return dataclasses.replace(attack, mode="eval")
-    return dataclasses.replace(attack, steps=_STEPS, step_size=None, start="uniform", mode="eval")
+        return dataclasses.replace(attack, mode="eval", target="label")
+    return dataclasses.replace(attack, steps=_STEPS, step_size=None, start="uniform", mode="eval", target="label")
 
 
 def collapsed(single: float, robust: float, top: float) -> bool:

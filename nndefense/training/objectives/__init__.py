@@ -1,7 +1,9 @@
 """What a training minimises: each objective is a pure function of (model, batch, attack)."""
 
 from nndefense.training.batch import Objective
+from nndefense.training.objectives.ensemble import ensemble_adversarial
 from nndefense.training.objectives.interpolated import interpolated
+from nndefense.training.objectives.logit_pairing import alp, clp
 from nndefense.training.objectives.registry import (
     OBJECTIVES,
     ObjectiveSpec,
@@ -19,6 +21,9 @@ __all__ = [
     "Objective",
     "ObjectiveSpec",
     "adversarial",
+    "alp",
+    "clp",
+    "ensemble_adversarial",
     "find_spec",
     "half_half",
     "interpolated",

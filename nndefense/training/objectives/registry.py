@@ -11,7 +11,9 @@ from typing import Any
 
 from nndefense.errors import InputError
 from nndefense.training.batch import Objective
+from nndefense.training.objectives.ensemble import ensemble_adversarial
 from nndefense.training.objectives.interpolated import interpolated
+from nndefense.training.objectives.logit_pairing import PASSES, alp, clp
 from nndefense.training.objectives.self_training import robust_consistency, rst, rst_at, rst_trades, self_training
 from nndefense.training.objectives.spatial import random_augmentation, worst_of_10
 from nndefense.training.objectives.supervised import MIXES, adversarial, half_half, standard
@@ -58,6 +60,22 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
     ),
     "interpolated": ObjectiveSpec(
         interpolated, "mixup of clean and of attacked images (Lamb et al. 2019)", limits={"alpha": _WEIGHT}
+    ),
+    "ensemble-adversarial": ObjectiveSpec(
+        ensemble_adversarial,
+        "half clean images, half attacked by one of several nets (Tramer et al. 2018)",
+        limits={"mix": _SHARE},
+    ),
+    "alp": ObjectiveSpec(
+        alp,
+        "cross-entropy, and the logits of clean and attacked images drawn together (Kannan et al. 2018)",
+        limits={"pairing": _WEIGHT, "smoothing": _SHARE, "passes": PASSES},
+    ),
+    "clp": ObjectiveSpec(
+        clp,
+        "cross-entropy, and the logits of pairs of clean images drawn together (Kannan et al. 2018)",
+        attack=False,
+        limits={"pairing": _WEIGHT, "smoothing": _SHARE, "noise": _WEIGHT},
     ),
     "worst-of-10": ObjectiveSpec(
         worst_of_10, "the worst of 10 rotations and translations", attack=False, limits={"mix": _SHARE}
