@@ -2,6 +2,7 @@
 
 from nndefense.defenses.calibration import DEFAULT_KS, Calibration, Choice, calibrate
 from nndefense.defenses.nearest_neighbor import Explanation, NearestNeighborDefense
+from nndefense.defenses.racnn import Projection, RaCnnDefense
 from nndefense.defenses.surface import RelaxedDefense, retrieval_surface
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "Choice",
     "Explanation",
     "NearestNeighborDefense",
+    "Projection",
+    "RaCnnDefense",
     "RelaxedDefense",
     "calibrate",
     "retrieval_surface",

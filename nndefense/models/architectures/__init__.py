@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from nndefense.models.architectures.attentive import DIMENSION, AttentiveNet
 from nndefense.models.architectures.cifar_resnet import CifarResNet18
 from nndefense.models.architectures.madry_mnist import MadryMNIST
 from nndefense.models.architectures.small_cnn import SmallCNN
@@ -51,3 +52,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     "wrn-28-10": _wide_resnet(28, 10, "36.5"),
     "wrn-34-10": _wide_resnet(34, 10, "46.2"),
 }
+
+#: What an architecture with attention over retrieved neighbours is called: this before the name of its feature net.
+ATTENTIVE = "ra-"
+
+
+def _attentive(name: str) -> Architecture:
+    base = ARCHITECTURES[name]
+    return Architecture(
+        build=lambda shape, count: AttentiveNet(base.build(shape, DIMENSION), DIMENSION, count),
+        smallest=base.smallest,
+        fixed_size=base.fixed_size,
+        summary=f"RA-CNN with {name} for its features, to be trained with a database by nndefense racnn train",
+    )
+
+
+ARCHITECTURES |= {f"{ATTENTIVE}{name}": _attentive(name) for name in tuple(ARCHITECTURES)}

@@ -1,0 +1,195 @@
+"""Training RA-CNN (Zhao and Cho, CVPR 2019) with the loop of every other training, on a database of the project's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nndefense.database import ImageDatabase
+from nndefense.datasets import ImageDataset
+from nndefense.errors import InputError, ModelError
+from nndefense.files import make_folder
+from nndefense.models import Classifier, build_classifier, resolve_device
+from nndefense.models.architectures import ATTENTIVE
+from nndefense.models.racnn import (
+    DESCRIPTION_FILE,
+    NET_FOLDER,
+    RaCnn,
+    RowTable,
+    attentive,
+    clear_racnn,
+    features_of,
+    load_racnn,
+    save_racnn,
+    shard_rows,
+)
+from nndefense.training.launcher import leads
+from nndefense.training.loop import train_classifier
+from nndefense.training.neighbors import nearest_others, row_images
+from nndefense.training.objectives.local_mixup import RetrievalAugmented
+from nndefense.training.settings import SettingsOptions
+from nndefense.training.state import HistoryRow
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_BATCH = 256
+# What the loop would measure is the net on its own, without the retrieval, which is not what is trained here.
+_NOT_HERE = ("keep_best", "patience", "stop_on_collapse", "unlabelled_per_batch")
+
+
+def train_racnn(
+    classifier: Classifier,
+    database: ImageDatabase,
+    dataset: ImageDataset,
+    *,
+    arch: str = "small-cnn",
+    k: int = 5,
+    mixup_draws: int = 5,
+    mixup_weight: float = 1.0,
+    images: ImageDataset | None = None,
+    data_dir: str | Path | None = None,
+    device: str | torch.device = "auto",
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    checkpoint_steps: int | None = None,
+    checkpoint_seconds: float | None = 300.0,
+    tensorboard: bool = False,
+    progress: bool = True,
+    on_epoch: Callable[[HistoryRow], None] | None = None,
+    **settings: Unpack[SettingsOptions],
+) -> RaCnn:
+    """Train phi, U and g on the neighbours that the database's fixed features phi' find.
+
+    The neighbours of every training image are found once, since phi' is fixed; the image itself, which may stand in
+    the database, is left out. So the training accuracy of the history is that of images whose answer is not stored.
+    When all is trained, phi of every row is computed once and kept in a table, so that a prediction costs two forward
+    passes (one for phi', one for phi), a search and a look-up, not K + 2 passes.
+
+    K is 5 or 10 in the paper, with 5 draws of local mixup; the weight of local mixup, the length of phi(x), the
+    optimiser's settings and the shape of g are not known. Those of :class:`TrainingSettings` apply.
+
+    Args:
+        classifier: the one that the database was made with; its features retrieve, it is not trained.
+        database: the rows to retrieve from, whole.
+        dataset: labelled training images; they may be the database's own.
+        arch: architecture of phi, one of :data:`nndefense.models.ARCHITECTURES`.
+        k: neighbours, at least 1.
+        mixup_draws, mixup_weight: as for :class:`RetrievalAugmented`.
+        images: a data set with the image of every row; by default what the database's manifest names.
+        data_dir: the folder of the data sets.
+        device: as for :func:`nndefense.models.resolve_device`; the classifier is moved there.
+        out: the folder for the result; by default nothing is written, and the table is held in memory.
+        resume, overwrite, checkpoint_steps, checkpoint_seconds, tensorboard, progress, on_epoch, **settings: as for
+            :func:`train_classifier`; ``seed`` also draws the first weights.
+
+    Returns:
+        The trained net with its table.
+
+    Raises:
+        InputError: settings, data or ``out`` cannot be used, or differ from those of the training to resume.
+        DataError: the images of the rows are not at hand.
+        DatabaseError: the database was made with another classifier.
+        ModelError: the loss is no longer finite, or a checkpoint is damaged.
+    """
+    given = [name for name in _NOT_HERE if settings.get(name)]
+    if given:
+        raise InputError(f"a training of RA-CNN has no {given[0].replace('_', ' ')}: leave it out")
+    folder = None if out is None else Path(out).expanduser()
+    if folder is not None and (folder / DESCRIPTION_FILE).exists() and not (resume or overwrite):
+        raise InputError(f"{folder} already holds an RA-CNN: choose another --out, or replace it with --overwrite")
+    target = resolve_device(device)
+    database.check_classifier(classifier)
+    classifier.to(target).eval()
+    rows = row_images(classifier, database, images, None if data_dir is None else Path(data_dir))
+    neighbors = nearest_others(classifier, database, dataset, k, progress=progress and leads())
+    objective = RetrievalAugmented(
+        neighbors,
+        rows,
+        database.labels(database.row_numbers),
+        draws=mixup_draws,
+        weight=mixup_weight,
+        description=f"ra-cnn(k={k}, draws={mixup_draws}, weight={float(mixup_weight)}, "
+        f"database={database.fingerprint[:16]})",
+    )
+    net = build_classifier(
+        arch if arch.startswith(ATTENTIVE) else ATTENTIVE + arch,
+        input_shape=classifier.input_shape,
+        classes=classifier.classes,
+        mean=classifier.mean.flatten().tolist(),
+        std=classifier.std.flatten().tolist(),
+        seed=settings.get("seed", 0),
+    )
+    net.class_ids = classifier.class_ids
+    if folder is not None and overwrite and leads():
+        make_folder(folder)
+        clear_racnn(folder)
+    net = train_classifier(
+        net,
+        dataset,
+        objective=objective,
+        device=target,
+        out=None if folder is None else folder / NET_FOLDER,
+        resume=resume,
+        overwrite=overwrite,
+        checkpoint_steps=checkpoint_steps,
+        checkpoint_seconds=checkpoint_seconds,
+        tensorboard=tensorboard,
+        progress=progress,
+        on_epoch=on_epoch,
+        **settings,
+    )
+    made: dict[str, Any] = {
+        "k": k,
+        "classifier": {"fingerprint": classifier.fingerprint, "source": classifier.source},
+        "database": {
+            "fingerprint": database.fingerprint,
+            "rows": len(database),
+            "name": str(database.manifest.data["name"]),
+        },
+        "training": {
+            "mixup_draws": mixup_draws,
+            "mixup_weight": float(mixup_weight),
+            "objective": objective.description,
+            "data": net.info.get("data"),
+        },
+    }
+    if folder is None:
+        return RaCnn(net, RowTable([torch.cat(list(_features(net, rows)))]), **made)
+    if resume and (folder / DESCRIPTION_FILE).exists():
+        return _checked(load_racnn(folder, device=target), made, folder)
+    if leads():
+        save_racnn(folder, net, _features(net, rows), **made)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # So that no process looks for the table before it is there.
+        torch.distributed.barrier()
+    return load_racnn(folder, device=target)
+
+
+def _checked(found: RaCnn, made: dict[str, Any], folder: Path) -> RaCnn:
+    """A finished one that was resumed; its net was compared by the training already."""
+    if found.k != made["k"] or found.database["fingerprint"] != made["database"]["fingerprint"]:
+        raise ModelError(f"{folder} was trained with another K or database: start anew with --overwrite")
+    return found
+
+
+@torch.no_grad()
+def _features(net: Classifier, rows: ImageDataset) -> Iterator[Tensor]:
+    """phi of every row's image, M x d at a time: as many rows as a file of the table holds."""
+    net.eval()
+    device, parts, held = net.mean.device, list[Tensor](), 0
+    each = shard_rows(attentive(net).dimension)
+    for images, _, _ in rows.batches(_BATCH):
+        found = features_of(net, images.to(device)).float().cpu()
+        while held + len(found) >= each:
+            yield torch.cat([*parts, found[: each - held]])
+            found, parts, held = found[each - held :], [], 0
+        if len(found):
+            parts, held = [*parts, found], held + len(found)
+    if parts:
+        yield torch.cat(parts)
