@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve-demo test test-slow bench bench-attacks bench-training bench-serving oracle lint types check clean
+.PHONY: demo serve-demo test test-slow bench bench-attacks bench-training bench-serving bench-baselines oracle lint types check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nndefense demo --out runs/demo
@@ -29,6 +29,10 @@ bench-attacks: $(VENV)/.dev
 
 bench-training: $(VENV)/.dev
 	$(BIN)/python benchmarks/training.py --out benchmarks/training.json
+
+bench-baselines: $(VENV)/.dev
+	$(BIN)/python benchmarks/total_variation.py --out benchmarks/total_variation.json
+	$(BIN)/python benchmarks/quilting.py --out benchmarks/quilting.json
 
 # Needs wrk, a load tool of the system's packages.
 bench-serving: $(VENV)/.serve

@@ -26,7 +26,7 @@ FLOORS = (
     ("nndefense.database",),
     ("nndefense.defenses", "nndefense.training"),
     ("index_build", "nndefense.evaluation"),
-    ("nndefense.experiments", "nndefense.serving"),
+    ("nndefense.comparison", "nndefense.experiments", "nndefense.serving"),
     ("nndefense.cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -45,9 +45,12 @@ PUBLIC = (
     "nndefense.attacks.retrieval",
     "nndefense.attacks.rp2",
     "nndefense.cli",
+    "nndefense.comparison",
     "nndefense.database",
     "nndefense.datasets",
     "nndefense.defenses",
+    "nndefense.defenses.quilting",
+    "nndefense.defenses.transforms",
     "nndefense.evaluation",
     "nndefense.evaluation.report",
     "nndefense.experiments",

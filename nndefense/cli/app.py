@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nndefense.cli import evaluation_app, experiments_app, serve_app, training_app
+from nndefense.cli import evaluation_app, experiments_app, patches_app, serve_app, training_app
 from nndefense.cli.guard_app import guard_app
 from nndefense.cli.options import (
     KS,
@@ -47,6 +47,7 @@ from nndefense.cli.options import (
     words,
 )
 from nndefense.cli.pseudo_app import pseudo_app
+from nndefense.cli.racnn_app import racnn_app
 from nndefense.cli.rp2_app import rp2_app
 from nndefense.cli.theory_app import theory_app
 
@@ -64,7 +65,10 @@ app.command()(evaluation_app.demo)
 app.command()(experiments_app.reproduce)
 app.command()(serve_app.serve)
 index_app = typer.Typer(no_args_is_help=True, help="Build, describe and verify an image database.")
+index_app.command("patches")(patches_app.patches)
+index_app.command("patches-info")(patches_app.patches_info)
 app.add_typer(index_app, name="index")
+app.add_typer(racnn_app, name="racnn")
 app.add_typer(guard_app, name="guard")
 app.add_typer(pseudo_app, name="pseudo-label")
 app.add_typer(rp2_app, name="rp2")

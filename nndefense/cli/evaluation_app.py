@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -98,8 +98,25 @@ def attack(
     )
 
 
+# What a comparison of defences takes; the rest of the options is for one defence over one database.
+_COMPARES = {
+    "comparison", "out", "dataset", "train_set", "only", "train", "classifier", "surrogate", "limit", "norm", "eps",
+    "headline", "steps", "restarts", "adaptive_steps", "batch_size", "classes", "input_shape", "data_dir", "device",
+    "seed", "json", "quiet", "debug",
+}  # fmt: skip
+_ONLY_COMPARES = {"train_set", "only", "train"}
+
+
 def evaluate(
-    out: Annotated[Path, typer.Option("--out", help="Folder for results.json, report.html and finished cells.")],
+    ctx: typer.Context,
+    comparison: Annotated[
+        str | None,
+        typer.Argument(help="table2: compare every defence of the paper's Table 2 on a data set.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for results.json, report.html and finished cells [a comparison has one]."),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="TOML file that names all of it, instead of the options below.")
     ] = None,
@@ -110,6 +127,20 @@ def evaluate(
     database: Annotated[
         Path | None, typer.Option("--database", help="Folder of the image database [default: no defence].")
     ] = None,
+    train_set: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--train-set",
+            help="With table2: images that fill databases and train nets [default: the training split of --dataset, "
+            "whose test split is then reported].",
+        ),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", help="With table2: kinds of defences, with commas [default: all].")
+    ] = None,
+    train: Annotated[
+        bool, typer.Option("--train/--no-train", help="With table2: also the defences whose nets are to be trained.")
+    ] = True,
     surrogate: SurrogateOption = None,
     k: KOption = None,
     weighting: WeightingOption = None,
@@ -142,6 +173,18 @@ def evaluate(
     from nndefense.cli import commands
     from nndefense.evaluation import AttackSettings, Recipe, read_recipe, rungs_for
 
+    given = {
+        name
+        for name in ctx.params
+        if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    }
+    if comparison is not None:
+        _compare(ctx.params, given)
+        return
+    if wrong := sorted(given & _ONLY_COMPARES):
+        raise InputError(f"{_options(wrong)} belongs to a comparison: nndefense evaluate table2 ...")
+    if out is None:
+        raise InputError("give --out, the folder for results and report")
     if recipe is not None:
         if dataset or classifier or database or surrogate:
             raise InputError("--recipe names data, models and database itself: leave those options out")
@@ -181,6 +224,50 @@ def evaluate(
         progress=not quiet,
         command=command_line(),
     )
+
+
+def _compare(values: dict[str, Any], given: set[str]) -> None:
+    """Hand the options of a comparison over; those that are not given are the recipe's."""
+    from nndefense.cli import comparison
+
+    if wrong := sorted(given - _COMPARES):
+        raise InputError(f"{_options(wrong)} is for one defence, and not for a comparison: leave it out")
+    if values["dataset"] is None:
+        raise InputError("give --dataset, such as digits, mnist or cifar10")
+    scope: dict[str, Any] = {
+        name: values[name] for name in ("limit", "steps", "restarts", "adaptive_steps", "batch_size") if name in given
+    }
+    if "adaptive_steps" in given:
+        # Both kinds of attackers who know the defence.
+        scope["white_steps"] = values["adaptive_steps"]
+    if "norm" in given:
+        scope["norm"] = values["norm"].value
+    if "eps" in given:
+        scope["eps"] = numbers(values["eps"])
+    if "headline" in given:
+        scope["headline"] = number("--headline", values["headline"])
+    comparison.compare(
+        values["comparison"],
+        values["dataset"],
+        values["out"],
+        train_sets=values["train_set"] or (),
+        classifier=values["classifier"],
+        surrogate=values["surrogate"],
+        kinds=words(values["only"]),
+        train=values["train"],
+        scope=scope,
+        classes=values["classes"],
+        input_shape=shape(values["input_shape"]),
+        data_dir=values["data_dir"],
+        device=values["device"].value,
+        seed=values["seed"],
+        as_json=values["json"],
+        progress=not values["quiet"],
+    )
+
+
+def _options(names: list[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def demo(

@@ -34,6 +34,7 @@ class Subject:
         database: fingerprint of its database, or None.
         database_rows: number of rows that it searches, or None.
         every_eps: whether it is run in every cell, or only clean and at the headline budget.
+        identity: what else tells it apart from others of its name, for finished cells to be found again.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Subject:
     database: str | None = None
     database_rows: int | None = None
     every_eps: bool = True
+    identity: str = ""
 
 
 @dataclass(frozen=True)
@@ -156,18 +158,21 @@ def evaluate(
             records += [Record(**record) for record in stored]
             progress(len(dataset))
             continue
-        measured = _measure(
-            cell,
-            dataset,
-            active,
-            classifier,
-            label_maps,
-            headline=headline,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            progress=progress,
-        )
+        # What is random without a generator of its own (a defence's draws under attack) repeats with its cell.
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            measured = _measure(
+                cell,
+                dataset,
+                active,
+                classifier,
+                label_maps,
+                headline=headline,
+                seed=seed,
+                batch_size=batch_size,
+                device=device,
+                progress=progress,
+            )
         if store is not None:
             store.put(cell.name, key, [record.to_json() for record in measured])
         records += measured
@@ -326,7 +331,7 @@ def _key(
     return {
         "data": [dataset.name, dataset.fingerprint],
         "classifier": classifier,
-        "subjects": [[s.name, s.variant, s.database, s.database_rows, _settings(s.model)] for s in active],
+        "subjects": [_identity(subject) for subject in active],
         "threat": [threat.name, threat.surrogate, threat.knowledge, threat.subject] if threat else None,
         "attack": {**cell.attack.to_json(), "eps": cell.eps} if cell.attack else None,
         "headline": headline,
@@ -336,6 +341,8 @@ def _key(
     }
 
 
-def _settings(model: nn.Module) -> list[Any]:
-    """What tells two defences over the same database apart."""
-    return [getattr(model, name, None) for name in ("k", "weighting", "power", "terms")]
+def _identity(subject: Subject) -> list[Any]:
+    # Two defences over the same database differ in these.
+    settings = [getattr(subject.model, name, None) for name in ("k", "weighting", "power", "terms")]
+    named = [subject.name, subject.variant, subject.database, subject.database_rows, settings]
+    return [*named, subject.identity] if subject.identity else named

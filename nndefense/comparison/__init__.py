@@ -1,0 +1,42 @@
+"""The comparison: every defence of a published table on the same images, each met by an attacker who knows it."""
+
+from nndefense.comparison.materials import Materials
+from nndefense.comparison.published import CAVEATS, PUBLISHED, Published
+from nndefense.comparison.recipe import (
+    KINDS,
+    ComparisonRecipe,
+    RowSpec,
+    Scope,
+    changed,
+    comparison_from,
+    comparison_names,
+    shipped_comparison,
+)
+from nndefense.comparison.report import write_comparison
+from nndefense.comparison.row import Row
+from nndefense.comparison.rows import make_row
+from nndefense.comparison.runner import read_comparison, run_comparison
+from nndefense.comparison.table import TableRow, markdown_of, table_of
+
+__all__ = [
+    "CAVEATS",
+    "KINDS",
+    "PUBLISHED",
+    "ComparisonRecipe",
+    "Materials",
+    "Published",
+    "Row",
+    "RowSpec",
+    "Scope",
+    "TableRow",
+    "changed",
+    "comparison_from",
+    "comparison_names",
+    "make_row",
+    "markdown_of",
+    "read_comparison",
+    "run_comparison",
+    "shipped_comparison",
+    "table_of",
+    "write_comparison",
+]

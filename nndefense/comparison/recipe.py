@@ -1,0 +1,232 @@
+"""What a comparison measures: rows, attacks and budgets, read from TOML and checked before anything is made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import resources
+from typing import Any
+
+from nndefense import attacks
+from nndefense.comparison.published import PUBLISHED
+from nndefense.errors import InputError
+from nndefense.evaluation.recipe import number
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+#: The defences that a row can be.
+KINDS = (
+    "none",
+    "crop-ensemble",
+    "tv-minimization",
+    "quilting",
+    "jpeg",
+    "bit-depth",
+    "ensemble-adversarial",
+    "alp",
+    "ra-cnn",
+    "nearest-neighbor",
+)
+#: Those whose net has to be trained.
+TRAINED = ("ensemble-adversarial", "alp", "ra-cnn")
+_RECIPES = "nndefense.comparison.recipes"
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """One row of the table.
+
+    Attributes:
+        name: as it stands in the table; unique.
+        kind: one of :data:`KINDS`.
+        options: of the defence.
+        published: the name of the printed row beside it, in :data:`~nndefense.comparison.published.PUBLISHED`, or None.
+        informed: whether attackers who know the defence are sent against it.
+    """
+
+    name: str
+    kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    published: str | None = None
+    informed: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"the row {self.name!r} is of the kind {self.kind!r}, but must be {', '.join(KINDS)}")
+        if self.published is not None and self.published not in PUBLISHED:
+            raise InputError(f"the row {self.name!r} stands beside {self.published!r}: choose {', '.join(PUBLISHED)}")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How much is done, which differs between data sets.
+
+    Attributes:
+        norm, eps, headline: budgets of the attacks; the table shows the headline.
+        limit: images to report on, drawn at random; None for all.
+        steps, restarts: of PGD on the classifier and on the surrogate.
+        white_steps, draws: of PGD on a defence itself, and the draws averaged at every step where it is random.
+        adaptive_steps: of the attacks on retrieval.
+        informed_eps: budgets of these two; None for all.
+        classifier, surrogate: training settings of the nets, where none are given; ``arch`` and options of
+            :func:`~nndefense.training.train_classifier`.
+        training: settings of the trained defences: ``eps`` and ``norm`` of their attacks, ``steps``, ``epochs``, ...;
+            empty: they are not trained.
+        layers: candidate layers of the nearest-neighbour defence, spread over the net.
+        holdout: images to calibrate on, held out of the training set.
+        candidate_rows: rows that settings are compared on.
+        pca: dimensions of stored features.
+        crop: side of the crop ensemble's crops as a share of the image's; nets for small images that were not trained
+            on crops know nothing of 90/224 of them.
+        patches: patches for quilting.
+        batch_size: images per forward pass.
+    """
+
+    norm: str = "normalized-l2"
+    eps: tuple[float, ...] = (0.03, 0.06)
+    headline: float = 0.06
+    limit: int | None = 500
+    steps: int = 20
+    restarts: int = 1
+    white_steps: int = 20
+    draws: int = 10
+    adaptive_steps: int = 20
+    informed_eps: tuple[float, ...] | None = None
+    classifier: Mapping[str, Any] = field(default_factory=dict)
+    surrogate: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    layers: int = 4
+    holdout: int = 300
+    candidate_rows: int = 5000
+    pca: int = 256
+    crop: float = 90 / 224
+    patches: int = 100_000
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.norm not in attacks.NORMS:
+            raise InputError(f"norm is {self.norm!r}, but must be one of {', '.join(attacks.NORMS)}")
+        if not self.eps or not all(eps > 0 for eps in self.eps):
+            raise InputError("a comparison needs at least one eps above 0")
+        if self.headline not in self.eps:
+            raise InputError(f"the headline budget {self.headline:g} is not among the eps that are run: add it")
+        if self.informed_eps is not None and self.headline not in self.informed_eps:
+            raise InputError("informed_eps must hold the headline budget: the table shows it")
+        for name in ("steps", "restarts", "white_steps", "draws", "adaptive_steps", "layers", "batch_size", "patches"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if self.holdout < 20 or self.candidate_rows < 20 or (self.limit is not None and self.limit < 1):
+            raise InputError("calibration needs at least 20 held-out images and candidate rows, a report 1 image")
+
+
+@dataclass(frozen=True)
+class ComparisonRecipe:
+    """A comparison of defences.
+
+    Attributes:
+        name: of the recipe.
+        title, about: for people.
+        rows: what is compared, in this order.
+        scope: how much is done.
+        seed: of everything drawn.
+    """
+
+    name: str
+    title: str
+    about: str
+    rows: tuple[RowSpec, ...]
+    scope: Scope
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        names = [row.name for row in self.rows]
+        if len(set(names)) != len(names) or not names:
+            raise InputError("a comparison needs rows, each with a name of its own")
+        if self.rows[0].kind != "none":
+            raise InputError("the first row must be of the kind none: every defence is compared with the bare net")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+    @property
+    def sha256(self) -> str:
+        """Identifies the recipe: the sha256 of its plain values in canonical form."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def comparison_names() -> list[str]:
+    """The shipped recipes."""
+    found = resources.files(_RECIPES).iterdir()
+    return sorted(path.name.removesuffix(".toml") for path in found if path.name.endswith(".toml"))
+
+
+def shipped_comparison(name: str, dataset: str, *, seed: int = 0) -> ComparisonRecipe:
+    """A shipped recipe, with the scope that it has for a data set: ``digits`` of ``digits:train``.
+
+    Raises:
+        InputError: there is no such recipe.
+    """
+    if name not in comparison_names():
+        raise InputError(f"there is no comparison {name!r}: choose one of {', '.join(comparison_names())}")
+    text = resources.files(_RECIPES).joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    return comparison_from(tomllib.loads(text), name, dataset.partition(":")[0].partition("[")[0], seed=seed)
+
+
+def comparison_from(values: Mapping[str, Any], name: str, dataset: str, *, seed: int = 0) -> ComparisonRecipe:
+    """Make a recipe from the values of a TOML file: ``title``, ``about``, ``[[row]]``, ``[scope.default]`` and, for
+    data sets that have one, ``[scope.NAME]``, whose entries take the place of the default's.
+
+    Raises:
+        InputError: an entry is missing, unknown or cannot be used.
+    """
+    unknown = set(values) - {"title", "about", "row", "scope"}
+    if unknown or not {"title", "row"} <= set(values):
+        raise InputError(f"a comparison has title, about, row and scope, but not {', '.join(sorted(unknown)) or 'all'}")
+    scopes = values.get("scope", {})
+    chosen = {**scopes.get("default", {}), **scopes.get(dataset, {})}
+    return ComparisonRecipe(
+        name,
+        str(values["title"]),
+        str(values.get("about", "")).strip(),
+        tuple(_row(row) for row in values["row"]),
+        changed(Scope(), chosen),
+        seed,
+    )
+
+
+def changed(scope: Scope, values: Mapping[str, Any]) -> Scope:
+    """A scope with some entries changed; budgets may be quotients such as ``"8/255"``.
+
+    Raises:
+        InputError: an unknown entry or one that cannot be used.
+    """
+    known = {entry.name for entry in fields(Scope)}
+    if set(values) - known:
+        raise InputError(f"a scope has no entry {', '.join(sorted(set(values) - known))}: it has {', '.join(known)}")
+    found = dict(values)
+    if "eps" in found:
+        found["eps"] = tuple(number(eps, "eps") for eps in _listed(found["eps"]))
+        found.setdefault("headline", max(found["eps"]))
+    if found.get("informed_eps") is not None:
+        found["informed_eps"] = tuple(number(eps, "informed_eps") for eps in _listed(found["informed_eps"]))
+    if "headline" in found:
+        found["headline"] = number(found["headline"], "headline")
+    return replace(scope, **found)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _row(values: Mapping[str, Any]) -> RowSpec:
+    known = {entry.name for entry in fields(RowSpec)}
+    if set(values) - known or not {"name", "kind"} <= set(values):
+        raise InputError(f"a [[row]] has a name, a kind, options, published and informed, but is {dict(values)}")
+    return RowSpec(**values)
