@@ -37,8 +37,8 @@ from nndefense.datasets import (
     open_dataset,
     write_hdf5,
 )
-from nndefense.datasets import folder as folder_module
 from nndefense.datasets import hdf5 as hdf5_module
+from nndefense.datasets.parallel import decoder_threads
 from nndefense.errors import DataError, InputError
 from nndefense.images import check_images
 
@@ -976,7 +976,7 @@ def test_threads_decode_in_a_forked_process(class_folder: Path) -> None:
     """A pool's threads do not survive a fork; a batch in the child must not wait for them for ever."""
     dataset = open_dataset(f"imagefolder:{class_folder}")
     dataset.batch(range(5))
-    assert folder_module.decoder_threads.cache_info().currsize == 1
+    assert decoder_threads.cache_info().currsize == 1
     child = os.fork()
     if child == 0:
         signal.alarm(20)  # ends a child that waits for ever

@@ -1,28 +1,36 @@
 """Data sets of images as float tensors in [0, 1], all opened with :func:`open_dataset`."""
 
 from nndefense.datasets.arrays import ArrayDataset
-from nndefense.datasets.base import (
-    ConcatenatedDataset,
-    ImageDataset,
-    SubsetDataset,
-    concatenate,
-    holdout,
-)
+from nndefense.datasets.base import ImageDataset, SubsetDataset, holdout
 from nndefense.datasets.folder import ImageFolderDataset
 from nndefense.datasets.hdf5 import HDF5Dataset, write_hdf5
 from nndefense.datasets.image_files import image_channels, load_image
+from nndefense.datasets.joined import ConcatenatedDataset, concatenate
+from nndefense.datasets.listing import FileListDataset
+from nndefense.datasets.parquet import ParquetDataset
+from nndefense.datasets.pixels import pixel_digests
+from nndefense.datasets.rejected import REJECTED_KINDS, BadImage, Reading, Rejected, SourceError
 from nndefense.datasets.spec import KNOWN_SPECS, default_data_dir, open_dataset
+from nndefense.datasets.torchvision_set import TorchvisionDataset
 from nndefense.datasets.transform import TransformedDataset
 from nndefense.datasets.webdataset import WebDataset
 
 __all__ = [
     "KNOWN_SPECS",
+    "REJECTED_KINDS",
     "ArrayDataset",
+    "BadImage",
     "ConcatenatedDataset",
+    "FileListDataset",
     "HDF5Dataset",
     "ImageDataset",
     "ImageFolderDataset",
+    "ParquetDataset",
+    "Reading",
+    "Rejected",
+    "SourceError",
     "SubsetDataset",
+    "TorchvisionDataset",
     "TransformedDataset",
     "WebDataset",
     "concatenate",
@@ -31,5 +39,6 @@ __all__ = [
     "image_channels",
     "load_image",
     "open_dataset",
+    "pixel_digests",
     "write_hdf5",
 ]

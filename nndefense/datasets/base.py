@@ -14,7 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nndefense.datasets.ids import Ids, JoinedIds, PickedIds, as_ids
+from nndefense.datasets.ids import Ids, PickedIds, as_ids
+from nndefense.datasets.pixels import pixel_digests
+from nndefense.datasets.rejected import BadImage, Reading, Rejected, SourceError
 from nndefense.errors import DataError, InputError
 from nndefense.images import shape_text
 
@@ -60,6 +62,43 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     @abstractmethod
     def _read(self, rows: NDArray[np.int64]) -> Tensor:
         """Return the images at ``rows`` (each in 0..N-1) as a new float32 tensor n x C x H x W in [0, 1]."""
+
+    def read_into(
+        self, rows: NDArray[np.int64], images: Tensor, digests: NDArray[np.uint8] | None = None
+    ) -> dict[int, BadImage]:
+        """Read into memory that the caller has made, and say what is wrong with each image that cannot be read.
+
+        This one halves a batch that fails until the bad images are alone; subclasses that know better do better.
+
+        Args:
+            rows: n row numbers in 0..N-1.
+            images: float32 n x C x H x W, to be filled; bad images become black.
+            digests: uint8 n x 16, to be filled with :func:`~nndefense.datasets.pixel_digests`, where they are wanted.
+
+        Returns:
+            The errors, by place in ``rows``.
+
+        Raises:
+            SourceError: the source itself cannot be read.
+        """
+        try:
+            images[:] = self._read(rows)
+        except SourceError:
+            raise
+        except DataError as error:
+            if len(rows) == 1:
+                images.zero_()
+                return {0: error if isinstance(error, BadImage) else BadImage(str(error), "unreadable", str(error))}
+        else:
+            if digests is not None:
+                digests[:] = pixel_digests(images)
+            return {}
+        wrong: dict[int, BadImage] = {}
+        middle = len(rows) // 2
+        for half in (slice(0, middle), slice(middle, len(rows))):
+            found = self.read_into(rows[half], images[half], None if digests is None else digests[half])
+            wrong.update({half.start + place: error for place, error in found.items()})
+        return wrong
 
     @abstractmethod
     def _digest(self) -> str:
@@ -127,6 +166,33 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             return torch.zeros((0, *self.shape)), torch.zeros(0, dtype=torch.int64)
         return self._read(rows), torch.from_numpy(self.labels[rows])
 
+    def read_each(self, indices: Indices) -> Reading:
+        """Read the images at ``indices`` that can be read, in that order, and say of the others what is wrong.
+
+        Raises:
+            InputError: an index is out of range.
+            SourceError: the source itself cannot be read. A bad image raises nothing.
+        """
+        rows = self.rows(indices)
+        if len(rows) == 0:
+            return Reading(rows, torch.zeros((0, *self.shape)), torch.zeros(0, dtype=torch.int64), [], ())
+        images = torch.empty((len(rows), *self.shape))
+        wrong = self.read_into(rows, images)
+        rejected = self.rejected(rows, wrong)
+        if wrong:
+            good = np.delete(np.arange(len(rows)), sorted(wrong))
+            rows, images = rows[good], images[torch.from_numpy(good)]
+        return Reading(rows, images, torch.from_numpy(self.labels[rows]), self.ids.take(rows), rejected)
+
+    def rejected(self, rows: NDArray[np.int64], wrong: dict[int, BadImage]) -> tuple[Rejected, ...]:
+        """Describe what :meth:`read_into` returned for ``rows``, in order."""
+        places = sorted(wrong)
+        items = self.ids.take(rows[places]) if places else []
+        return tuple(
+            Rejected(int(rows[place]), item, wrong[place].kind, wrong[place].reason)
+            for place, item in zip(places, items, strict=True)
+        )
+
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, NDArray[np.int64]]]:
         """Yield all images, labels and row numbers in order, ``batch_size`` at a time (the last may be smaller)."""
         if batch_size < 1:
@@ -187,69 +253,16 @@ class SubsetDataset(ImageDataset):
     def _read(self, rows: NDArray[np.int64]) -> Tensor:
         return self.origin._read(self.origin_rows[rows])
 
+    def read_into(
+        self, rows: NDArray[np.int64], images: Tensor, digests: NDArray[np.uint8] | None = None
+    ) -> dict[int, BadImage]:
+        """As for every data set: see :meth:`ImageDataset.read_into`."""
+        return self.origin.read_into(self.origin_rows[rows], images, digests)
+
     def _digest(self) -> str:
         digest = hashlib.sha256(f"subset {self.origin.fingerprint}\n".encode())
         update_with_strings(digest, self.ids)
         return digest.hexdigest()
-
-
-class ConcatenatedDataset(ImageDataset):
-    """Several data sets one after another; made by :func:`concatenate`."""
-
-    def __init__(self, parts: Sequence[ImageDataset], *, name: str) -> None:
-        self.parts = tuple(parts)
-        classes = tuple(dict.fromkeys(label for part in self.parts for label in part.classes))
-        numbers = {label: number for number, label in enumerate(classes)}
-        self._starts = np.cumsum([0, *map(len, self.parts)], dtype=np.int64)
-        labels = []
-        for part in self.parts:
-            # One entry more than classes: label -1 (unknown) picks the last one, which is -1 again.
-            renumber = np.array([*(numbers[label] for label in part.classes), -1], dtype=np.int64)
-            labels.append(renumber[part.labels])
-        super().__init__(
-            name=name,
-            classes=classes,
-            shape=self.parts[0].shape,
-            ids=JoinedIds([part.ids for part in self.parts]),
-            labels=np.concatenate(labels),
-        )
-
-    def _read(self, rows: NDArray[np.int64]) -> Tensor:
-        images = torch.empty((len(rows), *self.shape))
-        owners = np.searchsorted(self._starts, rows, side="right") - 1
-        for owner in np.unique(owners).tolist():
-            places = np.flatnonzero(owners == owner)
-            images[torch.from_numpy(places)] = self.parts[owner]._read(rows[places] - self._starts[owner])
-        return images
-
-    def _digest(self) -> str:
-        digest = hashlib.sha256(b"concatenation\n")
-        update_with_strings(digest, [part.fingerprint for part in self.parts])
-        update_with_strings(digest, self.classes)
-        return digest.hexdigest()
-
-
-def concatenate(datasets: Sequence[ImageDataset], name: str | None = None) -> ImageDataset:
-    """Join data sets of one image shape. Classes are the union by name, in order of first appearance.
-
-    Ids are kept as they are; where two items have the same id, :meth:`ImageDataset.index_of` gives the first.
-
-    Raises:
-        InputError: ``datasets`` is empty.
-        DataError: the data sets have images of different shapes.
-    """
-    if not datasets:
-        raise InputError("give at least one data set to concatenate")
-    first = datasets[0]
-    if len(datasets) == 1 and name is None:
-        return first
-    for other in datasets[1:]:
-        if other.shape != first.shape:
-            raise DataError(
-                f"{other.name} has images {shape_text(other.shape)}, but {first.name} {shape_text(first.shape)}: "
-                "open both with the same size and channels"
-            )
-    return ConcatenatedDataset(datasets, name=name or " + ".join(dataset.name for dataset in datasets))
 
 
 def holdout(dataset: ImageDataset, n: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

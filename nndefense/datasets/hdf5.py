@@ -17,6 +17,9 @@ from torch import Tensor
 from nndefense.datasets.arrays import image_shape, to_float
 from nndefense.datasets.base import ImageDataset, update_with_strings
 from nndefense.datasets.ids import Ids, NumberedIds
+from nndefense.datasets.rejected import BadImage, SourceError
+from nndefense.datasets.remote import open_store
+from nndefense.datasets.store import LocalStore
 from nndefense.errors import DataError, InputError
 from nndefense.files import write_atomically
 from nndefense.images import check_images, shape_text
@@ -39,12 +42,14 @@ class HDF5Dataset(ImageDataset):
     ids they are ``<file name>/00000`` and so on; without names the classes are called 0, 1, ... Only the labels
     are kept in memory.
 
+    The path may be a URL.
+
     Raises:
         DataError: the file is missing, damaged or of another form; later, rows cannot be read or are out of range.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, name: str | None = None) -> None:
-        self._store = _Store(Path(path))
+        self._store = _Store(os.fspath(path))
         images = self._store.dataset("images")
         shape = image_shape(images.shape, images.dtype, str(path))
         count = int(images.shape[0])
@@ -54,7 +59,7 @@ class HDF5Dataset(ImageDataset):
             classes = [str(label) for label in range(int(labels.max(initial=-1)) + 1)]
         elif count and labels.max() >= len(classes):
             raise DataError(f"{path} has label {labels.max()}, but names only {len(classes)} classes: {_REMEDY}")
-        ids: Ids = NumberedIds(self._store.path.stem, count)
+        ids: Ids = NumberedIds(Path(self._store.path).stem, count)
         if self._store.has_ids(count):
             ids = _StoredIds(self._store, count)
         super().__init__(name=name or f"hdf5:{path}", classes=classes, shape=shape, ids=ids, labels=labels)
@@ -77,7 +82,7 @@ class HDF5Dataset(ImageDataset):
             try:
                 check_images(images, name=f"images of {self._store.path}")
             except InputError as error:
-                raise DataError(str(error)) from error
+                raise BadImage(str(error), "out of range", f"it has pixels that are not in [0, 1] ({error})") from error
         return images
 
     def _digest(self) -> str:
@@ -109,15 +114,16 @@ class _StoredIds(Ids):
 class _Store:
     """An HDF5 file opened for reading, opened anew in each process."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
+        self._files, self._place = open_store(path)
         self.path = path
         self._file: h5py.File | None = None
         self._process = 0
-        if not path.is_file():
+        if not self._files.is_file(self._place):
             raise DataError(f"there is no file {path}: check the path")
 
     def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "_file": None, "_process": 0}
+        return self.__dict__ | {"_file": None, "_process": 0}
 
     def file(self) -> h5py.File:
         # A forked process must not share the open file with its parent.
@@ -127,9 +133,11 @@ class _Store:
             if self._file is not None:
                 self._file.close()
             try:
-                self._file = h5py.File(self.path, "r")
-            except OSError as error:
-                raise _damaged(self.path, error) from error
+                # HDF5 reads files of this machine by itself, which is faster than through an open one.
+                local = isinstance(self._files, LocalStore)
+                self._file = h5py.File(self._place if local else self._files.open(self._place), "r")
+            except (OSError, ValueError) as error:
+                raise self._damaged(error) from error
             self._process = os.getpid()
         return self._file
 
@@ -141,7 +149,7 @@ class _Store:
         try:
             found = self.file()[key]
         except (KeyError, OSError, RuntimeError) as error:
-            raise _damaged(self.path, error) from error
+            raise self._damaged(error) from error
         if not isinstance(found, h5py.Dataset) or found.shape is None:
             raise DataError(f"{self.path} has no array in {key!r}: {_REMEDY}")
         return found
@@ -156,7 +164,7 @@ class _Store:
         try:
             labels = np.asarray(stored[...], dtype=np.int64)
         except (OSError, RuntimeError) as error:
-            raise _damaged(self.path, error) from error
+            raise self._damaged(error) from error
         if labels.min(initial=0) < -1:
             raise DataError(f"{self.path} has label {labels.min()}: store numbers from 0, or -1 where unknown")
         return labels
@@ -165,7 +173,7 @@ class _Store:
         try:
             stored = self.file().attrs.get("classes")
         except (OSError, RuntimeError) as error:
-            raise _damaged(self.path, error) from error
+            raise self._damaged(error) from error
         if stored is None:
             return None
         names = np.asarray(stored)
@@ -183,6 +191,14 @@ class _Store:
         if h5py.check_string_dtype(stored.dtype) is None:
             raise DataError(f"{self.path} has ids of type {stored.dtype}: store them as strings")
         return True
+
+    def _damaged(self, error: Exception) -> DataError:
+        reason = " ".join(str(error).split())
+        if not self._files.is_file(self._place):
+            return SourceError(f"cannot read {self.path} ({reason}): it is gone; bring it back, then go on")
+        return DataError(
+            f"cannot read {self.path} as an HDF5 file ({reason}): it is damaged or of another kind; {_REMEDY}"
+        )
 
     def _check_length(self, key: str, shape: tuple[int, ...], count: int) -> None:
         if shape != (count,):
@@ -204,7 +220,7 @@ class _Store:
                 first = int(wanted[run.start])
                 found[run] = stored[first : int(wanted[run.stop - 1]) + 1][wanted[run] - first]
         except (OSError, RuntimeError) as error:
-            raise _damaged(self.path, error) from error
+            raise self._damaged(error) from error
         return found[places]
 
 
@@ -218,11 +234,6 @@ def _runs(rows: NDArray[np.int64], chunk: int | None) -> Iterator[slice]:
 
 def _text(item: object) -> str:
     return item.decode("utf-8", "surrogateescape") if isinstance(item, bytes) else str(item)
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())
-    return DataError(f"cannot read {path} as an HDF5 file ({reason}): it is damaged or of another kind; {_REMEDY}")
 
 
 def write_hdf5(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
@@ -76,10 +77,14 @@ class PackedIds(Ids):
     """
 
     def __init__(self, strings: Iterable[str]) -> None:
-        # File names need not be valid UTF-8; surrogateescape carries their bytes through unchanged.
-        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
-        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        self._bytes = b"".join(encoded)
+        ends = array("q", [0])
+        packed = bytearray()
+        for string in strings:
+            # File names need not be valid UTF-8; surrogateescape carries their bytes through unchanged.
+            packed += string.encode("utf-8", "surrogateescape")
+            ends.append(len(packed))
+        self._ends = np.frombuffer(ends, dtype=np.int64)
+        self._bytes = bytes(packed)
 
     def __len__(self) -> int:
         return len(self._ends) - 1

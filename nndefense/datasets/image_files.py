@@ -1,7 +1,9 @@
 """Reading single image files with Pillow into [0, 1] tensors.
 
 Every file gives the picture as a viewer shows it: turned by its EXIF orientation, transparent parts on white, 16-bit
-grey scaled by 65535 (Pillow's own conversion would clip it). Of an animation, the first frame.
+grey scaled by 65535 (Pillow's own conversion would clip it), CMYK turned into RGB without a colour profile, 16-bit
+colour read with 8 bits. Of an animation, or a file of several pages, the first. The content tells the format, never the
+suffix. What cannot be shown whole is refused: a picture that is cut short is no picture.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from nndefense.datasets.rejected import BadImage, SourceError
 from nndefense.datasets.transform import Size, check_form, crop_box
-from nndefense.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Only these decoders: Pillow has others that start helper programs, and a file's suffix proves nothing.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 _GREY_MODES = ("1", "L", "LA", "La", "F", "I")
 
@@ -52,7 +54,7 @@ def image_channels(path: str | os.PathLike[str]) -> int:
         DataError: the file is missing, or no image of a known format.
     """
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return 1 if _is_grey(image) else 3
     except Exception as error:
         raise _unreadable(path, error) from error
@@ -65,17 +67,23 @@ def decode(
 
     ``size`` is H, W; the rest is as in :func:`load_image`. Where ``data`` is given, it is the file's content, and
     ``path`` only what messages call it.
+
+    Raises:
+        BadImage: the image cannot be used.
+        SourceError: it does not fit into the memory that is left.
     """
     # Pillow's decoders raise nearly every kind of exception on damaged files (OSError, SyntaxError, struct.error,
     # ValueError, ...), and for the person who has such a file they all mean the same.
     try:
-        with Image.open(path if data is None else io.BytesIO(data), formats=_FORMATS) as image:
-            _check_pixels(path, image)
+        with Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as image:
+            check_pixels(path, image)
             return convert(path, image, channels, size)
-    except DataError:
+    except BadImage:
         raise
+    except MemoryError as error:
+        raise SourceError(f"there is not enough memory left to decode the image {path}: use fewer workers") from error
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, error, data) from error
 
 
 def convert(
@@ -101,17 +109,26 @@ def to_tensor(pixels: NDArray[np.uint8] | NDArray[np.float32]) -> Tensor:
     return image.div_(255) if pixels.dtype == np.uint8 else image
 
 
+def fill(image: Tensor, pixels: NDArray[np.uint8] | NDArray[np.float32]) -> None:
+    """Write what :func:`decode` gives into a float32 tensor C x H x W, as :func:`to_tensor` would make it."""
+    # A read-only view of Pillow's memory is turned by numpy, which makes the copy that torch may get hold of.
+    image.copy_(torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C")))
+    if pixels.dtype == np.uint8:
+        image.div_(255)
+
+
 def _is_grey(image: Image.Image) -> bool:
     return image.mode in _GREY_MODES or image.mode.startswith("I;16")
 
 
-def _check_pixels(path: str | os.PathLike[str], image: Image.Image) -> None:
+def check_pixels(path: str | os.PathLike[str], image: Image.Image) -> None:
+    """Raise :class:`BadImage` where an opened image has more pixels than Pillow's ``Image.MAX_IMAGE_PIXELS``."""
     # Pillow only warns from here up to twice as many pixels; a small file that unpacks to gigabytes is refused.
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
-        raise DataError(
-            f"the image {path} has {image.width} x {image.height} pixels, more than the {limit:,} allowed: "
-            "scale it down or remove it"
+        pixels = f"{image.width} x {image.height} pixels, more than the {limit:,} allowed"
+        raise BadImage(
+            f"the image {path} has {pixels}: scale it down or remove it", "too large", f"it has {pixels}: scale it down"
         )
 
 
@@ -140,21 +157,29 @@ def _deep_grey(
         # Mode "I" has 32 bits, but is also how 16-bit files come out of some versions of Pillow.
         values /= 65535
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-        raise DataError(
-            f"the image {name} has grey values outside the range of a picture: save it with 8 or 16 bits a pixel"
-        )
+        wrong = "grey values outside the range of a picture: save it with 8 or 16 bits a pixel"
+        raise BadImage(f"the image {name} has {wrong}", "out of range", f"it has {wrong}")
     pixels = np.asarray(_fit(Image.fromarray(values), size)).clip(0, 1)
     return np.repeat(pixels[:, :, None], channels, axis=2)
 
 
-def _unreadable(path: str | os.PathLike[str], error: Exception) -> DataError:
+def _unreadable(path: str | os.PathLike[str], error: Exception, data: bytes | None = None) -> BadImage:
     if isinstance(error, FileNotFoundError):
-        return DataError(f"there is no image file {path}: check the path")
+        return BadImage(f"there is no image file {path}: check the path", "missing", "there is no such file")
+    words = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
     if isinstance(error, UnidentifiedImageError):
-        reason = "empty" if _is_empty(path) else "not a JPEG, PNG, WebP, BMP, GIF or TIFF file"
+        if len(data) == 0 if data is not None else _is_empty(path):
+            kind, words, reason = "empty", "empty", "the file is empty"
+        else:
+            kind, words = "not an image", "not a JPEG, PNG, WebP, BMP, GIF or TIFF file"
+            reason = words
+    elif isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        kind, reason = "too large", f"it has far more pixels than the {Image.MAX_IMAGE_PIXELS:,} allowed: scale it down"
+    elif isinstance(error, OSError) and error.strerror:
+        kind, reason = "unreadable", f"it cannot be read ({words})"
     else:
-        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
-    return DataError(f"cannot read the image {path} ({reason}): repair, replace or remove it")
+        kind, reason = "damaged", f"it is damaged or cut short ({words or type(error).__name__})"
+    return BadImage(f"cannot read the image {path} ({words}): repair, replace or remove it", kind, reason)
 
 
 def _is_empty(path: str | os.PathLike[str]) -> bool:

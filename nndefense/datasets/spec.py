@@ -15,15 +15,41 @@ from nndefense.datasets.cifar10 import open_cifar10
 from nndefense.datasets.digits import open_digits
 from nndefense.datasets.folder import ImageFolderDataset
 from nndefense.datasets.idx import open_idx
+from nndefense.datasets.listing import FileListDataset
+from nndefense.datasets.locate import locate, split_slice
+from nndefense.datasets.parquet import ParquetDataset
+from nndefense.datasets.remote import has_suffix, open_store
+from nndefense.datasets.store import is_url
+from nndefense.datasets.torchvision_set import SETS, TorchvisionDataset
 from nndefense.datasets.transform import Size, check_form, in_form
 from nndefense.datasets.webdataset import WebDataset
 from nndefense.errors import DataError
 
-KNOWN_SPECS = ("digits", "mnist", "fashion-mnist", "cifar10", "imagefolder:PATH", "hdf5:PATH", "webdataset:PATH")
+KNOWN_SPECS = (
+    "digits",
+    "mnist",
+    "fashion-mnist",
+    "cifar10",
+    "imagefolder:PATH",
+    "images:PATH",
+    "files:LIST",
+    "hdf5:PATH",
+    "webdataset:PATH",
+    "parquet:PATH",
+    "torchvision:NAME:PATH",
+)
 
 _NAMED = ("digits", "mnist", "fashion-mnist", "cifar10")
 _SPLITS = ("train", "test")
-_SLICE = re.compile(r"(?P<body>.*?)(?P<cut>\[[^\[\]]*\])?", re.DOTALL)
+# The kinds that are opened from a path, and how their files end where a pattern may stand for several.
+_PATH_KINDS: dict[str, str | None] = {
+    "imagefolder": None,
+    "images": None,
+    "files": None,
+    "hdf5": None,
+    "webdataset": ".tar",
+    "parquet": ".parquet",
+}
 _BOUNDS = re.compile(r"\[\s*(-?\d+)?\s*:\s*(-?\d+)?\s*(?::\s*(-?\d+)?\s*)?\]")
 
 
@@ -38,21 +64,30 @@ def open_dataset(
     """Open a data set by its name.
 
     ``digits``, ``mnist``, ``fashion-mnist`` and ``cifar10`` have the splits ``train`` and ``test``
-    (``mnist:test``); without one, the training split is meant. ``imagefolder:PATH`` opens the folder PATH with one
-    folder a class, ``imagefolder:PATH:val`` its folder ``val``. ``hdf5:PATH`` opens a file, and
-    ``hdf5:PATH:test`` the file ``test.h5`` of the folder PATH. ``webdataset:PATH`` opens a tar shard, the shards of a
-    folder, or those of a pattern such as ``pool-{000..099}.tar``; ``webdataset:PATH:test`` the folder ``test`` or the
-    shards ``test*.tar`` of the folder PATH. A slice as in Python may follow: ``mnist:train[:55000]``. A path that
-    exists as it is written is never taken apart.
+    (``mnist:test``); without one, the training split is meant. The others are:
+
+    * ``imagefolder:PATH``: the folder PATH with one folder a class, ``imagefolder:PATH:val`` its folder ``val``;
+    * ``images:PATH``: every image in the folder PATH and below, without labels;
+    * ``files:LIST``: the images that a list names, see :class:`~nndefense.datasets.FileListDataset`;
+    * ``hdf5:PATH``: a file; ``hdf5:PATH:test`` the file ``test.h5`` of the folder PATH;
+    * ``webdataset:PATH``: a tar shard, the shards of a folder, or those of a pattern such as ``pool-{000..099}.tar``;
+      ``webdataset:PATH:test`` the folder ``test`` or the shards ``test*.tar`` of the folder PATH;
+    * ``parquet:PATH``: the same with Parquet files, see :class:`~nndefense.datasets.ParquetDataset`;
+    * ``torchvision:NAME:PATH:test``: a split of torchvision's data set NAME, whose files are in the folder PATH or are
+      fetched there; without PATH, ``data_dir``.
+
+    A PATH may be a URL that fsspec reads, such as ``s3://bucket/photos`` or ``zip://photos::/data/photos.zip``. A slice
+    as in Python may follow: ``mnist:train[:55000]``. A path that exists as it is written is never taken apart.
 
     Args:
         spec: the name.
         data_dir: the folder of the data sets; else the environment variable NNDEFENSE_DATA, else ``data``.
         size: one side, or (height, width), that all images are brought to: the centre is cropped to this aspect
             ratio and resized (bilinear, antialiased).
-        channels: 1 turns colour to grey (luma), 3 repeats the channel of grey images. Image folders and shards are
-            read in colour unless this is 1; other data sets stay as they are stored.
-        download: whether MNIST, Fashion-MNIST and CIFAR-10 may be fetched from the network if they are missing.
+        channels: 1 turns colour to grey (luma), 3 repeats the channel of grey images. Files of pictures are read in
+            colour unless this is 1; other data sets stay as they are stored.
+        download: whether MNIST, Fashion-MNIST, CIFAR-10 and torchvision's sets may be fetched from the network if they
+            are missing.
 
     Raises:
         DataError: the name is unknown, or the data are missing, damaged or of another form.
@@ -62,17 +97,14 @@ def open_dataset(
     spec = spec.strip()
     folder = Path(data_dir).expanduser() if data_dir is not None else default_data_dir()
     kind, _, rest = spec.partition(":")
-    if kind == "webdataset":
-        source, split, cut = _locate_shards(rest)
-        dataset: ImageDataset = WebDataset(source, split=split, size=form, channels=channels)
-    elif kind in ("imagefolder", "hdf5"):
-        path, split, cut = _locate(kind, rest)
-        if kind == "imagefolder":
-            dataset = ImageFolderDataset(path, split=split, size=form, channels=channels)
-        else:
-            dataset = in_form(_open_hdf5(path, split), form, channels)
+    dataset: ImageDataset
+    if kind == "torchvision":
+        dataset, cut = _open_torchvision(rest, folder, form, channels, download)
+    elif kind in _PATH_KINDS:
+        path, split, cut = locate(kind, rest, _PATH_KINDS[kind])
+        dataset = _open_path(kind, path, split, form, channels)
     else:
-        body, cut = _split_slice(spec)
+        body, cut = split_slice(spec)
         name, _, split_text = body.partition(":")
         if name not in _NAMED:
             raise DataError(f"unknown data set {spec!r}: choose {', '.join(KNOWN_SPECS[:-1])} or {KNOWN_SPECS[-1]}")
@@ -95,52 +127,56 @@ def _open_named(name: str, split: str, data_dir: Path, download: bool) -> ImageD
     return open_idx(name, split, data_dir, download=download)
 
 
-def _open_hdf5(path: Path, split: str | None) -> ImageDataset:
-    if not path.is_dir():
+def _open_path(
+    kind: str, path: str, split: str | None, size: tuple[int, int] | None, channels: int | None
+) -> ImageDataset:
+    if kind == "webdataset":
+        return WebDataset(path, split=split, size=size, channels=channels)
+    if kind == "parquet":
+        return ParquetDataset(path, split=split, size=size, channels=channels)
+    if kind == "hdf5":
+        return in_form(_open_hdf5(path, split), size, channels)
+    if kind == "files":
+        if split is not None:
+            raise DataError(f"{path} is a list, so it has no split {split!r}: open files:{path}")
+        return FileListDataset(path, size=size, channels=channels)
+    return ImageFolderDataset(path, split=split, size=size, channels=channels, labelled=kind == "imagefolder")
+
+
+def _open_torchvision(
+    rest: str, data_dir: Path, size: tuple[int, int] | None, channels: int | None, download: bool
+) -> tuple[ImageDataset, str | None]:
+    name, _, place = rest.partition(":")
+    cut = None
+    if not os.path.exists(os.path.expanduser(place)):
+        name, cut = split_slice(name) if not place else (name, None)
+        place, cut = split_slice(place) if place else (place, cut)
+    splits = next((splits for known, splits in SETS.items() if known.lower() == name.lower()), ())
+    split = None
+    head, _, tail = place.rpartition(":")
+    if tail in splits and tail and not os.path.exists(os.path.expanduser(place)):
+        place, split = head, tail
+    root = Path(place).expanduser() if place else data_dir
+    dataset = TorchvisionDataset(name, root, split=split, size=size, channels=channels, download=download)
+    return dataset, cut
+
+
+def _open_hdf5(path: str, split: str | None) -> ImageDataset:
+    if has_suffix(path, hdf5.SUFFIXES) if is_url(path) else not os.path.isdir(path):
         if split is not None:
             raise DataError(f"{path} is a file, so it has no split {split!r}: open hdf5:{path}")
         return hdf5.HDF5Dataset(path)
-    files = {file.stem: file for suffix in reversed(hdf5.SUFFIXES) for file in sorted(path.glob(f"*{suffix}"))}
+    store, folder = open_store(path)
+    names = [name for name in store.listing(folder)[1] if has_suffix(name, hdf5.SUFFIXES)]
+    # Where there are both, the shorter suffix goes before the longer.
+    files = {name.rpartition(".")[0]: name for name in sorted(names, key=len, reverse=True)}
     if not files:
         raise DataError(f"the folder {path} has no files *.h5: give the path of an HDF5 file")
-    if (split or "train") not in files:
-        known = _choices(f"hdf5:{path}:{stem}" for stem in sorted(files))
-        raise DataError(f"the folder {path} has no {split or 'train'}.h5: open {known}")
     split = split or "train"
-    return hdf5.HDF5Dataset(files[split], name=f"hdf5:{path}:{split}")
-
-
-def _locate(kind: str, rest: str) -> tuple[Path, str | None, str | None]:
-    """Take ``PATH[:SPLIT][SLICE]`` apart: return path, split and slice, the longest path that exists first."""
-    if not rest:
-        raise DataError(f"give a path after {kind}: for example {kind}:photos:train")
-    body, cut = _split_slice(rest)
-    readings = [(rest, None), (body, cut)]
-    for text, slice_text in readings:
-        # os.path.exists, because Path.exists raises on names that no file can have.
-        if os.path.exists(os.path.expanduser(text)):
-            return Path(text).expanduser(), None, slice_text
-    for text, slice_text in readings:
-        head, _, split = text.rpartition(":")
-        if head and split and os.path.exists(os.path.expanduser(head)):
-            return Path(head).expanduser(), split, slice_text
-    raise DataError(f"there is nothing at {body}: check the path of {kind}:{rest}")
-
-
-def _locate_shards(rest: str) -> tuple[str, str | None, str | None]:
-    """As :func:`_locate`, for a source that may also be a pattern."""
-    body, _ = _split_slice(rest)
-    # An ending .tar leaves no doubt; elsewhere brackets and braces could be read in two ways.
-    if rest and body.endswith(".tar") and not os.path.exists(os.path.expanduser(rest)):
-        return body, None, _split_slice(rest)[1]
-    path, split, cut = _locate("webdataset", rest)
-    return str(path), split, cut
-
-
-def _split_slice(text: str) -> tuple[str, str | None]:
-    match = _SLICE.fullmatch(text)
-    assert match is not None  # the pattern matches any text
-    return match["body"], match["cut"]
+    if split not in files:
+        known = _choices(f"hdf5:{path}:{stem}" for stem in sorted(files))
+        raise DataError(f"the folder {path} has no {split}.h5: open {known}")
+    return hdf5.HDF5Dataset(f"{path.rstrip('/')}/{files[split]}", name=f"hdf5:{path}:{split}")
 
 
 def _sliced(dataset: ImageDataset, cut: str) -> ImageDataset:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from nndefense.datasets.base import ImageDataset
+from nndefense.datasets.pixels import pixel_digests
+from nndefense.datasets.rejected import BadImage
 from nndefense.errors import DataError, InputError
 
 Size = int | tuple[int, int]
@@ -68,7 +70,20 @@ class TransformedDataset(ImageDataset):
         )
 
     def _read(self, rows: NDArray[np.int64]) -> Tensor:
-        images = self.parent._read(rows)
+        return self._formed(self.parent._read(rows))
+
+    def read_into(
+        self, rows: NDArray[np.int64], images: Tensor, digests: NDArray[np.uint8] | None = None
+    ) -> dict[int, BadImage]:
+        """As for every data set: see :meth:`ImageDataset.read_into`."""
+        read = torch.empty((len(rows), *self.parent.shape))
+        wrong = self.parent.read_into(rows, read)
+        images[:] = self._formed(read)
+        if digests is not None:
+            digests[:] = pixel_digests(images)
+        return wrong
+
+    def _formed(self, images: Tensor) -> Tensor:
         channels, height, width = self.shape
         if channels == 1 and images.shape[1] == 3:
             weights = torch.tensor(_LUMA).view(1, 3, 1, 1)

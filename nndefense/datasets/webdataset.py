@@ -10,28 +10,25 @@ from __future__ import annotations
 
 import hashlib
 import os
-from pathlib import Path
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import get_worker_info
 
-from nndefense.datasets.base import ImageDataset, update_with_strings
-from nndefense.datasets.folder import decoder_threads
+from nndefense.datasets.base import update_with_strings
+from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import PackedIds
-from nndefense.datasets.image_files import SUFFIXES, decode, to_tensor
+from nndefense.datasets.image_files import SUFFIXES
+from nndefense.datasets.labels import class_numbers, read_class_names
+from nndefense.datasets.rejected import BadImage, SourceError
 from nndefense.datasets.shards import REMEDY, ShardIndex, find_shards, scan
+from nndefense.datasets.store import check_bytes
 from nndefense.datasets.transform import Size, check_form
 from nndefense.errors import DataError
-from nndefense.images import shape_text
 
 CLASSES_FILE = "classes.txt"
 _FINGERPRINT_IMAGES = 100
 
 
-class WebDataset(ImageDataset):
+class WebDataset(EncodedDataset):
     """The images of tar shards in the WebDataset layout, decoded when asked for.
 
     Files of one sample share a key, their path in the tar up to the first dot of its last part: ``dog/0007.jpg`` and
@@ -44,9 +41,11 @@ class WebDataset(ImageDataset):
     30 bytes an image are kept in memory. Other files in the shards are passed over. Compressed shards are refused,
     since nothing can be read from their middle.
 
+    A shard that is damaged or cut short is an error of the source; an image in it that does not decode is a bad image.
+
     Args:
         source: a folder (all its ``*.tar``, sorted), one tar file, or a pattern: ``pool-{000..099}.tar``,
-            ``{a,b}.tar``, ``pool-*.tar``.
+            ``{a,b}.tar``, ``pool-*.tar``; or the URL of one of these.
         split: a folder in ``source``, or the beginning of its shards' names: ``train`` for ``train-000.tar``.
         size, channels: as for :class:`~nndefense.datasets.ImageFolderDataset`.
 
@@ -65,11 +64,11 @@ class WebDataset(ImageDataset):
         channels: int | None = None,
         name: str | None = None,
     ) -> None:
-        self._size = check_form(size, channels)
-        self.shards = find_shards(os.fspath(source), split)
+        form = check_form(size, channels)
+        self._store, self.shards = find_shards(os.fspath(source), split)
         index = ShardIndex()
         for number, shard in enumerate(self.shards):
-            scan(shard, number, index)
+            scan(self._store, shard, number, index)
         title = name or f"webdataset:{os.fspath(source)}" + (f":{split}" if split else "")
         if not index.keys:
             seen = ", ".join(sorted(index.suffixes)[:8]) or "nothing"
@@ -79,55 +78,32 @@ class WebDataset(ImageDataset):
         self._bytes = np.array(index.size, dtype=np.int64)
         self._suffix = tuple(index.suffix_names)
         self._suffix_of = np.array(index.suffix, dtype=np.int16)
-        classes, labels = _classes(index.labels, self.shards[0].parent / CLASSES_FILE, title)
+        names_file = self._store.sibling(self.shards[0], CLASSES_FILE)
+        names = read_class_names(self._store, names_file)
+        classes, labels = class_numbers(index.labels, names, title, self._store.url(names_file))
         ids = index.keys
         if len(set(ids)) < len(ids):
-            ids = [f"{self.shards[s].stem}/{key}" for s, key in zip(index.shard, ids, strict=True)]
+            stems = [shard.rpartition("/")[2].removesuffix(".tar") for shard in self.shards]
+            ids = [f"{stems[s]}/{key}" for s, key in zip(index.shard, ids, strict=True)]
             if len(set(ids)) < len(ids):
                 raise DataError(f"two shards of {title} have the same name and keys: give them other names")
-        # The first image tells the shape; self.ids does not exist yet, so it is read by its place alone.
-        first = self._decode(0, channels or 3, ids[0])
-        super().__init__(
-            name=title,
-            classes=classes,
-            shape=(channels or 3, first.shape[0], first.shape[1]),
-            ids=PackedIds(ids),
-            labels=labels,
-        )
+        super().__init__(name=title, classes=classes, ids=PackedIds(ids), labels=labels, size=form, channels=channels)
 
-    def _decode(self, row: int, channels: int, item: str) -> NDArray[np.uint8] | NDArray[np.float32]:
+    def _fetch(self, row: int, item: str) -> tuple[str, bytes]:
         shard, size = self.shards[self._shard[row]], int(self._bytes[row])
-        place = f"{item}.{self._suffix[self._suffix_of[row]]} in {shard}"
+        place = f"{item}.{self._suffix[self._suffix_of[row]]} in {self._store.url(shard)}"
+        check_bytes(place, size)
+        if not size:
+            raise BadImage(f"the image {place} is empty: {REMEDY}", "empty", "the file is empty")
         try:
-            with shard.open("rb") as file:
-                file.seek(int(self._offset[row]))
-                data = file.read(size)
+            data = self._store.read(shard, int(self._offset[row]), size)
         except OSError as error:
-            raise DataError(f"cannot read {shard} ({error.strerror}): {REMEDY}") from error
-        if not data or len(data) != size:
-            what = "is empty" if not size else "is cut short"
-            raise DataError(f"the image {place} {what}: {REMEDY}")
-        return decode(place, channels, self._size, data)
-
-    def _read(self, rows: NDArray[np.int64]) -> Tensor:
-        images = torch.empty((len(rows), *self.shape))
-        items = self.ids.take(rows)
-
-        def read(place: int, row: int) -> None:
-            image = to_tensor(self._decode(row, self.shape[0], items[place]))
-            if image.shape[1:] != self.shape[1:]:
-                raise DataError(
-                    f"the image {items[place]} is {shape_text(image.shape[1:])}, but the first one of {self.name} is "
-                    f"{shape_text(self.shape[1:])}: give a size that all images are brought to"
-                )
-            images[place] = image
-
-        if len(rows) == 1 or get_worker_info() is not None:
-            for place, row in enumerate(rows.tolist()):
-                read(place, row)
-        else:
-            list(decoder_threads(os.getpid()).map(read, range(len(rows)), rows.tolist()))
-        return images
+            reason = error.strerror or " ".join(str(error).split())
+            raise SourceError(f"cannot read {self._store.url(shard)} ({reason}): {REMEDY}") from error
+        if len(data) != size:
+            # Shards are whole when they are opened, so this one was changed since.
+            raise SourceError(f"the image {place} is cut short: {REMEDY}")
+        return place, data
 
     def _digest(self) -> str:
         """Hash the form, labels, ids, byte counts and up to 100 evenly spaced files: all of them could take hours."""
@@ -137,39 +113,9 @@ class WebDataset(ImageDataset):
         digest.update(self.labels.astype("<i8").tobytes())
         digest.update(self._bytes.astype("<i8").tobytes())
         for row in np.unique(np.linspace(0, len(self) - 1, min(len(self), _FINGERPRINT_IMAGES)).astype(np.int64)):
-            with self.shards[self._shard[row]].open("rb") as file:
-                file.seek(int(self._offset[row]))
-                digest.update(file.read(int(self._bytes[row])))
+            shard, size = self.shards[self._shard[row]], int(self._bytes[row])
+            try:
+                digest.update(self._store.read(shard, int(self._offset[row]), size))
+            except OSError as error:
+                raise SourceError(f"cannot read {self._store.url(shard)} ({error}): {REMEDY}") from error
         return digest.hexdigest()
-
-
-def _classes(labels: list[int | str | None], names_file: Path, title: str) -> tuple[list[str], NDArray[np.int64]]:
-    """Class names, and the label of each image as a number into them; -1 where there is none."""
-    words = sorted({label for label in labels if isinstance(label, str)})
-    numbered = any(isinstance(label, int) for label in labels)
-    if words and numbered:
-        raise DataError(f"{title} has labels that are numbers and labels that are names: use one kind")
-    classes = words
-    if names_file.is_file():
-        try:
-            classes = [line.strip() for line in names_file.read_text(encoding="utf-8-sig").splitlines()]
-        except (OSError, UnicodeDecodeError):
-            raise DataError(
-                f"{names_file} cannot be read: it must be a UTF-8 text with one class name a line"
-            ) from None
-        if not classes or "" in classes or len(set(classes)) < len(classes):
-            raise DataError(f"{names_file} is empty, or has an empty or a repeated line: write one class name a line")
-        unknown = [word for word in words if word not in set(classes)]
-        if unknown:
-            raise DataError(f"{title} has the class {unknown[0]!r}, which {names_file} does not list: add it")
-    place = {word: number for number, word in enumerate(classes)}
-    found = np.fromiter(
-        (-1 if label is None else place[label] if isinstance(label, str) else label for label in labels),
-        dtype=np.int64,
-        count=len(labels),
-    )
-    if not classes:
-        classes = [str(number) for number in range(int(found.max(initial=-1)) + 1)]
-    elif found.max(initial=-1) >= len(classes):
-        raise DataError(f"{title} has label {found.max()}, but {names_file} names {len(classes)} classes: add the rest")
-    return classes, found

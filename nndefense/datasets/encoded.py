@@ -1,0 +1,121 @@
+"""What data sets of encoded pictures have in common, whether these are files, parts of archives or cells of a table."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from nndefense.datasets.base import ImageDataset
+from nndefense.datasets.image_files import decode, fill
+from nndefense.datasets.parallel import each
+from nndefense.datasets.pixels import pixel_digest
+from nndefense.datasets.rejected import BadImage
+from nndefense.errors import DataError
+from nndefense.images import shape_text
+
+_PROBED = 1000
+
+
+class EncodedDataset(ImageDataset):
+    """Pictures in the formats of files, decoded when asked for.
+
+    A subclass implements :meth:`_fetch` or :meth:`_fetcher`, and what they need must be there before this constructor
+    runs. With a size no image is read; without one, the first image that can be read tells the size of all.
+
+    Args:
+        size: height and width that the centre of each image is brought to, or None.
+        channels: 3 (the default) reads every image as RGB, 1 as grey.
+
+    Raises:
+        DataError: without a size, when none of the first thousand images can be read: the error of the first.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        classes: Sequence[str],
+        ids: Sequence[str],
+        labels: ArrayLike,
+        size: tuple[int, int] | None,
+        channels: int | None,
+    ) -> None:
+        self._size = size
+        height, width = size or (0, 0)
+        super().__init__(name=name, classes=classes, shape=(channels or 3, height, width), ids=ids, labels=labels)
+        if size is None:
+            self.shape = (self.shape[0], *self._first_size())
+
+    def _fetch(self, row: int, item: str) -> tuple[str, bytes]:
+        """Return what messages call the image of a row, whose id is ``item``, and its bytes; called by many threads.
+
+        Raises:
+            BadImage: the image is missing, empty or cannot be read.
+            SourceError: the source is out of reach.
+        """
+        raise NotImplementedError
+
+    def _fetcher(self, rows: NDArray[np.int64]) -> Callable[[int], tuple[str, bytes]]:
+        """Return a function that gives :meth:`_fetch` of the place in ``rows``; a source may read them ahead here."""
+        items = self.ids.take(rows)
+        numbers = rows.tolist()
+        return lambda place: self._fetch(numbers[place], items[place])
+
+    @abstractmethod
+    def _digest(self) -> str: ...
+
+    def _first_size(self) -> tuple[int, int]:
+        first: BadImage | None = None
+        for row in range(min(len(self), _PROBED)):
+            try:
+                called, data = self._fetcher(np.array([row], dtype=np.int64))(0)
+                height, width, _ = decode(called, self.shape[0], None, data).shape
+                return height, width
+            except BadImage as error:  # noqa: PERF203
+                first = first or error
+        raise first or DataError(f"{self.name} has no images: check its place")
+
+    def _read(self, rows: NDArray[np.int64]) -> Tensor:
+        images = torch.empty((len(rows), *self.shape))
+        wrong = self.read_into(rows, images)
+        if wrong:
+            raise wrong[min(wrong)]
+        return images
+
+    def read_into(
+        self, rows: NDArray[np.int64], images: Tensor, digests: NDArray[np.uint8] | None = None
+    ) -> dict[int, BadImage]:
+        """As for every data set: see :meth:`ImageDataset.read_into`."""
+        wrong: dict[int, BadImage] = {}
+        fetch = self._fetcher(rows)
+
+        def read(place: int) -> None:
+            try:
+                called, data = fetch(place)
+                pixels = decode(called, self.shape[0], self._size, data)
+                self._check_size(called, pixels.shape)
+            except BadImage as error:
+                wrong[place] = error
+                images[place] = 0
+                return
+            fill(images[place], pixels)
+            if digests is not None:
+                digests[place] = pixel_digest(pixels)
+
+        each(read, len(rows))
+        return wrong
+
+    def _check_size(self, called: str, shape: tuple[int, ...]) -> None:
+        if shape[:2] != self.shape[1:]:
+            own, others = shape_text(shape[:2]), shape_text(self.shape[1:])
+            raise BadImage(
+                f"the image {called} is {own}, but the first one of {self.name} is {others}: "
+                "give a size that all images are brought to",
+                "other size",
+                f"it is {own} pixels, but the first image is {others}: give a size that all images are brought to",
+            )

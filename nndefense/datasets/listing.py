@@ -1,0 +1,169 @@
+"""Lists of image files: a path a line, or a table with a column of them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from nndefense.datasets.base import update_with_strings
+from nndefense.datasets.encoded import EncodedDataset
+from nndefense.datasets.ids import PackedIds
+from nndefense.datasets.labels import class_numbers, written_labels
+from nndefense.datasets.remote import has_suffix, open_store
+from nndefense.datasets.store import LocalStore, Store, is_url
+from nndefense.datasets.transform import Size, check_form
+from nndefense.errors import DataError
+
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_PATH_NAMES = ("path", "file", "filename", "image", "url")
+_LABEL_NAMES = ("label", "class", "cls")
+_ID_NAMES = ("id", "key")
+_ASKED = 10
+
+
+class FileListDataset(EncodedDataset):
+    """The images that a text file names, decoded when asked for.
+
+    A ``.csv`` or ``.tsv`` has a line of column names: ``path`` (or ``file``, ``filename``, ``image``, ``url``), and if
+    there are any, ``label`` (or ``class``, ``cls``) and ``id`` (or ``key``). Labels are whole numbers, -1 or nothing
+    where unknown, or else names of classes. Any other file has one path a line and no labels. Empty lines are passed
+    over. Paths are relative to the list's folder, absolute, or URLs; a list that is itself a URL names no files of this
+    machine. Without ids, the paths as they are written are the ids.
+
+    The files are not looked at before they are read: one that is missing then is a bad image.
+
+    Args:
+        path: the list, or its URL.
+        size, channels: as for :class:`~nndefense.datasets.ImageFolderDataset`.
+
+    Raises:
+        DataError: there is no list, it is empty, has no such columns, or names an id twice.
+        InputError: ``size`` or ``channels`` is out of range.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        size: Size | None = None,
+        channels: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        form = check_form(size, channels)
+        text = os.fspath(path)
+        title = name or f"files:{text}"
+        self._store, self._list = open_store(text)
+        self._remote = is_url(text)
+        paths, labels, ids, lines = _entries(_read(self._store, self._list, text), text)
+        if not paths:
+            raise DataError(f"{text} names no images: write one path a line")
+        _check_unique(ids, lines, text)
+        if self._remote:
+            for item, line in zip(paths, lines, strict=True):
+                if item.startswith("/") or item.lower().startswith(("file:", "local:")):
+                    raise DataError(
+                        f"line {line} of {text} names a file of this machine: a list that is a URL must not"
+                    )
+        classes, numbers = class_numbers(labels, None, title, text)
+        self._paths = PackedIds(paths)
+        super().__init__(
+            name=title,
+            classes=classes,
+            ids=self._paths if ids is paths else PackedIds(ids),
+            labels=numbers,
+            size=form,
+            channels=channels,
+        )
+
+    def _place(self, row: int) -> tuple[Store, str]:
+        item = self._paths[row]
+        if is_url(item):
+            return open_store(item)
+        if self._remote:
+            return self._store, self._store.sibling(self._list, item)
+        return LocalStore(), os.path.join(os.path.dirname(self._list), os.path.expanduser(item))
+
+    def _fetch(self, row: int, item: str) -> tuple[str, bytes]:
+        store, path = self._place(row)
+        return store.url(path), store.image_bytes(path, self._reachable)
+
+    def _reachable(self) -> bool:
+        """Whether one of a few files of the list is there: a list without any is wrong, or its disk is away."""
+        rows = np.unique(np.linspace(0, len(self) - 1, _ASKED).astype(np.int64))
+        return any(store.is_file(path) for store, path in map(self._place, rows.tolist()))
+
+    def _digest(self) -> str:
+        """Hash the form, the list, and the byte count of each file of this machine."""
+        digest = hashlib.sha256(f"files {self.shape} {self._size}\n".encode())
+        update_with_strings(digest, self.classes)
+        update_with_strings(digest, self.ids)
+        update_with_strings(digest, self._paths)
+        digest.update(self.labels.astype("<i8").tobytes())
+        sizes = np.full(len(self), -1, dtype="<i8")
+        if not self._remote:
+            for row in range(len(self)):
+                store, path = self._place(row)
+                if isinstance(store, LocalStore):
+                    sizes[row] = store.size(path)
+        digest.update(sizes.tobytes())
+        return digest.hexdigest()
+
+
+def _read(store: Store, path: str, written: str) -> str:
+    if not store.is_file(path):
+        raise DataError(
+            f"there is no list {written}: give a text file with one path a line, or a .csv with a column path"
+        )
+    try:
+        return store.read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the list {written} ({' '.join(str(error).split())}): save it as UTF-8") from error
+
+
+def _entries(text: str, written: str) -> tuple[list[str], list[int | str | None], Sequence[str], list[int]]:
+    """Paths, labels, ids and line numbers; ids are the very paths where there are none."""
+    delimiter = next((mark for suffix, mark in _TABLES.items() if has_suffix(written, (suffix,))), None)
+    if delimiter is None:
+        lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+        paths = [line for _, line in lines if line]
+        return paths, [None] * len(paths), paths, [number for number, line in lines if line]
+    reader = csv.reader(text.splitlines(), delimiter=delimiter, strict=True)
+    paths, labels, ids, numbers = [], [], [], []
+    try:
+        header = [name.strip().lower() for name in next(reader, [])]
+        where = _column(header, _PATH_NAMES)
+        if where is None:
+            raise DataError(f"{written} has no column path: begin it with the line path{delimiter}label")
+        label, key = _column(header, _LABEL_NAMES), _column(header, _ID_NAMES)
+        for cells in reader:
+            if not any(cells):
+                continue
+            if len(cells) != len(header) or not cells[where].strip():
+                raise DataError(
+                    f"line {reader.line_num} of {written} has {len(cells)} cells or no path, but the first line names "
+                    f"{len(header)} columns: mend it"
+                )
+            paths.append(cells[where].strip())
+            labels.append(cells[label] if label is not None else "")
+            ids.append(cells[key].strip() if key is not None else "")
+            numbers.append(reader.line_num)
+    except csv.Error as error:
+        raise DataError(f"line {reader.line_num} of {written} is no line of a table ({error}): mend it") from error
+    return paths, written_labels(labels), ids if key is not None else paths, numbers
+
+
+def _column(header: Sequence[str], names: Sequence[str]) -> int | None:
+    return next((header.index(name) for name in names if name in header), None)
+
+
+def _check_unique(ids: Sequence[str], lines: Sequence[int], written: str) -> None:
+    seen: dict[str, int] = {}
+    for item, line in zip(ids, lines, strict=True):
+        if not item:
+            raise DataError(f"line {line} of {written} has no id: give one, or leave the column out")
+        if seen.setdefault(item, line) != line:
+            raise DataError(f"line {line} of {written} repeats line {seen[item]} ({item}): name every image once")

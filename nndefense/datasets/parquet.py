@@ -1,0 +1,265 @@
+"""Parquet tables with encoded pictures in a column, as the usual hubs of data sets hand them out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nndefense.datasets.base import update_with_strings
+from nndefense.datasets.encoded import EncodedDataset
+from nndefense.datasets.ids import Ids, JoinedIds, NumberedIds, PackedIds
+from nndefense.datasets.labels import class_numbers
+from nndefense.datasets.parquet_cells import Cells
+from nndefense.datasets.rejected import BadImage
+from nndefense.datasets.shards import find_files
+from nndefense.datasets.store import Store, check_bytes, empty_image
+from nndefense.datasets.transform import Size, check_form
+from nndefense.errors import DataError
+
+SUFFIXES = (".parquet",)
+_REMEDY = "write or fetch the file again"
+_IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
+_LABEL_NAMES = ("label", "labels", "cls", "class", "target", "fine_label")
+_ID_NAMES = ("id", "key", "__key__")
+_FINGERPRINT_IMAGES = 100
+
+
+class ParquetDataset(EncodedDataset):
+    """The pictures in a column of Parquet files, read row group by row group and decoded when asked for.
+
+    The column of images holds the files' bytes, or a struct with ``bytes`` (and ``path``, which is passed over: a table
+    does not say what else is read). It is the one named ``image``, ``img``, ``jpg``, ``png`` or the like, else the only
+    column of that type. Labels, where there are any, are in ``label``, ``labels``, ``cls``, ``class``, ``target`` or
+    ``fine_label``: whole numbers from 0 (-1 or null where unknown) or names; the names of numbered classes are taken
+    from the Hugging Face schema where the file has one, else they are 0, 1, ... Ids are the column ``id``, ``key`` or
+    ``__key__`` if it is text, else ``<file>/00000`` and so on.
+
+    Labels and ids are in memory; of the pictures, what was read last, up to 256 MiB.
+
+    Args:
+        source: a folder (all its ``*.parquet``, sorted), a file, a pattern, or the URL of one of these.
+        split: a folder in ``source``, or the beginning of its files' names.
+        size, channels: as for :class:`~nndefense.datasets.ImageFolderDataset`.
+
+    Raises:
+        DataError: pyarrow is not installed; no files, a file that is damaged, columns that are missing or not alike.
+        InputError: ``size`` or ``channels`` is out of range.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        *,
+        split: str | None = None,
+        size: Size | None = None,
+        channels: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        form = check_form(size, channels)
+        text = os.fspath(source)
+        self._store, self.files = find_files(text, split, SUFFIXES, "file")
+        title = name or f"parquet:{text}" + (f":{split}" if split else "")
+        tables = [_Table(self._store, path) for path in self.files]
+        for table in tables[1:]:
+            if (table.image, table.label, table.id) != (tables[0].image, tables[0].label, tables[0].id):
+                raise DataError(f"{table.place} has other columns than {tables[0].place}: open them one by one")
+        if not sum(table.rows for table in tables):
+            raise DataError(f"{title} has no rows: give a table that holds images")
+        # Of each row group of all files: the file, its number in it, its first row, and its pictures' bytes.
+        self._group_file = np.array([n for n, t in enumerate(tables) for _ in t.groups], dtype=np.int64)
+        self._group_number = np.array([n for t in tables for n in range(len(t.groups))], dtype=np.int64)
+        rows = np.array([count for t in tables for count, _ in t.groups], dtype=np.int64)
+        self._group_bytes = np.array([count for t in tables for _, count in t.groups], dtype=np.int64)
+        self._group_start = np.concatenate([[0], np.cumsum(rows)])
+        self._cells = Cells(self._store, self.files, tables[0].image)
+        names = tables[0].names
+        labels: list[int | str | None] = []
+        for table in tables:
+            labels.extend(table.labels())
+        classes, numbers = class_numbers(labels, names, title, "the table")
+        super().__init__(
+            name=title, classes=classes, ids=_ids(tables, title), labels=numbers, size=form, channels=channels
+        )
+
+    def _fetcher(self, rows: NDArray[np.int64]) -> Callable[[int], tuple[str, bytes]]:
+        items = self.ids.take(rows)
+        groups = np.searchsorted(self._group_start, rows, side="right") - 1
+        cells: dict[int, Any] = {}
+        for group in np.unique(groups).tolist():
+            inside = np.unique(rows[groups == group] - self._group_start[group])
+            place = (int(self._group_file[group]), int(self._group_number[group]))
+            found = self._cells.read(*place, int(self._group_bytes[group]), inside)
+            cells.update(zip((inside + self._group_start[group]).tolist(), found, strict=True))
+
+        def fetch(place: int) -> tuple[str, bytes]:
+            row = int(rows[place])
+            file = self._store.url(self.files[self._group_file[groups[place]]])
+            return _bytes(f"{items[place]} in {file}", cells[row])
+
+        return fetch
+
+    def _digest(self) -> str:
+        """Hash the form, labels, ids and up to 100 evenly spaced files: all of them could take hours."""
+        digest = hashlib.sha256(f"parquet {self.shape} {self._size}\n".encode())
+        update_with_strings(digest, self.classes)
+        update_with_strings(digest, self.ids)
+        digest.update(self.labels.astype("<i8").tobytes())
+        digest.update(self._group_bytes.astype("<i8").tobytes())
+        for path in self.files:
+            digest.update(b"%d\n" % self._store.size(path))
+        # The first picture of evenly spaced row groups: from there a group is read without what lies before.
+        groups = np.linspace(0, len(self._group_bytes) - 1, min(len(self._group_bytes), _FINGERPRINT_IMAGES))
+        for row in np.unique(self._group_start[:-1][groups.astype(np.int64)]):
+            if row < len(self):
+                try:
+                    digest.update(self._fetcher(np.array([row], dtype=np.int64))(0)[1])
+                except BadImage as error:
+                    digest.update(error.kind.encode())
+        return digest.hexdigest()
+
+
+class _Table:
+    """What the footer of one file tells, and its labels and ids."""
+
+    def __init__(self, store: Store, path: str) -> None:
+        import_pyarrow()
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+
+        self.place = store.url(path)
+        self.stem = Path(path.rpartition("/")[2]).stem
+        self._arrow = arrow
+        try:
+            with store.open(path) as handle:
+                file = parquet.ParquetFile(handle)
+                schema, metadata = file.schema_arrow, file.metadata
+                self.image = _image_column(schema, self.place, arrow)
+                self.label = next((name for name in _LABEL_NAMES if name in schema.names), None)
+                ids = (
+                    name
+                    for name in _ID_NAMES
+                    if name in schema.names and arrow.types.is_string(schema.field(name).type)
+                )
+                self.id = next(ids, None)
+                self.rows = metadata.num_rows
+                columns = (
+                    [
+                        number
+                        for number in range(metadata.num_columns)
+                        if metadata.row_group(0).column(number).path_in_schema.split(".")[0] == self.image
+                    ]
+                    if metadata.num_row_groups
+                    else []
+                )
+                self.groups = [
+                    (group.num_rows, sum(group.column(number).total_uncompressed_size for number in columns))
+                    for group in map(metadata.row_group, range(metadata.num_row_groups))
+                ]
+                wanted = [name for name in (self.label, self.id) if name]
+                self._columns = file.read(columns=wanted) if wanted else None
+        except (OSError, ValueError, arrow.ArrowException) as error:
+            raise DataError(
+                f"cannot read {self.place} as a Parquet file ({' '.join(str(error).split())}): {_REMEDY}"
+            ) from error
+        self.names = _class_names(schema, self.label)
+
+    def labels(self) -> list[int | str | None]:
+        if self.label is None or self._columns is None:
+            return [None] * self.rows
+        column = self._columns.column(self.label)
+        types, kind = self._arrow.types, column.type
+        if types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
+            raise DataError(f"{self.place} has labels of type {kind}: store whole numbers from 0, or names of classes")
+        found: list[int | str | None] = column.to_pylist()
+        lowest = min((label for label in found if isinstance(label, int)), default=0)
+        if lowest < -1:
+            raise DataError(f"{self.place} has label {lowest}: store numbers from 0, or -1 where unknown")
+        return [label if label != "" else None for label in found]
+
+    def ids(self) -> Ids:
+        if self.id is None or self._columns is None:
+            return NumberedIds(self.stem, self.rows)
+        found = self._columns.column(self.id).to_pylist()
+        if None in found:
+            raise DataError(f"{self.place} has rows without an id in the column {self.id}: fill it or leave it out")
+        return PackedIds(found)
+
+
+def import_pyarrow() -> None:
+    """Raise DataError where pyarrow is not installed."""
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        raise DataError(
+            "Parquet files are read by pyarrow, which is not installed: pip install 'nndefense[parquet]'"
+        ) from None
+
+
+def _image_column(schema: Any, place: str, arrow: Any) -> str:
+    def holds_images(field: Any) -> bool:
+        kind = field.type
+        if arrow.types.is_struct(kind):
+            return any(
+                kind.field(number).name == "bytes" and _is_binary(kind.field(number).type, arrow)
+                for number in range(kind.num_fields)
+            )
+        return _is_binary(kind, arrow)
+
+    able = [field.name for field in schema if holds_images(field)]
+    named = [name for name in _IMAGE_NAMES if name in able]
+    if named:
+        return named[0]
+    if len(able) == 1:
+        return str(able[0])
+    found = f"several: {', '.join(able)}" if able else f"none among {', '.join(schema.names[:8]) or 'no columns'}"
+    raise DataError(
+        f"{place} must have one column of encoded images (bytes, or a struct with bytes), but has {found}: "
+        "name it image"
+    )
+
+
+def _is_binary(kind: Any, arrow: Any) -> bool:
+    return bool(arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind))
+
+
+def _class_names(schema: Any, label: str | None) -> list[str] | None:
+    """The names of the classes in the metadata that the ``datasets`` library of Hugging Face writes, if any."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[label]["names"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    if isinstance(names, list) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names):
+        return names
+    return None
+
+
+def _ids(tables: list[_Table], title: str) -> Ids:
+    stems = [table.stem for table in tables]
+    if len(set(stems)) < len(stems) and tables[0].id is None:
+        raise DataError(f"two files of {title} have the same name: give them other names, or a column id")
+    ids = JoinedIds([table.ids() for table in tables])
+    if tables[0].id is not None and len(set(ids)) < len(ids):
+        raise DataError(f"{title} has an id twice in the column {tables[0].id}: make them unique or leave it out")
+    return ids
+
+
+def _bytes(called: str, cell: Any) -> tuple[str, bytes]:
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if data is None:
+        path = isinstance(cell, dict) and cell.get("path")
+        what = "only the path of a file, not its bytes: embed the images" if path else "no image: its cell is empty"
+        raise BadImage(f"the row {called} holds {what}", "missing", f"its row holds {what}")
+    check_bytes(called, len(data))
+    if not data:
+        raise empty_image(called)
+    return called, data

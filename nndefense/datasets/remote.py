@@ -1,0 +1,195 @@
+"""Files behind a URL, read by fsspec: object stores, HTTP, memory, archives and whatever else it knows."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import urlsplit
+
+from nndefense.datasets.rejected import BadImage
+from nndefense.datasets.store import LocalStore, Store, check_bytes, is_url
+from nndefense.errors import DataError
+
+_TRIES = 3
+_PAUSE = 0.5
+_T = TypeVar("_T")
+
+
+def open_store(place: str | os.PathLike[str]) -> tuple[Store, str]:
+    """Return the store of a path or URL, and what the place is called in it.
+
+    Raises:
+        DataError: a URL that fsspec, or a package that it needs, is missing for; an unknown kind of URL.
+    """
+    text = os.fspath(place)
+    if not is_url(text):
+        return LocalStore(), os.path.expanduser(text)
+    store = RemoteStore(text)
+    return store, store.root
+
+
+class RemoteStore(Store):
+    """The files behind a URL.
+
+    fsspec's file systems hold connections and locks that do not survive a fork, so each process makes its own.
+    """
+
+    # Asking a server for each file's size would take as long as reading small files.
+    lists_sizes = True
+    # HTTP servers' answers are ClientErrors, which are no OSErrors and are told apart in _tried.
+    speaks_of_one_file = (FileNotFoundError, PermissionError, IsADirectoryError)
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._process = -1
+        self._file_system: Any = None
+        self.root: str = self._connect().rstrip("/") or "/"
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_url": self._url, "root": self.root, "_process": -1, "_file_system": None}
+
+    @property
+    def file_system(self) -> Any:
+        """fsspec's file system, this process's own."""
+        if self._process != os.getpid():
+            self._connect()
+        return self._file_system
+
+    def _connect(self) -> str:
+        try:
+            import fsspec
+        except ImportError:
+            raise DataError(
+                f"{self._url} is read by fsspec, which is not installed: pip install 'nndefense[remote]', or copy the "
+                "data to this machine"
+            ) from None
+        try:
+            self._file_system, root = fsspec.core.url_to_fs(self._url)
+        except ImportError as error:
+            raise DataError(f"{self._url} needs another package: {_words(error)}") from error
+        except Exception as error:
+            raise DataError(f"{self._url} cannot be opened ({_words(error)}): check the URL") from error
+        self._process = os.getpid()
+        return str(root)
+
+    def url(self, path: str) -> str:
+        return str(self.file_system.unstrip_protocol(path))
+
+    def listing(self, folder: str) -> tuple[list[str], list[str]]:
+        folders: list[str] = []
+        files: list[str] = []
+        for name, entry in self._entries(folder):
+            if not name.startswith(".") and "/" not in name:
+                (folders if entry["type"] == "directory" else files).append(name)
+        return sorted(folders), sorted(files)
+
+    def below(self, folder: str) -> Iterator[tuple[str, int]]:
+        for name, entry in self._entries(folder):
+            if name.startswith("."):
+                continue
+            if entry["type"] == "directory":
+                for inner, size in self.below(str(entry["name"]).rstrip("/")):
+                    yield f"{name}/{inner}", size
+            elif "/" not in name:
+                known = entry.get("size")
+                yield name, -1 if known is None else int(known)
+
+    def _entries(self, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        try:
+            entries = self._tried(lambda: self.file_system.ls(folder, detail=True))
+        except FileNotFoundError as error:
+            raise DataError(f"there is no folder {self.url(folder)}: check the URL") from error
+        except OSError as error:
+            raise DataError(f"cannot list the folder {self.url(folder)} ({_words(error)}): check the URL") from error
+        base = folder.rstrip("/") + "/"
+        for entry in entries:
+            path = str(entry["name"]).rstrip("/")
+            # Some stores list the folder itself, and web pages link to places outside it.
+            if path.startswith(base) and len(path) > len(base):
+                yield path[len(base) :], entry
+            elif base == "/" or not base.strip("/"):
+                yield path.lstrip("/"), entry
+
+    def reachable(self, folder: str) -> bool:
+        self.file_system.invalidate_cache()
+        return next(self._entries(folder), None) is not None
+
+    def glob(self, pattern: str) -> list[str]:
+        try:
+            return sorted(str(path) for path in self._tried(lambda: self.file_system.glob(pattern)))
+        except OSError as error:
+            raise DataError(f"cannot look for {self.url(pattern)} ({_words(error)}): check the URL") from error
+
+    def is_file(self, path: str) -> bool:
+        try:
+            return bool(self._tried(lambda: self.file_system.isfile(path)))
+        except OSError:
+            return False
+
+    def is_folder(self, path: str) -> bool:
+        try:
+            return bool(self._tried(lambda: self.file_system.isdir(path)))
+        except OSError:
+            return False
+
+    def open(self, path: str) -> BinaryIO:
+        return cast(BinaryIO, self._tried(lambda: self.file_system.open(path, "rb")))
+
+    def size(self, path: str) -> int:
+        try:
+            size = self._tried(lambda: self.file_system.size(path))
+        except OSError:
+            return -1
+        return -1 if size is None else int(size)
+
+    def read(self, path: str, start: int = 0, count: int | None = None) -> bytes:
+        if count is not None:
+            data = bytes(self._tried(lambda: self.file_system.cat_file(path, start=start, end=start + count)))
+            if len(data) > count:
+                raise OSError(f"the server of {self.url(path)} sends whole files only, not parts of them")
+            return data
+        data = bytes(self._tried(lambda: self.file_system.cat_file(path, start=start or None)))
+        check_bytes(self.url(path), len(data))
+        return data
+
+    def _tried(self, attempt: Callable[[], _T]) -> _T:
+        """Try a few times, and turn whatever the libraries behind fsspec raise into an OSError."""
+        for number in range(1, _TRIES + 1):
+            try:
+                return attempt()
+            except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, MemoryError):
+                raise
+            except (zipfile.BadZipFile, zlib.error) as error:
+                reason = f"it is damaged in its archive ({_words(error)})"
+                raise BadImage(
+                    f"cannot read from {self._url} ({_words(error)}): fetch it again", "damaged", reason
+                ) from error
+            except Exception as error:
+                status = getattr(error, "status", None)
+                if status in (404, 410):
+                    raise FileNotFoundError(_words(error)) from error
+                if status in (401, 403):
+                    raise PermissionError(_words(error)) from error
+                if number == _TRIES or isinstance(error, (ValueError, NotImplementedError)):
+                    if isinstance(error, OSError):
+                        raise
+                    raise OSError(_words(error)) from error
+            time.sleep(_PAUSE * number)
+        raise AssertionError("the loop returns or raises")
+
+
+def has_suffix(place: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a path or URL (without its query) ends in one of these suffixes."""
+    text = urlsplit(place).path if place.lower().startswith(("http://", "https://")) else place
+    return text.lower().endswith(suffixes)
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, (asyncio.TimeoutError, TimeoutError)) and not str(error):
+        return "no answer in time"
+    return " ".join(str(error).split()) or type(error).__name__
