@@ -14,15 +14,18 @@ from torch import Tensor
 
 from nndefense.database.index import BACKENDS, FaissIndex, Index, TorchIndex, faiss_available
 from nndefense.database.manifest import Manifest
+from nndefense.database.repeats import repeated_ids
 from nndefense.database.rows import Rows
 from nndefense.database.sharded import ENGINES, ShardedIndex
 from nndefense.database.weighting import CBW_D_POWER, CBW_D_TERMS, neighbor_weights
-from nndefense.database.writer import DatabaseWriter, ShardWriter, read_pca, seal
+from nndefense.database.writer import VIRTUAL, DatabaseWriter, ShardWriter, read_pca, seal
 from nndefense.errors import DatabaseError, InputError
 from nndefense.features import PCA, FeatureExtractor, FeatureSpec
 from nndefense.models import Classifier
 
 Array = NDArray[Any]
+# Larger indexes are mapped into memory. Smaller ones are read: a mapped file that is cut short ends the process.
+_MAPPED_BYTES = 1 << 30
 
 
 class ImageDatabase:
@@ -124,7 +127,7 @@ class ImageDatabase:
                 folder, manifest, shards=shards, address=ray_address, backend=backend, device=device, name=ray_name
             )
         elif backend == "faiss":
-            index = FaissIndex.read(folder / manifest.index["file"])
+            index = _read_index(folder, manifest)
         else:
             index = TorchIndex(lambda first, last: table.slice("features", first, last), len(table), device=device)
         database = cls(folder, manifest, table, index, read_pca(folder, manifest), backend, device)
@@ -140,20 +143,28 @@ class ImageDatabase:
         :meth:`DatabaseWriter.add`; no rows change nothing. Meant for large batches: each call builds the index again.
         """
         self._whole("added to")
-        shards = ShardWriter(self.path, first=len(self.manifest.shards), classes=len(self.classes))
+        last = self.manifest.shards[-1]
+        first = int("".join(letter for letter in last.partition(".")[0] if letter.isdigit())) + 1
+        shards = ShardWriter(
+            self.path, first=first, classes=len(self.classes), half=self.manifest.half, top=self.manifest.top
+        )
         shards.dimension = self.dimension
         shards.add(features, posteriors, ids, labels)
-        old_index, added = self.manifest.index["file"], shards.close()
+        added = shards.close()
         if not added:
             return
-        files = {name: entry for name, entry in self.manifest.files.items() if name != old_index} | added
+        # The index is built anew, and the file that shows all shards as one knows nothing of the new ones.
+        old = [name for name in self.manifest.files if name.startswith("index") or name == VIRTUAL]
+        files = {name: entry for name, entry in self.manifest.files.items() if name not in old} | added
         manifest = self.manifest
-        identity = {name: getattr(manifest, name) for name in ("classes", "feature", "classifier", "data")}
+        kept = ("classes", "feature", "classifier", "data", "storage", "rejected")
+        identity = {name: getattr(manifest, name) for name in kept}
         new_index = f"index-{len(files):05d}.faiss"
         seal(self.path, files, manifest.index["factory"], new_index, identity)
         reopened = ImageDatabase.open(self.path, verify=False, backend=self._backend, device=self._device, **self._held)
         self.manifest, self._table, self._index = reopened.manifest, reopened._table, reopened._index
-        (self.path / old_index).unlink(missing_ok=True)
+        for name in old:
+            (self.path / name).unlink(missing_ok=True)
 
     def hold_rows(self, max_bytes: int) -> bool:
         """Copy the rows into memory, where they have ``max_bytes`` at most; whether they had.
@@ -311,12 +322,18 @@ class ImageDatabase:
         """
         self._whole("verified")
         self.manifest.check_files(self.path, checksums=True)
-        ids = self._table.slice("ids", 0, len(self))
-        if len(np.unique(ids)) != len(self):
-            raise DatabaseError(f"{self.path} holds {len(self) - len(np.unique(ids)):,} ids twice: build it again")
+        twice = repeated_ids([self.path / name for name in self.manifest.shards])
+        if len(twice):
+            raise DatabaseError(
+                f"{self.path} holds {len(twice):,} ids twice, such as {self.ids(twice[:1])[0]!r}: give the images "
+                "different ids, and build it again"
+            )
         held = len(self)
         if isinstance(self._index, FaissIndex):
-            held = self._index.index.ntotal
+            numbers = self._index.held_rows()
+            held = len(numbers)
+            if held == len(self) and not np.array_equal(numbers, np.arange(held)):
+                raise DatabaseError(f"the index of {self.path} holds rows twice and lacks others: build it again")
         elif isinstance(self._index, ShardedIndex):
             held = self._index.check()
         if held != len(self):
@@ -335,6 +352,19 @@ def _check_classifier(folder: Path, manifest: Manifest, classifier: Classifier) 
             f"{folder} was made with another classifier ({manifest.classifier['source']}, {made[:12]}) than this one "
             f"({classifier.source}, {given[:12]}): load that classifier, or build a database for this one"
         )
+
+
+def _read_index(folder: Path, manifest: Manifest) -> FaissIndex:
+    """The index, set to search as was found to give the recall that was asked for."""
+    name = manifest.index["file"]
+    index = FaissIndex.read(
+        folder / name,
+        mapped=manifest.files[name].bytes > _MAPPED_BYTES,
+        dimension=manifest.dimension,
+        rows=manifest.rows,
+    )
+    index.set_search(manifest.index.get("search", {}).get("setting", {}))
+    return index
 
 
 def _tensors(classifier: Classifier) -> list[Tensor]:

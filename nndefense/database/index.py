@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from nndefense.errors import DatabaseError, InputError
 Array = NDArray[Any]
 Search = tuple[NDArray[np.float32], NDArray[np.int64]]
 BACKENDS = ("auto", "faiss", "torch")
+_PIECE = 1 << 16
 __all__ = ["BACKENDS", "FaissIndex", "Index", "TorchIndex", "faiss_available", "import_faiss"]
 
 
@@ -27,10 +29,12 @@ class Index(Protocol):
 
 
 class FaissIndex:
-    """A FAISS index over the rows, in row order (Johnson et al. 2019)."""
+    """A FAISS index over the rows, whose ids are the rows' numbers (Johnson et al. 2019)."""
 
     def __init__(self, index: Any) -> None:
         self.index = index
+
+    # -- making and opening -------------------------------------------------------------------------------------
 
     @classmethod
     def build(cls, factory: str, dimension: int, sample: Array, rows: Iterable[Array]) -> FaissIndex:
@@ -38,7 +42,7 @@ class FaissIndex:
 
         Args:
             factory: FAISS's factory string: ``Flat`` is exact; ``IVF1024,Flat``, ``HNSW32`` and so on. Inverted
-                lists are searched in a sixteenth of them, at least 8.
+                lists are searched in a sixteenth of them, at least 8, until :meth:`set_search` says otherwise.
             dimension: d.
             sample: n x d float32 to train on; ignored by indexes that need no training.
             rows: pieces M x d of the rows, in order.
@@ -46,50 +50,267 @@ class FaissIndex:
         Raises:
             InputError: a factory string that FAISS does not know, or a sample too small for it.
         """
-        index = cls.empty(factory, dimension).index
-        try:
-            if not index.is_trained:
-                index.train(np.ascontiguousarray(sample, dtype=np.float32))
-            for piece in rows:
-                index.add(np.ascontiguousarray(piece, dtype=np.float32))
-            lists = import_faiss().try_extract_index_ivf(index)
-            if lists is not None:
-                # FAISS looks into a single list by default, which often holds fewer rows than K.
-                lists.nprobe = min(lists.nlist, max(lists.nlist // 16, 8))
-        except RuntimeError as error:
-            raise _unusable(factory, error) from error
-        return cls(index)
+        # The training builds on this class.
+        from nndefense.database.index_training import train_index
+
+        made = train_index(factory, dimension, sample)
+        for piece in rows:
+            made.add(piece)
+        return made
 
     @classmethod
     def empty(cls, factory: str, dimension: int) -> FaissIndex:
         """An index without rows, neither trained; see :meth:`build` for arguments and errors."""
         faiss = import_faiss()
         try:
-            return cls(faiss.index_factory(dimension, factory, faiss.METRIC_L2))
+            made = cls(faiss.index_factory(dimension, factory, faiss.METRIC_L2))
         except RuntimeError as error:
-            raise _unusable(factory, error) from error
+            raise unusable(factory, error) from error
+        if getattr(made.inner, "nlist", 1) < 1:
+            raise unusable(factory, RuntimeError("it has no inverted lists"))
+        return made
 
     @classmethod
-    def read(cls, path: Path) -> FaissIndex:
-        """Open an index file; call it only for files whose checksum was found right."""
+    def read(
+        cls, path: Path, *, mapped: bool = False, dimension: int | None = None, rows: int | None = None
+    ) -> FaissIndex:
+        """Open an index file; call it only for files whose checksum was found right.
+
+        FAISS does not expect an index file from a stranger: one that was made to do harm can end the process or worse.
+        The checksum says that the file is the one that was built; the checks here find a file that stands in another
+        one's place.
+
+        Args:
+            path: the file.
+            mapped: leave the vectors in the file and map it, so that a search reads what it needs and several
+                processes share it; otherwise the whole file is read into memory.
+            dimension: d, where it is known.
+            rows: the number of rows, where it is known.
+
+        Raises:
+            DatabaseError: not an index, or one of another dimension, number of rows or metric.
+        """
         faiss = import_faiss()
+        # Older versions map inverted lists alone.
+        flags = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP) if mapped else 0
         try:
-            return cls(faiss.read_index(str(path)))
+            index = faiss.read_index(str(path), flags)
         except RuntimeError as error:
             raise DatabaseError(f"{path} is not an index that this FAISS can read: build the database again") from error
+        for what, found, wanted in (
+            ("dimensions", index.d, dimension),
+            ("rows", index.ntotal, rows),
+            ("(metric)", index.metric_type, faiss.METRIC_L2),
+        ):
+            if wanted is not None and found != wanted:
+                raise DatabaseError(
+                    f"{path} is an index of {found:,} {what}, but {wanted:,} are expected: build the database again"
+                )
+        return cls(index)
 
     def write(self, path: Path) -> None:
-        """Save the index to a file."""
-        import_faiss().write_index(self.index, str(path))
+        """Save the index to a file; one on a GPU is saved as an index for the CPU."""
+        import_faiss().write_index(self.to_cpu().index, str(path))
+
+    # -- what it is ---------------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> int:
+        """The number of rows in it."""
+        return int(self.index.ntotal)
+
+    @property
+    def dimension(self) -> int:
+        """d, the length of a vector."""
+        return int(self.index.d)
+
+    @property
+    def inner(self) -> Any:
+        """FAISS's index behind transformations of the vectors (OPQ and the like); of several GPUs, the first one's."""
+        faiss = import_faiss()
+        index = faiss.downcast_index(self.index)
+        while isinstance(index, (faiss.IndexPreTransform, faiss.IndexShards)):
+            index = faiss.downcast_index(index.at(0) if isinstance(index, faiss.IndexShards) else index.index)
+        return index
+
+    @property
+    def merges(self) -> str:
+        """How parts become one: ``lists`` (inverted lists), ``codes`` (rows in order), or nothing: they cannot."""
+        faiss, inner = import_faiss(), self.inner
+        if isinstance(inner, faiss.IndexIVF):
+            plain = isinstance(faiss.downcast_InvertedLists(inner.invlists), faiss.ArrayInvertedLists)
+            return "lists" if plain else ""
+        return "codes" if isinstance(inner, faiss.IndexFlatCodes) else ""
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether parts of such an index, filled apart from each other, can be merged."""
+        return bool(self.merges)
+
+    def held_rows(self) -> NDArray[np.int64]:
+        """The row numbers in the index, in ascending order, as often as they are there."""
+        if self.merges != "lists":
+            return np.arange(self.rows, dtype=np.int64)
+        lists = import_faiss().downcast_InvertedLists(self.inner.invlists)
+        return np.sort(np.concatenate([list_ids(lists, number) for number in range(lists.nlist)]))
+
+    # -- filling ------------------------------------------------------------------------------------------------
+
+    def add(self, rows: Array, *, first: int | None = None, device: str = "cpu") -> None:
+        """Append rows M x d; their ids are their numbers.
+
+        Args:
+            rows: M x d.
+            first: the number of the first of them; None: they follow what is there. Inverted lists can begin
+                anywhere, which makes them a part of a larger index; other kinds count from 0 in each part.
+            device: where inverted lists are chosen; see :func:`~nndefense.database.gpu.check_device`.
+
+        Raises:
+            InputError: rows of another length, an index that cannot be filled so, or a GPU that is not there.
+        """
+        if rows.ndim != 2 or rows.shape[1] != self.dimension:
+            raise InputError(f"the index takes rows M x {self.dimension}, but was given {rows.shape}")
+        in_lists = self.merges == "lists"
+        start = self.rows if first is None else first
+        if start != self.rows and not self.mergeable:
+            raise InputError("an index of this kind cannot be made in parts: add its rows from the first to the last")
+        assign = None
+        if in_lists and device != "cpu":
+            from nndefense.database.gpu import list_finder
+
+            assign = list_finder(self.inner, device)
+        try:
+            # Several threads at once would build another graph every time.
+            with threads(1 if is_graph(self.inner) else None):
+                for begin in range(0, len(rows), _PIECE):
+                    piece = np.ascontiguousarray(rows[begin : begin + _PIECE], dtype=np.float32)
+                    ids = np.arange(start + begin, start + begin + len(piece), dtype=np.int64)
+                    if assign is not None:
+                        self._add_assigned(piece, ids, assign)
+                    elif in_lists:
+                        self.index.add_with_ids(piece, ids)
+                    else:
+                        self.index.add(piece)
+        except RuntimeError as error:
+            raise unusable(type(self.inner).__name__, error) from error
+
+    def _add_assigned(self, piece: NDArray[np.float32], ids: NDArray[np.int64], assign: Any) -> None:
+        """Add rows to the inverted lists that ``assign`` names for them."""
+        faiss, inner = import_faiss(), self.inner
+        for transform in transforms(self.index):
+            piece = transform.apply(piece)
+        chosen = np.ascontiguousarray(assign(piece), dtype=np.int64)
+        pointers = (faiss.swig_ptr(array) for array in (np.ascontiguousarray(piece), ids, chosen))
+        inner.add_core(len(piece), *pointers)
+        self.index.ntotal = inner.ntotal
+
+    # -- searching ----------------------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """What :meth:`set_search` can set for this kind, as it is now: ``nprobe`` or ``efSearch``, or nothing."""
+        faiss, inner = import_faiss(), self.inner
+        if isinstance(inner, faiss.IndexIVF) or hasattr(inner, "nprobe"):
+            return {"nprobe": int(inner.nprobe)}
+        return {"efSearch": int(inner.hnsw.efSearch)} if hasattr(inner, "hnsw") else {}
+
+    def set_search(self, parameters: Mapping[str, int]) -> None:
+        """Say how much of the index a search looks at.
+
+        Args:
+            parameters: ``nprobe``: the inverted lists, from 1 to all of them; ``efSearch``: the candidates in a graph
+                (HNSW), at least 1. Nothing changes nothing.
+
+        Raises:
+            InputError: a parameter that this kind of index does not have, or a value out of range.
+        """
+        inner, known = self.inner, self.parameters
+        for name, value in parameters.items():
+            if name not in known:
+                raise InputError(f"an index of this kind has no {name!r}: it has {', '.join(known) or 'none to set'}")
+            most = int(inner.nlist) if name == "nprobe" else 1 << 20
+            if not (isinstance(value, int) and 1 <= value <= most):
+                raise InputError(f"{name} is {value!r}, but must be a whole number from 1 to {most:,}")
+            if self.on_gpu:
+                # On all of them.
+                import_faiss().GpuParameterSpace().set_index_parameter(self.index, name, value)
+                continue
+            if name == "efSearch":
+                inner.hnsw.efSearch = value
+                continue
+            inner.nprobe = value
+            coarse: Any = import_faiss().downcast_index(inner.quantizer) if hasattr(inner, "quantizer") else None
+            if hasattr(coarse, "hnsw"):
+                # A graph that chooses the lists must look at more of them than it gives.
+                coarse.hnsw.efSearch = max(16, 2 * value)
 
     def search(self, queries: Array, k: int) -> Search:
+        """The k nearest rows of each query; see :class:`Index`. Where fewer were found, the rest are row -1.
+
+        Raises:
+            DatabaseError: the index gives rows that it cannot hold.
+            InputError: on a GPU, k above 2,048.
+        """
+        if k > 2048 and self.on_gpu:
+            raise InputError(f"k is {k}, but a search on a GPU gives at most 2,048 rows: lower k or search on the CPU")
         squared, rows = self.index.search(np.ascontiguousarray(queries, dtype=np.float32), k)
         # FAISS gives squared distances, and rounding can carry the smallest of them below 0.
         return np.sqrt(np.maximum(squared, 0)).astype(np.float32), rows.astype(np.int64)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is on one GPU or more."""
+        return type(self.inner).__name__.startswith("Gpu")
 
-def _unusable(factory: str, error: RuntimeError) -> InputError:
-    # What FAISS says ends with the reason; before it stand a C++ signature and a line number.
+    def to_device(self, device: str, *, float16: bool = False) -> FaissIndex:
+        """A copy for searching; see :func:`nndefense.database.gpu.on_device`."""
+        from nndefense.database.gpu import on_device
+
+        return FaissIndex(on_device(self.index, device, float16=float16))
+
+    def to_cpu(self) -> FaissIndex:
+        """The same index for the CPU: itself, or a copy of one that is on GPUs."""
+        return FaissIndex(import_faiss().index_gpu_to_cpu(self.index)) if self.on_gpu else self
+
+
+def transforms(index: Any) -> Iterator[Any]:
+    """What FAISS does to vectors before it indexes them, first things first."""
+    faiss = import_faiss()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        for number in range(index.chain.size()):
+            yield faiss.downcast_VectorTransform(index.chain.at(number))
+
+
+def is_graph(inner: Any) -> bool:
+    """Whether a FAISS index is a graph, whose shape depends on the order in which rows come."""
+    return hasattr(inner, "hnsw") or hasattr(inner, "nsg") or hasattr(inner, "nndescent")
+
+
+def list_ids(lists: Any, number: int) -> NDArray[np.int64]:
+    """The row numbers in one inverted list."""
+    size = lists.list_size(number)
+    if not size:
+        return np.empty(0, dtype=np.int64)
+    return np.array(import_faiss().rev_swig_ptr(lists.get_ids(number), size), dtype=np.int64)
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Let FAISS use this many threads for a while; None: as many as it does."""
+    faiss = import_faiss()
+    before = faiss.omp_get_max_threads()
+    if count is not None:
+        faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def unusable(factory: str, error: RuntimeError) -> InputError:
+    """What FAISS says of an index that it cannot make, for people."""
+    # It ends with the reason; before it stand a C++ signature and a line number.
     reason = re.sub(r"^Error in .* at \S+:\d+: ", "", str(error).strip().splitlines()[-1])
     return InputError(f"FAISS cannot build an index {factory!r} here ({reason.strip()}): name another, such as Flat")
 

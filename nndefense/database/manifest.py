@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nndefense.errors import DatabaseError, InputError
+from nndefense.errors import DatabaseError
 from nndefense.features import FeatureSpec
 from nndefense.files import sha256_of, write_json
 
@@ -31,6 +32,11 @@ class FileEntry:
         return cls(sha256_of(path), path.stat().st_size, rows)
 
 
+def in_row_order(names: Iterable[str]) -> list[str]:
+    """Shards by their numbers, which have five digits or more."""
+    return sorted(names, key=lambda name: (len(name), name))
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The contents of ``manifest.json``; a database without one is not finished and does not open.
@@ -42,10 +48,15 @@ class Manifest:
         feature: the :class:`~nndefense.features.FeatureSpec` as plain values.
         classifier: ``fingerprint``, ``arch``, ``source`` and ``input_shape`` of the classifier.
         data: ``name`` and ``fingerprint`` of the images, and the ``specs`` that open them again.
-        index: ``factory`` (FAISS's description), ``metric`` and ``file``.
+        index: ``factory`` (FAISS's description), ``metric`` and ``file``; where it was measured ``search`` (the setting
+            for the recall that was asked for, what it reached and how fast), and ``why`` where it was chosen for a job.
         files: every file of the database by name.
         versions: the libraries that built it.
         created: time of the build, ISO 8601 in UTC.
+        storage: how the rows are stored: ``features`` (float32 or float16) and ``posteriors`` (``dense`` or ``top-M``).
+            Empty, as in older databases: float32 and dense.
+        rejected: how many images of the source are not in the database: ``unreadable``, ``excluded``, ``duplicate``.
+        build: the settings of the job that made it, and ``job``, their sha256; empty where rows came from elsewhere.
     """
 
     rows: int
@@ -58,6 +69,9 @@ class Manifest:
     files: dict[str, FileEntry]
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
+    storage: dict[str, Any] = field(default_factory=dict)
+    rejected: dict[str, int] = field(default_factory=dict)
+    build: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -68,7 +82,17 @@ class Manifest:
     @property
     def shards(self) -> list[str]:
         """The names of the files that hold rows, in row order."""
-        return sorted(name for name, entry in self.files.items() if entry.rows)
+        return in_row_order(name for name, entry in self.files.items() if entry.rows)
+
+    @property
+    def top(self) -> int:
+        """How many of the largest posteriors a row holds; 0 where it holds all."""
+        return int(str(self.storage.get("posteriors", "dense")).partition("-")[2] or 0)
+
+    @property
+    def half(self) -> bool:
+        """Whether features are stored as float16."""
+        return bool(self.storage.get("features", "float32") == "float16")
 
     def write(self, folder: Path) -> None:
         """Write the manifest, which is what makes the folder a database."""
@@ -87,9 +111,8 @@ class Manifest:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise DatabaseError(
-                f"{folder} holds no finished database ({NAME} is missing; was its build interrupted?): {_REBUILD}"
-            ) from error
+            what = "was its build interrupted?): build it again, or continue, with 'nndefense index build'"
+            raise DatabaseError(f"{folder} holds no finished database ({NAME} is missing; {what}") from error
         except (OSError, ValueError) as error:
             raise DatabaseError(f"{path} is damaged or cannot be read: restore it or {_REBUILD}") from error
         if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
@@ -101,13 +124,17 @@ class Manifest:
             value["classes"] = tuple(value["classes"])
             manifest = cls(**value)
             manifest._check_entries()
-        except (AttributeError, KeyError, TypeError, InputError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DatabaseError(f"{path} lacks entries or has unknown ones: restore it or {_REBUILD}") from error
         return manifest
 
     def _check_entries(self) -> None:
         """Raise one of Python's lookup or type errors, or :class:`InputError`, for entries that cannot be used."""
         FeatureSpec(**self.feature)
+        if self.top < 0 or not all(isinstance(part, dict) for part in (self.storage, self.rejected, self.build)):
+            raise TypeError("storage, rejected and build must be objects")
+        if not isinstance(self.index.get("search", {}).get("setting", {}), dict):
+            raise TypeError("a search's setting must be an object")
         for entries, names in (
             (self.classifier, ("fingerprint", "source", "input_shape")),
             (self.data, ("name", "fingerprint")),

@@ -1,9 +1,15 @@
-"""Rows on disk: shards of contiguous HDF5 arrays, mapped into memory so that only the rows asked for are touched."""
+"""Rows on disk: shards of contiguous HDF5 arrays, mapped into memory so that only the rows asked for are touched.
+
+Features are stored as float32 or float16, and posteriors either whole or as their largest entries: with 1,000 classes
+the 20 largest take 120 bytes a row, all of them 4,000. What is left of the probability is read as spread evenly over
+the other classes. Whatever is stored, features and posteriors are read as float32, posteriors whole.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +21,12 @@ from nndefense.errors import DatabaseError
 
 Array = NDArray[Any]
 COLUMNS = ("features", "posteriors", "cbw_e", "cbw_d", "ids", "labels")
+_TOP = ("top_classes", "top_values")
+DIGEST = "digest"
+"""Column of 16 bytes a row: of an image's pixels. Shards made from features that somebody else computed have none."""
 
 
-def write_shard(path: Path, columns: Mapping[str, Array]) -> None:
+def write_shard(path: Path, columns: Mapping[str, Array], attributes: Mapping[str, int] | None = None) -> None:
     """Write the columns of M rows, each as one contiguous uncompressed array, which a reader can map.
 
     Raises:
@@ -26,16 +35,66 @@ def write_shard(path: Path, columns: Mapping[str, Array]) -> None:
     # By way of memory: where the disk is full, HDF5 itself can crash the whole process when it closes the file.
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
-        for name in COLUMNS:
-            file.create_dataset(name, data=columns[name])
+        for name, column in columns.items():
+            file.create_dataset(name, data=column)
+        for name, value in (attributes or {}).items():
+            file.attrs[name] = value
+    path.write_bytes(buffer.getbuffer())
+
+
+def read_columns(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
+    """All columns and attributes of one shard, as they are stored: what :func:`write_shard` was given.
+
+    Raises:
+        DatabaseError: a shard that is missing, truncated or not of this form.
+    """
+    with _opened(path) as file:
+        return {name: file[name][()] for name in file}, {name: int(value) for name, value in file.attrs.items()}
+
+
+def write_virtual(path: Path, shards: Sequence[Path]) -> None:
+    """Write an HDF5 file that shows the rows of all shards as one table: virtual data sets, which hold no rows.
+
+    Args:
+        path: where it will be; it finds the shards beside itself, by name.
+        shards: in row order, at least one.
+
+    Raises:
+        OSError: the file cannot be written.
+        DatabaseError: a shard that cannot be read.
+    """
+    layouts: dict[str, list[tuple[str, tuple[int, ...], np.dtype[Any]]]] = {}
+    attributes: dict[str, int] = {}
+    for shard in shards:
+        with _opened(shard) as file:
+            attributes = {name: int(value) for name, value in file.attrs.items()}
+            for name in file:
+                layouts.setdefault(name, []).append((shard.name, file[name].shape, file[name].dtype))
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for name, parts in layouts.items():
+            whole = h5py.h5s.create_simple((sum(shape[0] for _, shape, _ in parts), *parts[0][1][1:]))
+            # By h5py's lower level: its upper one notes the time, and equal databases would have unequal files.
+            layout, first = h5py.h5p.create(h5py.h5p.DATASET_CREATE), 0
+            layout.set_obj_track_times(False)
+            for shard_name, shape, _ in parts:
+                whole.select_hyperslab((first, *(0 for _ in shape[1:])), shape)
+                layout.set_virtual(whole, shard_name.encode(), name.encode(), h5py.h5s.create_simple(shape))
+                first += shape[0]
+            whole.select_all()
+            # Ids are as wide as the longest of them in a shard; HDF5 pads them when they are read.
+            widest = max((kind for _, _, kind in parts), key=lambda kind: kind.itemsize)
+            h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(widest, logical=True), whole, layout)
+        for name, value in attributes.items():
+            file.attrs[name] = value
     path.write_bytes(buffer.getbuffer())
 
 
 class Rows:
     """The rows of all shards as one table.
 
-    Columns: ``features`` n x d float32, ``posteriors`` n x C, ``cbw_e`` and ``cbw_d`` n float32, ``ids`` n bytes
-    (UTF-8), ``labels`` n int64 with -1 for unknown.
+    Columns: ``features`` n x d float32, ``posteriors`` n x C float32, ``cbw_e`` and ``cbw_d`` n float32, ``ids`` n
+    bytes (UTF-8), ``labels`` n int64 with -1 for unknown; ``digest`` n x 16 uint8 where :attr:`digests`.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -44,10 +103,13 @@ class Rows:
         Raises:
             DatabaseError: a shard that is missing, truncated or not of this form.
         """
-        self._columns: dict[str, list[Array]] = {name: [] for name in COLUMNS}
-        for path in paths:
-            for name, column in _map_shard(path).items():
-                self._columns[name].append(column)
+        maps = [_map_shard(path) for path in paths]
+        self._classes = maps[0][1] if maps else 0
+        # Without a digest in every shard there is no column of them.
+        names = set.intersection(*(set(columns) for columns, _ in maps)) if maps else set(COLUMNS)
+        self._columns: dict[str, list[Array]] = {name: [columns[name] for columns, _ in maps] for name in sorted(names)}
+        if any(classes != self._classes or not {"features", "ids"} <= set(columns) for columns, classes in maps):
+            raise DatabaseError(f"the shards beside {paths[0]} are not of one kind: build the database again")
         sizes = [len(column) for column in self._columns["labels"]]
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
@@ -59,6 +121,11 @@ class Rows:
         """The size of all columns."""
         return sum(part.nbytes for parts in self._columns.values() for part in parts)
 
+    @property
+    def digests(self) -> bool:
+        """Whether there is a column of digests."""
+        return DIGEST in self._columns
+
     def hold(self) -> None:
         """Copy everything into memory: from then on nothing that happens to the files changes what is read."""
         for name, parts in self._columns.items():
@@ -66,6 +133,9 @@ class Rows:
 
     def take(self, name: str, rows: Array) -> Array:
         """Read one column at the given row numbers, of any shape: ``rows.shape`` + the column's own."""
+        if name == "posteriors" and self._classes:
+            chosen, values = (self.take(part, rows) for part in _TOP)
+            return spread_posteriors(chosen, values, self._classes)
         flat = np.asarray(rows, dtype=np.int64).ravel()
         parts = self._columns[name]
         if len(parts) == 1:
@@ -77,16 +147,21 @@ class Rows:
             for number in np.unique(shard):
                 here = shard == number
                 taken[here] = parts[number][flat[here] - self.starts[number]]
-        return np.asarray(taken).reshape((*np.shape(rows), *parts[0].shape[1:]))
+        return _full(name, np.asarray(taken)).reshape((*np.shape(rows), *parts[0].shape[1:]))
 
     def slice(self, name: str, first: int, last: int) -> Array:
         """Read one column from row ``first`` up to, but without, row ``last``."""
+        if name == "posteriors" and self._classes:
+            chosen, values = (self.slice(part, first, last) for part in _TOP)
+            return spread_posteriors(chosen, values, self._classes)
+        begin = max(int(np.searchsorted(self.starts, first, side="right")) - 1, 0)
+        end = int(np.searchsorted(self.starts, last, side="left"))
         pieces = [
-            part[max(first - start, 0) : max(last - start, 0)]
-            for part, start in zip(self._columns[name], self.starts[:-1], strict=True)
+            part[max(first - int(start), 0) : max(last - int(start), 0)]
+            for part, start in zip(self._columns[name][begin:end], self.starts[begin:end], strict=False)
         ]
         pieces = [piece for piece in pieces if len(piece)]
-        return np.concatenate(pieces) if pieces else self._columns[name][0][:0]
+        return _full(name, np.concatenate(pieces) if pieces else self._columns[name][0][:0])
 
     def pieces(self, name: str, size: int = 1 << 16) -> Iterator[Array]:
         """Read one column in row order, at most ``size`` rows at a time."""
@@ -94,19 +169,90 @@ class Rows:
             yield self.slice(name, first, min(first + size, len(self)))
 
 
-def _map_shard(path: Path) -> dict[str, Array]:
+def pieces_of(paths: Sequence[Path], name: str, size: int = 1 << 16) -> Iterator[Array]:
+    """Read one column of shards in row order, at most ``size`` rows at a time, as :meth:`Rows.pieces` does.
+
+    Only one shard is mapped at a time: pages that were read count as the process's memory until they are unmapped.
+    """
+    for path in paths:
+        yield from Rows([path]).pieces(name, size)
+
+
+def sample_of(paths: Sequence[Path], sizes: Sequence[int], name: str, rows: Array) -> Array:
+    """Read one column at ascending row numbers of shards that hold so many rows each; one shard is mapped at a time."""
+    bounds = np.searchsorted(rows, np.concatenate([[0], np.cumsum(sizes)]))
+    taken, start = [], 0
+    for path, size, first, last in zip(paths, sizes, bounds[:-1], bounds[1:], strict=True):
+        if first < last:
+            taken.append(Rows([path]).take(name, np.asarray(rows[first:last]) - start))
+        start += size
+    return np.concatenate(taken)
+
+
+def spread_posteriors(classes: Array, values: Array, count: int) -> NDArray[np.float32]:
+    """Whole posteriors from their largest entries: the rest of the probability is spread evenly over the others.
+
+    Args:
+        classes: ... x M, which classes the entries belong to; all different.
+        values: ... x M, at least 0.
+        count: C, the number of classes, at least M.
+
+    Returns:
+        ... x C float32, each row with sum 1 up to rounding.
+    """
+    values = values.astype(np.float32)
+    total, others = values.sum(-1, keepdims=True), count - values.shape[-1]
+    left = np.maximum(1 - total, 0) / others if others else np.zeros_like(total)
+    whole = np.broadcast_to(left, (*values.shape[:-1], count)).astype(np.float32)
+    np.put_along_axis(whole, classes.astype(np.int64), values, -1)
+    return whole
+
+
+def top_posteriors(posteriors: Array, top: int) -> dict[str, Array]:
+    """The columns that :func:`spread_posteriors` reads: the ``top`` largest entries of each row, largest first.
+
+    Classes are int16 where they fit, else int32.
+    """
+    # Only what was chosen is sorted: a whole sort of 1,000 classes would take as long as a fast net does.
+    chosen = np.sort(np.argpartition(posteriors, -top, axis=1)[:, -top:], axis=1)
+    values = np.take_along_axis(posteriors, chosen, 1)
+    order = np.argsort(-values, axis=1, kind="stable")
+    kind = np.int16 if posteriors.shape[1] <= 1 << 15 else np.int32
+    chosen, values = np.take_along_axis(chosen, order, 1), np.take_along_axis(values, order, 1).astype(np.float32)
+    return {"top_classes": chosen.astype(kind), "top_values": values}
+
+
+def _full(name: str, values: Array) -> Array:
+    return values.astype(np.float32) if name == "features" and values.dtype == np.float16 else values
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A shard as an open HDF5 file, whose faults are told in one line."""
     try:
         with h5py.File(path, "r") as file:
-            return {name: _map_column(path, file[name]) for name in COLUMNS}
+            yield file
     except FileNotFoundError as error:
         raise DatabaseError(f"{path} is missing: restore it or build the database again") from error
     except (OSError, KeyError, ValueError) as error:
         raise DatabaseError(f"{path} is truncated or damaged: restore it or build the database again") from error
 
 
-def _map_column(path: Path, dataset: Any) -> Array:
+def _map_shard(path: Path) -> tuple[dict[str, Array], int]:
+    """The columns, and the number of classes where only the largest posteriors are stored, else 0."""
+    with _opened(path) as file:
+        classes = int(file.attrs["classes"]) if "posteriors" not in file else 0
+        names = [*(name for name in COLUMNS if name != "posteriors"), *(_TOP if classes else ("posteriors",))]
+        names += [DIGEST] if DIGEST in file else []
+        # One map for all columns: a system allows a process some ten thousands of them.
+        mapped = np.memmap(path, mode="r", dtype=np.uint8)
+        return {name: _column(mapped, file[name]) for name in names}, classes
+
+
+def _column(mapped: Array, dataset: Any) -> Array:
     offset = dataset.id.get_offset()
     if offset is None or dataset.size == 0:
         # Not contiguous (a shard repacked by other tools), or empty: read it.
         return np.asarray(dataset[()])
-    return np.memmap(path, mode="r", dtype=dataset.dtype, shape=dataset.shape, offset=offset)
+    column: Array = mapped[offset : offset + dataset.nbytes].view(dataset.dtype).reshape(dataset.shape)
+    return column

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from nndefense.database.index import FaissIndex
 from nndefense.database.manifest import NAME as MANIFEST
-from nndefense.database.manifest import FileEntry, Manifest
-from nndefense.database.rows import Rows, write_shard
+from nndefense.database.manifest import FileEntry, Manifest, in_row_order
+from nndefense.database.rows import Rows, top_posteriors, write_shard
 from nndefense.database.weighting import neighbor_weights
 from nndefense.errors import DatabaseError, InputError
 from nndefense.features import PCA, FeatureSpec
@@ -30,10 +30,17 @@ from nndefense.versions import library_versions
 Array = NDArray[Any]
 _SHARD_BYTES = 64 << 20
 _TRAINING_ROWS = 200_000
-_PCA_FILE = "pca.safetensors"
+PCA_FILE = "pca.safetensors"
+VIRTUAL = "rows.h5"
+REJECTED = "rejected.jsonl"
+PIECE = ".json"
+"""Ending of the small file beside a finished piece of an unfinished build, which describes it."""
+_SHARD = "rows-" + "[0-9]" * 5
+_DATA = ("index*.faiss", PCA_FILE, f"{_SHARD}.h5", f"{_SHARD}[0-9].h5", VIRTUAL, REJECTED)
 # What a database may consist of, the manifest first, and what an interrupted write may leave: no more is ever removed.
-_NAMES = (MANIFEST, "calibration.json", "guard.json", "index*.faiss", _PCA_FILE, "rows-[0-9][0-9][0-9][0-9][0-9].h5")
-_OWN_FILES = (*_NAMES, *(f"{name}.*{PART}" for name in _NAMES))
+_NAMES = (MANIFEST, "job.json", "extracted.json", "calibration.json", "guard.json", *_DATA)
+_OWN_FILES = (*_NAMES, *(f"{name}{PIECE}" for name in _DATA), *(f"{name}.*{PART}" for name in _NAMES))
+_OWN_FILES += tuple(f"{name}{PIECE}.*{PART}" for name in _DATA)
 
 
 class DatabaseWriter:
@@ -115,18 +122,16 @@ class DatabaseWriter:
         if not files:
             raise DatabaseError(f"no image was added to the database {self.folder}: give a data set that is not empty")
         if self.pca is not None:
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.pca.state_dict().items()}
-            path = self.folder / _PCA_FILE
-            _store(path, lambda part: safetensors.torch.save_file(tensors, part))
-            files[_PCA_FILE] = FileEntry.of(path)
+            path = store_pca(self.folder, self.pca)
+            files[path.name] = FileEntry.of(path)
         seal(self.folder, files, self.factory, "index.faiss", self._identity)
 
 
 class ShardWriter:
-    """Cuts a stream of rows into shards ``rows-00000.h5``, ``rows-00001.h5``, ..."""
+    """Cuts a stream of rows into shards ``rows-00000.h5``, ``rows-00001.h5``, ..., stored as columns() says."""
 
-    def __init__(self, folder: Path, *, first: int, classes: int) -> None:
-        self.folder, self.number, self.classes = folder, first, classes
+    def __init__(self, folder: Path, *, first: int, classes: int, half: bool = False, top: int = 0) -> None:
+        self.folder, self.number, self.classes, self.half, self.top = folder, first, classes, half, top
         self.dimension: int | None = None
         self._columns: dict[str, list[Array]] = {}
         self._pending = 0
@@ -138,17 +143,9 @@ class ShardWriter:
         """Append M rows; see :meth:`DatabaseWriter.add`."""
         features, posteriors = features.detach().float().cpu(), posteriors.detach().float().cpu()
         numbers = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels, dtype=np.int64)
-        _check(features, posteriors, ids, numbers, self.classes, self.dimension)
+        check_rows(features, posteriors, ids, numbers, self.classes, self.dimension)
         self.dimension = features.shape[1]
-        batch = {
-            "features": features.numpy(),
-            "posteriors": posteriors.numpy(),
-            "cbw_e": neighbor_weights(posteriors, "cbw-e").numpy(),
-            "cbw_d": neighbor_weights(posteriors, "cbw-d").numpy(),
-            # File names that are not UTF-8 come from the system with escapes, and go back to the same bytes.
-            "ids": np.array([name.encode("utf-8", "surrogateescape") for name in ids], dtype="S"),
-            "labels": numbers,
-        }
+        batch = columns(features, posteriors, ids, numbers, half=self.half, top=self.top)
         for piece in _cut(batch, len(ids), self._room):
             for name, column in piece.items():
                 # A copy, so that a small slice does not keep the caller's whole batch alive.
@@ -171,11 +168,48 @@ class ShardWriter:
         return self._rows_per_shard - self._pending
 
     def _write(self) -> None:
-        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
-        path = self.folder / f"rows-{self.number:05d}.h5"
-        _store(path, lambda part: write_shard(part, columns))
+        held = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        path = self.folder / shard_name(self.number)
+        store(path, lambda part: write_shard(part, held, {"classes": self.classes} if self.top else None))
         self._files[path.name] = FileEntry.of(path, rows=self._pending)
         self.number, self._pending, self._columns = self.number + 1, 0, {}
+
+
+def shard_name(number: int) -> str:
+    """The file of a shard."""
+    return f"rows-{number:05d}.h5"
+
+
+def columns(
+    features: Tensor, posteriors: Tensor, ids: Sequence[str], labels: Array, *, half: bool = False, top: int = 0
+) -> dict[str, Array]:
+    """A shard's columns for M rows that :func:`check_rows` has passed; both weights come from the whole posterior.
+
+    Args:
+        features: M x d float32.
+        posteriors: M x C float32.
+        ids: M.
+        labels: M int64.
+        half: store features as float16.
+        top: store so many of the largest posteriors; 0 for all.
+
+    Raises:
+        InputError: a feature that float16 cannot hold.
+    """
+    kept = features.numpy()
+    if half:
+        kept = kept.astype(np.float16)
+        if not np.isfinite(kept).all():
+            raise InputError("the features hold values over 65,504, which float16 cannot store: store float32")
+    return {
+        "features": kept,
+        **(top_posteriors(posteriors.numpy(), top) if top else {"posteriors": posteriors.numpy()}),
+        "cbw_e": neighbor_weights(posteriors, "cbw-e").numpy(),
+        "cbw_d": neighbor_weights(posteriors, "cbw-d").numpy(),
+        # File names that are not UTF-8 come from the system with escapes, and go back to the same bytes.
+        "ids": np.array([name.encode("utf-8", "surrogateescape") for name in ids], dtype="S"),
+        "labels": labels,
+    }
 
 
 def check_vacant(folder: Path, *, overwrite: bool = False) -> None:
@@ -186,13 +220,13 @@ def check_vacant(folder: Path, *, overwrite: bool = False) -> None:
 
 def seal(folder: Path, files: dict[str, FileEntry], factory: str, index_name: str, identity: Mapping[str, Any]) -> None:
     """Build the index over all shards and write the manifest, which replaces an older one in one step."""
-    rows = Rows([folder / name for name in sorted(name for name, entry in files.items() if entry.rows)])
+    rows = Rows([folder / name for name in in_row_order(name for name, entry in files.items() if entry.rows)])
     dimension = int(rows.slice("features", 0, 1).shape[1])
     chosen = np.random.default_rng(0).permutation(len(rows))[:_TRAINING_ROWS]
     needs_training = factory != "Flat"
     sample = rows.take("features", np.sort(chosen)) if needs_training else np.empty((0, dimension), np.float32)
     index = FaissIndex.build(factory, dimension, sample, rows.pieces("features"))
-    _store(folder / index_name, index.write)
+    store(folder / index_name, index.write)
     files[index_name] = FileEntry.of(folder / index_name)
     manifest = Manifest(
         rows=len(rows),
@@ -203,12 +237,12 @@ def seal(folder: Path, files: dict[str, FileEntry], factory: str, index_name: st
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **identity,
     )
-    with _writing(folder):
+    with writing(folder):
         manifest.write(folder)
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """Say in one line that a disk is full or read-only; HDF5, FAISS and safetensors each have errors of their own."""
     try:
         yield
@@ -220,8 +254,9 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _store(path: Path, write: Callable[[Path], None]) -> None:
-    with _writing(path.parent):
+def store(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file of a database atomically; a full or read-only disk is a :class:`DatabaseError`."""
+    with writing(path.parent):
         write_atomically(path, write)
 
 
@@ -232,12 +267,24 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
+def store_pca(folder: Path, pca: PCA) -> Path:
+    """Write a fitted PCA into a database's folder; returns the file."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in pca.state_dict().items()}
+    store(folder / PCA_FILE, lambda part: safetensors.torch.save_file(tensors, part))
+    return folder / PCA_FILE
+
+
+def load_pca(path: Path) -> PCA:
+    """Read a PCA that :func:`store_pca` wrote."""
+    tensors = safetensors.torch.load_file(path)
+    return PCA(tensors["mean"], tensors["axes"], tensors["scale"])
+
+
 def read_pca(folder: Path, manifest: Manifest) -> PCA | None:
     """The PCA of a database whose files were checked, or None where it has none."""
-    if _PCA_FILE not in manifest.files:
+    if PCA_FILE not in manifest.files:
         return None
-    tensors = safetensors.torch.load_file(folder / _PCA_FILE)
-    return PCA(tensors["mean"], tensors["axes"], tensors["scale"])
+    return load_pca(folder / PCA_FILE)
 
 
 def _cut(batch: Mapping[str, Array], size: int, room: Any) -> Iterator[dict[str, Array]]:
@@ -249,9 +296,10 @@ def _cut(batch: Mapping[str, Array], size: int, room: Any) -> Iterator[dict[str,
         first = last
 
 
-def _check(
+def check_rows(
     features: Tensor, posteriors: Tensor, ids: Sequence[str], labels: Array, classes: int, dimension: int | None
 ) -> None:
+    """Raise :class:`InputError` for rows that cannot be stored; see :meth:`DatabaseWriter.add`."""
     count = len(ids)
     if not (features.dim() == posteriors.dim() == 2 and len(features) == len(posteriors) == len(labels) == count):
         raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,16 +29,21 @@ def resolve_layer(net: nn.Module, layer: str) -> str:
     raise InputError(f"the classifier has no layer {layer!r}; its layers are {shown}")
 
 
-class _Outputs(dict[str, Tensor]):
+class _Outputs(dict[str, Any]):
     """Layers' outputs by name, with an error for people where one is missing."""
 
-    def __missing__(self, name: str) -> Tensor:
+    def __missing__(self, name: str) -> Any:
         raise InputError(f"a forward pass of the classifier does not reach the layer {name!r}: choose another")
 
 
 @contextmanager
-def tapped(net: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def tapped(
+    net: nn.Module, layers: Sequence[str], of: Callable[[str, Tensor], Any] = lambda name, output: output.clone()
+) -> Iterator[dict[str, Any]]:
     """While the context is open, each forward pass of ``net`` leaves these layers' outputs in the dictionary.
+
+    ``of`` makes what is kept from a layer's name and output, at once: the layer after it may work in place, as
+    ReLU(inplace=True) does. By default that is a copy.
 
     Raises:
         InputError: (from the forward pass) a layer that runs more than once in it, or gives more than one tensor;
@@ -56,8 +61,7 @@ def tapped(net: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]
                 raise InputError(
                     f"the layer {name!r} runs more than once in a forward pass: choose the module around it"
                 )
-            # A copy, because the layer after this one may work in place, as ReLU(inplace=True) does.
-            outputs[name] = _tensor(output, name).clone()
+            outputs[name] = of(name, _tensor(output, name))
 
         return hook
 
