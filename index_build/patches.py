@@ -133,7 +133,9 @@ def _cut_all(
     )
     with bar as shown:
         done = 0
-        for batch in read(dataset, batch_size, numbers):
+        for batch in read(dataset, numbers, batch_size):
+            for image in batch.rejected:
+                raise DataError(f"{image.id} of {dataset.name} cannot be used: {image.reason}")
             check_images(batch.images, channels=dataset.shape[0])
             here = slice(begins[done], ends[done + len(batch.ids) - 1])
             places = torch.from_numpy(origins[here])

@@ -1,161 +1,229 @@
-"""Runner: read, map, reduce and write, for one database or for several that share a forward pass."""
+"""Runner: all stages one after another, for one database or for several that share their forward passes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
+from numpy.typing import NDArray
 
-from index_build.mapper import Mapper
-from index_build.reader import read
-from nndefense.database import DatabaseWriter, ImageDatabase, check_vacant
+from index_build.add import PartReport, add
+from index_build.begin import begin
+from index_build.extract import Extracted, ShardReport, extract
+from index_build.fit import fit_index
+from index_build.job import NAME, Job, Options
+from index_build.lock import locked
+from index_build.merge import merge, sealed, tidy
+from index_build.tools import Tools
+from index_build.verify import check, measure
+from nndefense.database import ImageDatabase
+from nndefense.database.gpu import check_device
+from nndefense.database.manifest import Manifest
 from nndefense.datasets import ImageDataset
-from nndefense.errors import DataError, InputError
-from nndefense.features import PCA, FeatureSpec, fit_pca, reduced
+from nndefense.errors import InputError
+from nndefense.features import FeatureSpec
 from nndefense.models import Classifier
 
 PCA_SAMPLE = 4096
 
 
 def build_database(
-    dataset: ImageDataset,
-    classifier: Classifier,
-    feature: FeatureSpec,
-    out: str | Path,
-    *,
-    specs: Sequence[str] = (),
-    index: str = "Flat",
-    batch_size: int = 128,
-    pca_sample: int = PCA_SAMPLE,
-    seed: int = 0,
-    overwrite: bool = False,
-    progress: bool = True,
+    dataset: ImageDataset, classifier: Classifier, feature: FeatureSpec, out: str | Path, **settings: Any
 ) -> ImageDatabase:
     """Build one database; see :func:`build_databases`."""
-    return build_databases(
-        dataset,
-        classifier,
-        {Path(out): feature},
-        specs=specs,
-        index=index,
-        batch_size=batch_size,
-        pca_sample=pca_sample,
-        seed=seed,
-        overwrite=overwrite,
-        progress=progress,
-    )[0]
+    return build_databases(dataset, classifier, {Path(out): feature}, **settings)[0]
 
 
 def build_databases(
     dataset: ImageDataset,
     classifier: Classifier,
-    features: dict[Path, FeatureSpec],
+    features: Mapping[Path, FeatureSpec],
     *,
     specs: Sequence[str] = (),
-    index: str = "Flat",
-    batch_size: int = 128,
-    pca_sample: int = PCA_SAMPLE,
-    seed: int = 0,
     overwrite: bool = False,
+    max_rejected: int | str | None = None,
+    exclude: ImageDataset | None = None,
+    exclude_eps: float | None = None,
+    workers: int | None = None,
+    index_device: str = "cpu",
+    reopen: Mapping[str, Any] | None = None,
     progress: bool = True,
+    **options: Any,
 ) -> list[ImageDatabase]:
     """Build a database for each feature, all from the same forward passes.
 
+    Killed or stopped by an error at any moment, the same call continues where it stood: at most the unfinished shard is
+    made again, and the result has the same bytes as an uninterrupted build's.
+
     The images are read twice where a PCA is fitted: first a random sample of them, then all. Memory holds a batch,
-    the sample's vectors, and one shard of each database.
+    the sample's vectors, one shard of each database, and the index.
 
     Args:
         dataset: the images; their labels are stored as the classifier's class numbers.
         classifier: images -> logits; its device is used.
         features: for each folder the feature to store there.
         specs: the data set specs that open the images again, for whoever wants to show them.
-        index: FAISS's factory string; ``Flat`` is exact.
-        batch_size: images per forward pass.
-        pca_sample: how many images a PCA is fitted on.
-        seed: draws that sample.
-        overwrite: replace finished databases in those folders.
-        progress: show a bar.
+        overwrite: replace finished databases, and unfinished builds with other settings, in those folders.
+        max_rejected: more images than that, which cannot be read, end the build (a number, or a share like ``5%``);
+            None: any. They are listed in ``rejected.jsonl``.
+        exclude: images, such as a test set's, that must not stand in the database, nor any near them.
+        exclude_eps: the L2 distance, in pixels of [0, 1], that counts as near; 0 for equal images only.
+        workers: threads that read and decode images; None for one for each CPU.
+        index_device: where the index is trained: ``cpu``, ``cuda``, ``cuda:0`` or ``all-gpus``.
+        reopen: whatever the caller needs to open images and classifier again, as plain values.
+        progress: show bars.
+        options: the settings that decide the result, by their names in :class:`~index_build.job.Options`: ``index``,
+            ``batch_size``, ``pca_sample``, ``seed``, ``storage``, ``posteriors``, ``precision``, ``shard_rows``,
+            ``dedupe``, ``memory``, ``recall``, ``k``.
 
     Returns:
         The databases, opened, in the order of ``features``.
 
     Raises:
-        DataError: an empty data set or an image that cannot be read.
-        InputError: a feature, index or image that does not fit the classifier.
-        DatabaseError: a folder that already holds a database or cannot be written.
+        DataError: an empty data set, a source that vanished, or too many images that cannot be read.
+        InputError: a setting, feature, index or image that does not fit.
+        DatabaseError: a folder that already holds a database or an unfinished build with other settings, that somebody
+            else is building in, or that cannot be written.
     """
-    if len(dataset) == 0:
-        raise DataError(f"the data set {dataset.name} is empty: there is nothing to build a database from")
-    if batch_size < 1 or pca_sample < 2:
-        raise InputError("a build needs a batch size of at least 1 and a PCA sample of at least 2 images")
-    # The checks that need no forward pass come before the first one.
-    for folder in features:
-        check_vacant(folder, overwrite=overwrite)
-    classes = classifier.label_map(dataset.classes) if dataset.classes else torch.empty(0, dtype=torch.int64)
-    device = next((t.device for t in [*classifier.parameters(), *classifier.buffers()]), torch.device("cpu"))
-    mapper = Mapper(classifier.eval(), list(features.values()), device)
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:pca_sample])
-    pcas = _fit(mapper, dataset, chosen, batch_size, progress)
-    data = {"name": dataset.name, "fingerprint": dataset.fingerprint, "specs": list(specs)}
-    writers = [
-        DatabaseWriter(
-            folder, classifier=classifier, feature=feature, pca=pca, data=data, index=index, overwrite=overwrite
+    chosen = options_of(options)
+    # Asked now: without such a device the index would fail hours later.
+    check_device(index_device)
+    places = {Path(folder): feature for folder, feature in features.items()}
+    with building(list(places)):
+        job = begin(
+            dataset,
+            classifier,
+            places,
+            chosen,
+            specs=specs,
+            exclude=exclude,
+            exclude_eps=exclude_eps,
+            max_rejected=max_rejected,
+            overwrite=overwrite,
+            workers=workers,
+            reopen=reopen,
+            progress=progress,
         )
-        for (folder, feature), pca in zip(features.items(), pcas, strict=True)
-    ]
-    with _bar(len(dataset), "extracting features", progress) as bar:
-        for batch in read(dataset, batch_size):
-            mapped = mapper(batch.images)
-            labels = _mapped_labels(batch.labels, classes)
-            for writer, feature, pca, vectors in zip(writers, mapper.features, pcas, mapped.vectors, strict=True):
-                writer.add(reduced(vectors, feature, pca), mapped.posteriors, batch.ids, labels)
-            if bar is not None:
-                bar.update(len(batch.ids))
-    for writer in writers:
-        writer.finish()
-    return [ImageDatabase.open(folder, verify=False) for folder in features]
+        if any(sealed(target.folder, job) is None for target in job.targets):
+            extract_rows(
+                job, dataset, classifier, exclude, max_rejected=max_rejected, workers=workers, progress=progress
+            )
+        for target in job.targets:
+            complete(target.folder, device=index_device, progress=progress)
+    return [ImageDatabase.open(folder, verify=False) for folder in places]
 
 
-def _fit(
-    mapper: Mapper, dataset: ImageDataset, chosen: np.ndarray, batch_size: int, progress: bool
-) -> list[PCA | None]:
-    """Fit the PCA of every feature that needs one on the chosen images."""
-    # Whether a PCA is needed depends on the vectors' length, which one image tells.
-    probe = mapper(dataset.batch(chosen[:1])[0]).vectors
-    needed = [
-        bool(feature.pca) and (feature.whiten or vectors.shape[1] > feature.pca)
-        for feature, vectors in zip(mapper.features, probe, strict=True)
-    ]
-    if not any(needed):
-        return [None] * len(needed)
-    samples: list[list[Tensor]] = [[] for _ in needed]
-    with _bar(len(chosen), "sampling for PCA", progress) as bar:
-        for batch in read(dataset, batch_size, chosen):
-            for sample, wanted, vectors in zip(samples, needed, mapper(batch.images).vectors, strict=True):
-                if wanted:
-                    sample.append(vectors)
-            if bar is not None:
-                bar.update(len(batch.ids))
-    pcas: list[PCA | None] = []
-    for feature, sample in zip(mapper.features, samples, strict=True):
-        pcas.append(fit_pca(torch.cat(sample), feature) if sample else None)
-        sample.clear()
-    return pcas
+def options_of(values: Mapping[str, Any]) -> Options:
+    """The settings by name.
+
+    Raises:
+        InputError: a name that is none, or a value out of range.
+        TypeError: as for any call with a wrong name.
+    """
+    unknown = sorted(set(values) - set(Options.__dataclass_fields__))
+    if unknown:
+        raise TypeError(f"build_databases() has no argument {unknown[0]!r}")
+    return Options(**values)
 
 
-def _mapped_labels(labels: Tensor, classes: Tensor) -> Tensor:
-    """The data set's class numbers as the classifier's; -1 stays -1."""
-    known = labels >= 0
-    mapped = torch.full_like(labels, -1)
-    mapped[known] = classes[labels[known]].to(labels)
-    return mapped
+@contextmanager
+def building(folders: Sequence[Path]) -> Iterator[None]:
+    """Hold the locks of all folders of a build.
+
+    Raises:
+        DatabaseError: somebody else builds in one of them, or one cannot be written.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise InputError("two databases of a build have the same folder: give each one of its own")
+    with ExitStack() as stack:
+        for folder in sorted(folders):
+            stack.enter_context(locked(folder))
+        yield
 
 
-def _bar(total: int, what: str, progress: bool) -> tqdm | nullcontext[None]:
-    # disable=None hides the bar where standard error is a file or a pipe.
-    return tqdm(total=total, desc=what, unit=" images", delay=1, disable=None) if progress else nullcontext()
+def extract_rows(
+    job: Job,
+    dataset: ImageDataset,
+    classifier: Classifier,
+    exclude: ImageDataset | None = None,
+    *,
+    max_rejected: int | str | None = None,
+    workers: int | None = None,
+    make: Callable[[Sequence[int]], Iterable[ShardReport]] | None = None,
+    progress: bool = True,
+) -> list[Extracted]:
+    """Extract, for a job that has begun; see :func:`~index_build.extract.extract`."""
+    tools = Tools.of(job, dataset, classifier, exclude, workers=workers)
+    return extract(job, tools, max_rejected=max_rejected, make=make, progress=progress)
+
+
+def complete(
+    folder: Path,
+    *,
+    workers: int = 1,
+    device: str = "cpu",
+    make: Callable[[Sequence[int]], Iterable[PartReport]] | None = None,
+    progress: bool = True,
+) -> Manifest:
+    """The stages after extract: fit the index, add, merge, verify.
+
+    Args:
+        folder: of an unfinished build whose rows are complete.
+        workers, device, make, progress: as for :func:`~index_build.add.add`.
+
+    Raises:
+        DatabaseError, InputError: as the stages do.
+    """
+    job = Job.read(folder)
+    if sealed(folder, job) is None:
+        fit_index(folder, device=device)
+        add(folder, workers=workers, device=device, make=make, progress=progress)
+        merge(folder)
+    finish(folder)
+    return Manifest.read(folder)
+
+
+def finish(
+    folder: Path,
+    *,
+    recall: float | None = None,
+    k: int | None = None,
+    queries: NDArray[np.float32] | None = None,
+    queries_from: str = "",
+) -> dict[str, Any]:
+    """Check a database against its manifest, and measure its index where that was not done or is asked for.
+
+    With this an unfinished build is finished: what only it needed is removed.
+
+    Args:
+        folder: a database, or an unfinished build whose index is merged.
+        recall, k, queries, queries_from: as for :func:`~index_build.verify.measure`; None for those of the build.
+
+    Returns:
+        ``rows``, ``files`` and ``index_rows`` as found, and ``search`` where it was measured.
+
+    Raises:
+        DatabaseError: naming what is wrong and what to do.
+    """
+    found = check(folder)
+    unfinished = (folder / NAME).exists()
+    manifest = Manifest.read(folder)
+    asked = recall is not None or k is not None or queries is not None
+    if (asked or (unfinished and "search" not in manifest.index)) and found["rows"] > 1:
+        made = manifest.build
+        found["search"] = measure(
+            folder,
+            recall=recall if recall is not None else made.get("recall", Options.recall),
+            k=k if k is not None else made.get("k", Options.k),
+            queries=queries,
+            queries_from=queries_from,
+            seed=made.get("seed", 0),
+        )
+    elif "search" in manifest.index:
+        found["search"] = manifest.index["search"]
+    if unfinished:
+        tidy(folder)
+    return found

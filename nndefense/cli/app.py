@@ -9,6 +9,7 @@ import typer
 
 from nndefense.cli import evaluation_app, experiments_app, patches_app, serve_app, training_app
 from nndefense.cli.guard_app import guard_app
+from nndefense.cli.index_app import index_app
 from nndefense.cli.options import (
     KS,
     POOLINGS,
@@ -27,7 +28,6 @@ from nndefense.cli.options import (
     KOption,
     KsOption,
     LayersOption,
-    LimitOption,
     LossOption,
     Norm,
     NormOption,
@@ -64,7 +64,6 @@ app.command()(evaluation_app.evaluate)
 app.command()(evaluation_app.demo)
 app.command()(experiments_app.reproduce)
 app.command()(serve_app.serve)
-index_app = typer.Typer(no_args_is_help=True, help="Build, describe and verify an image database.")
 index_app.command("patches")(patches_app.patches)
 index_app.command("patches-info")(patches_app.patches_info)
 app.add_typer(index_app, name="index")
@@ -78,80 +77,6 @@ app.add_typer(theory_app, name="theory")
 @app.callback()
 def _main(debug: DebugOption = False) -> None:
     """--debug is read where errors are caught; here it is only declared."""
-
-
-@index_app.command("build")
-def index_build(
-    dataset: DatasetsOption,
-    classifier: ClassifierOption,
-    layer: Annotated[str, typer.Option("--layer", help="Module of the net, such as layer3.5, or conv_5_1.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the database.")],
-    pooling: Annotated[str, typer.Option("--pooling", help="avg, max, rmac, gridG or flatten.")] = "avg",
-    pca: PcaOption = 256,
-    whiten: Annotated[bool, typer.Option("--whiten", help="Scale PCA coordinates to variance 1.")] = False,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Scale vectors to length 1.")] = False,
-    index: Annotated[str, typer.Option("--index", help="FAISS factory string; Flat is exact.")] = "Flat",
-    pca_sample: Annotated[int, typer.Option(min=2, help="Images that PCA is fitted on.")] = 4096,
-    overwrite: OverwriteOption = False,
-    limit: LimitOption = None,
-    batch_size: BatchOption = 128,
-    classes: ClassesOption = None,
-    input_shape: ShapeOption = None,
-    data_dir: DataDirOption = None,
-    device: DeviceOption = Device.auto,
-    seed: SeedOption = 0,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Build a database of images: features, posteriors, weights and the index."""
-    from nndefense.cli import commands
-    from nndefense.features import FeatureSpec
-
-    commands.index_build(
-        dataset,
-        classifier,
-        FeatureSpec(layer, pooling, pca, whiten, normalize),
-        out,
-        classes=classes,
-        input_shape=shape(input_shape),
-        data_dir=data_dir,
-        device=device.value,
-        limit=limit,
-        as_json=json,
-        options={
-            "index": index,
-            "pca_sample": pca_sample,
-            "overwrite": overwrite,
-            "batch_size": batch_size,
-            "seed": seed,
-            "progress": not quiet,
-        },
-    )
-
-
-@index_app.command("info")
-def index_info(
-    database: Annotated[Path, typer.Argument(help="Folder of the database.")],
-    json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Describe a database."""
-    from nndefense.cli import commands
-
-    commands.index_info(database, as_json=json)
-
-
-@index_app.command("verify")
-def index_verify(
-    database: Annotated[Path, typer.Argument(help="Folder of the database.")],
-    json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Check every file's sha256, the row counts, that ids are unique and that the index holds every row."""
-    from nndefense.cli import commands
-
-    commands.index_verify(database, as_json=json)
 
 
 @app.command()

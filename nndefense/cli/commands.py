@@ -13,51 +13,13 @@ from tqdm import tqdm
 from index_build import build_database
 from nndefense.cli import inputs, output, workflow
 from nndefense.cli.demo import DemoSettings, run_demo
-from nndefense.database import WEIGHTINGS, ImageDatabase, check_vacant
+from nndefense.database import WEIGHTINGS, check_vacant
 from nndefense.datasets import image_channels, write_hdf5
 from nndefense.errors import DataError, InputError
 from nndefense.evaluation import AttackSettings, Recipe, run_attack, wilson_interval
 from nndefense.features import FeatureSpec
 from nndefense.files import make_folder
 from nndefense.serving import Guard
-
-
-def index_build(
-    specs: Sequence[str],
-    source: str,
-    feature: FeatureSpec,
-    out: Path,
-    *,
-    classes: Path | None,
-    input_shape: tuple[int, int, int] | None,
-    data_dir: Path | None,
-    device: str,
-    limit: int | None,
-    as_json: bool,
-    options: dict[str, Any],
-) -> None:
-    """Build a database and describe it."""
-    classifier = inputs.open_classifier(
-        source, device=device, data_dir=data_dir, classes=classes, input_shape=input_shape, specs=specs
-    )
-    images = inputs.open_datasets(specs, data_dir=data_dir, like=classifier, limit=limit, seed=options["seed"])
-    database = build_database(images, classifier, feature, out, specs=specs, **options)
-    output.describe(database, as_json)
-
-
-def index_info(folder: Path, *, as_json: bool) -> None:
-    """Describe a database without reading its rows."""
-    output.describe(ImageDatabase.open(folder, verify=False), as_json)
-
-
-def index_verify(folder: Path, *, as_json: bool) -> None:
-    """Check a database and say that it is whole."""
-    found = ImageDatabase.open(folder, verify=False).verify()
-    output.show(
-        {"database": str(folder), "ok": True, **found},
-        f"{folder} is whole: {found['rows']:,} rows, {found['files']} files with the right sha256, no id twice",
-        as_json,
-    )
 
 
 def calibrate(

@@ -32,6 +32,8 @@ def describe(database: ImageDatabase, as_json: bool) -> None:
         "classifier": manifest.classifier,
         "data": manifest.data,
         "index": manifest.index,
+        "storage": manifest.storage,
+        "rejected": manifest.rejected,
         "fingerprint": database.fingerprint,
         "bytes": size,
         "created": manifest.created,
@@ -46,9 +48,23 @@ def describe(database: ImageDatabase, as_json: bool) -> None:
         f"classifier {manifest.classifier['source']} ({manifest.classifier['fingerprint'][:12]})\n"
         f"size       {size / 1e6:.1f} MB, built {manifest.created}"
     )
+    if "search" in manifest.index:
+        text += f"\n{search_text(manifest.index['search'])}"
+    if manifest.rejected:
+        told = ", ".join(f"{count:,} {kind}" for kind, count in manifest.rejected.items())
+        text += f"\nleft out   {told}"
     if chosen:
         text += f"\ncalibrated k {chosen['k']}, weighting {chosen['weighting']}"
     show(found, text, as_json)
+
+
+def search_text(search: dict[str, Any]) -> str:
+    """What was measured of an index, as one line."""
+    setting = ", ".join(f"{name} {value}" for name, value in search["setting"].items())
+    return (
+        f"search     {f'{setting}: ' if setting else ''}recall@{search['k']} {search['recall']:.3f} "
+        f"(wanted {search['wanted']:g}), {search['queries_per_second']:,.0f} queries/s"
+    )
 
 
 def write(out: Path, results: dict[str, Any], evaluated: Evaluated, as_json: bool) -> None:

@@ -1,0 +1,146 @@
+"""Add: the rows of shards -> parts of the index. A part covers fixed shards, so parts can be made by anybody."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from index_build import pieces
+from index_build.extract import bar, read_extracted
+from index_build.fit import TRAINED, Fitted, fitted, rows_key
+from nndefense.database.index import FaissIndex, import_faiss
+from nndefense.database.rows import Rows
+from nndefense.errors import DatabaseError, InputError
+
+PART_ROWS = 1 << 18
+"""A part takes shards until it has so many rows: 256 MiB of 256 dimensions in float32."""
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """A part that was made."""
+
+    number: int
+    rows: int
+
+
+Make = Callable[[Sequence[int]], Iterable[PartReport]]
+
+
+def part_name(number: int) -> str:
+    """The file of a part."""
+    return f"index-part-{number:05d}.faiss"
+
+
+def parts_of(folder: Path) -> list[list[str]]:
+    """Which shards go into which part; they depend on the rows alone.
+
+    Raises:
+        DatabaseError: the rows are not complete.
+    """
+    parts: list[list[str]] = [[]]
+    held = 0
+    for name, entry in read_extracted(folder).files.items():
+        if entry.rows:
+            if held >= PART_ROWS:
+                parts.append([])
+                held = 0
+            parts[-1].append(name)
+            held += entry.rows
+    return parts
+
+
+def make_part(folder: Path, number: int, *, device: str = "cpu", threads: int | None = None) -> PartReport:
+    """Make one part from the trained index. Any process can call it, in any order, and again.
+
+    Raises:
+        DatabaseError: rows or trained index are missing, or the disk is full or cannot be written.
+    """
+    found, parts, trained = read_extracted(folder), parts_of(folder), standing(folder)
+    names = list(found.files)
+    before = sum(found.files[name].rows for name in names[: names.index(parts[number][0])])
+    if threads is not None:
+        # FAISS keeps the number for each thread that calls it.
+        import_faiss().omp_set_num_threads(threads)
+    index = FaissIndex.read(folder / TRAINED)
+    rows = fill(index, [folder / name for name in parts[number]], before, device=device)
+    pieces.finish(folder / part_name(number), index.write, inputs=trained.inputs)
+    return PartReport(number, rows)
+
+
+def fill(index: FaissIndex, shards: Sequence[Path], first: int, *, device: str = "cpu") -> int:
+    """Add shards to an index, whose rows there get numbers from ``first`` on; returns how many they are.
+
+    One call a shard, so that the same rows make the same index whatever was done before.
+    """
+    added = 0
+    for path in shards:
+        table = Rows([path])
+        index.add(table.slice("features", 0, len(table)), first=first + added, device=device)
+        added += len(table)
+    return added
+
+
+def standing(folder: Path) -> Fitted:
+    """The trained index that fits the rows.
+
+    Raises:
+        DatabaseError: there is none.
+    """
+    inputs, trained = rows_key(folder), fitted(folder)
+    if trained is None or trained.inputs != inputs:
+        raise DatabaseError(f"the index of {folder} is not fitted on its rows: run 'nndefense index fit' first")
+    return trained
+
+
+def add(folder: Path, *, workers: int = 1, device: str = "cpu", make: Make | None = None, progress: bool = True) -> int:
+    """Make the parts that are missing from an unfinished build.
+
+    An index whose parts cannot be merged (HNSW) has none: ``merge`` adds all rows to it in one go.
+
+    Args:
+        folder: the build's folder.
+        workers: parts made at once; each holds one in memory, and they share the processors.
+        device: where to add.
+        make: makes the parts of the given numbers and reports each, in any order; by default threads do.
+        progress: show a bar.
+
+    Returns:
+        The number of parts.
+
+    Raises:
+        InputError: less than 1 worker.
+        DatabaseError: no unfinished build, no complete rows, no fitted index, or a disk that cannot be written.
+    """
+    if workers < 1:
+        raise InputError(f"parts of the index need at least 1 worker, not {workers}")
+    trained = standing(folder)
+    if not trained.mergeable:
+        return 0
+    parts = parts_of(folder)
+    missing = []
+    for number in range(len(parts)):
+        piece = pieces.finished(folder / part_name(number), checksum=True)
+        if piece is None or piece.notes.get("inputs") != trained.inputs:
+            pieces.discard(folder / part_name(number))
+            missing.append(number)
+    found = read_extracted(folder)
+    done = found.rows - sum(found.files[name].rows for number in missing for name in parts[number])
+    with bar(found.rows, "adding to the index", progress, done, " rows") as shown:
+        for report in (make or _in_threads(folder, workers, device))(missing):
+            if shown is not None:
+                shown.update(report.rows)
+    return len(parts)
+
+
+def _in_threads(folder: Path, workers: int, device: str) -> Make:
+    threads = max((os.cpu_count() or 1) // workers, 1) if workers > 1 else None
+
+    def make(numbers: Sequence[int]) -> Iterator[PartReport]:
+        with ThreadPoolExecutor(max_workers=workers) as pool:
+            yield from pool.map(lambda number: make_part(folder, number, device=device, threads=threads), numbers)
+
+    return make

@@ -1,0 +1,322 @@
+"""Extract: images -> shards of rows. A shard covers fixed positions of the source, so each can be made by anybody."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from index_build import pieces
+from index_build.dedupe import drop_repeats
+from index_build.job import Job, Target
+from index_build.reader import Batch, read
+from index_build.tools import Tools
+from nndefense.database.manifest import FileEntry
+from nndefense.database.repeats import repeated_ids
+from nndefense.database.rows import DIGEST, Rows, write_shard, write_virtual
+from nndefense.database.writer import REJECTED, VIRTUAL, check_rows, columns, store, writing
+from nndefense.errors import DatabaseError, DataError, InputError
+from nndefense.features import reduced
+from nndefense.files import read_json, write_json
+
+Array = NDArray[Any]
+Rejection = dict[str, str]
+EXTRACTED = "extracted.json"
+"""The file that closes this stage: the counts, and every file that belongs to the rows."""
+EXCLUDED, DUPLICATE = "excluded", "duplicate"
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What became of the source's positions of one shard: how many rows, and what was rejected."""
+
+    number: int
+    images: int
+    rows: int
+    rejected: tuple[Rejection, ...]
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """The finished stage: rows, rejected images by kind, and the files of the rows."""
+
+    rows: int
+    rejected: dict[str, int]
+    files: dict[str, FileEntry]
+
+
+Make = Callable[[Sequence[int]], Iterable[ShardReport]]
+
+
+def make_shard(job: Job, number: int, tools: Tools) -> ShardReport:
+    """Make one shard for every target that lacks it, from one forward pass.
+
+    It depends on nothing but its arguments and writes nothing but the shard's files, each atomically: any process can
+    call it, in any order, and again.
+
+    Raises:
+        DataError: the source is gone.
+        InputError: rows that cannot be stored, as from a classifier that gives NaN.
+        DatabaseError: the disk is full or cannot be written.
+    """
+    first, last = job.bounds(number)
+    lacking = [place for place, target in enumerate(job.targets) if pieces.finished(job.paths(target)[number]) is None]
+    collected: list[list[dict[str, Array]]] = [[] for _ in job.targets]
+    rejected: list[Rejection] = []
+    rows = 0
+    batches = read(
+        tools.dataset,
+        np.arange(first, last, dtype=np.int64),
+        job.options.batch_size,
+        workers=tools.workers,
+        pin=tools.mapper.device.type == "cuda",
+    )
+    kept = ((batch, batch.images) for batch in (_admitted(batch, tools, rejected) for batch in batches))
+    for batch, mapped in tools.mapper.over((b, images) for b, images in kept if len(images)):
+        labels, digests = tools.labels(batch.labels).numpy(), batch.digests
+        rows += len(batch.ids)
+        for place in lacking:
+            target = job.targets[place]
+            with torch.no_grad():
+                vectors = reduced(mapped.vectors[place], target.feature, tools.pcas[place])
+            check_rows(vectors, mapped.posteriors, batch.ids, labels, len(job.classes), target.dimension)
+            half = job.options.storage == "float16"
+            made = columns(vectors, mapped.posteriors, batch.ids, labels, half=half, top=job.top)
+            collected[place].append(made | {DIGEST: digests})
+    for place in lacking:
+        parts = collected[place]
+        held = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        parts.clear()
+        write_rows(job.paths(job.targets[place])[number], held, job, rejected)
+    return ShardReport(number, last - first, rows, tuple(rejected))
+
+
+def write_rows(path: Path, held: dict[str, Array], job: Job, rejected: Sequence[Rejection]) -> None:
+    """Write a shard and what was rejected from its positions."""
+
+    def write(part: Path) -> None:
+        write_shard(part, held, {"classes": len(job.classes)} if job.top else None)
+
+    rows = len(held["labels"]) if held else 0
+    pieces.finish(path, write if rows else None, rows=rows, rejected=list(rejected))
+
+
+def _admitted(batch: Batch, tools: Tools, rejected: list[Rejection]) -> Batch:
+    """Note what the reader rejected, and leave out what is to be kept out of the database."""
+    rejected.extend({"id": item.id, "kind": item.kind, "reason": item.reason} for item in batch.rejected)
+    if tools.near is None or not len(batch.ids):
+        return batch
+    found = tools.near(batch.images)
+    names = tools.near.references.ids
+    for place in torch.nonzero(found.rows >= 0).flatten().tolist():
+        other, distance = names[int(found.rows[place])], float(found.distances[place])
+        reason = f"equal to {other}" if distance == 0 else f"near {other} (L2 distance {distance:.4g})"
+        rejected.append({"id": batch.ids[place], "kind": EXCLUDED, "reason": reason})
+    keep = (found.rows < 0).numpy()
+    return Batch(
+        batch.positions[keep],
+        batch.images[torch.from_numpy(keep)],
+        batch.labels[torch.from_numpy(keep)],
+        [name for name, kept in zip(batch.ids, keep, strict=True) if kept],
+        batch.digests[keep],
+        batch.rejected,
+    )
+
+
+def extract(
+    job: Job,
+    tools: Tools,
+    *,
+    max_rejected: int | str | None = None,
+    make: Make | None = None,
+    progress: bool = True,
+) -> list[Extracted]:
+    """Make the shards that are missing, then close the stage.
+
+    Args:
+        job: a job that has begun.
+        tools: for it.
+        max_rejected: more unreadable images than that (a number, or a share such as ``5%``) end the build; None: any.
+        make: makes the shards of the given numbers and reports each, in any order; by default one after another here.
+        progress: show a bar.
+
+    Returns:
+        For each target what is there now.
+
+    Raises:
+        DataError: the source is gone, too many images are unreadable, or none is left.
+        InputError: rows that cannot be stored.
+        DatabaseError: the disk is full or cannot be written, or two images have the same id.
+    """
+    bad = _Unusable(job, rejection_limit(max_rejected, job.images))
+    whole = _standing(job, bad)
+    missing = [number for number in range(job.shards) if number not in whole]
+    done = sum(last - first for first, last in map(job.bounds, whole))
+    with bar(job.images, "extracting features", progress, done) as shown:
+        for report in (make or _one_by_one(job, tools))(missing):
+            bad.add(report.rejected)
+            if shown is not None:
+                shown.update(report.images)
+    return [_close(job, target) for target in job.targets]
+
+
+class _Unusable:
+    """Counts the images that cannot be used, and ends the build when they are too many."""
+
+    def __init__(self, job: Job, limit: int | None) -> None:
+        self._job, self._limit, self._count = job, limit, 0
+        self._first: Rejection | None = None
+
+    def add(self, rejected: Iterable[Rejection]) -> None:
+        for entry in rejected:
+            if entry["kind"] not in (EXCLUDED, DUPLICATE):
+                self._count += 1
+                self._first = self._first or entry
+        if self._limit is not None and self._first is not None and self._count > self._limit:
+            raise DataError(
+                f"{self._count:,} of the {self._job.images:,} images of {self._job.data['name']} cannot be used, more "
+                f"than the {self._limit:,} that --max-rejected allows; the first is {self._first['id']}: "
+                f"{self._first['reason']}"
+            )
+
+
+def _one_by_one(job: Job, tools: Tools) -> Make:
+    def make(numbers: Sequence[int]) -> Iterator[ShardReport]:
+        for number in numbers:
+            yield make_shard(job, number, tools)
+
+    return make
+
+
+def _standing(job: Job, bad: _Unusable) -> set[int]:
+    """The shards that every target holds whole, by their checksums; what they rejected is counted."""
+    whole = set(range(job.shards))
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for place, target in enumerate(job.targets):
+            paths = job.paths(target)
+            found = pool.map(lambda path: pieces.finished(path, checksum=True), paths)
+            for number, (path, piece) in enumerate(zip(paths, found, strict=True)):
+                if piece is None:
+                    whole.discard(number)
+                    pieces.forget(path)
+                elif place == 0:
+                    bad.add(piece.notes["rejected"])
+    return whole
+
+
+def _close(job: Job, target: Target) -> Extracted:
+    """Drop duplicates where that was asked for, join what was rejected, and show all shards as one table."""
+    paths = job.paths(target)
+    if job.options.dedupe:
+        drop_repeats(paths, lambda path, held, rejected: write_rows(path, held, job, rejected))
+    counts: Counter[str] = Counter()
+    files: dict[str, FileEntry] = {}
+    for path in paths:
+        piece = pieces.finished(path)
+        if piece is None:
+            raise DatabaseError(f"{path} is missing: somebody else has removed it; run the same command again")
+        counts.update(entry["kind"] for entry in piece.notes["rejected"])
+        if piece.entry.rows:
+            files[path.name] = piece.entry
+    rows = sum(entry.rows for entry in files.values())
+    if not rows:
+        first = next(_rejections(paths))
+        raise DataError(
+            f"none of the {job.images:,} images of {job.data['name']} can be used: {first['id']}: {first['reason']}"
+        )
+    shards = [target.folder / name for name in files]
+    _check_ids(target.folder, shards)
+    store(target.folder / VIRTUAL, lambda part: write_virtual(part, shards))
+    files[VIRTUAL] = FileEntry.of(target.folder / VIRTUAL)
+    (target.folder / REJECTED).unlink(missing_ok=True)
+    if counts:
+        store(target.folder / REJECTED, lambda part: _write_lines(part, _rejections(paths)))
+        files[REJECTED] = FileEntry.of(target.folder / REJECTED)
+    rejected = dict(sorted(counts.items()))
+    with writing(target.folder):
+        value = {"rows": rows, "rejected": rejected, "files": {name: vars(entry) for name, entry in files.items()}}
+        write_json(target.folder / EXTRACTED, value)
+    return Extracted(rows, rejected, files)
+
+
+def _rejections(paths: Iterable[Path]) -> Iterator[Rejection]:
+    for path in paths:
+        piece = pieces.finished(path)
+        yield from piece.notes["rejected"] if piece else ()
+
+
+def _check_ids(folder: Path, shards: list[Path]) -> None:
+    with writing(folder):
+        twice = repeated_ids(shards, folder)
+    if len(twice):
+        name = bytes(Rows(shards).take("ids", twice[:1])[0]).decode("utf-8", "replace")
+        raise DataError(
+            f"{len(twice):,} images have an id that another one has, such as {name!r}, so a row could not be told from "
+            "another: open folders that are laid out alike as splits of one folder (imagefolder:PATH:SPLIT)"
+        )
+
+
+def read_extracted(folder: Path) -> Extracted:
+    """The rows of a folder's unfinished build.
+
+    Raises:
+        DatabaseError: they are not complete, or a file of them is missing or of another length.
+    """
+    try:
+        value = read_json(folder / EXTRACTED)
+        found = Extracted(
+            value["rows"], value["rejected"], {name: FileEntry(**entry) for name, entry in value["files"].items()}
+        )
+    except (DataError, KeyError, TypeError, AttributeError):
+        raise DatabaseError(
+            f"the rows of {folder} are not complete: run 'nndefense index extract' (or build) first"
+        ) from None
+    for name, entry in found.files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry.bytes:
+            raise DatabaseError(f"{path} is missing or damaged: run 'nndefense index extract' (or build) again")
+    return found
+
+
+def rejection_limit(text: int | str | None, images: int) -> int | None:
+    """How many images may be rejected: a number, a share such as ``5%`` of all, or None for any number.
+
+    Raises:
+        InputError: text that is neither, or a number below 0.
+    """
+    if text is None:
+        return None
+    share = isinstance(text, str) and text.strip().endswith("%")
+    try:
+        value = float(str(text).strip().removesuffix("%")) if share else float(int(text))
+    except ValueError:
+        value = -1.0
+    if not (0 <= value <= 100 if share else 0 <= value < float("inf")):
+        raise InputError(f"the rejected images are limited to {text!r}, but that must be a number or a share like 5%")
+    return int(images * value / 100) if share else int(value)
+
+
+def _write_lines(path: Path, entries: Iterable[Rejection]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for entry in entries:
+            text = json.dumps(entry, ensure_ascii=False)
+            # File names that are not UTF-8 are written as escapes, which JSON reads back to the same name.
+            file.write((text if text.isprintable() else json.dumps(entry)) + "\n")
+
+
+def bar(total: int, what: str, progress: bool, done: int = 0, unit: str = " images") -> Any:
+    """A progress bar, or a context that holds None."""
+    # disable=None hides the bar where standard error is a file or a pipe.
+    if not progress:
+        return nullcontext()
+    return tqdm(total=total, initial=done, desc=what, unit=unit, delay=1, disable=None)

@@ -1,0 +1,271 @@
+"""The job: what a build was asked for and what was settled when it began, kept in its folder until it is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nndefense.database.writer import shard_name, writing
+from nndefense.datasets import ImageDataset
+from nndefense.errors import DatabaseError, DataError, InputError
+from nndefense.features import FeatureSpec
+from nndefense.files import read_json, write_json
+from nndefense.models import Classifier
+
+NAME = "job.json"
+FORMAT, VERSION = "nndefense-index-job", 1
+STORAGES = ("float32", "float16")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+TOP, DENSE_UP_TO = 20, 64
+"""How many posteriors a row keeps, and up to how many classes it keeps all."""
+_SHARD_BYTES = 64 << 20
+_MOST_SHARD_ROWS = 1 << 15
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of a build that decide its result; two builds with the same ones make the same files.
+
+    Attributes:
+        index: FAISS's factory string, or ``auto``.
+        batch_size: images per forward pass. It counts: a product of another shape may round differently.
+        pca_sample: how many images a PCA is fitted on.
+        seed: draws that sample, and those that the index is trained and measured on.
+        storage: of the features: ``float32`` or ``float16``.
+        posteriors: ``dense``, ``top-M``, or ``auto``: dense up to 64 classes, else top-20.
+        precision: of the forward pass: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
+        shard_rows: source images per shard; by default as many as make at most 64 MiB, and at most 32,768.
+        dedupe: keep only the first of images with the same pixels.
+        memory: bytes that the index may take in memory; None for no limit.
+        recall: share of the K nearest rows that a search must find, for which an index's setting is chosen.
+        k: K of that recall.
+    """
+
+    index: str = "Flat"
+    batch_size: int = 128
+    pca_sample: int = 4096
+    seed: int = 0
+    storage: str = "float32"
+    posteriors: str = "auto"
+    precision: str = "float32"
+    shard_rows: int | None = None
+    dedupe: bool = False
+    memory: int | None = None
+    recall: float = 0.95
+    k: int = 50
+
+    def __post_init__(self) -> None:
+        """Raises:
+        InputError: a setting that makes no build.
+        """
+        if self.batch_size < 1 or self.pca_sample < 2:
+            raise InputError("a build needs a batch size of at least 1 and a PCA sample of at least 2 images")
+        for name, value, known in (
+            ("storage", self.storage, STORAGES),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if value not in known:
+                raise InputError(f"{name} is {value!r}, but must be one of {', '.join(known)}")
+        if self.shard_rows is not None and self.shard_rows < 1:
+            raise InputError(f"a shard needs at least 1 image, not {self.shard_rows}")
+        if self.memory is not None and self.memory < 1 << 20:
+            raise InputError(f"the index's memory is {self.memory} bytes, but must be at least 1 MiB")
+        if not 0 < self.recall <= 1 or self.k < 1:
+            raise InputError(f"recall {self.recall} at {self.k}: recall must be above 0 and at most 1, K at least 1")
+        self.top(2)
+
+    def top(self, classes: int) -> int:
+        """How many posteriors a row keeps, given the number of classes; 0 for all."""
+        if self.posteriors == "auto":
+            return 0 if classes <= DENSE_UP_TO else TOP
+        if self.posteriors == "dense":
+            return 0
+        kept = self.posteriors.removeprefix("top-")
+        if kept == self.posteriors or not kept.isdecimal() or int(kept) < 1:
+            raise InputError(f"posteriors is {self.posteriors!r}, but must be auto, dense or top-M, such as top-20")
+        return int(kept) if int(kept) < classes else 0
+
+
+@dataclass(frozen=True)
+class Target:
+    """One database of a job: its folder, its feature, the length d of its vectors, whether it has a PCA."""
+
+    folder: Path
+    feature: FeatureSpec
+    dimension: int
+    pca: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """A build that has begun. Plain values: any process can work on it.
+
+    Attributes:
+        targets: the databases that share its forward passes.
+        options: what was asked for.
+        images: how many the source has, in its order; shard i covers i * shard_rows up to (i + 1) * shard_rows.
+        data: ``name``, ``fingerprint`` and ``specs`` of the images.
+        classes: the classifier's.
+        classifier: ``fingerprint``, ``arch``, ``source`` and ``input_shape``.
+        excluded: ``name``, ``fingerprint`` and ``eps`` of the images to keep out, or None.
+        shard_rows: as settled.
+        top: posteriors that a row keeps; 0 for all.
+        precision: the forward pass's, as settled when the job began.
+        reopen: whatever the caller needs to open images and classifier again, as plain values.
+    """
+
+    targets: tuple[Target, ...]
+    options: Options
+    images: int
+    data: dict[str, Any]
+    classes: tuple[str, ...]
+    classifier: dict[str, Any]
+    excluded: dict[str, Any] | None
+    shard_rows: int
+    top: int
+    precision: dict[str, Any] = field(default_factory=dict)
+    reopen: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shards(self) -> int:
+        """The number of shards."""
+        return -(-self.images // self.shard_rows)
+
+    def bounds(self, number: int) -> tuple[int, int]:
+        """The source positions of a shard: from the first up to, but without, the second."""
+        return number * self.shard_rows, min((number + 1) * self.shard_rows, self.images)
+
+    def paths(self, target: Target) -> list[Path]:
+        """Where the shards of a target are, or will be, in order."""
+        return [target.folder / shard_name(number) for number in range(self.shards)]
+
+    def storage(self) -> dict[str, str]:
+        """How rows are stored, for the manifest."""
+        return {
+            "features": self.options.storage,
+            "posteriors": f"top-{self.top}" if self.top else "dense",
+        }
+
+    def settings(self, target: Target) -> dict[str, Any]:
+        """What decides the result of a target, as plain values."""
+        return settings_of(self.data, self.classifier, target.feature, self.options, self.excluded)
+
+    def write(self) -> None:
+        """Write ``job.json`` into every folder.
+
+        Raises:
+            DatabaseError: the disk is full or cannot be written.
+        """
+        for target in self.targets:
+            value = asdict(self) | {"format": FORMAT, "version": VERSION, "settings": self.settings(target)}
+            value |= {"target": {**asdict(target), "folder": "."}}
+            del value["targets"]
+            with writing(target.folder):
+                write_json(target.folder / NAME, value)
+
+    @classmethod
+    def read(cls, folder: Path) -> Job:
+        """Read the unfinished job of a folder, for that folder alone.
+
+        Raises:
+            DatabaseError: there is none, or it cannot be read.
+        """
+        if not (folder / NAME).exists():
+            raise DatabaseError(
+                f"{folder} holds no unfinished build ({NAME} is missing): begin one with 'nndefense index build' or "
+                "'nndefense index extract'"
+            )
+        try:
+            value = read_json(folder / NAME)
+            if value.pop("format") != FORMAT or value.pop("version") != VERSION:
+                raise ValueError
+            value.pop("settings")
+            target = value.pop("target")
+            target = Target(folder, FeatureSpec(**target["feature"]), target["dimension"], target["pca"])
+            options, classes = Options(**value.pop("options")), tuple(value.pop("classes"))
+            return cls(targets=(target,), options=options, classes=classes, **value)
+        except (DataError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DatabaseError(
+                f"{folder / NAME} is damaged or of another version: begin the build again with --overwrite"
+            ) from error
+
+
+def settings_of(
+    data: Mapping[str, Any],
+    classifier: Mapping[str, Any],
+    feature: FeatureSpec,
+    options: Options,
+    excluded: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What decides the result of a build, one plain value for each setting."""
+    return {
+        "images": data["fingerprint"],
+        "classifier": classifier["fingerprint"],
+        "feature": str(feature),
+        **asdict(options),
+        "exclude": f"{excluded['fingerprint']} within {excluded['eps']:g}" if excluded else None,
+    }
+
+
+def key_of(settings: Mapping[str, Any]) -> str:
+    """A sha256 of the settings: equal for builds that make the same files."""
+    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
+
+
+def same_settings(folder: Path, asked: Mapping[str, Any]) -> bool:
+    """Whether the unfinished job of a folder is the one that is asked for.
+
+    Raises:
+        DatabaseError: it is another one (naming the settings that differ), or cannot be read.
+    """
+    job = Job.read(folder)
+    begun = job.settings(job.targets[0])
+    differ = [name for name in asked if asked[name] != begun[name]]
+    if not differ:
+        return True
+    told = ", ".join(f"{name.replace('_', ' ')} {_short(begun[name])}, now {_short(asked[name])}" for name in differ)
+    raise DatabaseError(
+        f"{folder} holds an unfinished build with other settings ({told}): continue it with the same ones, choose "
+        "another folder, or begin again with --overwrite"
+    )
+
+
+def identity_of(dataset: ImageDataset, specs: Sequence[str]) -> dict[str, Any]:
+    """What a database records of its images."""
+    return {"name": dataset.name, "fingerprint": dataset.fingerprint, "specs": list(specs)}
+
+
+def classifier_of(classifier: Classifier) -> dict[str, Any]:
+    """What a database records of its classifier."""
+    return {
+        "fingerprint": classifier.fingerprint,
+        "arch": classifier.arch,
+        "source": classifier.source,
+        "input_shape": list(classifier.input_shape),
+    }
+
+
+def shard_size(options: Options, dimensions: Sequence[int], classes: int) -> int:
+    """Source images per shard: at most 64 MiB of rows, a power of two where that fits, and whole batches."""
+    if options.shard_rows is not None:
+        return options.shard_rows
+    top = options.top(classes)
+    row = (2 if options.storage == "float16" else 4) * max(dimensions) + (6 * top or 4 * classes) + 96
+    size = min(1 << (max(_SHARD_BYTES // row, 1).bit_length() - 1), _MOST_SHARD_ROWS)
+    return max(size // options.batch_size, 1) * options.batch_size
+
+
+def device_of(classifier: Classifier) -> torch.device:
+    """The device that a classifier's weights are on."""
+    return next((t.device for t in [*classifier.parameters(), *classifier.buffers()]), torch.device("cpu"))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) > 40 else text

@@ -1,0 +1,111 @@
+"""Finished pieces of an unfinished build: a file that is whole, and beside it a small one that says so.
+
+The file is put in place first and its description second, so a description vouches for a whole file, wherever the
+build was killed. A piece without rows has a description alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nndefense.database.manifest import FileEntry
+from nndefense.database.repeats import SPILL
+from nndefense.database.writer import PIECE, store
+from nndefense.errors import DataError
+from nndefense.files import PART, read_json, sha256_of
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is known of a finished piece.
+
+    Attributes:
+        entry: its checksum, length and rows; a length of 0 where there is no file.
+        notes: whatever else its maker wrote down, as plain values.
+    """
+
+    entry: FileEntry
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def finish(path: Path, write: Callable[[Path], None] | None, *, rows: int = 0, **notes: Any) -> Piece:
+    """Write a file atomically, then its description.
+
+    Args:
+        path: where the file will be.
+        write: writes it to the path that it is given; None for a piece without a file.
+        rows: of the database, that it holds.
+        notes: what to write down with it, as plain values.
+
+    Raises:
+        DatabaseError: the disk is full or cannot be written.
+    """
+    if write is not None:
+        store(path, write)
+    else:
+        path.unlink(missing_ok=True)
+    return _describe(path, Piece(FileEntry.of(path, rows=rows) if write is not None else FileEntry("", 0), notes))
+
+
+def vouch(path: Path) -> Piece:
+    """Describe a file that was just written whole.
+
+    Raises:
+        DatabaseError: the disk is full or cannot be written.
+    """
+    return _describe(path, Piece(FileEntry.of(path)))
+
+
+def finished(path: Path, *, checksum: bool = False) -> Piece | None:
+    """The piece at ``path`` if it is whole, else None; ``checksum`` reads every byte of it."""
+    try:
+        value = read_json(_beside(path))
+        piece = Piece(FileEntry(**value["entry"]), dict(value["notes"]))
+    except (DataError, KeyError, TypeError, ValueError):
+        return None
+    if not piece.entry.bytes:
+        return None if path.exists() else piece
+    whole = path.is_file() and path.stat().st_size == piece.entry.bytes
+    if whole and checksum:
+        whole = sha256_of(path) == piece.entry.sha256
+    return piece if whole else None
+
+
+def discard(path: Path) -> None:
+    """Remove a piece, its description first."""
+    _beside(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def forget(path: Path) -> None:
+    """Remove the description alone: the file belongs to a finished database from now on."""
+    _beside(path).unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed builder was just writing."""
+    for path in folder.glob(f"*{PART}"):
+        if path.name.partition(".")[0].startswith(("rows", "index", "pca", "rejected", "job", "extracted", "manifest")):
+            path.unlink(missing_ok=True)
+    for spilled in folder.glob(f"{SPILL}*"):
+        shutil.rmtree(spilled, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + PIECE)
+
+
+def _describe(path: Path, piece: Piece) -> Piece:
+    # All but ASCII is escaped: among the notes can be file names that are not UTF-8.
+    text = json.dumps(asdict(piece)) + "\n"
+
+    def write(part: Path) -> None:
+        part.write_text(text, encoding="ascii")
+
+    store(_beside(path), write)
+    return piece
