@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve-demo test test-slow bench bench-attacks bench-training bench-serving bench-baselines oracle lint types check clean
+.PHONY: demo serve-demo test test-slow bench bench-attacks bench-training bench-serving bench-baselines bench-index bench-reading oracle lint types check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nndefense demo --out runs/demo
@@ -33,6 +33,13 @@ bench-training: $(VENV)/.dev
 bench-baselines: $(VENV)/.dev
 	$(BIN)/python benchmarks/total_variation.py --out benchmarks/total_variation.json
 	$(BIN)/python benchmarks/quilting.py --out benchmarks/quilting.json
+
+# AUTOFAISS: a Python that has autofaiss (numpy < 2, pyarrow < 20); without it that comparison is left out.
+bench-index: $(VENV)/.dev
+	$(BIN)/python benchmarks/index.py $(if $(AUTOFAISS),--autofaiss $(AUTOFAISS)) --out benchmarks/index.json
+
+bench-reading: $(VENV)/.dev
+	$(BIN)/python benchmarks/reading.py --out benchmarks/reading.json
 
 # Needs wrk, a load tool of the system's packages.
 bench-serving: $(VENV)/.serve

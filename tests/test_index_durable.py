@@ -104,6 +104,7 @@ def checked(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_killed_at_20_random_moments_and_continued(tmp_path: Path) -> None:
     pictures(tmp_path / "pictures")
     run = subprocess.run(

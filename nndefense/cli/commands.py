@@ -267,6 +267,6 @@ def demo(values: dict[str, Any], *, as_json: bool) -> None:
 def test_split(spec: str) -> str:
     """The data set that is reported on unless another is named: the same one's test split."""
     name = spec.split(":", 1)[0]
-    if name in ("imagefolder", "hdf5"):
+    if name in ("imagefolder", "images", "files", "hdf5", "webdataset", "parquet", "torchvision"):
         raise InputError(f"which images of {spec} are the test images cannot be guessed: give --test")
     return f"{name}:test"

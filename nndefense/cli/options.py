@@ -53,8 +53,8 @@ class Weighting(str, Enum):
 
 
 SPEC_HELP = (
-    "digits, mnist, fashion-mnist, cifar10, imagefolder:PATH, hdf5:PATH or webdataset:PATH; a split and a slice may "
-    "follow: mnist:test[:1000]."
+    "digits, mnist, fashion-mnist, cifar10, imagefolder:PATH, images:PATH, files:LIST, hdf5:PATH, webdataset:PATH, "
+    "parquet:PATH or torchvision:NAME:PATH, and a PATH may be a URL; a split and a slice may follow: mnist:test[:1000]."
 )
 ClassifierOption = Annotated[
     str,
