@@ -137,6 +137,7 @@ def timeless(value: Any) -> Any:
     return [timeless(part) for part in value] if isinstance(value, list) else value
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_at_random_and_continued(folder: Path, whole: dict[str, Any], seed: int) -> None:

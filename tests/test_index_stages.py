@@ -459,6 +459,7 @@ def cut_at(number: int, after: bool, patch: pytest.MonkeyPatch) -> list[str]:
     return placed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True])
 def test_interrupted_between_any_two_files(tmp_path: Path, small_parts: None, after: bool) -> None:
     source, options = pictures(60, copies=9), {"dedupe": True, "index": LISTS}

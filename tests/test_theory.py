@@ -343,6 +343,7 @@ def test_self_training_never_raises_the_standard_error(seed: int, scale: float) 
     assert standard_error(solved, star, sigma) <= standard_error(std, star, sigma) * (1 + 1e-8) + 1e-13
 
 
+@pytest.mark.slow
 def test_the_guarantees_of_self_training_in_thousands_of_draws() -> None:
     counts = {count.name: count.hits for count in rst_guarantees(3000, seed=7)}
     unconditional = counts.pop("L_rob(rst) > L_rob(aug)")
