@@ -35,8 +35,12 @@ def part_name(number: int) -> str:
     return f"index-part-{number:05d}.faiss"
 
 
-def parts_of(folder: Path) -> list[list[str]]:
+def parts_of(folder: Path, part_rows: int | None = None) -> list[list[str]]:
     """Which shards go into which part; they depend on the rows alone.
+
+    Args:
+        folder: the build's folder.
+        part_rows: a part takes shards until it has so many rows; ``PART_ROWS`` by default.
 
     Raises:
         DatabaseError: the rows are not complete.
@@ -45,7 +49,7 @@ def parts_of(folder: Path) -> list[list[str]]:
     held = 0
     for name, entry in read_extracted(folder).files.items():
         if entry.rows:
-            if held >= PART_ROWS:
+            if held >= (PART_ROWS if part_rows is None else part_rows):
                 parts.append([])
                 held = 0
             parts[-1].append(name)
@@ -53,13 +57,15 @@ def parts_of(folder: Path) -> list[list[str]]:
     return parts
 
 
-def make_part(folder: Path, number: int, *, device: str = "cpu", threads: int | None = None) -> PartReport:
+def make_part(
+    folder: Path, number: int, *, device: str = "cpu", threads: int | None = None, part_rows: int | None = None
+) -> PartReport:
     """Make one part from the trained index. Any process can call it, in any order, and again.
 
     Raises:
         DatabaseError: rows or trained index are missing, or the disk is full or cannot be written.
     """
-    found, parts, trained = read_extracted(folder), parts_of(folder), standing(folder)
+    found, parts, trained = read_extracted(folder), parts_of(folder, part_rows), standing(folder)
     names = list(found.files)
     before = sum(found.files[name].rows for name in names[: names.index(parts[number][0])])
     if threads is not None:

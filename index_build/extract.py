@@ -58,11 +58,17 @@ class Extracted:
 Make = Callable[[Sequence[int]], Iterable[ShardReport]]
 
 
-def make_shard(job: Job, number: int, tools: Tools) -> ShardReport:
+def make_shard(job: Job, number: int, tools: Tools, ready: Callable[[], None] | None = None) -> ShardReport:
     """Make one shard for every target that lacks it, from one forward pass.
 
     It depends on nothing but its arguments and writes nothing but the shard's files, each atomically: any process can
     call it, in any order, and again.
+
+    Args:
+        job: a job that has begun.
+        number: of the shard.
+        tools: for the job.
+        ready: called before anything is written; its errors end the making.
 
     Raises:
         DataError: the source is gone.
@@ -93,6 +99,8 @@ def make_shard(job: Job, number: int, tools: Tools) -> ShardReport:
             half = job.options.storage == "float16"
             made = columns(vectors, mapped.posteriors, batch.ids, labels, half=half, top=job.top)
             collected[place].append(made | {DIGEST: digests})
+    if ready is not None:
+        ready()
     for place in lacking:
         parts = collected[place]
         held = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}

@@ -17,6 +17,7 @@ from index_build.fit import fit_index
 from index_build.job import NAME, Job, Options
 from index_build.lock import locked
 from index_build.merge import merge, sealed, tidy
+from index_build.ray_engine import engine_of
 from index_build.tools import Tools
 from index_build.verify import check, measure
 from nndefense.database import ImageDatabase
@@ -49,6 +50,9 @@ def build_databases(
     exclude_eps: float | None = None,
     workers: int | None = None,
     index_device: str = "cpu",
+    engine: str = "local",
+    ray_address: str | None = None,
+    ray_workers: int | None = None,
     reopen: Mapping[str, Any] | None = None,
     progress: bool = True,
     **options: Any,
@@ -73,6 +77,11 @@ def build_databases(
         exclude_eps: the L2 distance, in pixels of [0, 1], that counts as near; 0 for equal images only.
         workers: threads that read and decode images; None for one for each CPU.
         index_device: where the index is trained: ``cpu``, ``cuda``, ``cuda:0`` or ``all-gpus``.
+        engine: ``local``, or ``ray``: extract and add run on a Ray cluster, whose machines see the folders and the
+            images under the same paths; the files are the same.
+        ray_address: ``HOST:PORT`` of the cluster to join; None starts one on this machine.
+        ray_workers: processes that share the cluster's processors; None: one for each machine, or each GPU where the
+            classifier is on one.
         reopen: whatever the caller needs to open images and classifier again, as plain values.
         progress: show bars.
         options: the settings that decide the result, by their names in :class:`~index_build.job.Options`: ``index``,
@@ -86,13 +95,13 @@ def build_databases(
         DataError: an empty data set, a source that vanished, or too many images that cannot be read.
         InputError: a setting, feature, index or image that does not fit.
         DatabaseError: a folder that already holds a database or an unfinished build with other settings, that somebody
-            else is building in, or that cannot be written.
+            else is building in, or that cannot be written; or a Ray cluster that cannot be reached, or gives up.
     """
     chosen = options_of(options)
     # Asked now: without such a device the index would fail hours later.
     check_device(index_device)
     places = {Path(folder): feature for folder, feature in features.items()}
-    with building(list(places)):
+    with building(list(places)), engine_of(engine, address=ray_address, workers=ray_workers) as ray:
         job = begin(
             dataset,
             classifier,
@@ -109,10 +118,18 @@ def build_databases(
         )
         if any(sealed(target.folder, job) is None for target in job.targets):
             extract_rows(
-                job, dataset, classifier, exclude, max_rejected=max_rejected, workers=workers, progress=progress
+                job,
+                dataset,
+                classifier,
+                exclude,
+                max_rejected=max_rejected,
+                workers=workers,
+                make=ray.shards(job, dataset, classifier, exclude, readers=workers) if ray else None,
+                progress=progress,
             )
         for target in job.targets:
-            complete(target.folder, device=index_device, progress=progress)
+            make = ray.parts(target.folder, device=index_device) if ray else None
+            complete(target.folder, device=index_device, make=make, progress=progress)
     return [ImageDatabase.open(folder, verify=False) for folder in places]
 
 

@@ -18,6 +18,7 @@ from index_build.begin import begin
 from index_build.extract import Extracted
 from index_build.fit import Fitted, fit_index
 from index_build.job import NAME, Job, device_of
+from index_build.ray_engine import engine_of
 from index_build.runner import building, extract_rows, finish, options_of
 from nndefense.database import ImageDatabase
 from nndefense.database.manifest import Manifest
@@ -50,6 +51,9 @@ def extract(
     exclude: ImageDataset | None = None,
     exclude_eps: float | None = None,
     workers: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
+    ray_workers: int | None = None,
     reopen: Mapping[str, Any] | None = None,
     progress: bool = True,
     **options: Any,
@@ -62,7 +66,7 @@ def extract(
         The rows and what was rejected; the folder holds an unfinished build.
     """
     chosen = options_of(options)
-    with building([out]):
+    with building([out]), engine_of(engine, address=ray_address, workers=ray_workers) as ray:
         job = begin(
             dataset,
             classifier,
@@ -81,7 +85,14 @@ def extract(
         if made is not None:
             return Extracted(made.rows, made.rejected, made.files)
         return extract_rows(
-            job, dataset, classifier, exclude, max_rejected=max_rejected, workers=workers, progress=progress
+            job,
+            dataset,
+            classifier,
+            exclude,
+            max_rejected=max_rejected,
+            workers=workers,
+            make=ray.shards(job, dataset, classifier, exclude, readers=workers) if ray else None,
+            progress=progress,
         )[0]
 
 
@@ -109,10 +120,28 @@ def fit(folder: Path, *, index: str | None = None, memory: int | None = None, de
         return fit_index(folder, device=device)
 
 
-def add(folder: Path, *, workers: int = 1, device: str = "cpu", progress: bool = True) -> int:
-    """Make the parts of the index of an unfinished build; see :func:`~index_build.add.add`."""
-    with _unfinished(folder):
-        return adding.add(folder, workers=workers, device=device, progress=progress)
+def add(
+    folder: Path,
+    *,
+    workers: int = 1,
+    device: str = "cpu",
+    engine: str = "local",
+    ray_address: str | None = None,
+    ray_workers: int | None = None,
+    progress: bool = True,
+) -> int:
+    """Make the parts of the index of an unfinished build.
+
+    Args:
+        folder, workers, device, progress: as for :func:`~index_build.add.add`; ``workers`` is for the local engine.
+        engine, ray_address, ray_workers: as for :func:`~index_build.runner.build_databases`.
+
+    Raises:
+        InputError, DatabaseError: as those do.
+    """
+    with _unfinished(folder), engine_of(engine, address=ray_address, workers=ray_workers) as ray:
+        make = ray.parts(folder, device=device) if ray else None
+        return adding.add(folder, workers=workers, device=device, make=make, progress=progress)
 
 
 def merge(folder: Path) -> Manifest:

@@ -70,9 +70,9 @@ def fit(folder: Path, *, index: str | None, memory: int | None, device: str, as_
     )
 
 
-def add(folder: Path, *, workers: int, device: str, as_json: bool, progress: bool) -> None:
-    """Make the parts of the index."""
-    parts = stages.add(folder, workers=workers, device=device, progress=progress)
+def add(folder: Path, *, as_json: bool, **options: Any) -> None:
+    """Make the parts of the index; options as for :func:`index_build.stages.add`."""
+    parts = stages.add(folder, **options)
     what = f"{parts} parts of the index made" if parts else "an index of this kind has no parts: merge adds all rows"
     output.show(
         {"database": str(folder), "parts": parts}, f"{folder}: {what}; next: nndefense index merge {folder}", as_json

@@ -44,6 +44,13 @@ class Precision(str, Enum):
     float16 = "float16"
 
 
+class Engine(str, Enum):
+    """Where the stages extract and add run."""
+
+    local = "local"
+    ray = "ray"
+
+
 FolderArgument = Annotated[Path, typer.Argument(help="Folder of the unfinished build.")]
 IndexDeviceOption = Annotated[
     str, typer.Option("--device", help="Where the index is trained and filled: cpu, cuda, cuda:N or all-gpus.")
@@ -52,6 +59,24 @@ MemoryOption = Annotated[
     str | None,
     typer.Option(
         "--memory", metavar="SIZE", help="Memory for the index, such as 4G; larger inverted lists stay on disk."
+    ),
+]
+
+EngineOption = Annotated[
+    Engine, typer.Option("--engine", help="This process, or a Ray cluster whose machines share the folder.")
+]
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="With ray: the cluster to join [default: one on this machine is started].",
+    ),
+]
+RayWorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--ray-workers", min=1, help="With ray: processes at once [default: one for each machine, or each GPU]."
     ),
 ]
 
@@ -111,6 +136,9 @@ def build_or_extract(
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Threads that read images [default: one per CPU].")
     ] = None,
+    engine: EngineOption = Engine.local,
+    ray_address: RayAddressOption = None,
+    ray_workers: RayWorkersOption = None,
     overwrite: OverwriteOption = False,
     limit: LimitOption = None,
     batch_size: BatchOption = 128,
@@ -157,6 +185,9 @@ def build_or_extract(
             "dedupe": dedupe,
             "exclude_eps": exclude_eps,
             "workers": workers,
+            "engine": engine.value,
+            "ray_address": ray_address,
+            "ray_workers": ray_workers,
             "overwrite": overwrite,
             "batch_size": batch_size,
             "seed": seed,
@@ -186,6 +217,9 @@ def index_fit(
 def index_add(
     folder: FolderArgument,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Parts made at once, each in memory.")] = 1,
+    engine: EngineOption = Engine.local,
+    ray_address: RayAddressOption = None,
+    ray_workers: RayWorkersOption = None,
     device: IndexDeviceOption = "cpu",
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -194,7 +228,16 @@ def index_add(
     """Add the rows to parts of the index."""
     from nndefense.cli import index as commands
 
-    commands.add(folder, workers=workers, device=device, as_json=json, progress=not quiet)
+    commands.add(
+        folder,
+        as_json=json,
+        workers=workers,
+        device=device,
+        engine=engine.value,
+        ray_address=ray_address,
+        ray_workers=ray_workers,
+        progress=not quiet,
+    )
 
 
 @index_app.command("merge")
