@@ -15,12 +15,10 @@ from nndefense.cli import inputs
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.errors import InputError
-from nndefense.evaluation import AttackSettings, Evaluated, Recipe, Subject, assemble, run, run_attack
-from nndefense.features import FeatureSpec, layer_in, pool, spatial_layers, spread, tapped
+from nndefense.evaluation import AttackSettings, Evaluated, Recipe, Subject, assemble, attack_all, run
+from nndefense.features import WIDEST, FeatureSpec, spatial_layers, spread, vector_widths
 from nndefense.models import Classifier
 
-# Beyond this many raw dimensions a candidate's PCA would cost more than all the others together.
-_WIDEST = 8192
 _CANDIDATE_PCA_SAMPLE = 2048
 POOLINGS = ("avg", "rmac", "grid4", "grid8")
 
@@ -34,16 +32,12 @@ def candidate_features(
     """
     example = torch.full((1, *classifier.input_shape), 0.5, device=inputs.device_of(classifier))
     names = list(layers) if layers else spread(spatial_layers(classifier.net, example), count)
-    inside = [layer_in(classifier, name) for name in names]
-    with torch.no_grad(), tapped(classifier, inside) as outputs:
-        classifier(example)
     features = []
-    for name, full in zip(names, inside, strict=True):
+    for name, widths in zip(names, vector_widths(classifier, names, poolings, example), strict=True):
         seen = set()
-        for pooling in poolings:
-            width = pool(outputs[full], pooling).shape[1]
+        for pooling, width in zip(poolings, widths, strict=True):
             kind = width if pooling.startswith("grid") else pooling
-            if kind not in seen and width <= _WIDEST:
+            if kind not in seen and width <= WIDEST:
                 features.append(FeatureSpec(name, pooling, pca=pca))
             seen.add(kind)
     if not features:
@@ -72,18 +66,19 @@ def calibrate_on(
         Plain values: the calibration, the images it was made on, the attack and the number of candidate rows.
     """
     inputs.check_disjoint(held, rows)
-    device = inputs.device_of(classifier)
-    generator = torch.Generator().manual_seed(seed)
-    labels_of = classifier.label_map(held.classes)
-    clean, attacked, truth = [], [], []
-    bar = tqdm(total=len(held), desc="attacking calibration images", unit=" images", delay=1, disable=hidden(progress))
-    for images, labels, _ in held.batches(batch_size):
-        images, aims = images.to(device), labels_of[labels].to(device)
-        clean.append(images)
-        attacked.append(run_attack(attack, classifier, images, aims, eps, generator).images)
-        truth.append(aims)
-        bar.update(len(images))
-    bar.close()
+    with tqdm(
+        total=len(held), desc="attacking calibration images", unit=" images", delay=1, disable=hidden(progress)
+    ) as bar:
+        attacked = attack_all(
+            attack,
+            classifier,
+            held,
+            eps,
+            batch_size=batch_size,
+            seed=seed,
+            device=inputs.device_of(classifier),
+            progress=bar.update,
+        )
     with tempfile.TemporaryDirectory(prefix="nndefense-") as folder:
         paths = {Path(folder) / f"candidate-{i:02d}": feature for i, feature in enumerate(features)}
         databases = build_databases(
@@ -98,9 +93,7 @@ def calibrate_on(
         _, calibration = NearestNeighborDefense.calibrate(
             classifier,
             databases,
-            torch.cat(clean),
-            torch.cat(attacked),
-            torch.cat(truth),
+            *attacked,
             ks=ks,
             weightings=weightings,
             max_clean_loss=max_clean_loss,

@@ -18,22 +18,18 @@ from nndefense.database import ImageDatabase
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import Calibration, calibrate
 from nndefense.errors import DatabaseError, InputError
-from nndefense.evaluation import AttackSettings, run_attack
-from nndefense.features import FeatureSpec, layer_in, pool, spatial_layers, spread, tapped
+from nndefense.evaluation import AttackSettings, attack_all
+from nndefense.features import WIDEST, FeatureSpec, spatial_layers, spread, vector_widths
 from nndefense.models import Classifier, build_classifier
 from nndefense.training import train_classifier
 from nndefense.training.progress import TrainingFolder
 
 Say = Callable[[str], object]
+_KS = (1, 3, 5, 10, 20, 50)
 
 
 def _silent(text: str) -> None:
     """Say nothing."""
-
-
-_KS = (1, 3, 5, 10, 20, 50)
-# Beyond this many raw dimensions a candidate's PCA would cost more than all the others together.
-_WIDEST = 8192
 
 
 @dataclass
@@ -116,7 +112,6 @@ class Materials:
         settings: Mapping[str, Any],
         *,
         seed: int,
-        train: Callable[..., Classifier] = train_classifier,
         **options: Any,
     ) -> Classifier:
         """A net with the architecture ``settings["arch"]``, trained on :attr:`rows`; opened where that was done.
@@ -125,7 +120,6 @@ class Materials:
             name: of its folder under ``out/nets``.
             settings: ``arch``, and training settings.
             seed: of its weights and batches.
-            train: what trains it.
             **options: more arguments of the training, such as its objective.
         """
         if "arch" not in settings:
@@ -137,7 +131,7 @@ class Materials:
         folder = TrainingFolder(self.out / "nets" / name)
         if not folder.is_finished():
             self.say(f"training {name} ({settings['arch']})")
-        return train(
+        return train_classifier(
             net,
             self.rows,
             device=self.device,
@@ -151,23 +145,25 @@ class Materials:
     @cached_property
     def layers(self) -> list[str]:
         """Candidate layers of the nearest-neighbour defence, from the middle of the net to its end."""
-        example = torch.full((1, *self.classifier.input_shape), 0.5, device=self.device)
-        return spread(spatial_layers(self.classifier.net, example), self.scope.layers)
+        return spread(spatial_layers(self.classifier.net, self._example), self.scope.layers)
+
+    @cached_property
+    def _example(self) -> Tensor:
+        return torch.full((1, *self.classifier.input_shape), 0.5, device=self.device)
 
     @cached_property
     def attacked(self) -> tuple[Tensor, Tensor, Tensor]:
         """The held-out images, the same under the gray-box attack at the headline budget, and their classes."""
         scope = self.scope
-        settings = AttackSettings("pgd", scope.norm, (scope.headline,), scope.steps)
-        labels_of = self.classifier.label_map(self.held.classes)
-        generator = torch.Generator().manual_seed(self.seed + 1)
-        clean, made, truth = [], [], []
-        for images, labels, _ in self.held.batches(scope.batch_size):
-            images, aims = images.to(self.device), labels_of[labels].to(self.device)
-            clean.append(images)
-            made.append(run_attack(settings, self.classifier, images, aims, scope.headline, generator).images)
-            truth.append(aims)
-        return torch.cat(clean), torch.cat(made), torch.cat(truth)
+        return attack_all(
+            AttackSettings("pgd", scope.norm, (scope.headline,), scope.steps),
+            self.classifier,
+            self.held,
+            scope.headline,
+            batch_size=scope.batch_size,
+            seed=self.seed + 1,
+            device=self.device,
+        )
 
     def chosen(self, pooling: str) -> tuple[FeatureSpec, Calibration]:
         """Layer, K and weighting for a pooling, chosen once."""
@@ -189,16 +185,12 @@ class Materials:
         found = calibrate(self.classifier, databases, *self.attacked, ks=_KS)
         return features[found.candidate], found
 
-    @torch.no_grad()
     def _usable(self, pooling: str) -> list[str]:
         """The candidate layers whose vectors are not too long."""
-        names = [layer_in(self.classifier, layer) for layer in self.layers]
-        with tapped(self.classifier, names) as outputs:
-            self.classifier(torch.full((1, *self.classifier.input_shape), 0.5, device=self.device))
-        widths = [pool(outputs[name], pooling).shape[1] for name in names]
-        found = [layer for layer, width in zip(self.layers, widths, strict=True) if width <= _WIDEST]
+        widths = vector_widths(self.classifier, self.layers, [pooling], self._example)
+        found = [layer for layer, (width,) in zip(self.layers, widths, strict=True) if width <= WIDEST]
         if not found:
-            raise InputError(f"{pooling} makes vectors of over {_WIDEST:,} numbers of every layer: pool more coarsely")
+            raise InputError(f"{pooling} makes vectors of over {WIDEST:,} numbers of every layer: pool more coarsely")
         return found
 
     def database(self, feature: FeatureSpec, name: str) -> ImageDatabase:

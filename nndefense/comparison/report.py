@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from importlib import resources
 from pathlib import Path
 
 from nndefense.comparison.figure import figure_of
@@ -19,6 +18,7 @@ from nndefense.comparison.table import (
     unmatched,
     weaker_than_ignorant,
 )
+from nndefense.evaluation.report.document import document
 from nndefense.evaluation.report.wording import date_text, escape, number, percent
 from nndefense.files import write_atomically
 
@@ -58,24 +58,10 @@ def _write(path: Path, content: bytes) -> None:
 def page_of(results: Results, svg: bytes) -> str:
     """The page as text: no script, no connection, style and figure inside it."""
     recipe, dataset, headline = results["recipe"], results["dataset"], results["headline"]
-    style = resources.files("nndefense.evaluation.report").joinpath("report.css").read_text(encoding="utf-8")
     picture = base64.b64encode(svg).decode("ascii")
     about = "".join(f"<p>{escape(' '.join(text.split()))}</p>" for text in recipe["about"].split("\n\n"))
     title = f"{recipe['title']}: {dataset['name']}"
-    return f"""<!DOCTYPE html>
-<html lang="en-GB">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>{escape(title)}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<header class="top">
+    body = f"""<header class="top">
 <p class="eyebrow">{number(dataset["n"])} images of {escape(dataset["name"])} · {escape(headline["norm"])}
 {number(headline["eps"])} · {escape(date_text(results["created"]))}</p>
 <h1>{escape(title)}</h1>
@@ -90,10 +76,8 @@ style="max-width:100%;background:#fff" src="data:image/svg+xml;base64,{picture}"
 {_others(results)}
 {_defences(results)}
 {_facts(results)}
-</main>
-</body>
-</html>
-"""
+</main>"""
+    return document(title, body)
 
 
 def _main_table(results: Results) -> str:

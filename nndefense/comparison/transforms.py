@@ -24,6 +24,7 @@ _FACTORIES: dict[str, Callable[..., Any]] = {
 # What is told of each where the recipe says nothing.
 _WORDS = {
     "tv-minimization": "half of the pixels kept at random, isotropic, weight 0.03",
+    "quilting": "the nearest patch of 5 x 5 pixels, overlap 2",
     "jpeg": "quality 75",
     "bit-depth": "3 bits",
 }
@@ -75,7 +76,7 @@ def _patches(materials: Materials) -> PatchDatabase:
 
 def _form(spec: RowSpec) -> str:
     given = ", ".join(f"{name} {value}" for name, value in spec.options.items())
-    return given or _WORDS.get(spec.kind, "as published")
+    return given or _WORDS.get(spec.kind, "")
 
 
 def _white(materials: Materials, spec: RowSpec, defense: Any) -> nn.Module | None:

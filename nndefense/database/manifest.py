@@ -31,6 +31,21 @@ class FileEntry:
         """Describe a file that was just written."""
         return cls(sha256_of(path), path.stat().st_size, rows)
 
+    def check(self, path: Path, remedy: str, *, checksum: bool = True) -> None:
+        """Compare a file with this: its presence and length, and with ``checksum`` every byte.
+
+        Raises:
+            DatabaseError: what is wrong, and the remedy.
+        """
+        if not path.is_file():
+            raise DatabaseError(f"{path} is missing: restore it or {remedy}")
+        size = path.stat().st_size
+        if size != self.bytes:
+            what = "truncated" if size < self.bytes else "longer than it was"
+            raise DatabaseError(f"{path} is {what} ({size:,} of {self.bytes:,} bytes): restore it or {remedy}")
+        if checksum and sha256_of(path) != self.sha256:
+            raise DatabaseError(f"{path} has changed since it was built (wrong sha256): restore it or {remedy}")
+
 
 def in_row_order(names: Iterable[str]) -> list[str]:
     """Shards by their numbers, which have five digits or more."""
@@ -157,12 +172,4 @@ class Manifest:
             DatabaseError: naming the first file that differs.
         """
         for name, entry in self.files.items():
-            path = folder / name
-            if not path.is_file():
-                raise DatabaseError(f"{path} is missing: restore it or {_REBUILD}")
-            size = path.stat().st_size
-            if size != entry.bytes:
-                what = "truncated" if size < entry.bytes else "longer than it was"
-                raise DatabaseError(f"{path} is {what} ({size:,} of {entry.bytes:,} bytes): restore it or {_REBUILD}")
-            if checksums and sha256_of(path) != entry.sha256:
-                raise DatabaseError(f"{path} has changed since it was built (wrong sha256): restore it or {_REBUILD}")
+            entry.check(folder / name, _REBUILD, checksum=checksums)

@@ -10,7 +10,7 @@ from nndefense.evaluation.results import assemble, summary
 from nndefense.evaluation.runner import Evaluated, run
 from nndefense.evaluation.store import CellStore
 from nndefense.evaluation.subjects import layer_subject, subjects_of
-from nndefense.evaluation.suite import run_attack
+from nndefense.evaluation.suite import attack_all, run_attack
 from nndefense.evaluation.threats import THREAT_MODELS, AttackSettings, ThreatModel, attacks_for
 from nndefense.statistics import mcnemar_p, wilson_interval
 
@@ -29,6 +29,7 @@ __all__ = [
     "Subject",
     "ThreatModel",
     "assemble",
+    "attack_all",
     "attacks_for",
     "compare",
     "evaluate",

@@ -13,8 +13,10 @@ from torch import Tensor
 from nndefense import attacks
 from nndefense.attacks import retrieval
 from nndefense.attacks.retrieval import RetrievalSurface
+from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
 from nndefense.evaluation.threats import LEAST, AttackSettings
+from nndefense.models import Classifier
 
 _RETRIEVAL: dict[str, Callable[..., Tensor]] = {
     "adaptive": retrieval.adaptive,
@@ -67,6 +69,43 @@ def run_attack(
     counted = attacks.Counted(target)
     made = _on_model(settings, counted, images, labels, eps, generator)
     return Attacked(made, counted.forwards, counted.backwards, counted.queries)
+
+
+def attack_all(
+    settings: AttackSettings,
+    classifier: Classifier,
+    dataset: ImageDataset,
+    eps: float,
+    *,
+    batch_size: int,
+    seed: int,
+    device: str | torch.device,
+    progress: Callable[[int], object] = lambda images: None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attack a classifier on a whole data set, which must fit in memory, as for calibration.
+
+    Args:
+        settings, eps: as for :func:`run_attack`.
+        classifier: what is attacked.
+        dataset: N labelled images.
+        batch_size: images per forward pass.
+        seed: draws the random starts.
+        device: where the images are put.
+        progress: called with the number of images after each batch.
+
+    Returns:
+        The images N x C x H x W, the same attacked, and their class numbers N of the classifier.
+    """
+    labels_of = classifier.label_map(dataset.classes)
+    generator = torch.Generator().manual_seed(seed)
+    clean, attacked, truth = [], [], []
+    for batch, labels, _ in dataset.batches(batch_size):
+        images, aims = batch.to(device), labels_of[labels].to(device)
+        clean.append(images)
+        attacked.append(run_attack(settings, classifier, images, aims, eps, generator).images)
+        truth.append(aims)
+        progress(len(images))
+    return torch.cat(clean), torch.cat(attacked), torch.cat(truth)
 
 
 def _on_model(

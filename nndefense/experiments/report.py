@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from nndefense.evaluation.report.document import document
 from nndefense.evaluation.report.wording import date_text, escape
 from nndefense.experiments.figures import figure_of
 from nndefense.experiments.spread import Results
@@ -48,26 +48,12 @@ def report_html(results: Results, svg: bytes) -> str:
         svg: the figure; shown as a picture, so that nothing in it can act.
     """
     recipe = results["recipe"]
-    style = resources.files("nndefense.evaluation.report").joinpath("report.css").read_text(encoding="utf-8")
     title = f"{recipe['title']} ({recipe['scale']} scale)"
     tables = [_table(table) for table in tables_of(results)]
     picture = base64.b64encode(svg).decode("ascii")
     about = "".join(f"<p>{escape(text.strip())}</p>" for text in recipe["about"].split("\n\n") if text.strip())
     sources = f"<p>Sources: {escape('; '.join(recipe['sources']))}.</p>"
-    return f"""<!DOCTYPE html>
-<html lang="en-GB">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>{escape(title)}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<header class="top">
+    body = f"""<header class="top">
 <p class="eyebrow">{escape(results["images"]["test"]["name"])} · {escape(date_text(results["created"]))}</p>
 <h1>{escape(title)}</h1>
 </header>
@@ -78,10 +64,8 @@ def report_html(results: Results, svg: bytes) -> str:
 src="data:image/svg+xml;base64,{picture}"></figure></section>
 {"".join(tables[1:])}
 {_facts(results)}
-</main>
-</body>
-</html>
-"""
+</main>"""
+    return document(title, body)
 
 
 def _table(table: Table) -> str:

@@ -1,6 +1,15 @@
 """Features: a layer of the classifier, pooled and reduced, as one differentiable module from pixels to vectors."""
 
-from nndefense.features.extractor import FeatureExtractor, fit_pca, layer_in, pooled, reduced, spread
+from nndefense.features.extractor import (
+    WIDEST,
+    FeatureExtractor,
+    fit_pca,
+    layer_in,
+    pooled,
+    reduced,
+    spread,
+    vector_widths,
+)
 from nndefense.features.pca import PCA
 from nndefense.features.pooling import POOLINGS, pool, rmac
 from nndefense.features.spec import LAYER_ALIASES, FeatureSpec
@@ -10,6 +19,7 @@ __all__ = [
     "LAYER_ALIASES",
     "PCA",
     "POOLINGS",
+    "WIDEST",
     "FeatureExtractor",
     "FeatureSpec",
     "fit_pca",
@@ -22,4 +32,5 @@ __all__ = [
     "spatial_layers",
     "spread",
     "tapped",
+    "vector_widths",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,7 +11,10 @@ from torch.nn import functional as F
 from nndefense.features.pca import PCA
 from nndefense.features.pooling import pool
 from nndefense.features.spec import FeatureSpec
-from nndefense.features.taps import Truncated, resolve_layer
+from nndefense.features.taps import Truncated, resolve_layer, tapped
+
+#: Raw vectors longer than this are no candidates: their PCA would cost more than all the others together.
+WIDEST = 8192
 
 
 def pooled(activation: Tensor, spec: FeatureSpec) -> Tensor:
@@ -75,3 +80,12 @@ def spread(names: list[str], count: int) -> list[str]:
     if len(names) <= count or count < 2:
         return names[:count]
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
+
+
+@torch.no_grad()
+def vector_widths(net: nn.Module, layers: Sequence[str], poolings: Sequence[str], example: Tensor) -> list[list[int]]:
+    """How long the raw vectors of each layer (a row) are with each pooling, from one forward pass on ``example``."""
+    inside = [layer_in(net, layer) for layer in layers]
+    with tapped(net, inside) as outputs:
+        net(example)
+    return [[pool(outputs[layer], pooling).shape[1] for pooling in poolings] for layer in inside]

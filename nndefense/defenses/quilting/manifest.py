@@ -9,7 +9,7 @@ from typing import Any
 
 from nndefense.database.manifest import FileEntry
 from nndefense.errors import DatabaseError
-from nndefense.files import sha256_of, write_json
+from nndefense.files import write_json
 
 FORMAT, VERSION = "nndefense-patches", 1
 NAME = "manifest.json"
@@ -106,12 +106,4 @@ class PatchManifest:
             DatabaseError: naming the first file that is missing or differs.
         """
         for name, entry in self.files.items():
-            path = folder / name
-            if not path.is_file():
-                raise DatabaseError(f"{path} is missing: restore it or {REBUILD}")
-            size = path.stat().st_size
-            if size != entry.bytes:
-                what = "truncated" if size < entry.bytes else "longer than it was"
-                raise DatabaseError(f"{path} is {what} ({size:,} of {entry.bytes:,} bytes): restore it or {REBUILD}")
-            if sha256_of(path) != entry.sha256:
-                raise DatabaseError(f"{path} has changed since it was built (wrong sha256): restore it or {REBUILD}")
+            entry.check(folder / name, REBUILD)

@@ -7,12 +7,12 @@ the numbers: they are computed by pure functions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from nndefense.errors import InputError
 from nndefense.evaluation.report.calibration import calibration_section
+from nndefense.evaluation.report.document import document
 from nndefense.evaluation.report.figures import figure_section
 from nndefense.evaluation.report.gallery import GalleryRow, gallery_section
 from nndefense.evaluation.report.ladder import ladder_section, obscurity
@@ -57,7 +57,6 @@ def report_html(results: Results, gallery: Sequence[GalleryRow] = ()) -> str:
     for key in ("dataset", "headline", "records"):
         if results.get(key) is None:
             raise InputError(f"these results have no {key!r}: run the evaluation again")
-    style = resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
     title = f"Nearest-neighbour defence on {results['dataset']['name']}"
     body = "\n".join(
         [
@@ -73,24 +72,7 @@ def report_html(results: Results, gallery: Sequence[GalleryRow] = ()) -> str:
             records_section(results),
         ]
     )
-    return f"""<!DOCTYPE html>
-<html lang="en-GB">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="description" content="{escape(verdict(results))}">
-<link rel="icon" href="data:,">
-<title>{escape(title)}</title>
-<style>
-{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
+    return document(title, body, verdict(results))
 
 
 def _header(results: Results, title: str) -> str:
