@@ -1,8 +1,8 @@
 """One PGD step against a bare loop of forward pass and input gradient, and against other libraries where installed.
 
-All are timed in one run, round after round and in random order within a round. Printed are the ratio of the least times,
-since what else a machine does only ever adds to a time, and the median over rounds of each round's ratio to the bare loop,
-with its quartiles, which tell how much the machine was shared.
+All are timed in one run, round after round and in random order within a round. Printed are the ratio of the least
+times, since what else a machine does only ever adds to a time, and the median over rounds of each round's ratio to the
+bare loop, with its quartiles, which tell how much the machine was shared.
 foolbox comes with the development packages; torchattacks and ART need the environment of oracle/run.py.
 
 Usage: python benchmarks/attacks.py [--threads N] [--repeats N] [--out FILE]
@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from nndefense.attacks import pgd
 
-STEPS = 5
+STEPS = 10
 EPS, STEP = {"linf": 8 / 255, "l2": 0.5}, {"linf": 2 / 255, "l2": 0.1}
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -41,7 +41,7 @@ def main() -> None:
     """Time every library on every net, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
@@ -59,8 +59,9 @@ def main() -> None:
             rows += timed(f"{name}, {norm}", attacks, net, images, labels, options.repeats, clock)
     width = max(len(row["what"]) for row in rows)
     for row in rows:
-        spread = f"ratio {row['least']:.3f} of least times, {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}) of rounds"
-        print(f"{row['what']:<{width}}  {row['library']:<13}{row['step_ms']:>9.3f} ms a step  {spread}")
+        spread = f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}) of rounds"
+        said = f"{row['step_ms']:>9.3f} ms a step  ratio {row['least']:.3f} of least times, {spread}"
+        print(f"{row['what']:<{width}}  {row['library']:<13}{said}")
     if options.out:
         packages = {row["library"]: None for row in rows}
         found = {

@@ -41,10 +41,12 @@ def radius(images: Tensor, eps: float | Tensor, norm: str) -> Tensor:
     """
     if norm not in NORMS:
         raise InputError(f"norm is {norm!r}, but must be one of {', '.join(NORMS)}")
+    number = eps if isinstance(eps, (int, float)) else None
     eps = torch.as_tensor(eps, dtype=images.dtype, device=images.device)
     if eps.dim() > 1 or (eps.dim() == 1 and len(eps) != len(images)):
         raise InputError(f"eps has shape {tuple(eps.shape)}, but must be one number or one per image ({len(images)})")
-    if not bool((torch.isfinite(eps) & (eps >= 0)).all()):
+    # One number is checked as it is: a look at a tensor makes a GPU wait.
+    if not (0 <= number < float("inf") if number is not None else bool((torch.isfinite(eps) & (eps >= 0)).all())):
         raise InputError("eps must be finite and at least 0")
     eps = eps.expand(len(images))
     return eps * length(images) if norm == "normalized-l2" else eps
@@ -82,8 +84,12 @@ def project(delta: Tensor, radii: Tensor, norm: str) -> Tensor:
     limit = per_image(radii, delta)
     if norm == "linf":
         return torch.minimum(torch.maximum(delta, -limit), limit)
-    norms = per_image(length(delta), delta)
-    return delta * torch.where(norms > limit, limit * _SHRINK / norms.clamp_min(_TINY), 1.0)
+    return delta * _shrinking(delta, limit * _SHRINK)
+
+
+def _shrinking(delta: Tensor, limit: Tensor) -> Tensor:
+    """What each perturbation is multiplied by to be no longer than its limit, both N x 1 x 1 x 1: at most 1."""
+    return (limit / per_image(length(delta).clamp_min(_TINY), delta)).clamp_max_(1.0)
 
 
 def projector(images: Tensor, radii: Tensor, norm: str) -> Projector:
@@ -96,7 +102,13 @@ def projector(images: Tensor, radii: Tensor, norm: str) -> Projector:
     if norm == "linf":
         low, high = (images - limit).clamp_(0, 1), (images + limit).clamp_(0, 1)
         return lambda moved: torch.clamp(moved, low, high)
-    return lambda moved: (images + project(moved - images, radii, norm)).clamp_(0, 1)
+    limit = limit * _SHRINK
+
+    def inside(moved: Tensor) -> Tensor:
+        delta = moved - images
+        return torch.addcmul(images, delta, _shrinking(delta, limit)).clamp_(0, 1)
+
+    return inside
 
 
 def random_on_sphere(images: Tensor, radii: Tensor, norm: str, generator: torch.Generator | None) -> Tensor:

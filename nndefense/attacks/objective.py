@@ -42,8 +42,9 @@ def loss_and_gradient(model: Model, x: Tensor, y: Tensor, loss: Loss) -> tuple[T
             logits, losses = expected(x, y, loss)
         if losses.shape != x.shape[:1]:
             raise InputError(f"the loss has shape {tuple(losses.shape)}, but must be one value per image ({len(x)})")
-        # The sum, not the mean, so that no image's gradient depends on the size of the batch.
-        found = torch.autograd.grad(losses.sum(), x, allow_unused=True) if losses.requires_grad else (None,)
+        # A one for each image: the gradient of the sum, not the mean, so that none depends on the size of the batch.
+        ones = torch.ones_like(losses)
+        found = torch.autograd.grad(losses, x, ones, allow_unused=True) if losses.requires_grad else (None,)
     gradient = found[0]
     if gradient is None:
         raise InputError(
