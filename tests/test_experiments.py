@@ -156,6 +156,13 @@ def test_a_scale_replaces_what_stands_at_the_top() -> None:
     assert recipe.threats[1].eps == pytest.approx(8 / 255)
 
 
+def test_a_scale_can_have_methods_of_its_own() -> None:
+    own = [{"name": "standard", "objective": "standard", "settings": {"epochs": 3}}]
+    values = {**VALUES, "full": {}, "small": {"method": own}, "compare": []}
+    assert [dict(method.settings) for method in recipe_from(values, "r", "small").methods] == [{"epochs": 3}]
+    assert len(recipe_from(values, "r", "full").methods) == len(VALUES["method"])
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
