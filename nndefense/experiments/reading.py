@@ -22,10 +22,10 @@ _TEXT, _COUNT, _TABLE, _LIST = str, int, Mapping, list
 _EITHER: dict[str, Any] = {
     "about": _TEXT, "train": _TEXT, "test": _TEXT, "architecture": _TEXT, "validation": _COUNT, "images": _COUNT,
     "seeds": _COUNT, "check_steps": _COUNT, "batch_size": _COUNT, "labels": _LIST, "grid": _LIST, "settings": _TABLE,
-    "attack": _TABLE, "start": _TABLE, "method": _LIST, "threat": _LIST, "evaluation": _LIST,
+    "attack": _TABLE, "start": _TABLE, "method": _LIST, "compare": _LIST, "threat": _LIST, "evaluation": _LIST,
 }  # fmt: skip
 _TOP: dict[str, Any] = {
-    "title": _TEXT, "sources": _LIST, "layout": _TEXT, "figure": _TEXT, "compare": _LIST,
+    "title": _TEXT, "sources": _LIST, "layout": _TEXT, "figure": _TEXT,
     "published": _LIST, "published_source": _TEXT, **dict.fromkeys(SCALES, _TABLE),
 }  # fmt: skip
 _METHOD: dict[str, Any] = {
