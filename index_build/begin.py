@@ -32,10 +32,12 @@ from nndefense.database.writer import PCA_FILE, clear, store_pca, writing
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DatabaseError, DataError, InputError
 from nndefense.features import FeatureSpec
+from nndefense.memory import reused_memory
 from nndefense.models import Classifier
 from nndefense.training.near import NearSearch
 
 
+@reused_memory()
 def begin(
     dataset: ImageDataset,
     classifier: Classifier,

@@ -28,6 +28,7 @@ from nndefense.database.writer import REJECTED, VIRTUAL, check_rows, columns, st
 from nndefense.errors import DatabaseError, DataError, InputError
 from nndefense.features import reduced
 from nndefense.files import read_json, write_json
+from nndefense.memory import reused_memory
 
 Array = NDArray[Any]
 Rejection = dict[str, str]
@@ -58,6 +59,7 @@ class Extracted:
 Make = Callable[[Sequence[int]], Iterable[ShardReport]]
 
 
+@reused_memory()
 def make_shard(job: Job, number: int, tools: Tools, ready: Callable[[], None] | None = None) -> ShardReport:
     """Make one shard for every target that lacks it, from one forward pass.
 

@@ -6,6 +6,7 @@ Threads, not processes: Pillow decodes outside the interpreter lock, and a proce
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,8 @@ from nndefense.errors import InputError
 
 _PIECE = 16
 """Images that a thread reads in one go: few enough that threads end a batch together."""
+_PIECE_PIXELS = 1 << 17
+"""As many small images as have so many numbers, so that handing them out costs little beside reading them."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def _read(
     dataset: ImageDataset, rows: NDArray[np.int64], batch_size: int, workers: int, ahead: int, pin: bool
 ) -> Iterator[Batch]:
     # Small batches are read by several threads too.
-    size = min(_PIECE, max(1, -(-batch_size // workers)))
+    size = min(max(_PIECE, _PIECE_PIXELS // max(1, math.prod(dataset.shape))), max(1, -(-batch_size // workers)))
     waiting: deque[_Coming] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="reader", initializer=one_of_many)
 

@@ -20,7 +20,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (REPOSITORY / package)
 # From the bottom up: a room imports only rooms of lower rows, never one beside it.
 FLOORS = (
     ("nndefense.errors",),
-    ("nndefense.images", "nndefense.files", "nndefense.statistics", "nndefense.versions"),
+    ("nndefense.images", "nndefense.files", "nndefense.memory", "nndefense.statistics", "nndefense.versions"),
     ("nndefense.datasets", "nndefense.attacks", "nndefense.theory"),
     ("nndefense.models", "nndefense.features"),
     ("nndefense.database",),
