@@ -10,8 +10,8 @@
 5. scaling: the time of a query against the number of rows.
 
 Vectors are made by rule (index_vectors.py). With one thread times are processor time, which does not see what else the
-machine does; with more, the clock's. Memory and defended stand in index_jobs.py and run from here. Parts that are run one
-at a time go into one file: each replaces what the file held of it, with the threads and versions that it ran with.
+machine does; with more, the clock's. Memory and defended stand in index_jobs.py and run from here. Parts that are run
+one at a time go into one file: each replaces what the file held of it, with the threads and versions that it ran with.
 
 Usage: python benchmarks/index.py [--only PART] [--rows N] [--threads N] [--autofaiss PYTHON] [--out FILE] ...
 """
@@ -155,7 +155,7 @@ def bare_loop(classifier: Classifier, precision: str, channels_last: bool, image
 def in_turns(
     calls: dict[str, tuple[Callable[[], Any], bool]], rounds: int, repeats: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round, after one round that does not count; each says whether it keeps its memory."""
+    """Seconds of each call in each round, after one that does not count; each says whether it keeps its memory."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, (call, reused) in calls.items():

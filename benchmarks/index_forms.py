@@ -1,8 +1,8 @@
 """One collection in three forms: image folders, WebDataset shards and HDF5 must give the same database.
 
-The folders are laid out as shards (the files' own bytes, with a `.cls` each) and as one HDF5 file (the decoded pixels, 8 bits).
-`nndefense index build` makes a database of each, in a process of its own; then every column of the rows is compared bit
-by bit, and the index. Ids are those of the folders; in shards without the suffix, because a key has none.
+The folders are laid out as shards (the files' own bytes, with a `.cls` each) and as one HDF5 file (the decoded pixels,
+8 bits). `nndefense index build` makes a database of each, in a process of its own; then every column of the rows is
+compared bit by bit, and the index. Ids are those of the folders; in shards without the suffix, because a key has none.
 
 Usage: python benchmarks/index_forms.py --folder imagefolder:photos:train --folder imagefolder:photos:val \
     --size 224 --classes CLASSES --work EMPTY_FOLDER --out benchmarks/index_forms.json \
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -71,11 +72,8 @@ def main() -> None:
 
 
 def visible(arguments: list[str]) -> list[str]:
-    """The builder's options without the folders in front of file names, which say nothing to others."""
-    return [
-        word.split(":")[0] + ":" * (":" in word) + word.rpartition("/")[2] if "/" in word else word
-        for word in arguments
-    ]
+    """The builder's options without the folders that files lie in, which say nothing to others."""
+    return [re.sub(r"(^|:)[^:]*/", r"\1", word) for word in arguments]
 
 
 def write_tars(parts: list[ImageDataset], labels: Any, classes: list[str], folder: Path) -> None:

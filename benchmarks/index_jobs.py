@@ -70,26 +70,30 @@ def extract(rounds: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
     found = []
     resnet = load_classifier("torchvision:resnet50:none")
     small = build_classifier("small-cnn", input_shape=(1, 28, 28), classes=TEN, seed=0)
-    for title, classifier, layer, count, batch in (
-        ("extract, small-cnn, 8,192 images of 1 x 28 x 28", small, "block2", 8192, 128),
-        ("extract, ResNet-50, 64 images of 3 x 224 x 224", resnet, "avgpool", 64, 16),
+    for title, classifier, layer, count, batch, asked in (
+        ("small-cnn, 32,768 images of 1 x 28 x 28", small, "block2", 32768, 128, "float32"),
+        ("small-cnn, 32,768 images of 1 x 28 x 28", small, "block2", 32768, 128, "auto"),
+        ("ResNet-50, 160 images of 3 x 224 x 224", resnet, "avgpool", 160, 16, "auto"),
     ):
         classifier.eval()
-        images = Procedural(count, classifier.input_shape).batch(np.arange(count))[0]
+        # Of 8 bits, as pictures are.
+        images = Procedural(count, classifier.input_shape).batch(np.arange(count))[0].mul_(255).round_().div_(255)
         dataset = Held(images)
         ratios: dict[bool, list[float]] = {False: [], True: []}
-        precision = None
+        rates = []
+        precision = asked
         for number in range(rounds + 1):
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name) / "database"
-                options = Options(batch_size=batch, precision="auto" if precision is None else precision)
                 with building([folder]):
                     feature = FeatureSpec(layer, "avg", pca=0)
+                    options = Options(batch_size=batch, precision=precision)
                     job = begin(dataset, classifier, {folder: feature}, options, progress=False)
                     precision = job.precision["precision"]
                     start = clock()
                     extract_rows(job, dataset, classifier, progress=False)
                     ours = clock() - start
+            rates.append(count / ours)
             for reused, kept in ratios.items():
                 with reused_memory() if reused else nullcontext():
                     start = clock()
@@ -97,11 +101,14 @@ def extract(rounds: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
                     if number:
                         kept.append((clock() - start) / ours)
         plain, same = (statistics.median(ratios[reused]) for reused in (False, True))
+        rate = statistics.median(rates[1:])
         print(
-            f"{title}: {precision}, {plain:.3f} of the images/s of a bare loop ({same:.3f} of one that keeps its memory "
-            "too)"
+            f"extract, {title}: {precision}, {rate:,.1f} images/s; {plain:.3f} of a bare loop ({same:.3f} of one that "
+            "keeps its memory too)",
+            flush=True,
         )
-        found.append({"what": title, "precision": precision, "of_bare": plain, "of_bare_with_reused_memory": same})
+        found.append({"what": f"extract, {title}", "precision": precision, "images_per_second": rate, "of_bare": plain,
+                      "of_bare_with_reused_memory": same})  # fmt: skip
     return found
 
 

@@ -1,8 +1,8 @@
 """Memory that is used again instead of being given back to the system.
 
-A forward pass on a CPU asks for the same large blocks with every batch. glibc gives them back as soon as they are free, and
-the system must find, clear and map every page of them anew: for small nets and for MobileNetV2 at 224 pixels that takes
-as long as the computing (`make bench-index` measures it).
+A forward pass on a CPU asks for the same large blocks with every batch. glibc gives them back as soon as they are free,
+and the system must find, clear and map every page of them anew: for small nets and for MobileNetV2 at 224 pixels that
+can take as long as the computing (`make bench-index` measures it).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _inside = 0
 def reused_memory() -> Iterator[None]:
     """While the context is open, freed memory stays with the process; at its end it goes back to the system.
 
-    The peak is that of the blocks that are in use at one time and the gaps between them: some per cent more than without.
+    The peak is that of the blocks that are in use at one time and the gaps between them: somewhat more than without.
     Contexts may be nested, and opened by several threads; the last to close gives the memory back. Without glibc (on
     macOS, Windows, musl) nothing is changed.
     """
@@ -44,7 +44,7 @@ def reused_memory() -> Iterator[None]:
         with _lock:
             _inside -= 1
             if library is not None and _inside == 0:
-                # Once set, the thresholds no longer move by themselves, so they are left where they would have moved to.
+                # Once set, the thresholds no longer move by themselves, so they stay where they would have gone.
                 library.mallopt(_MMAP_THRESHOLD, _USUAL_MMAP)
                 library.mallopt(_TRIM_THRESHOLD, _USUAL_TRIM)
                 library.malloc_trim(0)
