@@ -122,7 +122,7 @@ class Held(ImageDataset):
         self.images = images
 
     def _read(self, rows: NDArray[np.int64]) -> Tensor:
-        return self.images[torch.from_numpy(rows)]
+        return torch.from_numpy(self.images.numpy()[rows])
 
     def _digest(self) -> str:
         return "0" * 64

@@ -82,7 +82,8 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             SourceError: the source itself cannot be read.
         """
         try:
-            images[:] = self._read(rows)
+            # By numpy: in a thread of a reader's, torch would begin a team of threads of its own.
+            images.numpy()[:] = self._read(rows).numpy()
         except SourceError:
             raise
         except DataError as error:

@@ -111,10 +111,11 @@ def to_tensor(pixels: NDArray[np.uint8] | NDArray[np.float32]) -> Tensor:
 
 def fill(image: Tensor, pixels: NDArray[np.uint8] | NDArray[np.float32]) -> None:
     """Write what :func:`decode` gives into a float32 tensor C x H x W, as :func:`to_tensor` would make it."""
-    # A read-only view of Pillow's memory is turned by numpy, which makes the copy that torch may get hold of.
-    image.copy_(torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C")))
+    # By numpy: in a thread of a reader's, torch would begin a team of threads of its own.
     if pixels.dtype == np.uint8:
-        image.div_(255)
+        np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=image.numpy())
+    else:
+        image.numpy()[:] = pixels.transpose(2, 0, 1)
 
 
 def _is_grey(image: Image.Image) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,48 +28,49 @@ def pixel_digests(images: Tensor) -> NDArray[np.uint8]:
         uint8 N x 16.
     """
     digests = np.empty((len(images), DIGEST_BYTES), dtype=np.uint8)
-    if not images.numel():
-        # Without pixels there is nothing to be 8-bit about, but a digest there is.
-        for place, image in enumerate(images):
-            digests[place] = pixel_digest(image.permute(1, 2, 0).contiguous().numpy())
-        return digests
-    size = max(1, _TOGETHER // images[0].numel())
+    whole = images.detach().cpu().numpy()
+    size = max(1, _TOGETHER // max(1, math.prod(images.shape[1:])))
     for first in range(0, len(images), size):
-        values = images[first : first + size].permute(0, 2, 3, 1).contiguous()
-        levels, whole = _levels(values)
-        begun = {kind: _begun(values.shape[1:], kind) for kind in (np.uint8, np.float32)}
-        pixels = {np.uint8: levels.numpy(), np.float32: _little(values.numpy())}
-        for place, eight in enumerate(whole.tolist()):
-            kind = np.uint8 if eight else np.float32
-            digest = begun[kind].copy()
-            digest.update(pixels[kind][place].data)
-            digests[first + place] = np.frombuffer(digest.digest(), dtype=np.uint8)
+        values = np.ascontiguousarray(whole[first : first + size].transpose(0, 2, 3, 1))
+        levels, eight = _levels(values)
+        if eight.all():
+            _hash(levels, digests[first : first + size])
+            continue
+        for place in range(len(values)):
+            chosen = levels if eight[place] else values
+            _hash(chosen[place : place + 1], digests[first + place : first + place + 1])
     return digests
 
 
 def pixel_digest(pixels: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.uint8]:
     """The digest of one image H x W x C, uint8 in 0..255 or float32 in [0, 1]: see :func:`pixel_digests`."""
     if pixels.dtype != np.uint8:
-        values = torch.from_numpy(np.array(pixels, dtype=np.float32))[None]
-        levels, whole = _levels(values)
-        pixels = levels[0].numpy() if bool(whole) else values[0].numpy()
-    digest = _begun(pixels.shape, pixels.dtype.type)
-    digest.update(_little(np.ascontiguousarray(pixels)).data)
-    return np.frombuffer(digest.digest(), dtype=np.uint8)
+        values = np.array(pixels, dtype=np.float32)[None]
+        levels, eight = _levels(values)
+        pixels = levels[0] if eight[0] else values[0]
+    digest = np.empty(DIGEST_BYTES, dtype=np.uint8)
+    _hash(np.ascontiguousarray(pixels)[None], digest[None])
+    return digest
 
 
-def _levels(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The pixels of N images in 8 bits, and for each image whether they are exactly its pixels."""
-    levels = values.mul(255).round_().to(torch.uint8)
-    return levels, (levels.to(torch.float32).div_(255) == values).flatten(1).all(1)
+def _levels(values: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """The pixels of N images in 8 bits, and for each image whether they are exactly its pixels.
+
+    By numpy: in a thread of a reader's, torch would begin a team of threads of its own.
+    """
+    # NaN has no 8-bit value, and equals none.
+    with np.errstate(invalid="ignore"):
+        levels = np.rint(values * np.float32(255)).astype(np.uint8)
+    return levels, (levels / np.float32(255) == values).reshape(len(values), -1).all(1)
 
 
-def _begun(shape: Sequence[int], kind: type) -> Any:
-    """A digest that has taken in shape and kind."""
-    text = " x ".join(str(side) for side in shape)
-    return hashlib.blake2b(f"{text} {'8 bits' if kind is np.uint8 else 'float'}\n".encode(), digest_size=DIGEST_BYTES)
-
-
-def _little(pixels: NDArray[Any]) -> NDArray[Any]:
-    """The same numbers with their lowest byte first."""
-    return pixels.astype(pixels.dtype.newbyteorder("<"), copy=False)
+def _hash(pixels: NDArray[Any], digests: NDArray[np.uint8]) -> None:
+    """Fill in the digests of images N x H x W x C of one kind."""
+    shape = " x ".join(str(side) for side in pixels.shape[1:])
+    kind = "8 bits" if pixels.dtype == np.uint8 else "float"
+    begun = hashlib.blake2b(f"{shape} {kind}\n".encode(), digest_size=DIGEST_BYTES)
+    little = pixels.astype(pixels.dtype.newbyteorder("<"), copy=False)
+    for place, image in enumerate(little):
+        digest = begun.copy()
+        digest.update(image.data)
+        digests[place] = np.frombuffer(digest.digest(), dtype=np.uint8)
