@@ -36,7 +36,7 @@ bench-baselines: $(VENV)/.dev
 
 # AUTOFAISS: a Python that has autofaiss (numpy < 2, pyarrow < 20); without it that comparison is left out.
 bench-index: $(VENV)/.dev
-	$(BIN)/python benchmarks/index.py $(if $(AUTOFAISS),--autofaiss $(AUTOFAISS)) --out benchmarks/index.json
+	$(BIN)/python benchmarks/index.py $(if $(AUTOFAISS),--autofaiss $(AUTOFAISS)) --plot docs/images/index/scaling.png --out benchmarks/index.json
 
 bench-reading: $(VENV)/.dev
 	$(BIN)/python benchmarks/reading.py --out benchmarks/reading.json

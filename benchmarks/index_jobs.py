@@ -24,7 +24,6 @@ from index_vectors import PIECE, pieces, queries
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from index_build.add import PART_ROWS
 from index_build.begin import begin
 from index_build.job import Options
 from index_build.runner import building, complete, extract_rows
@@ -144,7 +143,7 @@ def _bare(classifier: Classifier, images: Tensor, batch: int, precision: str, ch
 def memory(rows: int) -> dict[str, Any]:
     """The peak of a whole build of ``rows`` images and of a tenth of them, each in a process of its own.
 
-    The index counts apart: a part of it (up to 262,144 rows) is held while rows are added, and nothing else of it.
+    The index counts apart: verify opens it, and one of less than 2 GB is read into memory for that.
     """
     found = {}
     for count in (rows // 10, rows):
@@ -154,10 +153,12 @@ def memory(rows: int) -> dict[str, Any]:
         one = found[count] = json.loads(done.stdout.strip().splitlines()[-1])
         print(
             f"build of {count:,} images: peak {one['extract_mb']:,.0f} MB while extracting, {one['index_mb']:,.0f} MB "
-            f"after it, of which {one['part_mb']:,.0f} MB are a part of the index; {one['seconds']:.0f} s",
+            f"after it, of which {one['index_file_mb']:,.0f} MB are the index; {one['seconds']:.0f} s",
             flush=True,
         )
-    more, less = (max(one["extract_mb"], one["index_mb"] - one["part_mb"]) for one in (found[rows], found[rows // 10]))
+    more, less = (
+        max(one["extract_mb"], one["index_mb"] - one["index_file_mb"]) for one in (found[rows], found[rows // 10])
+    )
     print(f"peak memory at {rows:,} images, index aside: {more / less:.2f} times that at {rows // 10:,}")
     return {"builds": {str(count): value for count, value in found.items()}, "ratio": more / less}
 
@@ -191,7 +192,7 @@ def _child(count: int) -> None:
     seconds = time.perf_counter() - start
     over.set()
     watcher.join()
-    print(json.dumps(peaks | {"part_mb": min(count, PART_ROWS) * 256 * 4 / 2**20, "seconds": seconds}))
+    print(json.dumps(peaks | {"index_file_mb": count * 256 * 4 / 2**20, "seconds": seconds}))
 
 
 # -- a defended prediction --------------------------------------------------------------------------------------------
