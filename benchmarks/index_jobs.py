@@ -143,7 +143,7 @@ def _bare(classifier: Classifier, images: Tensor, batch: int, precision: str, ch
 def memory(rows: int) -> dict[str, Any]:
     """The peak of a whole build of ``rows`` images and of a tenth of them, each in a process of its own.
 
-    The index counts apart: verify opens it, and one of less than 2 GB is read into memory for that.
+    The index counts apart: verify opens it, and one of less than 1 GiB is read into memory for that.
     """
     found = {}
     for count in (rows // 10, rows):
