@@ -17,6 +17,7 @@ from nndefense.evaluation.outcomes import to_hex
 from nndefense.evaluation.store import CellStore
 from nndefense.evaluation.suite import peak_memory_mb, run_attack
 from nndefense.evaluation.threats import AttackSettings, ThreatModel
+from nndefense.memory import reused_memory
 from nndefense.statistics import wilson_interval
 
 # One settings for all threat models, or several for each of them.
@@ -98,6 +99,7 @@ class Record:
         return asdict(self)
 
 
+@reused_memory()
 def evaluate(
     dataset: ImageDataset,
     subjects: Sequence[Subject],

@@ -13,6 +13,7 @@ import torch
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
 from nndefense.files import make_folder
+from nndefense.memory import reused_memory
 from nndefense.models import Classifier, load_classifier, resolve_device, save_classifier
 from nndefense.models.checkpoint import check_savable
 from nndefense.training.accuracy import check_labels
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@reused_memory()
 def train_classifier(
     classifier: Classifier,
     dataset: ImageDataset,
