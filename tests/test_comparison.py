@@ -18,6 +18,7 @@ from nndefense.comparison import (
     PUBLISHED,
     Materials,
     RowSpec,
+    TableRow,
     changed,
     comparison_from,
     comparison_names,
@@ -141,6 +142,11 @@ def test_every_row_is_measured_or_has_a_reason(done: tuple[Path, dict[str, Any]]
     assert rows["not trained"].cells["clean"].reason.startswith("not trained")
     assert rows["not trained"].published["gray"].accuracy == 0.279
     assert rows["bare"].cells["worst"].accuracy <= rows["bare"].cells["gray"].accuracy  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("milliseconds", "text"), [(None, ""), (0.4512, "0.45"), (12.34, "12"), (1637.2, "1,600")])
+def test_times_are_written_without_exponents(milliseconds: float | None, text: str) -> None:
+    assert TableRow("a", "none", {}, {}, "", milliseconds, "").time == text
 
 
 def test_what_is_held_out_stands_in_no_database(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def _table(results: Results, eps: float | None, *, published: bool) -> str:
     lines = []
     for row in table_of(results, eps):
         cells = [_measured(row.cells[column]) for column in COLUMNS]
-        cells.append(f"<td>{'' if row.milliseconds is None else f'{row.milliseconds:.2g}'}</td>")
+        cells.append(f"<td>{row.time}</td>")
         if published:
             cells += [_printed(row.published[column]) for column in PUBLISHED_COLUMNS]
         lines.append(f'<tr><th scope="row" style="{_WIDE}">{escape(row.name)}</th>{"".join(cells)}</tr>')

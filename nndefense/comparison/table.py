@@ -61,6 +61,11 @@ class TableRow:
     milliseconds: float | None
     facts: str
 
+    @property
+    def time(self) -> str:
+        """The milliseconds as text, with two digits that count."""
+        return "" if self.milliseconds is None else f"{float(f'{self.milliseconds:.2g}'):,.10g}"
+
 
 def table_of(results: Results, eps: float | None = None) -> list[TableRow]:
     """The rows of the table at one budget, by default the headline's."""
@@ -160,9 +165,8 @@ def markdown_of(results: Results) -> str:
     ]
     for row in table_of(results):
         cells = [_text(row.cells[column]) for column in COLUMNS]
-        time = "" if row.milliseconds is None else f"{row.milliseconds:.2g}"
         printed = [_short(row.published[column]) for column in PUBLISHED_COLUMNS]
-        lines.append("| " + " | ".join([row.name, *cells, time, *printed]) + " |")
+        lines.append("| " + " | ".join([row.name, *cells, row.time, *printed]) + " |")
     weak = weaker_than_ignorant(results)
     if weak:
         lines += ["", f"Attackers who know it did worse than those who do not against {', '.join(weak)}: read the "
