@@ -27,7 +27,7 @@ class Tools:
         dataset: the images.
         mapper: classifier and layers, in the precision of the job.
         pcas: for each target its PCA, on the mapper's results' device (the CPU), or None.
-        numbers: the data set's class numbers as the classifier's.
+        numbers: the data set's class numbers as the classifier's, and -1 at the end, where the label -1 finds it.
         near: finds images that are to be kept out, or None.
         workers: threads that read and decode; None for one for each CPU.
     """
@@ -77,19 +77,17 @@ class Tools:
 
     def labels(self, labels: Tensor) -> Tensor:
         """The data set's class numbers as the classifier's; -1 stays -1."""
-        known = labels >= 0
-        mapped = torch.full_like(labels, -1)
-        mapped[known] = self.numbers[labels[known]].to(labels)
-        return mapped
+        return self.numbers[labels].to(labels)
 
 
 def label_numbers(dataset: ImageDataset, classifier: Classifier) -> Tensor:
-    """For each class of the data set its number among the classifier's.
+    """For each class of the data set its number among the classifier's, and -1 at the end.
 
     Raises:
         ModelError: a class that is none of the classifier's.
     """
-    return classifier.label_map(dataset.classes) if dataset.classes else torch.empty(0, dtype=torch.int64)
+    known = classifier.label_map(dataset.classes).cpu() if dataset.classes else torch.empty(0, dtype=torch.int64)
+    return torch.cat([known, torch.tensor([-1])])
 
 
 def pca_of(target: Target) -> PCA | None:
