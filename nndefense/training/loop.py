@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@reused_memory()
 def train_classifier(
     classifier: Classifier,
     dataset: ImageDataset,
@@ -159,7 +158,7 @@ def train_classifier(
     if tensorboard and folder is not None and team.leads:
         board = Board(folder.folder, run.done)
     try:
-        with fastest_convolutions(team.device):
+        with fastest_convolutions(team.device), reused_memory():
             run.finish(board, on_epoch)
     finally:
         if board is not None:
