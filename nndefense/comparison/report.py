@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nndefense.comparison.figure import figure_of
@@ -108,11 +110,11 @@ def _table(results: Results, eps: float | None, *, published: bool) -> str:
         heads += [f'<th scope="col">printed: {column}</th>' for column in PUBLISHED_COLUMNS]
     lines = []
     for row in table_of(results, eps):
-        cells = [_measured(row.cells[column]) for column in COLUMNS]
-        cells.append(f"<td>{row.time}</td>")
+        cells = _merged([row.cells[column] for column in COLUMNS], _measured)
+        cells += f"<td>{row.time}</td>"
         if published:
-            cells += [_printed(row.published[column]) for column in PUBLISHED_COLUMNS]
-        lines.append(f'<tr><th scope="row" style="{_WIDE}">{escape(row.name)}</th>{"".join(cells)}</tr>')
+            cells += _merged([row.published[column] for column in PUBLISHED_COLUMNS], _printed)
+        lines.append(f'<tr><th scope="row" style="{_WIDE}">{escape(row.name)}</th>{cells}</tr>')
     head = f'<tr><th scope="col">defence</th>{"".join(heads)}</tr>'
     return (
         f'<div class="scroll"><table class="plain dense"><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table>'
@@ -120,17 +122,27 @@ def _table(results: Results, eps: float | None, *, published: bool) -> str:
     )
 
 
+def _merged(cells: Sequence[Cell], written: Callable[[Cell], str]) -> str:
+    """The cells of a row; neighbours that are empty for the same reason become one, which says it once."""
+    found = ""
+    for reason, run in itertools.groupby(cells, key=lambda cell: cell.reason):
+        same = list(run)
+        if reason:
+            found += f'<td colspan="{len(same)}" style="white-space:normal"><small>{escape(reason)}</small></td>'
+        else:
+            found += "".join(written(cell) for cell in same)
+    return found
+
+
 def _measured(cell: Cell) -> str:
     if cell.accuracy is None or cell.low is None or cell.high is None:
-        return f'<td style="white-space:normal"><small>{escape(cell.reason)}</small></td>'
+        return "<td></td>"
     attack = f"<br><small>{escape(cell.attack)}</small>" if cell.attack else ""
     return f"<td>{percent(cell.accuracy)} <small>{percent(cell.low)}–{percent(cell.high)}</small>{attack}</td>"
 
 
 def _printed(cell: Cell) -> str:
-    if cell.accuracy is None:
-        return f'<td style="white-space:normal"><small>{escape(cell.reason)}</small></td>'
-    return f"<td><i>{percent(cell.accuracy)}</i></td>"
+    return "<td></td>" if cell.accuracy is None else f"<td><i>{percent(cell.accuracy)}</i></td>"
 
 
 def _weak(results: Results) -> str:
