@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from nndefense.experiments.spread import Results, Spread, accuracy_of, clean_of
 
@@ -93,6 +94,9 @@ def _gap(results: Results) -> Figure:
     right.legend(frameon=False)
     for axes in (left, right):
         _count_ticks(axes, counts)
+    # Errors seldom span a decade, and without a power of ten in sight a log axis has no numbers.
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    left.yaxis.set_major_formatter("{x:g}")
     return figure
 
 
