@@ -3,7 +3,6 @@
 All are timed in one run, round after round and in random order within a round. Printed are the ratio of the least
 times, since what else a machine does only ever adds to a time, and the median over rounds of each round's ratio to the
 bare loop, with its quartiles, which tell how much the machine was shared.
-"nndefense, in evaluate" is the same attack with freed memory kept, as `nndefense evaluate` and `train` run it.
 foolbox comes with the development packages; torchattacks and ART need the environment of oracle/run.py.
 
 Usage: python benchmarks/attacks.py [--threads N] [--repeats N] [--out FILE]
@@ -32,7 +31,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nndefense.attacks import pgd
-from nndefense.memory import reused_memory
 
 STEPS = 10
 EPS, STEP = {"linf": 8 / 255, "l2": 0.5}, {"linf": 2 / 255, "l2": 0.1}
@@ -59,15 +57,14 @@ def main() -> None:
         # A step on photographs takes so long that few rounds will do.
         large = images.shape[-1] > 100
         for norm in ("linf",) if large else tuple(EPS):
-            attacks = {"bare loop": bare(norm), "nndefense": ours(norm), "nndefense, in evaluate": keeping(ours(norm))}
-            attacks |= others(norm, options.device)
+            attacks = {"bare loop": bare(norm), "nndefense": ours(norm), **others(norm, options.device)}
             repeats = max(3, options.repeats // 5) if large else options.repeats
             rows += timed(f"{name}, {norm}", attacks, net, images, labels, repeats, clock)
     width = max(len(row["what"]) for row in rows)
     for row in rows:
         spread = f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f}) of rounds"
         said = f"{row['step_ms']:>9.3f} ms a step  ratio {row['least']:.3f} of least times, {spread}"
-        print(f"{row['what']:<{width}}  {row['library']:<24}{said}")
+        print(f"{row['what']:<{width}}  {row['library']:<13}{said}")
     if options.out:
         packages = {row["library"]: None for row in rows if row["library"] in ("torchattacks", "foolbox", "ART")}
         found = {
@@ -172,16 +169,6 @@ def ours(norm: str) -> Attack:
     return lambda net, x, y: pgd(
         net, x, y, eps=EPS[norm], norm=norm, steps=STEPS, step_size=STEP[norm], random_start=False
     )
-
-
-def keeping(attack: Attack) -> Attack:
-    """The same attack, with freed memory kept while it lasts."""
-
-    def run(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        with reused_memory():
-            return attack(net, x, y)
-
-    return run
 
 
 def others(norm: str, device: str) -> dict[str, Attack]:

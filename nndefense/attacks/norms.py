@@ -41,12 +41,14 @@ def radius(images: Tensor, eps: float | Tensor, norm: str) -> Tensor:
     """
     if norm not in NORMS:
         raise InputError(f"norm is {norm!r}, but must be one of {', '.join(NORMS)}")
-    number = eps if isinstance(eps, (int, float)) else None
+    # One number is checked as it is: a look at a tensor makes a GPU wait.
+    valid = 0 <= eps < float("inf") if isinstance(eps, (int, float)) else None
     eps = torch.as_tensor(eps, dtype=images.dtype, device=images.device)
     if eps.dim() > 1 or (eps.dim() == 1 and len(eps) != len(images)):
         raise InputError(f"eps has shape {tuple(eps.shape)}, but must be one number or one per image ({len(images)})")
-    # One number is checked as it is: a look at a tensor makes a GPU wait.
-    if not (0 <= number < float("inf") if number is not None else bool((torch.isfinite(eps) & (eps >= 0)).all())):
+    if valid is None:
+        valid = bool((torch.isfinite(eps) & (eps >= 0)).all())
+    if not valid:
         raise InputError("eps must be finite and at least 0")
     eps = eps.expand(len(images))
     return eps * length(images) if norm == "normalized-l2" else eps
