@@ -16,6 +16,7 @@ from nndefense.errors import InputError
 from nndefense.features import FeatureSpec, layer_in, pooled, tapped
 from nndefense.images import check_images
 from nndefense.models import Classifier
+from nndefense.models.folding import fold_batch_norms
 
 T = TypeVar("T")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -64,7 +65,8 @@ class Mapper:
     """Runs the classifier once per batch and pools every layer that is asked for (Dubey et al. 2019, section 3).
 
     The pass goes to its end, since the posteriors need it, and each layer is pooled as soon as it is there. In another
-    precision or layout than the classifier's own, a copy of it is used; the caller's stays as it is.
+    precision or layout than the classifier's own, a copy of it is used, its batch normalisations folded into its
+    convolutions; the caller's stays as it is.
     """
 
     def __init__(
@@ -178,6 +180,7 @@ class Mapper:
         if self._plan == ("float32", False):
             return
         self._net = copy.deepcopy(self.classifier)
+        fold_batch_norms(self._net, self.layers)
         if precision != "float32":
             # Autocast would turn the filters into that precision anew with every batch.
             for module in self._net.modules():
