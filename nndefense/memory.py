@@ -10,15 +10,22 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 # glibc's names for what mallopt sets (malloc.h).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _NEVER, _LARGEST = -1, (1 << 31) - 1
 # The most that glibc itself would raise both to, seeing blocks of such sizes come and go.
 _USUAL_MMAP, _USUAL_TRIM = 32 << 20, 64 << 20
+
+# Numbers in a batch from which its maps are likely to be larger than what glibc keeps.
+_LARGE = 1 << 16
+
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 _lock = threading.Lock()
 _inside = 0
@@ -48,6 +55,22 @@ def reused_memory() -> Iterator[None]:
                 library.mallopt(_MMAP_THRESHOLD, _USUAL_MMAP)
                 library.mallopt(_TRIM_THRESHOLD, _USUAL_TRIM)
                 library.malloc_trim(0)
+
+
+def reusing_memory(attack: Call) -> Call:
+    """The attack, keeping freed memory until it returns where its images ``x``, the second argument, are many and on a
+    CPU; for few, giving the memory back would take longer than asking for it.
+    """
+
+    @functools.wraps(attack)
+    def call(*args: Any, **settings: Any) -> Any:
+        x = args[1] if len(args) > 1 else settings.get("x")
+        if not isinstance(x, Tensor) or x.device.type != "cpu" or x.numel() < _LARGE:
+            return attack(*args, **settings)
+        with reused_memory():
+            return attack(*args, **settings)
+
+    return call  # type: ignore[return-value]
 
 
 @functools.cache

@@ -7,8 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import Tensor
 
 from nndefense import memory
+from nndefense.attacks import pgd
+from nndefense.errors import InputError
 from nndefense.memory import reused_memory
 
 BLOCKS = """
@@ -60,4 +64,22 @@ def test_nothing_is_changed_without_glibc(monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_error_closes_it() -> None:
     with pytest.raises(ZeroDivisionError), reused_memory():
         _ = 1 / 0
+    assert memory._inside == 0
+
+
+@pytest.mark.parametrize(("count", "kept"), [(200, True), (2, False)])
+def test_attacks_on_large_batches_alone_keep_memory(count: int, kept: bool) -> None:
+    inside = []
+
+    def model(images: Tensor) -> Tensor:
+        inside.append(memory._inside > 0)
+        return images.flatten(1)[:, :10] * 1.0
+
+    images = torch.full((count, 1, 28, 28), 0.5)
+    labels = torch.zeros(count, dtype=torch.int64)
+    pgd(model, images, labels, eps=0.1, steps=2)
+    pgd(model, x=images, y=labels, eps=0.1, steps=2)
+    assert set(inside) == {kept}
+    with pytest.raises(InputError):
+        pgd(model, images, labels, eps=0.1, steps=0)
     assert memory._inside == 0

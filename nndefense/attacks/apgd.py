@@ -20,12 +20,14 @@ from nndefense.attacks.objective import (
     loss_and_gradient,
 )
 from nndefense.errors import InputError
+from nndefense.memory import reusing_memory
 
 # Algorithm 1 and section 3.2 of the paper.
 _FIRST_STEP, _MOMENTUM = 2.0, 0.75
 _FIRST_CHECK, _CHECK_SHRINK, _SHORTEST_CHECK = 0.22, 0.03, 0.06
 
 
+@reusing_memory
 def apgd(
     model: Model,
     x: Tensor,

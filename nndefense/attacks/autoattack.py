@@ -15,6 +15,7 @@ from nndefense.attacks.fab import fab
 from nndefense.attacks.objective import Model, checked_logits, fooled_by
 from nndefense.attacks.square import square
 from nndefense.errors import InputError
+from nndefense.memory import reusing_memory
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 # A perturbation of minimum norm may lie on the sphere, where rounding decides.
@@ -40,6 +41,7 @@ class WorstCase:
         return self.broken_by.count("") / len(self.broken_by) if self.broken_by else float("nan")
 
 
+@reusing_memory
 def autoattack(
     model: Model,
     x: Tensor,

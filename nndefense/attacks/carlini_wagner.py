@@ -11,6 +11,7 @@ from nndefense.attacks import losses, norms
 from nndefense.attacks.checks import at_least, checked_inputs
 from nndefense.attacks.objective import Model, checked_logits, fooled_by, loss_and_gradient
 from nndefense.errors import InputError
+from nndefense.memory import reusing_memory
 
 # Keeps the inverse of tanh finite on black and white pixels.
 _INSIDE = 1 - 1e-6
@@ -20,6 +21,7 @@ _FIRST, _SECOND, _FLOOR = 0.9, 0.999, 1e-8
 _LOOKS = 10
 
 
+@reusing_memory
 def carlini_wagner(
     model: Model,
     x: Tensor,

@@ -9,6 +9,7 @@ from nndefense.attacks import norms
 from nndefense.attacks.checks import at_least, checked_inputs
 from nndefense.attacks.objective import Model, checked_logits, fooled_by, likeliest_others
 from nndefense.errors import InputError
+from nndefense.memory import reusing_memory
 
 _TINY = 1e-12
 # Added to the length of every step, as in the authors' code: where the box eats a part of each step, the rest would
@@ -16,6 +17,7 @@ _TINY = 1e-12
 _LONGER = 1e-4
 
 
+@reusing_memory
 def deepfool(
     model: Model, x: Tensor, y: Tensor, *, steps: int = 50, candidates: int = 10, overshoot: float = 0.02
 ) -> Tensor:

@@ -16,6 +16,7 @@ from nndefense.attacks.checks import at_least, checked_inputs
 from nndefense.attacks.losses import Loss, find_loss, kl
 from nndefense.attacks.objective import Model, checked_logits, checking, fooled_by, loss_and_gradient, negated
 from nndefense.errors import InputError
+from nndefense.memory import reusing_memory
 
 
 def fgsm(
@@ -59,6 +60,7 @@ def fgsm(
     return norms.projector(x, radii, norm)(x + norms.steepest(gradient, norm) * norms.per_image(radii, x))
 
 
+@reusing_memory
 def pgd(
     model: Model,
     x: Tensor,

@@ -10,12 +10,14 @@ from torch import Tensor
 from nndefense.attacks import losses, norms
 from nndefense.attacks.checks import at_least, checked_inputs, fraction
 from nndefense.attacks.objective import Model, checked_logits
+from nndefense.memory import reusing_memory
 
 # Section 4.1: after these numbers of queries, of 10,000, the share of pixels is halved.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
 @torch.no_grad()
+@reusing_memory
 def square(
     model: Model,
     x: Tensor,

@@ -15,6 +15,7 @@ from nndefense.attacks.retrieval.ascent import Problem
 from nndefense.attacks.retrieval.fixed import BATCH
 from nndefense.attacks.retrieval.surface import Counts, RetrievalSurface
 from nndefense.errors import InputError
+from nndefense.memory import reusing_memory
 
 # Strong and cheap stages first: what they break costs no further step.
 PLAN = ("soft", "soft-start-1", "soft-start-2", "straight-through", "push-pull", "soft-target-1", "gray")
@@ -70,6 +71,7 @@ def adaptive(
     ).images  # fmt: skip
 
 
+@reusing_memory
 def run_adaptive(
     surface: RetrievalSurface,
     x: Tensor,
