@@ -97,8 +97,9 @@ class _Coming:
 def _read(
     dataset: ImageDataset, rows: NDArray[np.int64], batch_size: int, workers: int, ahead: int, pin: bool
 ) -> Iterator[Batch]:
-    # Small batches are read by several threads too.
-    size = min(max(_PIECE, _PIECE_PIXELS // max(1, math.prod(dataset.shape))), max(1, -(-batch_size // workers)))
+    # Small batches of large images are read by several threads too.
+    small = _PIECE_PIXELS // max(1, math.prod(dataset.shape))
+    size = max(1, small, min(_PIECE, -(-batch_size // workers)))
     waiting: deque[_Coming] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="reader", initializer=one_of_many)
 
