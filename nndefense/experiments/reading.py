@@ -23,10 +23,10 @@ _EITHER: dict[str, Any] = {
     "about": _TEXT, "train": _TEXT, "test": _TEXT, "architecture": _TEXT, "validation": _COUNT, "images": _COUNT,
     "seeds": _COUNT, "check_steps": _COUNT, "batch_size": _COUNT, "labels": _LIST, "grid": _LIST, "settings": _TABLE,
     "attack": _TABLE, "start": _TABLE, "method": _LIST, "compare": _LIST, "threat": _LIST, "evaluation": _LIST,
+    "published": _LIST, "published_source": _TEXT,
 }  # fmt: skip
 _TOP: dict[str, Any] = {
-    "title": _TEXT, "sources": _LIST, "layout": _TEXT, "figure": _TEXT,
-    "published": _LIST, "published_source": _TEXT, **dict.fromkeys(SCALES, _TABLE),
+    "title": _TEXT, "sources": _LIST, "layout": _TEXT, "figure": _TEXT, **dict.fromkeys(SCALES, _TABLE),
 }  # fmt: skip
 _METHOD: dict[str, Any] = {
     "name": _TEXT, "objective": _TEXT, "weights": _TABLE, "settings": _TABLE, "attack": _TABLE,
@@ -65,8 +65,8 @@ def recipe_from(values: Mapping[str, Any], name: str, scale: str) -> Recipe:
 
     What stands in the table of the scale (``[full]``, ``[small]``) replaces what stands at the top, ``settings`` and
     ``attack`` entry by entry. ``[[method]]``, ``[[threat]]``, ``[[evaluation]]`` and ``[[published]]`` are lists of
-    tables, the first three also for one scale, as ``[[small.method]]``; the eps of a threat is a number or a quotient
-    such as ``"8/255"``, or a list of them, and makes a threat each.
+    tables, at the top or for one scale, as ``[[small.method]]``; the eps of a threat is a number or a quotient such as
+    ``"8/255"``, or a list of them, and makes a threat each.
 
     Raises:
         InputError: an entry is missing, unknown, of the wrong kind or out of range; the message names it.
