@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -64,9 +64,9 @@ class PrecisionChoice:
 class Mapper:
     """Runs the classifier once per batch and pools every layer that is asked for (Dubey et al. 2019, section 3).
 
-    The pass goes to its end, since the posteriors need it, and each layer is pooled as soon as it is there. In another
-    precision or layout than the classifier's own, a copy of it is used, its batch normalisations folded into its
-    convolutions; the caller's stays as it is.
+    The pass goes to its end, since the posteriors need it, and each layer is pooled as soon as it is there. Where batch
+    normalisations can be folded into convolutions, and in another precision or layout than the classifier's own, a copy
+    of it is used; the caller's stays as it is.
     """
 
     def __init__(
@@ -178,6 +178,10 @@ class Mapper:
         self._plan = (precision, channels_last)
         self._net = self.classifier
         if self._plan == ("float32", False):
+            # Without anything to fold nothing is gained by a copy, which not every net allows.
+            with suppress(Exception):
+                copied = copy.deepcopy(self.classifier)
+                self._net = copied if fold_batch_norms(copied, self.layers) else self.classifier
             return
         self._net = copy.deepcopy(self.classifier)
         fold_batch_norms(self._net, self.layers)

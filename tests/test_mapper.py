@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from helpers import trained, untrained
@@ -63,8 +65,14 @@ def test_every_precision_gives_what_float32_gives_within_the_tolerance(precision
         assert float(((vectors - wanted).norm(dim=1) / wanted.norm(dim=1)).max()) <= (
             1e-5 if precision == "float32" else VECTOR_TOLERANCE
         )
-        if precision == "float32" and not channels_last:
-            assert torch.equal(vectors, wanted)
+
+
+def test_a_net_that_cannot_be_copied_runs_as_it_is_in_plain_float32():
+    classifier = counting()
+    classifier.lock = threading.Lock()
+    mapped = Mapper(classifier, [FeatureSpec("conv", "avg", pca=0)], CPU)(images())
+    with torch.no_grad():
+        assert torch.equal(mapped.posteriors, classifier(images()).softmax(1))
 
 
 def test_one_pass_serves_all_layers_and_in_place_work_does_not_reach_them():
