@@ -69,9 +69,7 @@ def main() -> None:
         packages = {row["library"]: None for row in rows if row["library"] in ("torchattacks", "foolbox", "ART")}
         found = {
             "torch": torch.__version__,
-            "versions": {
-                name: release(name) for name in packages if name != "bare loop" and not name.startswith("nndefense")
-            },
+            "versions": {name: release(name) for name in packages},
             "threads": options.threads,
             "device": options.device,
             "machine": platform.machine(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -176,15 +176,18 @@ class Mapper:
 
     def _prepare(self, precision: str, channels_last: bool) -> None:
         self._plan = (precision, channels_last)
-        self._net = self.classifier
-        if self._plan == ("float32", False):
-            # Without anything to fold nothing is gained by a copy, which not every net allows.
-            with suppress(Exception):
-                copied = copy.deepcopy(self.classifier)
-                self._net = copied if fold_batch_norms(copied, self.layers) else self.classifier
+        plain = self._plan == ("float32", False)
+        try:
+            self._net = copy.deepcopy(self.classifier)
+        except Exception:
+            # Not every net can be copied, and in plain float32 none need be.
+            if not plain:
+                raise
+            self._net = self.classifier
             return
-        self._net = copy.deepcopy(self.classifier)
-        fold_batch_norms(self._net, self.layers)
+        if not fold_batch_norms(self._net, self.layers) and plain:
+            # A second one in memory would gain nothing.
+            self._net = self.classifier
         if precision != "float32":
             # Autocast would turn the filters into that precision anew with every batch.
             for module in self._net.modules():

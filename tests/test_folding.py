@@ -107,6 +107,14 @@ def test_training_mode_hooks_and_statistics_of_the_batch_are_left_alone() -> Non
     assert fold_batch_norms(normed) == 0
 
 
+def test_a_convolution_of_two_names_is_left_alone() -> None:
+    # A feature layer may be called by either name, and only one would get the folded module.
+    net = Chain()
+    net.alias = net.stem[0]
+    unsettled(net)
+    assert fold_batch_norms(net) == 0
+
+
 def test_kept_layers_give_what_they_gave() -> None:
     for keep, count in (("stem", 0), ("stem.0", 0), ("norm", 1)):
         net = unsettled(Chain())

@@ -14,9 +14,9 @@ def fold_batch_norms(net: nn.Module, keep: Sequence[str] = ()) -> int:
 
     In evaluation mode batch normalisation is a fixed scale and shift of each channel (Ioffe and Szegedy, ICML 2015,
     section 3.1), which the convolution's weights and bias can hold. Outputs agree up to rounding; the names of all
-    modules stay. Left alone is whatever might not be the same: modules that are called more than once, that are not
-    in evaluation mode, that carry hooks, or whose statistics are those of the batch; and a net whose forward pass
-    :mod:`torch.fx` cannot follow, as where it branches on values.
+    modules stay. Left alone is whatever might not be the same: modules that are called more than once, that have more
+    than one name, that are not in evaluation mode, that carry hooks, or whose statistics are those of the batch; and a
+    net whose forward pass :mod:`torch.fx` cannot follow, as where it branches on values.
 
     Args:
         net: to be changed, so give a copy.
@@ -31,6 +31,7 @@ def fold_batch_norms(net: nn.Module, keep: Sequence[str] = ()) -> int:
         # A user's own code runs here, on stand-ins for its tensors, and fails in ways of its own.
         return 0
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    names = Counter(id(module) for _, module in net.named_modules(remove_duplicate=False))
     pairs = []
     for node in graph.nodes:
         before = node.args[0] if node.op == "call_module" and node.args else None
@@ -41,24 +42,16 @@ def fold_batch_norms(net: nn.Module, keep: Sequence[str] = ()) -> int:
         conv, norm = str(before.target), str(node.target)
         if any(_inside(conv, name) and not _inside(norm, name) for name in keep):
             continue
-        if _is_conv(net.get_submodule(conv)) and _is_norm(net.get_submodule(norm)):
-            pairs.append((conv, norm))
-    for conv, norm in pairs:
         filters, scale = net.get_submodule(conv), net.get_submodule(norm)
-        assert isinstance(filters, nn.Conv2d)
-        assert isinstance(scale, nn.BatchNorm2d)
-        net.set_submodule(conv, fuse_conv_bn_eval(filters, scale))
+        if names[id(filters)] > 1 or names[id(scale)] > 1 or not (_plain(filters) and _plain(scale)):
+            continue
+        # Exactly these classes: one derived from them may compute something else, as parametrised weights do.
+        if type(filters) is nn.Conv2d and type(scale) is nn.BatchNorm2d and scale.running_mean is not None:
+            pairs.append((conv, norm, fuse_conv_bn_eval(filters, scale)))
+    for conv, norm, both in pairs:
+        net.set_submodule(conv, both)
         net.set_submodule(norm, nn.Identity())
     return len(pairs)
-
-
-def _is_conv(module: nn.Module) -> bool:
-    # Exactly this class: one derived from it may compute something else, as parametrised weights do.
-    return type(module) is nn.Conv2d and _plain(module)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return type(module) is nn.BatchNorm2d and module.running_mean is not None and _plain(module)
 
 
 def _plain(module: nn.Module) -> bool:
