@@ -28,8 +28,8 @@ from nndefense.attacks import norms
 from nndefense.attacks.retrieval import Knowledge, run_adaptive
 from nndefense.datasets import open_dataset
 from nndefense.evaluation import AttackSettings, run_attack
-from nndefense.serving import Guard
-from nndefense.serving.defended import Defended
+from nndefense.guard import Guard
+from nndefense.guard.prediction import Defended
 from nndefense.statistics import wilson_interval
 
 NORM = "normalized-l2"

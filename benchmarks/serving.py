@@ -39,8 +39,8 @@ from PIL import Image
 from torch import Tensor
 
 from nndefense.datasets import open_dataset
+from nndefense.guard import Guard
 from nndefense.serving.app import NEIGHBORS, TOP
-from nndefense.serving.guard import Guard
 from nndefense.versions import library_versions
 
 REPOSITORY = Path(__file__).resolve().parent.parent

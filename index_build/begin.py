@@ -16,7 +16,6 @@ from index_build.job import (
     Options,
     Target,
     classifier_of,
-    device_of,
     identity_of,
     key_of,
     same_settings,
@@ -88,7 +87,7 @@ def begin(
         return standing
     # The checks that need no forward pass come before the first one.
     label_numbers(dataset, classifier)
-    mapper = Mapper(classifier.eval(), list(features.values()), device_of(classifier), precision=options.precision)
+    mapper = Mapper(classifier.eval(), list(features.values()), classifier.device, precision=options.precision)
     chosen = sample_positions(len(dataset), options.pca_sample, options.seed)
     if options.precision == "auto":
         mapper.resolve(probe_images(dataset, chosen, options.batch_size))

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nndefense.database.writer import shard_name, writing
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DatabaseError, DataError, InputError
@@ -259,11 +257,6 @@ def shard_size(options: Options, dimensions: Sequence[int], classes: int) -> int
     row = (2 if options.storage == "float16" else 4) * max(dimensions) + (6 * top or 4 * classes) + 96
     size = min(1 << (max(_SHARD_BYTES // row, 1).bit_length() - 1), _MOST_SHARD_ROWS)
     return max(size // options.batch_size, 1) * options.batch_size
-
-
-def device_of(classifier: Classifier) -> torch.device:
-    """The device that a classifier's weights are on."""
-    return next((t.device for t in [*classifier.parameters(), *classifier.buffers()]), torch.device("cpu"))
 
 
 def _short(value: Any) -> str:

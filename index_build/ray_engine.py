@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from index_build import add as adding
 from index_build import extract as extracting
 from index_build import pieces
-from index_build.job import Job, device_of
+from index_build.job import Job
 from index_build.ray_worker import Attempts, Extractor, Work, heard, tell_part
 from nndefense.database import cluster
 from nndefense.datasets import ImageDataset
@@ -76,7 +76,7 @@ class RayEngine:
         def make(numbers: Sequence[int]) -> Generator[extracting.ShardReport, None, None]:
             if not numbers:
                 return
-            gpu = device_of(classifier).type == "cuda"
+            gpu = classifier.device.type == "cuda"
             workers, cpus = share_out(self._machines(), self.workers, gpu=gpu)
             work = Work(
                 job=_absolute(job),

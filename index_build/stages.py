@@ -17,7 +17,7 @@ from index_build import merge as merging
 from index_build.begin import begin
 from index_build.extract import Extracted
 from index_build.fit import Fitted, fit_index
-from index_build.job import NAME, Job, device_of
+from index_build.job import NAME, Job
 from index_build.ray_engine import engine_of
 from index_build.runner import building, extract_rows, finish, options_of
 from nndefense.database import ImageDatabase
@@ -186,7 +186,7 @@ def vectors_of(
     """
     if not len(images):
         raise InputError(f"{images.name} has no images to look for: name another set")
-    extractor, device = database.extractor(classifier), device_of(classifier)
+    extractor, device = database.extractor(classifier), classifier.device
     with torch.no_grad():
         made = [extractor(batch.to(device)).cpu().numpy() for batch, _, _ in images.batches(batch_size)]
     return np.concatenate(made).astype(np.float32)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from index_build import pieces
-from index_build.job import Job, Target, device_of
+from index_build.job import Job, Target
 from index_build.mapper import Mapper
 from nndefense.database.writer import PCA_FILE, load_pca
 from nndefense.datasets import ImageDataset
@@ -59,13 +59,13 @@ class Tools:
         mapper = Mapper(
             classifier.eval(),
             features,
-            device_of(classifier),
+            classifier.device,
             precision=chosen["precision"],
             channels_last=chosen["channels_last"],
         )
         near = None
         if exclude is not None and job.excluded is not None:
-            near = NearSearch(exclude, job.excluded["eps"], device=device_of(classifier))
+            near = NearSearch(exclude, job.excluded["eps"], device=classifier.device)
         return cls(
             dataset,
             mapper,

@@ -5,16 +5,18 @@ The public names are imported when they are first used, so that importing the pa
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nndefense.faces import importing
 
 if TYPE_CHECKING:
-    from nndefense import attacks, datasets, evaluation
+    from nndefense import attacks, database, datasets, defenses, evaluation, features, models, theory, training
     from nndefense.database import ImageDatabase
     from nndefense.datasets import open_dataset
     from nndefense.defenses import NearestNeighborDefense
     from nndefense.errors import NNDefenseError
     from nndefense.features import FeatureSpec
+    from nndefense.guard import Guard
     from nndefense.models import Classifier, build_classifier, load_classifier, save_classifier
 
 __version__ = "0.1.0"
@@ -22,6 +24,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Classifier": "nndefense.models",
     "FeatureSpec": "nndefense.features",
+    "Guard": "nndefense.guard",
     "ImageDatabase": "nndefense.database",
     "NNDefenseError": "nndefense.errors",
     "NearestNeighborDefense": "nndefense.defenses",
@@ -29,34 +32,38 @@ _HOMES = {
     "load_classifier": "nndefense.models",
     "open_dataset": "nndefense.datasets",
     "save_classifier": "nndefense.models",
-}
-_MODULES = ("attacks", "database", "datasets", "defenses", "evaluation", "features", "models", "theory", "training")
+    **{
+        room: f"nndefense.{room}"
+        for room in (
+            "attacks", "database", "datasets", "defenses", "evaluation", "features", "models", "theory", "training",
+        )
+    },
+}  # fmt: skip
+
+__getattr__ = importing(__name__, _HOMES)
 
 __all__ = [
     "Classifier",
     "FeatureSpec",
+    "Guard",
     "ImageDatabase",
     "NNDefenseError",
     "NearestNeighborDefense",
     "attacks",
     "build_classifier",
+    "database",
     "datasets",
+    "defenses",
     "evaluation",
+    "features",
     "load_classifier",
+    "models",
     "open_dataset",
     "save_classifier",
+    "theory",
+    "training",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-    if name in _MODULES:
-        return import_module(f"nndefense.{name}")
-    raise AttributeError(f"module 'nndefense' has no attribute {name!r}")
-
-
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, *_MODULES})
+    return sorted({*globals(), *_HOMES})

@@ -24,9 +24,9 @@ from PIL import Image
 
 from index_build import build_database
 from nndefense.features import FeatureSpec
+from nndefense.guard import Guard
+from nndefense.guard.prediction import Defended
 from nndefense.models import save_classifier
-from nndefense.serving.defended import Defended
-from nndefense.serving.guard import Guard
 from nndefense.serving.server import Server, make_server
 from nndefense.serving.settings import ServingSettings
 from nndefense.serving.state import ServingState

@@ -15,7 +15,7 @@ from PIL import Image
 from served import serving
 
 from nndefense.datasets import open_dataset
-from nndefense.serving.guard import Guard
+from nndefense.guard import Guard
 
 WIDE, PHONE = (1120, 860), (360, 780)
 COLOURS = 160

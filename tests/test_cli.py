@@ -26,8 +26,8 @@ from nndefense.cli import main
 from nndefense.cli.app import app
 from nndefense.datasets import open_dataset
 from nndefense.errors import DataError, NNDefenseError
+from nndefense.guard import Guard
 from nndefense.models import build_classifier, load_classifier, save_classifier
-from nndefense.serving import Guard
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DIGITS = [str(digit) for digit in range(10)]

@@ -29,10 +29,10 @@ from nndefense.datasets import ImageDataset, concatenate, load_image, write_hdf5
 from nndefense.datasets import open_dataset as reopened
 from nndefense.errors import DatabaseError, DataError, InputError, ModelError, NNDefenseError
 from nndefense.features import FeatureSpec
+from nndefense.guard import Guard, Percentile
+from nndefense.guard.batch_invariant import SteadyForward, _plan
+from nndefense.guard.nearest_rows import NearestRows
 from nndefense.models import Classifier, save_classifier
-from nndefense.serving import Guard, Percentile
-from nndefense.serving.nearest import NearestRows
-from nndefense.serving.steady import SteadyForward, _plan
 
 HELD = 150
 

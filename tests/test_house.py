@@ -20,12 +20,19 @@ SOURCES = sorted(path for package in PACKAGES for path in (REPOSITORY / package)
 # From the bottom up: a room imports only rooms of lower rows, never one beside it.
 FLOORS = (
     ("nndefense.errors",),
-    ("nndefense.images", "nndefense.files", "nndefense.memory", "nndefense.statistics", "nndefense.versions"),
+    (
+        "nndefense.faces",
+        "nndefense.images",
+        "nndefense.files",
+        "nndefense.memory",
+        "nndefense.statistics",
+        "nndefense.versions",
+    ),
     ("nndefense.datasets", "nndefense.attacks", "nndefense.theory"),
     ("nndefense.models", "nndefense.features"),
     ("nndefense.database",),
     ("nndefense.defenses", "nndefense.training"),
-    ("index_build", "nndefense.evaluation"),
+    ("index_build", "nndefense.evaluation", "nndefense.guard"),
     ("nndefense.comparison", "nndefense.experiments", "nndefense.serving"),
     ("nndefense.cli",),
 )
@@ -55,6 +62,7 @@ PUBLIC = (
     "nndefense.evaluation.report",
     "nndefense.experiments",
     "nndefense.features",
+    "nndefense.guard",
     "nndefense.models",
     "nndefense.serving",
     "nndefense.theory",

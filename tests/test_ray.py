@@ -37,8 +37,8 @@ from nndefense.database.exact import TorchIndex
 from nndefense.database.shard import Shard
 from nndefense.errors import DatabaseError, InputError, ModelError
 from nndefense.features import FeatureSpec
+from nndefense.guard import Guard
 from nndefense.serving.app import answer_json
-from nndefense.serving.guard import Guard
 from nndefense.serving.settings import ServingSettings
 
 if importlib.util.find_spec("ray") is None:

@@ -107,7 +107,7 @@ def test_a_damaged_database_is_not_loaded_and_the_old_one_keeps_serving(damage: 
 
 
 def test_a_damaged_classifier_is_not_loaded_either(tmp_path: Path) -> None:
-    from nndefense.serving.guard import Guard
+    from nndefense.guard import Guard
 
     classifier = tmp_path / "classifier"
     shutil.copytree(home() / "classifier", classifier)

@@ -14,7 +14,7 @@ from browsing import barriers, chromium, faint, sideways, visit
 from helpers import digits
 from served import Served, guard, open_guard, pictures, png, predicted, serving
 
-from nndefense.serving.guard import Guard
+from nndefense.guard import Guard
 from nndefense.serving.pages import FILES, POLICY
 
 PAGE = Path(__file__).resolve().parent.parent / "nndefense" / "serving" / "page"

@@ -477,6 +477,6 @@ def test_training_on_a_gpu(digits: ImageDataset, tmp_path: Path) -> None:
     classifier = train_classifier(fresh(digits), digits, **options, resume=True)
     assert time.perf_counter() - started < 60
     assert torch.equal(torch.cuda.get_rng_state(), state)
-    assert classifier.mean.device.type == "cuda"
+    assert classifier.device.type == "cuda"
     assert accuracy(classifier, open_dataset("digits:test")) > 0.95
     assert load_classifier(tmp_path).fingerprint == classifier.fingerprint

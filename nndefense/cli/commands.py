@@ -19,7 +19,7 @@ from nndefense.errors import DataError, InputError
 from nndefense.evaluation import AttackSettings, Recipe, run_attack, wilson_interval
 from nndefense.features import FeatureSpec
 from nndefense.files import make_folder
-from nndefense.serving import Guard
+from nndefense.guard import Guard
 
 
 def calibrate(
@@ -116,7 +116,7 @@ def attack(
     if len(dataset) == 0 or (dataset.labels < 0).any():
         raise DataError(f"{dataset.name} has no images, or some without a label: an attack needs the right answers")
     make_folder(out.parent)
-    maps, where = classifier.label_map(dataset.classes), inputs.device_of(classifier)
+    maps, where = classifier.label_map(dataset.classes), classifier.device
     generator = torch.Generator().manual_seed(seed)
     attacked, right = [], [0, 0]
     for images, labels, _ in tqdm(

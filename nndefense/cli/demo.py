@@ -16,9 +16,9 @@ from nndefense.defenses import NearestNeighborDefense
 from nndefense.evaluation import AttackSettings, Evaluated, Recipe, layer_subject, rungs_for
 from nndefense.features import FeatureSpec
 from nndefense.files import make_folder
+from nndefense.guard import Guard
+from nndefense.guard.percentile import FILE as GUARD_FILE
 from nndefense.models import Classifier, build_classifier
-from nndefense.serving import Guard
-from nndefense.serving.percentile import FILE as GUARD_FILE
 from nndefense.training import train_classifier
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from nndefense.cli import inputs, output
 from nndefense.errors import InputError
-from nndefense.serving import Guard
-from nndefense.serving.percentile import FILE, check_rate
+from nndefense.guard import Guard
+from nndefense.guard.percentile import FILE, check_rate
 
 # False-rejection rates whose thresholds are printed.
 _RATES = (0.01, 0.05, 0.1)

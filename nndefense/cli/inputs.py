@@ -10,14 +10,13 @@ import numpy as np
 import torch
 
 from nndefense.database import ImageDatabase, Manifest
-from nndefense.datasets import ImageDataset, concatenate, holdout, open_dataset
+from nndefense.datasets import ImageDataset, concatenate, holdout, open_dataset, open_recorded
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.defenses.stored import store_calibration as store_calibration
 from nndefense.defenses.stored import stored_calibration as stored_calibration
 from nndefense.errors import DataError, InputError, ModelError, NNDefenseError
 from nndefense.images import shape_text
 from nndefense.models import Classifier, load_classifier
-from nndefense.serving.pictures import recorded
 
 
 def open_classifier(
@@ -143,7 +142,7 @@ def check_not_in_database(dataset: ImageDataset, defense: NearestNeighborDefense
         return
     images, _ = dataset.batch([dataset.index_of(name) for name in shared])
     with torch.no_grad():
-        vectors = defense.extractor(images.to(device_of(defense.classifier))).cpu()
+        vectors = defense.extractor(images.to(defense.classifier.device)).cpu()
     distances, rows = database.search(vectors, 1)
     near = distances[:, 0] <= 1e-3 * vectors.norm(dim=1)
     same = [name for name, found, hit in zip(shared, database.ids(rows), near, strict=True) if hit and found == name]
@@ -198,12 +197,9 @@ def open_defense(
 def neighbor_pictures(database: ImageDatabase, data_dir: Path | None, like: Classifier) -> ImageDataset | None:
     """The images that a database was built from, where they can be opened again; otherwise None."""
     try:
-        return recorded(database.manifest.data, lambda: database.ids(database.row_numbers), like.input_shape, data_dir)
+        return open_recorded(
+            database.manifest.data, lambda: database.ids(database.row_numbers), like.input_shape, data_dir
+        )
     except NNDefenseError:
         # The pictures only illustrate; the report says that they are not at hand.
         return None
-
-
-def device_of(classifier: Classifier) -> torch.device:
-    """The device that a classifier's weights are on."""
-    return next((t.device for t in [*classifier.parameters(), *classifier.buffers()]), torch.device("cpu"))

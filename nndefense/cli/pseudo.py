@@ -68,7 +68,7 @@ def write(
     search = None
     if exclude:
         tests = inputs.open_datasets(exclude, data_dir=data_dir, like=classifier)
-        search = NearSearch(tests, exclude_l2, device=inputs.device_of(classifier))
+        search = NearSearch(tests, exclude_l2, device=classifier.device)
     _show(out, write_pseudo_labels(labeller, pool, out, exclude=search, **options), as_json)
 
 

@@ -97,7 +97,7 @@ def open_scene(
     if truth == aim:
         raise InputError(f"--true and --target are both {classifier.classes[truth]}: aim at another class")
     read = rp2_files.read_photos(photos, classifier.input_shape, corners)
-    place = inputs.device_of(classifier)
+    place = classifier.device
     read = rp2_files.Photos(read.names, read.images.to(place), read.matrices.to(place))
     light = paper_white(read.images, read.matrices) if shade else torch.ones(len(read), device=place)
     return Scene(classifier, truth, aim, read, light, shade)

@@ -26,7 +26,7 @@ def serve(
     """Serve until a signal ends it.
 
     Args:
-        guard: arguments of :meth:`~nndefense.serving.guard.Guard.open`.
+        guard: arguments of :meth:`~nndefense.guard.Guard.open`.
         settings: values of :class:`~nndefense.serving.settings.ServingSettings`, without its limits.
         limits: values of :class:`~nndefense.serving.limits.Limits`.
         engine: ``local`` or ``ray``.
@@ -65,7 +65,7 @@ def serve(
         return
     if (replicas, shards, max_replicas, ray_address) != (1, 1, None, None):
         raise InputError("--replicas, --max-replicas, --shards and --ray-address are for --engine ray")
-    from nndefense.serving.guard import Guard
+    from nndefense.guard import Guard
     from nndefense.serving.server import serve as run
 
     def started(addresses: list[str]) -> None:

@@ -30,7 +30,7 @@ def candidate_features(
 
     Left out: a finer grid than the layer's map (it equals a coarser one), and raw vectors of over 8,192 dimensions.
     """
-    example = torch.full((1, *classifier.input_shape), 0.5, device=inputs.device_of(classifier))
+    example = torch.full((1, *classifier.input_shape), 0.5, device=classifier.device)
     names = list(layers) if layers else spread(spatial_layers(classifier.net, example), count)
     features = []
     for name, widths in zip(names, vector_widths(classifier, names, poolings, example), strict=True):
@@ -76,7 +76,7 @@ def calibrate_on(
             eps,
             batch_size=batch_size,
             seed=seed,
-            device=inputs.device_of(classifier),
+            device=classifier.device,
             progress=bar.update,
         )
     with tempfile.TemporaryDirectory(prefix="nndefense-") as folder:

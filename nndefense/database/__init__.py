@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nndefense.faces import importing
 
 if TYPE_CHECKING:
     from nndefense.database.choosing import Choice, choose_index
+    from nndefense.database.classifier_source import classifier_of
     from nndefense.database.database import ImageDatabase
     from nndefense.database.index import FaissIndex
     from nndefense.database.index_training import train_index
@@ -17,26 +19,30 @@ if TYPE_CHECKING:
     from nndefense.database.writer import DatabaseWriter, check_vacant
 
 # Imported when they are first used: an actor that only searches a part of an index needs no torch.
-_HOMES = {
-    "WEIGHTINGS": "weighting",
-    "Choice": "choosing",
-    "DatabaseWriter": "writer",
-    "FaissIndex": "index",
-    "ImageDatabase": "database",
-    "Manifest": "manifest",
-    "Tuned": "tuning",
-    "Weighting": "weighting",
-    "check_vacant": "writer",
-    "choose_index": "choosing",
-    "combine": "weighting",
-    "exact_neighbours": "tuning",
-    "merge_parts": "merging",
-    "neighbor_weights": "weighting",
-    "recall_at": "tuning",
-    "train_index": "index_training",
-    "tune": "tuning",
-    "weight_shares": "weighting",
-}
+__getattr__ = importing(
+    __name__,
+    {
+        "WEIGHTINGS": "nndefense.database.weighting",
+        "Choice": "nndefense.database.choosing",
+        "DatabaseWriter": "nndefense.database.writer",
+        "FaissIndex": "nndefense.database.index",
+        "ImageDatabase": "nndefense.database.database",
+        "Manifest": "nndefense.database.manifest",
+        "Tuned": "nndefense.database.tuning",
+        "Weighting": "nndefense.database.weighting",
+        "check_vacant": "nndefense.database.writer",
+        "choose_index": "nndefense.database.choosing",
+        "classifier_of": "nndefense.database.classifier_source",
+        "combine": "nndefense.database.weighting",
+        "exact_neighbours": "nndefense.database.tuning",
+        "merge_parts": "nndefense.database.merging",
+        "neighbor_weights": "nndefense.database.weighting",
+        "recall_at": "nndefense.database.tuning",
+        "train_index": "nndefense.database.index_training",
+        "tune": "nndefense.database.tuning",
+        "weight_shares": "nndefense.database.weighting",
+    },
+)
 
 __all__ = [
     "WEIGHTINGS",
@@ -49,6 +55,7 @@ __all__ = [
     "Weighting",
     "check_vacant",
     "choose_index",
+    "classifier_of",
     "combine",
     "exact_neighbours",
     "merge_parts",
@@ -58,9 +65,3 @@ __all__ = [
     "tune",
     "weight_shares",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"nndefense.database.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'nndefense.database' has no attribute {name!r}")

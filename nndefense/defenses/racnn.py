@@ -86,7 +86,7 @@ class RaCnnDefense(nn.Module):
             raise InputError(f"k is {self.k}, but must be from 1 to the database's {len(database):,} rows: lower k")
         self.classifier, self.database, self.table = classifier, database, racnn.table
         self.extractor = database.extractor(classifier)
-        self.net = racnn.net.to(classifier.mean.device)
+        self.net = racnn.net.to(classifier.device)
         self.attentive = racnn.attentive
         self.eval()
 
@@ -97,7 +97,7 @@ class RaCnnDefense(nn.Module):
         """The defence of a folder that ``nndefense racnn train`` wrote; errors as for the class and
         :func:`~nndefense.models.racnn.load_racnn`.
         """
-        return cls(classifier, database, load_racnn(folder, device=classifier.mean.device), k=k)
+        return cls(classifier, database, load_racnn(folder, device=classifier.device), k=k)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

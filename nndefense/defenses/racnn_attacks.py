@@ -146,7 +146,7 @@ def racnn_surface(
     if knowledge is not Knowledge.WHITE:
         raise InputError(f"RA-CNN's surface is made at L0 or L3, not at {knowledge.value}")
     posteriors, database = _alone(defense), defense.database
-    vectors = database.features(database.row_numbers).to(defense.net.mean.device)
+    vectors = database.features(database.row_numbers).to(defense.net.device)
     search = ExactSearch(vectors, posteriors.argmax(1))
 
     def pictures(rows: Tensor) -> Tensor:

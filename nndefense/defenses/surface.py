@@ -75,7 +75,7 @@ def _rows(
     seed: int,
 ) -> Rows | None:
     """The attacker's rows, or None where he has none."""
-    database, device = defense.database, next(defense.classifier.parameters()).device
+    database, device = defense.database, defense.classifier.device
     every = database.row_numbers
     known = round(share * len(every))
     if known < len(every):
@@ -109,7 +109,7 @@ def _rows(
 def _describe(defense: NearestNeighborDefense, images: Tensor) -> tuple[Tensor, Tensor]:
     """Features and posteriors of the attacker's own images, made as the defender makes his."""
     check_images(images, channels=defense.classifier.input_shape[0], name="the attacker's own images")
-    device = next(defense.classifier.parameters()).device
+    device = defense.classifier.device
     parts = [part.to(device) for part in torch.split(images, _PIECE)]
     features = torch.cat([defense.extractor(part).cpu() for part in parts])
     return features, torch.cat([defense.classifier(part).softmax(1).cpu() for part in parts])

@@ -65,7 +65,7 @@ def run(
         DataError: a data set without images or labels.
         InputError: a recipe that does not fit what was opened.
     """
-    device = classifier.mean.device
+    device = classifier.device
     # Where the pictures of the database are at hand, attacks also start on the way to them.
     surface = retrieval_surface(defense, Knowledge.WHITE, images=pictures) if defense is not None else None
     threats = {name: _threat(name, classifier, surface, surrogate) for name in _models(recipe.rungs)}
@@ -178,7 +178,7 @@ def _audit(
         return [AuditLine(**line) for line in stored]
     drawn = np.sort(np.random.default_rng(recipe.seed).permutation(len(dataset))[: recipe.audit_images])
     images, labels = dataset.batch(drawn)
-    device = classifier.mean.device
+    device = classifier.device
     lines = audit_runs(
         AuditSubject(
             classifier if defense is None else defense,

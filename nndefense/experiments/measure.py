@@ -47,7 +47,7 @@ class Judge:
         right = []
         with torch.inference_mode():
             for images, labels, _ in self.test.batches(self.recipe.batch_size):
-                logits = classifier(images.to(classifier.mean.device))
+                logits = classifier(images.to(classifier.device))
                 right.append((logits.argmax(1).cpu() == labels_of[labels]).numpy())
                 self.step(len(labels))
         return {"kind": "clean", "threat": None, **rate(np.concatenate(right))}
@@ -104,7 +104,7 @@ class Judge:
     def _block(self, classifier: Classifier, threat: Threat, rows: np.ndarray[Any, Any]) -> dict[str, Any]:
         """Attack some of the images."""
         started = time.perf_counter()
-        device = classifier.mean.device
+        device = classifier.device
         counted = attacks.Counted(classifier)
         broken, largest, right = dict.fromkeys(self._attack_names(threat), 0), 0.0, []
         labels_of = classifier.label_map(self.attacked.classes)

@@ -102,6 +102,11 @@ class Classifier(nn.Module):
             )
 
     @property
+    def device(self) -> torch.device:
+        """Where it is: the device that its images must be on."""
+        return self.mean.device
+
+    @property
     def fingerprint(self) -> str:
         """The sha256, as 64 hexadecimal digits, of architecture, normalisation and every weight.
 

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from nndefense import __version__
 from nndefense.errors import InputError
+from nndefense.guard.prediction import Defended
 from nndefense.serving import demo_attacks, metrics, pages
 from nndefense.serving.bodies import parse
 from nndefense.serving.decode import decode_all
-from nndefense.serving.defended import Defended
 from nndefense.serving.envelope import Envelope
 from nndefense.serving.limits import MEDIA_TYPES, Limits
 from nndefense.serving.openapi import describe, problems
@@ -41,7 +41,7 @@ from nndefense.serving.settings import ServingSettings
 from nndefense.serving.state import ServingState
 
 if TYPE_CHECKING:
-    from nndefense.serving.guard import Guard
+    from nndefense.guard import Guard
 
 SAMPLES = 8
 TOP = 5

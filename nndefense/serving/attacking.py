@@ -19,7 +19,7 @@ from nndefense.defenses import NearestNeighborDefense
 from nndefense.serving.attack_pictures import picture_within
 
 if TYPE_CHECKING:
-    from nndefense.serving.guard import Guard
+    from nndefense.guard import Guard
 
 NormName = Literal["normalized-l2", "linf"]
 AttackName = Literal["classifier", "defense"]
@@ -88,7 +88,7 @@ class Target:
 
     def __init__(self, guard: Guard) -> None:
         self.classifier = copy.deepcopy(guard.classifier).eval()
-        self.device = next(self.classifier.parameters()).device
+        self.device = self.classifier.device
         self._guard = weakref.ref(guard)
         self._surface: RetrievalSurface | None = None
 

@@ -64,7 +64,7 @@ class FoundNeighbor(Said):
 @dataclass(frozen=True)
 class Prediction(Said):
     """The defended prediction of one image; the attributes are those of
-    :class:`~nndefense.serving.defended.Defended`.
+    :class:`~nndefense.guard.prediction.Defended`.
     """
 
     bare: Said

@@ -22,7 +22,7 @@ from nndefense.serving.rejected import rejected
 from nndefense.serving.schema import PredictionAnswer
 
 if TYPE_CHECKING:
-    from nndefense.serving.guard import Guard
+    from nndefense.guard import Guard
     from nndefense.serving.state import ServingState
 
 STEPS = 20

@@ -46,7 +46,7 @@ def serve(
     as many threads, to the last digit.
 
     Args:
-        guard: arguments of :meth:`~nndefense.serving.guard.Guard.open`; paths as every machine of the cluster has them.
+        guard: arguments of :meth:`~nndefense.guard.Guard.open`; paths as every machine of the cluster has them.
         settings: the settings; ``queue`` and ``max_batch`` are each replica's. Without ``threads``, the processors are
             divided among the replicas.
         replicas: copies of the application, at least.

@@ -17,8 +17,8 @@ from nndefense.database import ImageDatabase
 from nndefense.database.cluster import NAMESPACE, import_ray
 from nndefense.database.sharded import LateError
 from nndefense.errors import DatabaseError
+from nndefense.guard import HELD_BYTES, Guard
 from nndefense.serving.app import create_app
-from nndefense.serving.guard import HELD_BYTES, Guard
 from nndefense.serving.problem import Problem
 from nndefense.serving.server import SWITCH_SECONDS
 from nndefense.serving.settings import ServingSettings
@@ -38,7 +38,7 @@ class Spec:
     """What a replica needs to know.
 
     Attributes:
-        guard: arguments of :meth:`~nndefense.serving.guard.Guard.open`.
+        guard: arguments of :meth:`~nndefense.guard.Guard.open`.
         settings: the settings of the service.
         name: of the application; its board and its shards have it too.
         shards: parts of the index.

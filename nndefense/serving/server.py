@@ -27,7 +27,7 @@ from nndefense.serving.settings import ServingSettings
 from nndefense.serving.state import ServingState
 
 if TYPE_CHECKING:
-    from nndefense.serving.guard import Guard
+    from nndefense.guard import Guard
 
 KEEP_ALIVE = 30
 _BACKLOG = 512

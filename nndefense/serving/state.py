@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from nndefense.errors import NNDefenseError
+from nndefense.guard.prediction import Defended
 from nndefense.serving.batcher import Batcher
-from nndefense.serving.defended import Defended
 from nndefense.serving.journal import Journal
 from nndefense.serving.metrics import Metrics
 from nndefense.serving.problem import Problem, busy
@@ -25,7 +25,7 @@ from nndefense.serving.security import Gate, Keys
 from nndefense.serving.settings import ServingSettings
 
 if TYPE_CHECKING:
-    from nndefense.serving.guard import Guard
+    from nndefense.guard import Guard
 
 T = TypeVar("T")
 MAX_BATCH = 32

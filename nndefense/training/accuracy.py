@@ -30,7 +30,7 @@ def accuracy(
         ModelError: the classifier does not have the data set's classes.
     """
     check_labels(dataset)
-    target = classifier.mean.device if device is None else resolve_device(device)
+    target = classifier.device if device is None else resolve_device(device)
     classifier.to(target)
     numbers = classifier.label_map(dataset.classes).to(target)
     training = classifier.training

@@ -124,7 +124,7 @@ def write_attacked_images(
         make_folder(plan.folder)
     missing = [number for number in range(plan.count) if plan.shard(number) is None]
     _check_room(plan.folder, sum(len(plan.rows(number)) for number in missing) * 4 * math.prod(dataset.shape))
-    device = source.mean.device
+    device = source.device
     with tqdm(
         total=len(dataset), initial=len(dataset) - sum(len(plan.rows(number)) for number in missing),
         desc="attacking by a static source", unit=" images", delay=1, disable=None if progress else True,

@@ -92,7 +92,7 @@ class EnsembleAttack:
         if others is not None:
             return others(number)
         source = self.sources[number]
-        if source.mean.device != images.device:
+        if source.device != images.device:
             source.to(images.device)
         return self.step(source, images, y)
 

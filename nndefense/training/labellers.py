@@ -88,7 +88,7 @@ class Teacher:
             ModelError: the classifier gives NaN or infinite logits.
         """
         with attacked_in(self.classifier):
-            logits: Tensor = self.classifier(images.to(self.classifier.mean.device)).float().cpu()
+            logits: Tensor = self.classifier(images.to(self.classifier.device)).float().cpu()
         if not bool(logits.isfinite().all()):
             raise ModelError(f"the teacher {self.classifier.source} gives NaN or infinite logits: train it again")
         return logits.softmax(1)
@@ -165,7 +165,7 @@ class Retrieval:
             DataError: an image of the pool stands among the labelled ones, and would be given its own true label.
         """
         with attacked_in(self.extractor):
-            vectors = self.extractor(images.to(self.classifier.mean.device)).cpu()
+            vectors = self.extractor(images.to(self.classifier.device)).cpu()
         distances, rows = self.database.search(vectors, self.k)
         self._check_strangers(distances, rows, vectors, ids)
         labels = self.database.labels(rows)

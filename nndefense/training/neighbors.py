@@ -57,7 +57,7 @@ def row_images(
     if len(ids) != len(images) or ids != list(images.ids):
         images = images.subset([images.index_of(item) for item in ids], name=f"{images.name} (rows)")
     probes = np.linspace(0, len(ids) - 1, min(_PROBES, len(ids))).astype(np.int64)
-    device = classifier.mean.device
+    device = classifier.device
     pictures, _ = images.batch(probes)
     classifier.check_shape(pictures.shape)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def nearest_others(
     if k < 1 or k > len(database):
         raise InputError(f"k is {k}, but must be from 1 to the database's {len(database):,} rows: lower k")
     extractor = database.extractor(classifier.eval())
-    search = _searching(database, classifier.mean.device)
+    search = _searching(database, classifier.device)
     row_of = {item: row for row, item in enumerate(database.ids(database.row_numbers))}
     itself = np.array([row_of.get(item, -1) for item in dataset.ids], dtype=np.int64)
     bar = (
@@ -102,7 +102,7 @@ def nearest_others(
     found = []
     with bar or contextlib.nullcontext():
         for images, _, numbers in dataset.batches(_BATCH):
-            vectors = extractor(images.to(classifier.mean.device))
+            vectors = extractor(images.to(classifier.device))
             found.append(_others(vectors, search, len(database), itself[numbers], k))
             if bar is not None:
                 bar.update(len(images))

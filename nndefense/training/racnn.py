@@ -182,7 +182,7 @@ def _checked(found: RaCnn, made: dict[str, Any], folder: Path) -> RaCnn:
 def _features(net: Classifier, rows: ImageDataset) -> Iterator[Tensor]:
     """phi of every row's image, M x d at a time: as many rows as a file of the table holds."""
     net.eval()
-    device, parts, held = net.mean.device, list[Tensor](), 0
+    device, parts, held = net.device, list[Tensor](), 0
     each = shard_rows(attentive(net).dimension)
     for images, _, _ in rows.batches(_BATCH):
         found = features_of(net, images.to(device)).float().cpu()

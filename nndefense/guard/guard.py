@@ -17,24 +17,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from nndefense.database import ImageDatabase, Manifest
+from nndefense.database import ImageDatabase, Manifest, classifier_of
 from nndefense.database.weighting import check_weighting
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.defenses.stored import stored_calibration
 from nndefense.errors import DatabaseError, InputError
 from nndefense.files import sha256_of
+from nndefense.guard.batch_invariant import SteadyForward
+from nndefense.guard.batches import batches
+from nndefense.guard.clean_distances import clean_distances, record, some_ids
+from nndefense.guard.nearest_rows import NearestRows
+from nndefense.guard.percentile import FILE, Percentile, check_rate
+from nndefense.guard.pictures import Pictures, Sample
+from nndefense.guard.prediction import Defended
+from nndefense.guard.verdicts import Verdicts
 from nndefense.images import shape_text
 from nndefense.models import Classifier
-from nndefense.serving.clean import clean_distances, record, some_ids
-from nndefense.serving.defended import Defended
-from nndefense.serving.named import named_classifier
-from nndefense.serving.nearest import NearestRows
-from nndefense.serving.percentile import FILE, Percentile, check_rate
-from nndefense.serving.pictures import Pictures, Sample
-from nndefense.serving.reading import batches
-from nndefense.serving.steady import SteadyForward
-from nndefense.serving.verdicts import Verdicts
 from nndefense.versions import library_versions
 
 Given = Tensor | Image.Image | NDArray[np.uint8] | str | Path | ImageDataset
@@ -49,7 +48,8 @@ class Guard:
 
     The same image gives the same answer, to the last digit of its JSON, whatever it is classified together with, in one
     call or another, in this thread or that: batches have fixed shapes that were measured to agree (see
-    :mod:`~nndefense.serving.steady`), and distances are worked out row by row (:mod:`~nndefense.serving.nearest`).
+    :mod:`~nndefense.guard.batch_invariant`), and distances are worked out row by row
+    (:mod:`~nndefense.guard.nearest_rows`).
     :meth:`predict` may be called from several threads at once.
 
     Attributes:
@@ -149,7 +149,7 @@ class Guard:
         folder = database.path if isinstance(database, ImageDatabase) else Path(database)
         manifest = database.manifest if isinstance(database, ImageDatabase) else Manifest.read(folder)
         if not isinstance(classifier, Classifier):
-            classifier = named_classifier(
+            classifier = classifier_of(
                 folder, manifest, classifier, device=device, classes=classes, input_shape=input_shape
             )
         if not isinstance(database, ImageDatabase):

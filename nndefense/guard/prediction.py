@@ -89,7 +89,7 @@ class Defended:
         neighbors: the nearest rows, nearest first; all K or as many as were asked for.
         bare: what the classifier alone says.
         agree: whether both name the same class.
-        distance: how far the image lies from the database's images (see :mod:`nndefense.serving.percentile`).
+        distance: how far the image lies from the database's images (see :mod:`nndefense.guard.percentile`).
         percentile: how many per cent of the clean calibration images lie nearer, 0 to 100; None without calibration.
         abstained: whether ``distance`` is beyond the threshold of the chosen false-rejection rate.
     """

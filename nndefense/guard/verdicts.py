@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nndefense.database import ImageDatabase
-from nndefense.serving.defended import Defended, Neighbor, Opinion, Top
-from nndefense.serving.percentile import Percentile
+from nndefense.guard.percentile import Percentile
+from nndefense.guard.prediction import Defended, Neighbor, Opinion, Top
 
 Floats = NDArray[np.float64]
 

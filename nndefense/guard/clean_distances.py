@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nndefense.datasets import ImageDataset, SubsetDataset
 from nndefense.errors import DataError
-from nndefense.serving.nearest import NearestRows
-from nndefense.serving.steady import Vectors
+from nndefense.guard.batch_invariant import Vectors
+from nndefense.guard.nearest_rows import NearestRows
 
 _SAMPLES = 64
 # An image nearer to a row than this share of its own vector's length is that row's image, but for rounding.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nndefense.database import Manifest
+from nndefense.database.manifest import Manifest
 from nndefense.errors import ModelError
 from nndefense.models import Classifier, load_classifier
 
@@ -13,7 +13,7 @@ _PYTHON, _TORCHVISION = "python:", "torchvision:"
 _FOLDER, _DESCRIPTION = "classifier", "classifier.json"
 
 
-def named_classifier(
+def classifier_of(
     folder: Path,
     manifest: Manifest,
     source: str | Path | None,

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from nndefense.database import ImageDatabase
-from nndefense.datasets import ImageDataset, concatenate, open_dataset
+from nndefense.datasets import ImageDataset, open_recorded
 from nndefense.errors import DataError, InputError, NNDefenseError
-from nndefense.serving.percentile import Percentile
+from nndefense.guard.percentile import Percentile
 
 
 @dataclass(frozen=True)
@@ -98,45 +98,11 @@ class Pictures:
         with self._lock:
             if key not in self._opened:
                 try:
-                    self._opened[key] = recorded(data, ids, self.shape, self.data_dir)
+                    self._opened[key] = open_recorded(data, ids, self.shape, self.data_dir)
                 except NNDefenseError:
                     # Pictures illustrate; nothing that is answered depends on them.
                     self._opened[key] = None
             return self._opened[key]
-
-
-def recorded(
-    data: Mapping[str, Any],
-    ids: Callable[[], Sequence[str]],
-    shape: tuple[int, int, int],
-    data_dir: Path | None = None,
-) -> ImageDataset | None:
-    """Open a data set again that was recorded, as in a database's manifest.
-
-    Args:
-        data: ``specs`` and ``fingerprint``.
-        ids: gives the ids of its images in order, where it may be a part of what the specs open, because some were held
-            out or a limit was given.
-        shape: C, H, W that it was opened with.
-        data_dir: the folder of the data sets.
-
-    Returns:
-        The data set, or None where what the specs open is not what was recorded.
-
-    Raises:
-        NNDefenseError: it cannot be opened.
-    """
-    parts = [open_dataset(s, data_dir=data_dir, size=shape[1:], channels=shape[0]) for s in data.get("specs") or ()]
-    if not parts:
-        return None
-    dataset = concatenate(parts)
-    if dataset.fingerprint == data["fingerprint"]:
-        return dataset
-    wanted = ids()
-    if not len(wanted):
-        return None
-    part = dataset.subset([dataset.index_of(item) for item in wanted])
-    return part if part.fingerprint == data["fingerprint"] else None
 
 
 def _picture(dataset: ImageDataset, place: int) -> NDArray[np.uint8]:
