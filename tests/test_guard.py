@@ -8,6 +8,7 @@ import math
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,31 @@ def test_company_changes_no_bit_for_other_nets_and_threads(arch: str, threads: i
         for size in (2, 3, 7, 33, 70):
             chosen = generator.permutation(70)[:size]
             assert guard.predict(pictures[chosen]) == [alone[i] for i in chosen]
-        # Another number of threads than it was opened with, too.
+        # Another number of threads than it was opened with, too; and in threads with numbers of their own, at once.
         torch.set_num_threads(1 if threads > 1 else 2)
         assert guard.predict(pictures) == alone
+        assert torch.get_num_threads() != threads
+
+        def said(own: int) -> bool:
+            # In a new thread the first look takes over the number that any thread has set last.
+            torch.get_num_threads()
+            torch.set_num_threads(own)
+            same = all(guard.predict(pictures[:size]) == alone[:size] for size in (3, 70))
+            return same and torch.get_num_threads() == own
+
+        with ThreadPoolExecutor(3) as pool:
+            assert all(pool.map(said, (1, 2, 3, 1, 2, 3)))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_failed_pass_leaves_the_number_of_threads(guard: Guard) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(guard._forward.threads + 1)
+    try:
+        with pytest.raises(InputError):
+            guard._forward._run(torch.zeros(1, 5, 8, 8))
+        assert torch.get_num_threads() == guard._forward.threads + 1
     finally:
         torch.set_num_threads(before)
 
@@ -213,7 +236,7 @@ def test_only_batch_sizes_that_agree_are_used(mood: str, sizes: tuple[int, ...],
     torch.manual_seed(0)
     classifier = Classifier(Moody(mood), arch="moody", input_shape=(1, 8, 8), classes=DIGITS).eval()
     forward = SteadyForward(classifier, FeatureSpec("layer", pca=0), None, (1, 8, 8))
-    found = forward.sizes()
+    found = forward.sizes
     assert forward.exact == exact
     if mood == "size":
         # What is smaller may agree or not, as the library pleases; these must not be among them.

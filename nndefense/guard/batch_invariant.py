@@ -5,6 +5,10 @@ its last bits. Among batches of the same shape the rows of most nets do agree, a
 agree with each other; but neither is promised anywhere. So it is measured when a database is opened, on this machine
 and for this net: images go through batches of each shape at several places, and only the shapes whose rows are equal
 to the last bit are used afterwards. Smaller batches are filled up to one of them.
+
+The number of threads can change a sum's order, too, and on some processors some nets agree with themselves under
+another number at no shape. So every pass runs with the number that the shapes were measured with, whatever the caller
+has set.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -40,6 +45,8 @@ class SteadyForward:
     disturbed and do not disturb.
 
     Attributes:
+        threads: the number of torch's threads in every pass: that of the thread that made this object.
+        sizes: the batch sizes in use, largest first.
         exact: whether a shape was found whose rows agree to the last bit (false only where the kernels themselves are
             not deterministic).
     """
@@ -49,32 +56,21 @@ class SteadyForward:
     ) -> None:
         """``shape`` is C, H, W of the images; the other arguments are those of a feature extractor."""
         self.classifier, self.feature, self.shape = classifier, feature, shape
-        self.device = next((t.device for t in [*classifier.parameters(), *classifier.buffers()]), torch.device("cpu"))
+        self.device = classifier.device
         # A copy: moving a module moves it for all who hold it.
         self.pca = copy.deepcopy(pca).to(self.device) if pca is not None else None
         self._caught = threading.local()
-        self._measuring = threading.Lock()
         layer = classifier.get_submodule(layer_in(classifier, feature.layer))
         # The hook stays, and does nothing in passes that are not this object's.
         weakref.finalize(self, layer.register_forward_hook(_catcher(self._caught, feature)).remove)
-        self._table: dict[int, tuple[Vectors, Vectors]] = {}
-        self._sizes: dict[int, tuple[int, ...]] = {}
-        self.exact = True
-        self.sizes()
-
-    def sizes(self) -> tuple[int, ...]:
-        """The batch sizes in use, largest first; measured anew where torch has another number of threads."""
-        threads = torch.get_num_threads()
-        if threads not in self._sizes:
-            with self._measuring:
-                if threads not in self._sizes:
-                    self._sizes[threads] = self._measure()
-        return self._sizes[threads]
+        self.threads = torch.get_num_threads()
+        found = self._measure()
+        self.exact, self.sizes = bool(found), found or (1,)
 
     def __call__(self, images: Tensor) -> tuple[Vectors, Vectors]:
         """Images N x C x H x W, float32 in [0, 1] -> vectors N x d and probabilities N x classes, both float32."""
         vectors, bare, first = [], [], 0
-        for size, count in _plan(len(images), self.sizes()):
+        for size, count in _plan(len(images), self.sizes):
             found = self._run(_filled(images[first : first + count], size))
             vectors.append(found[0][:count])
             bare.append(found[1][:count])
@@ -85,31 +81,31 @@ class SteadyForward:
 
     @torch.inference_mode()
     def _run(self, images: Tensor) -> tuple[Vectors, Vectors]:
-        self._caught.outputs = []
-        try:
-            probabilities = self.classifier(images.to(self.device)).float().softmax(1)
-            outputs = self._caught.outputs
-        finally:
-            self._caught.outputs = None
-        if len(outputs) != 1:
-            raise InputError(f"a forward pass runs the layer {self.feature.layer} {len(outputs)} times, not once")
-        vectors = reduced(outputs[0], self.feature, self.pca)
+        with _threads(self.threads):
+            self._caught.outputs = []
+            try:
+                probabilities = self.classifier(images.to(self.device)).float().softmax(1)
+                outputs = self._caught.outputs
+            finally:
+                self._caught.outputs = None
+            if len(outputs) != 1:
+                raise InputError(f"a forward pass runs the layer {self.feature.layer} {len(outputs)} times, not once")
+            vectors = reduced(outputs[0], self.feature, self.pca)
         return vectors.cpu().numpy(), probabilities.cpu().numpy()
 
     def _measure(self) -> tuple[int, ...]:
-        """The sizes whose rows agree with those of the largest one that agrees with itself."""
-        probes = _probes(self.shape)
+        """The sizes whose rows agree with those of the largest one that agrees with itself; empty where none does."""
+        probes, rows = _probes(self.shape), dict[int, tuple[Vectors, Vectors]]()
         largest = _LARGEST
         if math.prod(self.shape) > _BIG:
             largest = _LARGEST_OF_BIG_IMAGES.get(self.device.type, 32)
         kept = []
         for size in (largest >> n for n in range(largest.bit_length())):
-            table = dict(self._table)
+            table = dict(rows)
             if self._agrees(probes, size, table):
                 kept.append(size)
-                self._table = table
-        self.exact = bool(kept)
-        return tuple(kept or [1])
+                rows = table
+        return tuple(kept)
 
     def _agrees(self, probes: Tensor, size: int, table: dict[int, tuple[Vectors, Vectors]]) -> bool:
         """Whether every probe, at two places or more, gives the rows of the table; missing ones are added."""
@@ -122,6 +118,21 @@ class SteadyForward:
                     if not (np.array_equal(seen[0], vectors[place]) and np.array_equal(seen[1], bare[place])):
                         return False
         return True
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch use this many threads for a while; OpenMP keeps the number for each calling thread."""
+    before = torch.get_num_threads()
+    # Only where it differs: setting it makes oneDNN forget the kernels that it has prepared.
+    if count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _catcher(caught: threading.local, feature: FeatureSpec) -> Callable[[nn.Module, object, object], None]:

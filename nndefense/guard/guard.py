@@ -363,7 +363,7 @@ class Guard:
             "reject_rate": self.reject_rate,
             "threshold": self._threshold,
             "pictures": self._pictures.at_hand,
-            "batches": list(self._forward.sizes()),
+            "batches": list(self._forward.sizes),
             "versions": library_versions(),
         }
 
