@@ -34,3 +34,9 @@ class DatabaseError(NNDefenseError):
     """An image database that is missing, incomplete, damaged or made for another classifier."""
 
     exit_code = 5
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line and not too long; its kind where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -25,6 +25,7 @@ FLOORS = (
         "nndefense.images",
         "nndefense.files",
         "nndefense.memory",
+        "nndefense.own_code",
         "nndefense.statistics",
         "nndefense.versions",
     ),

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nndefense.errors import InputError, ModelError
+from nndefense.errors import InputError, ModelError, one_line
 from nndefense.files import make_folder
 from nndefense.images import shape_text
 from nndefense.models.architectures import ARCHITECTURES
 from nndefense.models.classifier import Classifier
-from nndefense.models.files import one_line, read_json, read_tensors, write_json, write_tensors
+from nndefense.models.files import read_json, read_tensors, write_json, write_tensors
 from nndefense.models.torchvision_source import TORCHVISION, build_torchvision, torchvision_options
 from nndefense.versions import library_versions
 

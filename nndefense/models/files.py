@@ -11,7 +11,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from nndefense.errors import InputError, ModelError
+from nndefense.errors import InputError, ModelError, one_line
 from nndefense.files import json_text, write_atomically
 
 
@@ -85,9 +85,3 @@ def read_tensors(path: Path, sha256: str, remedy: str) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise ModelError(f"{path} is not a safetensors file ({one_line(error)}): {remedy}") from None
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line and not too long; its kind where it says nothing."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

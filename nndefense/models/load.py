@@ -14,8 +14,9 @@ from nndefense.models.checkpoint import load_folder
 from nndefense.models.classes import Classes, given_classes
 from nndefense.models.classifier import Classifier, check_input_shape
 from nndefense.models.device import resolve_device
-from nndefense.models.python_source import PYTHON, load_python
+from nndefense.models.python_source import load_python
 from nndefense.models.torchvision_source import TORCHVISION, load_torchvision
+from nndefense.own_code import PYTHON
 
 
 def load_classifier(

@@ -16,12 +16,12 @@ import safetensors
 import torch
 from torch import Tensor
 
-from nndefense.errors import InputError, ModelError
+from nndefense.errors import InputError, ModelError, one_line
 from nndefense.files import sha256_of
 from nndefense.images import shape_text
 from nndefense.models.architectures.attentive import AttentiveNet
 from nndefense.models.classifier import Classifier
-from nndefense.models.files import one_line, read_json, write_json, write_tensors
+from nndefense.models.files import read_json, write_json, write_tensors
 from nndefense.models.load import load_classifier
 from nndefense.versions import library_versions
 

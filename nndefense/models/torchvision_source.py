@@ -13,9 +13,8 @@ from unittest import mock
 import torch
 from torch import nn
 
-from nndefense.errors import ModelError
+from nndefense.errors import ModelError, one_line
 from nndefense.models.classifier import Classifier
-from nndefense.models.files import one_line
 
 TORCHVISION = "torchvision:"
 

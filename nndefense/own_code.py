@@ -1,0 +1,141 @@
+"""A user's own Python code: ``python:FILE_OR_MODULE:NAME`` is the function of that name, for whatever asks for one."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from nndefense.errors import InputError, NNDefenseError, one_line
+
+PYTHON = "python:"
+
+
+def own_function(
+    source: str, *, returns: str, call: str, error: type[NNDefenseError] = InputError
+) -> Callable[..., Any]:
+    """Run the code that ``python:FILE_OR_MODULE:NAME`` names, and return its function NAME.
+
+    While FILE runs, and again whenever the function does, its folder comes first among the places of imports;
+    afterwards nothing of that is left, so that two files may each have a helper of the same name beside them.
+
+    Args:
+        source: what the user wrote.
+        returns: what the function is to return, for the errors: ``"the net"``.
+        call: how it is called, for the errors: ``"without arguments"``.
+        error: the kind of the errors.
+
+    Returns:
+        The function. What it raises becomes one line of that kind; the project's own errors pass as they are.
+
+    Raises:
+        NNDefenseError: of the kind ``error``: the code cannot be found or run, or has no such function.
+    """
+    target, name, path = _parts(source, error)
+    kept: dict[str, ModuleType] = {}
+    try:
+        with _imports_beside(path, kept):
+            module = _run_file(path) if path else importlib.import_module(target)
+    except (Exception, SystemExit) as raised:
+        if isinstance(raised, ModuleNotFoundError) and not path and raised.name == target.partition(".")[0]:
+            raise error(f"there is no Python module {target}: install it, or give a file's path") from None
+        raise error(f"{target} could not be imported ({type(raised).__name__}: {one_line(raised)})") from raised
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise error(f"{target} has no function {name}: name one that returns {returns}")
+
+    @functools.wraps(function)
+    def called(*given: Any, **named: Any) -> Any:
+        with _imports_beside(path, kept):
+            try:
+                return function(*given, **named)
+            except NNDefenseError:
+                raise
+            except (Exception, SystemExit) as raised:
+                raise error(
+                    f"{name} in {target} raised {type(raised).__name__}: {one_line(raised)}; "
+                    f"it must run {call} and return {returns}"
+                ) from raised
+
+    return called
+
+
+def sha256_of_source(source: str, *, error: type[NNDefenseError] = InputError) -> str:
+    """The sha256 of the file that ``python:FILE_OR_MODULE:NAME`` names, which tells its versions apart.
+
+    Raises:
+        NNDefenseError: of the kind ``error``: there is no such file.
+    """
+    target, _, path = _parts(source, error)
+    if path is None:
+        with contextlib.suppress(ImportError, ValueError):
+            found = importlib.util.find_spec(target)
+            path = Path(found.origin) if found is not None and found.origin else None
+    if path is None or not path.is_file():
+        raise error(f"there is no file of Python code for {source}: give a file's path")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _parts(source: str, error: type[NNDefenseError]) -> tuple[str, str, Path | None]:
+    """File or module as it was written, the function's name, and the file's path, or None for a module."""
+    target, _, name = source.removeprefix(PYTHON).rpartition(":")
+    if not target or not name:
+        raise error(f"{source} is not complete: write python:FILE:NAME, such as python:mine.py:build")
+    if not (target.endswith(".py") or os.sep in target or "/" in target or Path(target).is_file()):
+        return target, name, None
+    path = Path(target).expanduser().resolve()
+    if not path.is_file():
+        raise error(f"there is no file {target}: check the path before the last colon")
+    return target, name, path
+
+
+def _run_file(path: Path) -> ModuleType:
+    """Run a file as a module under a name that no other module has."""
+    name = f"_nndefense_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError("not a Python file: its name must end with .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and type hints look their module up here
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    return module
+
+
+@contextlib.contextmanager
+def _imports_beside(path: Path | None, kept: dict[str, ModuleType]) -> Iterator[None]:
+    """Let imports find the modules beside ``path``, and forget those modules afterwards: ``kept`` holds them meanwhile.
+
+    Otherwise the ``utils`` beside a second file would silently be the one beside the first.
+    """
+    if path is None:
+        yield
+        return
+    folder = path.parent
+    before = set(sys.modules)
+    packages = {name.partition(".")[0] for name in before}
+    sys.modules.update({name: module for name, module in kept.items() if name not in before})
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            top = name.partition(".")[0]
+            file = getattr(sys.modules.get(top), "__file__", None)
+            # Only what the folder itself offers: an environment of installed packages may lie further down in it.
+            if top not in packages and file and Path(file) in (folder / f"{top}.py", folder / top / "__init__.py"):
+                for part in [part for part in sys.modules if part == top or part.startswith(f"{top}.")]:
+                    kept[part] = sys.modules.pop(part)
