@@ -26,6 +26,7 @@ FLOORS = (
         "nndefense.files",
         "nndefense.memory",
         "nndefense.own_code",
+        "nndefense.recipes",
         "nndefense.statistics",
         "nndefense.versions",
     ),

@@ -194,9 +194,9 @@ def test_a_recipe_is_read_and_identified(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('dataset = "digits:test"\n', "", "needs dataset"),
+        ('dataset = "digits:test"\n', "", "needs data.dataset"),
         ("limit = 200", "limit = 0", "limit is 0"),
-        ("limit = 200", 'limit = "all"', "data.limit is 'all', but must be int"),
+        ("limit = 200", 'limit = "all"', "data.limit is 'all', but must be a whole number"),
         ("limit = 200", "limits = 200", "no entry data.limits"),
         ("seed = 3", "seed = true", "seed is True"),
         ("seed = 3", "sed = 3", "no entry sed"),
@@ -206,10 +206,13 @@ def test_a_recipe_is_read_and_identified(tmp_path: Path) -> None:
         ('headline_eps = "8/255"', "headline_eps = 0.5", "is not run"),
         ('headline_norm = "linf"', 'headline_norm = "l2"', "is not run"),
         ("steps = 10", "steps = 0", "at least 1 step"),
-        ("steps = 10", "step = 10", "no entry step"),
+        ("steps = 10", "step = 10", "no entry attack.step"),
+        ("steps = 10", 'steps = "ten"', "attack.steps is 'ten', but must be a whole number"),
+        ('eps = ["4/255", "8/255"]\n', "", "needs attack.eps"),
+        ('classifier = "runs/demo/classifier"', "classifier = 3", "models.classifier is 3, but must be text"),
         ('name = "adaptive"', 'name = "apgd"', "not one for the threat model 'adaptive'"),
         ('threat_model = "adaptive"', 'threat_model = "grey"', "must be one of"),
-        ('threat_model = "adaptive"\n', "", "needs a threat_model"),
+        ('threat_model = "adaptive"\n', "", "needs attack.threat_model"),
         ('norm = "linf"\neps = ["8/255"]', 'norm = "l1"\neps = ["8/255"]', "norm is 'l1'"),
     ],
 )

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import resources
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from nndefense import attacks
+from nndefense import attacks, recipes
 from nndefense.comparison.published import PUBLISHED
 from nndefense.errors import InputError
-from nndefense.evaluation.recipe import number
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 #: The defences that a row can be.
 KINDS = (
@@ -35,7 +26,6 @@ KINDS = (
 )
 #: Those whose net has to be trained.
 TRAINED = ("ensemble-adversarial", "alp", "ra-cnn")
-_RECIPES = "nndefense.comparison.recipes"
 
 
 @dataclass(frozen=True)
@@ -140,8 +130,8 @@ class ComparisonRecipe:
     name: str
     title: str
     about: str
-    rows: tuple[RowSpec, ...]
-    scope: Scope
+    rows: tuple[RowSpec, ...] = field(metadata=recipes.at("row"))
+    scope: Scope = field(metadata=recipes.at("scope", lambda values: changed(Scope(), values)))
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -158,13 +148,12 @@ class ComparisonRecipe:
     @property
     def sha256(self) -> str:
         """Identifies the recipe: the sha256 of its plain values in canonical form."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return recipes.identity(self.to_json())
 
 
-def comparison_names() -> list[str]:
+def comparison_names() -> tuple[str, ...]:
     """The shipped recipes."""
-    found = resources.files(_RECIPES).iterdir()
-    return sorted(path.name.removesuffix(".toml") for path in found if path.name.endswith(".toml"))
+    return recipes.shipped(__package__)
 
 
 def shipped_comparison(name: str, dataset: str, *, seed: int = 0) -> ComparisonRecipe:
@@ -173,10 +162,8 @@ def shipped_comparison(name: str, dataset: str, *, seed: int = 0) -> ComparisonR
     Raises:
         InputError: there is no such recipe.
     """
-    if name not in comparison_names():
-        raise InputError(f"there is no comparison {name!r}: choose one of {', '.join(comparison_names())}")
-    text = resources.files(_RECIPES).joinpath(f"{name}.toml").read_text(encoding="utf-8")
-    return comparison_from(tomllib.loads(text), name, dataset.partition(":")[0].partition("[")[0], seed=seed)
+    values = recipes.read_shipped(__package__, name, "comparison")
+    return comparison_from(values, name, dataset.partition(":")[0].partition("[")[0], seed=seed)
 
 
 def comparison_from(values: Mapping[str, Any], name: str, dataset: str, *, seed: int = 0) -> ComparisonRecipe:
@@ -184,21 +171,13 @@ def comparison_from(values: Mapping[str, Any], name: str, dataset: str, *, seed:
     data sets that have one, ``[scope.NAME]``, whose entries take the place of the default's.
 
     Raises:
-        InputError: an entry is missing, unknown or cannot be used.
+        InputError: an entry is missing, unknown or cannot be used; the message names it.
     """
-    unknown = set(values) - {"title", "about", "row", "scope"}
-    if unknown or not {"title", "row"} <= set(values):
-        raise InputError(f"a comparison has title, about, row and scope, but not {', '.join(sorted(unknown)) or 'all'}")
-    scopes = values.get("scope", {})
-    chosen = {**scopes.get("default", {}), **scopes.get(dataset, {})}
-    return ComparisonRecipe(
-        name,
-        str(values["title"]),
-        str(values.get("about", "")).strip(),
-        tuple(_row(row) for row in values["row"]),
-        changed(Scope(), chosen),
-        seed,
-    )
+    scopes = recipes.table(values.get("scope", {}), "scope")
+    own = {key: entry for one in ("default", dataset) for key, entry in scopes.get(one, {}).items()}
+    about = str(values.get("about", "")).strip()
+    given = {"name": name, "seed": seed}
+    return recipes.build(ComparisonRecipe, {**values, "about": about, "scope": own}, given=given)
 
 
 def changed(scope: Scope, values: Mapping[str, Any]) -> Scope:
@@ -207,26 +186,7 @@ def changed(scope: Scope, values: Mapping[str, Any]) -> Scope:
     Raises:
         InputError: an unknown entry or one that cannot be used.
     """
-    known = {entry.name for entry in fields(Scope)}
-    if set(values) - known:
-        raise InputError(f"a scope has no entry {', '.join(sorted(set(values) - known))}: it has {', '.join(known)}")
-    found = dict(values)
+    found = recipes.entries(Scope, values, "scope")
     if "eps" in found:
-        found["eps"] = tuple(number(eps, "eps") for eps in _listed(found["eps"]))
         found.setdefault("headline", max(found["eps"]))
-    if found.get("informed_eps") is not None:
-        found["informed_eps"] = tuple(number(eps, "informed_eps") for eps in _listed(found["informed_eps"]))
-    if "headline" in found:
-        found["headline"] = number(found["headline"], "headline")
     return replace(scope, **found)
-
-
-def _listed(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (list, tuple)) else [value]
-
-
-def _row(values: Mapping[str, Any]) -> RowSpec:
-    known = {entry.name for entry in fields(RowSpec)}
-    if set(values) - known or not {"name", "kind"} <= set(values):
-        raise InputError(f"a [[row]] has a name, a kind, options, published and informed, but is {dict(values)}")
-    return RowSpec(**values)

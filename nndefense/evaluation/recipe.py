@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nndefense.errors import DataError, InputError
+from nndefense import recipes
+from nndefense.errors import InputError
 from nndefense.evaluation.threats import THREAT_MODELS, AttackSettings, attacks_for
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-_SECTIONS = ("data", "models", "defense", "report", "attack")
 
 
 @dataclass(frozen=True)
@@ -42,6 +33,18 @@ class Rung:
         return {"threat_model": self.threat_model, **self.attack.to_json()}
 
 
+def _rungs(values: Any) -> tuple[Rung, ...]:
+    """The rungs of ``[[attack]]`` tables, whose ``threat_model`` may be a list."""
+    found = []
+    for table in recipes.tables(values, "attack"):
+        if "threat_model" not in table:
+            raise InputError("a recipe needs attack.threat_model")
+        models = recipes.converted(tuple[str, ...], table.pop("threat_model"), "attack.threat_model")
+        settings = recipes.build(AttackSettings, table, "attack", needed=("eps",))
+        found += [Rung(model, settings) for model in models]
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that an evaluation's numbers depend on, as names: nothing is opened here.
@@ -59,22 +62,22 @@ class Recipe:
         title: a line for people.
     """
 
-    dataset: str
-    classifier: str
-    rungs: tuple[Rung, ...]
-    headline_norm: str
-    headline_eps: float
-    database: str | None = None
-    surrogate: str | None = None
-    classes: str | None = None
-    input_shape: tuple[int, int, int] | None = None
-    limit: int | None = None
-    k: int | None = None
-    weighting: str | None = None
-    sizes: bool = True
-    audit: bool = True
-    audit_images: int = 100
-    gallery: int = 10
+    dataset: str = field(metadata=recipes.at("data.dataset"))
+    classifier: str = field(metadata=recipes.at("models.classifier"))
+    rungs: tuple[Rung, ...] = field(metadata=recipes.at("attack", _rungs))
+    headline_norm: str = field(metadata=recipes.at("report.headline_norm"))
+    headline_eps: float = field(metadata=recipes.at("report.headline_eps"))
+    database: str | None = field(default=None, metadata=recipes.at("defense.database"))
+    surrogate: str | None = field(default=None, metadata=recipes.at("models.surrogate"))
+    classes: str | None = field(default=None, metadata=recipes.at("models.classes"))
+    input_shape: tuple[int, int, int] | None = field(default=None, metadata=recipes.at("models.input_shape"))
+    limit: int | None = field(default=None, metadata=recipes.at("data.limit"))
+    k: int | None = field(default=None, metadata=recipes.at("defense.k"))
+    weighting: str | None = field(default=None, metadata=recipes.at("defense.weighting"))
+    sizes: bool = field(default=True, metadata=recipes.at("defense.sizes"))
+    audit: bool = field(default=True, metadata=recipes.at("report.audit"))
+    audit_images: int = field(default=100, metadata=recipes.at("report.audit_images"))
+    gallery: int = field(default=10, metadata=recipes.at("report.gallery"))
     batch_size: int = 128
     seed: int = 0
     title: str = ""
@@ -108,8 +111,7 @@ class Recipe:
     @property
     def sha256(self) -> str:
         """Identifies the recipe: the sha256 of its plain values in canonical form."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return recipes.identity(self.to_json())
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -119,37 +121,11 @@ def read_recipe(path: Path) -> Recipe:
         DataError: the file is missing or no TOML.
         InputError: an entry is missing, unknown or of the wrong kind; the message names it.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"there is no recipe at {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: give a TOML file in UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise DataError(f"{path} is no TOML ({error})") from error
+    values = recipes.read_toml(path)
     try:
         return recipe_from(values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-
-
-# Where each entry of a recipe stands in the file.
-_PLACES: dict[str, tuple[str, ...]] = {
-    "": ("title", "seed", "batch_size"),
-    "data": ("dataset", "limit"),
-    "models": ("classifier", "surrogate", "classes", "input_shape"),
-    "defense": ("database", "k", "weighting", "sizes"),
-    "report": ("headline_norm", "headline_eps", "gallery", "audit", "audit_images"),
-}
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "title": str, "seed": int, "batch_size": int, "dataset": str, "limit": int, "classifier": str, "surrogate": str,
-    "classes": str, "input_shape": list, "database": str, "k": int, "weighting": str, "sizes": bool,
-    "headline_norm": str, "headline_eps": (int, float, str), "gallery": int, "audit": bool, "audit_images": int,
-}  # fmt: skip
-_ATTACK_KINDS: dict[str, type | tuple[type, ...]] = {
-    "threat_model": (str, list), "name": str, "norm": str, "eps": (int, float, str, list), "steps": int,
-    "restarts": int, "loss": str,
-}  # fmt: skip
 
 
 def recipe_from(values: Mapping[str, Any]) -> Recipe:
@@ -161,69 +137,7 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
     Raises:
         InputError: an entry is missing, unknown or of the wrong kind; the message names it.
     """
-    found: dict[str, Any] = {}
-    unknown = set(values) - set(_SECTIONS) - set(_PLACES[""])
-    for section, names in _PLACES.items():
-        part = values.get(section, {}) if section else {k: v for k, v in values.items() if k in names}
-        if not isinstance(part, Mapping):
-            raise InputError(f"[{section}] must be a table")
-        unknown |= {f"{section}.{name}" for name in set(part) - set(names)}
-        for name, value in part.items():
-            if name in names:
-                found[name] = _checked(f"{section}.{name}".lstrip("."), value, _KINDS[name])
-    if unknown:
-        raise InputError(f"a recipe has no entry {', '.join(sorted(unknown))}")
-    tables = values.get("attack", [])
-    if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
-        raise InputError("attacks must be written as [[attack]] tables")
-    found["rungs"] = tuple(rung for table in tables for rung in _rungs(table))
-    if "headline_eps" in found:
-        found["headline_eps"] = number(found["headline_eps"], "report.headline_eps")
-    if "input_shape" in found:
-        found["input_shape"] = tuple(found["input_shape"])
-    needed = [field.name for field in fields(Recipe) if field.name not in found and _required(field)]
-    if needed:
-        raise InputError(f"a recipe needs {', '.join(needed)}")
-    return Recipe(**found)
-
-
-def _required(entry: Any) -> bool:
-    return entry.default is MISSING
-
-
-def _rungs(table: Mapping[str, Any]) -> list[Rung]:
-    unknown = set(table) - set(_ATTACK_KINDS)
-    if unknown:
-        raise InputError(f"an [[attack]] has no entry {', '.join(sorted(unknown))}")
-    given = {name: _checked(f"attack.{name}", value, _ATTACK_KINDS[name]) for name, value in table.items()}
-    if "threat_model" not in given or "eps" not in given:
-        raise InputError("an [[attack]] needs a threat_model and eps")
-    models = given.pop("threat_model")
-    eps = given.pop("eps")
-    budgets = tuple(number(value, "attack.eps") for value in (eps if isinstance(eps, list) else [eps]))
-    settings = AttackSettings(eps=budgets, **given)
-    return [Rung(model, settings) for model in (models if isinstance(models, list) else [models])]
-
-
-def _checked(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    # A boolean is an integer to Python, but not to people.
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise InputError(f"{name} is {value!r}, but must be {' or '.join(sorted(k.__name__ for k in kinds))}")
-    return value
-
-
-def number(value: float | str, name: str) -> float:
-    """A budget: a number, or a quotient such as ``"8/255"``."""
-    if isinstance(value, str):
-        top, slash, bottom = value.partition("/")
-        try:
-            return float(top) / (float(bottom) if slash else 1.0)
-        except (ValueError, ZeroDivisionError):
-            raise InputError(f'{name} is {value!r}, but must be a number or a quotient such as "8/255"') from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputError(f"{name} is {value!r}, but must be a number")
-    return float(value)
+    return recipes.build(Recipe, values)
 
 
 def rungs_for(

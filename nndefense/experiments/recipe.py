@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
+from nndefense import recipes
 from nndefense.attacks import NORMS
 from nndefense.attacks.spatial import SHIFT, SpatialAttack
 from nndefense.errors import InputError
@@ -19,8 +19,6 @@ from nndefense.training.objectives import OBJECTIVES
 from nndefense.training.settings import make_settings
 
 SPATIAL = "spatial"
-LAYOUTS = ("tradeoff", "methods")
-FIGURES = ("bars", "labels", "gap")
 TEACHER = "standard"
 # How many transformations these objectives draw; another number is another method.
 _DRAWS = {"worst-of-10": 10, "random-augmentation": 1}
@@ -117,6 +115,44 @@ class Published:
     threat: str = ""
 
 
+def evaluation_attack(name: str, **options: Any) -> AttackSettings:
+    """An attack of the report; norm and radius come from the threat.
+
+    Raises:
+        InputError: it is not one that stays inside a budget, or its options cannot be used.
+    """
+    (attack,) = _evaluation([{"name": name, **options}])
+    return attack
+
+
+def _evaluation(values: Any) -> tuple[AttackSettings, ...]:
+    given = {"norm": "linf", "eps": (1.0,)}
+    found = [
+        recipes.build(AttackSettings, table, "evaluation", given=given, needed=("name",))
+        for table in recipes.tables(values, "evaluation")
+    ]
+    for attack in found:
+        if attack.name not in FIXED:
+            raise InputError(f"the attack {attack.name!r} of an [[evaluation]] must be one of {', '.join(FIXED)}")
+    return tuple(found)
+
+
+def _threats(values: Any) -> tuple[Threat, ...]:
+    """A threat for every radius of every ``[[threat]]``."""
+    found = []
+    for table in recipes.tables(values, "threat"):
+        if table.get("norm") == SPATIAL:
+            found.append(recipes.build(Threat, table, "threat", given={"text": ""}))
+            continue
+        eps = table.get("eps", [])
+        for one in eps if isinstance(eps, list) else [eps]:
+            text = one if isinstance(one, str) else f"{one:g}"
+            found.append(recipes.build(Threat, {**table, "eps": one}, "threat", given={"text": text}))
+        if "eps" not in table:
+            raise InputError("a [[threat]] needs eps")
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """All that a table depends on, at one scale.
@@ -142,8 +178,8 @@ class Recipe:
         seeds: how many; each gives initial weights, order, and the draw of the labelled images.
         compare: pairs of methods whose difference is reported, image by image and seed by seed.
         published, published_source: figures to set beside the measured ones.
-        layout: shape of the table, one of :data:`LAYOUTS`.
-        figure: one of :data:`FIGURES`.
+        layout: shape of the table.
+        figure: what is drawn.
         batch_size: images per forward pass of the evaluation.
     """
 
@@ -153,9 +189,9 @@ class Recipe:
     train: str
     test: str
     architecture: str
-    threats: tuple[Threat, ...]
-    methods: tuple[Method, ...]
-    evaluation: tuple[AttackSettings, ...]
+    threats: tuple[Threat, ...] = field(metadata=recipes.at("threat", _threats))
+    methods: tuple[Method, ...] = field(metadata=recipes.at("method"))
+    evaluation: tuple[AttackSettings, ...] = field(metadata=recipes.at("evaluation", _evaluation))
     about: str = ""
     sources: tuple[str, ...] = ()
     validation: int = 0
@@ -170,8 +206,8 @@ class Recipe:
     compare: tuple[tuple[str, str], ...] = ()
     published: tuple[Published, ...] = ()
     published_source: str = ""
-    layout: str = "methods"
-    figure: str = "bars"
+    layout: Literal["tradeoff", "methods"] = "methods"
+    figure: Literal["bars", "labels", "gap"] = "bars"
     batch_size: int = 250
 
     def __post_init__(self) -> None:
@@ -182,13 +218,8 @@ class Recipe:
                 raise InputError(f"a recipe needs {what}")
             if len(set(found)) < len(found):
                 raise InputError(f"two of the {what} have one name: {', '.join(found)}")
-        for value, name, choices in (
-            (self.architecture, "architecture", tuple(ARCHITECTURES)),
-            (self.layout, "layout", LAYOUTS),
-            (self.figure, "figure", FIGURES),
-        ):
-            if value not in choices:
-                raise InputError(f"the {name} is {value!r}, but must be one of {', '.join(choices)}")
+        if self.architecture not in ARCHITECTURES:
+            raise InputError(f"architecture is {self.architecture!r}, but must be one of {', '.join(ARCHITECTURES)}")
         for name in ("seeds", "check_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
@@ -284,16 +315,4 @@ class Recipe:
     @property
     def sha256(self) -> str:
         """Identifies the recipe: the sha256 of its plain values in canonical form."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-def evaluation_attack(name: str, **options: Any) -> AttackSettings:
-    """An attack of the report; norm and radius come from the threat.
-
-    Raises:
-        InputError: it is not one that stays inside a budget, or its options cannot be used.
-    """
-    if name not in FIXED:
-        raise InputError(f"the attack {name!r} of an [[evaluation]] must be one of {', '.join(FIXED)}")
-    return AttackSettings(name=name, norm="linf", eps=(1.0,), **options)
+        return recipes.identity(self.to_json())
