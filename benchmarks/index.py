@@ -40,9 +40,8 @@ from index_vectors import pieces, queries
 from torch import Tensor, nn
 
 from index_build.mapper import Mapper
-from nndefense.database.choosing import choose_index
-from nndefense.database.index import FaissIndex
-from nndefense.database.index_training import sample_rows, train_index, training_rows
+from nndefense.database.index_choice import choose_index
+from nndefense.database.index_training import build_index, sample_rows, train_index, training_rows
 from nndefense.database.tuning import exact_neighbours, recall_at, tune
 from nndefense.features import FeatureSpec
 from nndefense.memory import reused_memory
@@ -179,7 +178,7 @@ def search_part(options: argparse.Namespace, clock: Callable[[], float]) -> dict
     rows, dimension = options.rows, options.dimension
     vectors = np.concatenate(list(pieces(rows, dimension)))
     asked, held_out = np.split(queries(2000, dimension), 2)
-    exact = FaissIndex.build("Flat", dimension, vectors[:0], [vectors])
+    exact = build_index("Flat", dimension, vectors[:0], [vectors])
     start = clock()
     truth = exact.search(asked, K)[1]
     exact_rate = len(asked) / (clock() - start)
@@ -276,7 +275,7 @@ def scaling_part(options: argparse.Namespace, clock: Callable[[], float]) -> dic
         best = min(timed(lambda: index.search(asked, K), clock) for _ in range(options.rounds))  # noqa: B023
         exact = None
         if rows <= 1_000_000:
-            flat = FaissIndex.build("Flat", dimension, asked[:0], pieces(rows, dimension))
+            flat = build_index("Flat", dimension, asked[:0], pieces(rows, dimension))
             exact = 1e3 * timed(lambda: flat.search(asked[:200], K), clock) / 200  # noqa: B023
         ms = 1e3 * best / len(asked)
         beside = "" if exact is None else f", exact {exact:.3f}"

@@ -28,7 +28,7 @@ import h5py
 import numpy as np
 
 from nndefense.database import ImageDatabase
-from nndefense.database.rows import Rows
+from nndefense.database.rows import StoredRows
 from nndefense.datasets import ImageDataset, ImageFolderDataset, open_dataset
 from nndefense.models import read_classes
 
@@ -121,7 +121,7 @@ def build(form: str, specs: list[str], folder: Path, more: list[str]) -> dict[st
 
 def compare(folder: Path, other: Path) -> dict[str, bool]:
     """For each column, the PCA and the index whether every bit agrees."""
-    first, second = (Rows(sorted(path.glob("rows-*.h5"))) for path in (folder, other))
+    first, second = (StoredRows(sorted(path.glob("rows-*.h5"))) for path in (folder, other))
     found = {}
     for name in ("features", "posteriors", "top_classes", "top_values", "cbw_e", "cbw_d", "labels", "digest", "ids"):
         try:

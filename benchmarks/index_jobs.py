@@ -28,7 +28,7 @@ from index_build.begin import begin
 from index_build.job import Options
 from index_build.runner import building, complete, extract_rows
 from nndefense.database import DatabaseWriter, ImageDatabase
-from nndefense.database.choosing import choose_index
+from nndefense.database.index_choice import choose_index
 from nndefense.database.tuning import exact_neighbours, tune
 from nndefense.datasets import ImageDataset
 from nndefense.datasets.ids import NumberedIds

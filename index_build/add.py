@@ -11,8 +11,9 @@ from pathlib import Path
 from index_build import pieces
 from index_build.extract import bar, read_extracted
 from index_build.fit import TRAINED, Fitted, fitted, rows_key
-from nndefense.database.index import FaissIndex, import_faiss
-from nndefense.database.rows import Rows
+from nndefense.database.faiss_tools import import_faiss
+from nndefense.database.index import FaissIndex
+from nndefense.database.rows import StoredRows
 from nndefense.errors import DatabaseError, InputError
 
 PART_ROWS = 1 << 18
@@ -84,7 +85,7 @@ def fill(index: FaissIndex, shards: Sequence[Path], first: int, *, device: str =
     """
     added = 0
     for path in shards:
-        table = Rows([path])
+        table = StoredRows([path])
         index.add(table.slice("features", 0, len(table)), first=first + added, device=device)
         added += len(table)
     return added

@@ -12,9 +12,9 @@ from index_build.extract import EXTRACTED, rejection_limit
 from index_build.fit import fit_pcas, probe_images, reduced_length, sample_positions
 from index_build.job import (
     NAME,
-    Job,
+    BuildJob,
+    BuildTarget,
     Options,
-    Target,
     classifier_of,
     identity_of,
     key_of,
@@ -23,17 +23,17 @@ from index_build.job import (
     shard_size,
 )
 from index_build.mapper import Mapper
-from index_build.tools import label_numbers
+from index_build.shard_tools import label_numbers
 from nndefense.database import Manifest, check_vacant
 from nndefense.database.index_training import check_factory
 from nndefense.database.manifest import NAME as MANIFEST
+from nndefense.database.near_images import NearSearch
 from nndefense.database.writer import PCA_FILE, clear, store_pca, writing
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DatabaseError, DataError, InputError
 from nndefense.features import FeatureSpec
 from nndefense.memory import reused_memory
 from nndefense.models import Classifier
-from nndefense.training.near import NearSearch
 
 
 @reused_memory()
@@ -51,7 +51,7 @@ def begin(
     workers: int | None = None,
     reopen: Mapping[str, Any] | None = None,
     progress: bool = True,
-) -> Job:
+) -> BuildJob:
     """Begin a build, or take up the one that these folders hold; the caller holds their locks.
 
     A job is written down once its PCAs are fitted, and nothing in the folders is touched before.
@@ -60,7 +60,7 @@ def begin(
         dataset, classifier, features, options, specs: as for :func:`~index_build.runner.build_databases`.
         exclude: images to keep out, or None.
         exclude_eps: the L2 distance, in pixels of [0, 1], up to which an image is near one of them; by default as for
-            :class:`~nndefense.training.near.NearSearch`.
+            :class:`~nndefense.database.near_images.NearSearch`.
         max_rejected: as for :func:`~index_build.extract.extract`, of the PCA's sample.
         overwrite: replace finished databases, and unfinished builds with other settings.
         workers: threads that read and decode.
@@ -94,14 +94,14 @@ def begin(
     assert mapper.choice is not None
     lengths = [vectors.shape[1] for vectors in mapper(probe_images(dataset, chosen, 1)).vectors]
     targets = [
-        Target(folder, feature, reduced_length(feature, length), False)
+        BuildTarget(folder, feature, reduced_length(feature, length), False)
         for (folder, feature), length in zip(features.items(), lengths, strict=True)
     ]
     for target in targets:
         if options.index != "auto":
             check_factory(options.index, target.dimension)
     pcas = fit_pcas(mapper, dataset, lengths, options, max_rejected=max_rejected, workers=workers, progress=progress)
-    job = Job(
+    job = BuildJob(
         targets=tuple(replace(target, pca=pca is not None) for target, pca in zip(targets, pcas, strict=True)),
         options=options,
         images=len(dataset),
@@ -125,7 +125,7 @@ def begin(
     return job
 
 
-def _standing(asked: Mapping[Path, Mapping[str, Any]], overwrite: bool) -> Job | None:
+def _standing(asked: Mapping[Path, Mapping[str, Any]], overwrite: bool) -> BuildJob | None:
     """The job that the folders hold already, or None where one is to be begun."""
     begun = []
     for folder, settings in asked.items():
@@ -154,7 +154,7 @@ def _standing(asked: Mapping[Path, Mapping[str, Any]], overwrite: bool) -> Job |
         for folder in rest:
             check_vacant(folder, overwrite=overwrite)
         return None
-    jobs = [Job.read(folder) for folder in begun]
+    jobs = [BuildJob.read(folder) for folder in begun]
     job = replace(jobs[0], targets=tuple(job.targets[0] for job in jobs))
     pcas = [target.folder / PCA_FILE for target in job.targets if target.pca]
     if overwrite and any(pieces.finished(path, checksum=True) is None for path in pcas):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from index_build import pieces
 from nndefense.database.repeats import repeats
-from nndefense.database.rows import DIGEST, Rows, pieces_of, read_columns
+from nndefense.database.rows import DIGEST, StoredRows, pieces_of, read_columns
 from nndefense.database.writer import writing
 
 Array = NDArray[Any]
@@ -38,7 +38,7 @@ def drop_repeats(
     held = [(path, piece) for path in paths if (piece := pieces.finished(path)) and piece.entry.rows]
     if not held:
         return 0
-    table = Rows([path for path, _ in held])
+    table = StoredRows([path for path, _ in held])
     with writing(held[0][0].parent):
         rows, firsts = repeats(pieces_of([path for path, _ in held], DIGEST), held[0][0].parent)
     shard = np.searchsorted(table.starts, rows, side="right") - 1

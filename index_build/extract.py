@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from index_build import pieces
 from index_build.dedupe import drop_repeats
-from index_build.job import Job, Target
-from index_build.reader import Batch, read
-from index_build.tools import Tools
+from index_build.job import BuildJob, BuildTarget
+from index_build.reader import ReadBatch, read
+from index_build.shard_tools import ShardTools
 from nndefense.database.manifest import FileEntry
 from nndefense.database.repeats import repeated_ids
-from nndefense.database.rows import DIGEST, Rows, write_shard, write_virtual
+from nndefense.database.rows import DIGEST, StoredRows, write_shard, write_virtual
 from nndefense.database.writer import REJECTED, VIRTUAL, check_rows, columns, store, writing
 from nndefense.errors import DatabaseError, DataError, InputError
 from nndefense.features import reduced
@@ -63,7 +63,7 @@ Make = Callable[[Sequence[int]], Iterable[ShardReport]]
 
 
 @reused_memory()
-def make_shard(job: Job, number: int, tools: Tools, ready: Callable[[], None] | None = None) -> ShardReport:
+def make_shard(job: BuildJob, number: int, tools: ShardTools, ready: Callable[[], None] | None = None) -> ShardReport:
     """Make one shard for every target that lacks it, from one forward pass.
 
     It depends on nothing but its arguments and writes nothing but the shard's files, each atomically: any process can
@@ -114,7 +114,7 @@ class _Sheaf:
     take as long as a tenth of the forward pass.
     """
 
-    def __init__(self, job: Job, target: Target) -> None:
+    def __init__(self, job: BuildJob, target: BuildTarget) -> None:
         self.job, self.target = job, target
         self._most = max(1, _TOGETHER // (target.dimension + len(job.classes)))
         self._loose: list[tuple[Tensor, Tensor, list[str], Array, Array]] = []
@@ -146,7 +146,7 @@ class _Sheaf:
         self._bound.append(made | {DIGEST: digests})
 
 
-def write_rows(path: Path, held: dict[str, Array], job: Job, rejected: Sequence[Rejection]) -> None:
+def write_rows(path: Path, held: dict[str, Array], job: BuildJob, rejected: Sequence[Rejection]) -> None:
     """Write a shard and what was rejected from its positions."""
 
     def write(part: Path) -> None:
@@ -156,7 +156,7 @@ def write_rows(path: Path, held: dict[str, Array], job: Job, rejected: Sequence[
     pieces.finish(path, write if rows else None, rows=rows, rejected=list(rejected))
 
 
-def _admitted(batch: Batch, tools: Tools, rejected: list[Rejection]) -> Batch:
+def _admitted(batch: ReadBatch, tools: ShardTools, rejected: list[Rejection]) -> ReadBatch:
     """Note what the reader rejected, and leave out what is to be kept out of the database."""
     rejected.extend({"id": item.id, "kind": item.kind, "reason": item.reason} for item in batch.rejected)
     if tools.near is None or not len(batch.ids):
@@ -168,7 +168,7 @@ def _admitted(batch: Batch, tools: Tools, rejected: list[Rejection]) -> Batch:
         reason = f"equal to {other}" if distance == 0 else f"near {other} (L2 distance {distance:.4g})"
         rejected.append({"id": batch.ids[place], "kind": EXCLUDED, "reason": reason})
     keep = (found.rows < 0).numpy()
-    return Batch(
+    return ReadBatch(
         batch.positions[keep],
         batch.images[torch.from_numpy(keep)],
         batch.labels[torch.from_numpy(keep)],
@@ -179,8 +179,8 @@ def _admitted(batch: Batch, tools: Tools, rejected: list[Rejection]) -> Batch:
 
 
 def extract(
-    job: Job,
-    tools: Tools,
+    job: BuildJob,
+    tools: ShardTools,
     *,
     max_rejected: int | str | None = None,
     make: Make | None = None,
@@ -218,7 +218,7 @@ def extract(
 class _Unusable:
     """Counts the images that cannot be used, and ends the build when they are too many."""
 
-    def __init__(self, job: Job, limit: int | None) -> None:
+    def __init__(self, job: BuildJob, limit: int | None) -> None:
         self._job, self._limit, self._count = job, limit, 0
         self._first: Rejection | None = None
 
@@ -235,7 +235,7 @@ class _Unusable:
             )
 
 
-def _one_by_one(job: Job, tools: Tools) -> Make:
+def _one_by_one(job: BuildJob, tools: ShardTools) -> Make:
     def make(numbers: Sequence[int]) -> Iterator[ShardReport]:
         for number in numbers:
             yield make_shard(job, number, tools)
@@ -243,7 +243,7 @@ def _one_by_one(job: Job, tools: Tools) -> Make:
     return make
 
 
-def _standing(job: Job, bad: _Unusable) -> set[int]:
+def _standing(job: BuildJob, bad: _Unusable) -> set[int]:
     """The shards that every target holds whole, by their checksums; what they rejected is counted."""
     whole = set(range(job.shards))
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -259,7 +259,7 @@ def _standing(job: Job, bad: _Unusable) -> set[int]:
     return whole
 
 
-def _close(job: Job, target: Target) -> Extracted:
+def _close(job: BuildJob, target: BuildTarget) -> Extracted:
     """Drop duplicates where that was asked for, join what was rejected, and show all shards as one table."""
     paths = job.paths(target)
     if job.options.dedupe:
@@ -304,7 +304,7 @@ def _check_ids(folder: Path, shards: list[Path]) -> None:
     with writing(folder):
         twice = repeated_ids(shards, folder)
     if len(twice):
-        name = bytes(Rows(shards).take("ids", twice[:1])[0]).decode("utf-8", "replace")
+        name = bytes(StoredRows(shards).take("ids", twice[:1])[0]).decode("utf-8", "replace")
         raise DataError(
             f"{len(twice):,} images have an id that another one has, such as {name!r}, so a row could not be told from "
             "another: open folders that are laid out alike as splits of one folder (imagefolder:PATH:SPLIT)"

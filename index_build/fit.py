@@ -15,10 +15,10 @@ from torch import Tensor
 
 from index_build import pieces
 from index_build.extract import bar, read_extracted, rejection_limit
-from index_build.job import Job, Options, Target
+from index_build.job import BuildJob, BuildTarget, Options
 from index_build.mapper import Mapper
 from index_build.reader import read
-from nndefense.database.choosing import choose_index
+from nndefense.database.index_choice import choose_index
 from nndefense.database.index_training import check_factory, sample_rows, train_index, training_rows
 from nndefense.database.rows import sample_of
 from nndefense.datasets import ImageDataset
@@ -144,7 +144,7 @@ def fit_index(folder: Path, *, device: str = "cpu") -> Fitted:
         DatabaseError: the folder holds no unfinished build, or its rows are not complete.
         InputError: FAISS cannot build such an index, or from so few rows.
     """
-    job = Job.read(folder)
+    job = BuildJob.read(folder)
     target, found = job.targets[0], read_extracted(folder)
     inputs = rows_key(folder)
     path = folder / TRAINED
@@ -173,13 +173,13 @@ def fitted(folder: Path) -> Fitted | None:
 
 def rows_key(folder: Path) -> str:
     """A sha256 of the rows' checksums and of the index's settings: what was made from others is made again."""
-    job, found = Job.read(folder), read_extracted(folder)
+    job, found = BuildJob.read(folder), read_extracted(folder)
     settings = (job.options.index, job.options.memory, job.options.seed)
     text = "".join(f"{name} {entry.sha256}\n" for name, entry in sorted(found.files.items()) if entry.rows)
     return hashlib.sha256(f"{settings}\n{text}".encode()).hexdigest()
 
 
-def _settled(options: Options, rows: int, target: Target, gpu: bool) -> tuple[str, str]:
+def _settled(options: Options, rows: int, target: BuildTarget, gpu: bool) -> tuple[str, str]:
     if options.index != "auto":
         return options.index, ""
     choice = choose_index(rows, target.dimension, memory=options.memory, gpu=gpu)

@@ -91,7 +91,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Target:
+class BuildTarget:
     """One database of a job: its folder, its feature, the length d of its vectors, whether it has a PCA."""
 
     folder: Path
@@ -101,7 +101,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Job:
+class BuildJob:
     """A build that has begun. Plain values: any process can work on it.
 
     Attributes:
@@ -118,7 +118,7 @@ class Job:
         reopen: whatever the caller needs to open images and classifier again, as plain values.
     """
 
-    targets: tuple[Target, ...]
+    targets: tuple[BuildTarget, ...]
     options: Options
     images: int
     data: dict[str, Any]
@@ -139,7 +139,7 @@ class Job:
         """The source positions of a shard: from the first up to, but without, the second."""
         return number * self.shard_rows, min((number + 1) * self.shard_rows, self.images)
 
-    def paths(self, target: Target) -> list[Path]:
+    def paths(self, target: BuildTarget) -> list[Path]:
         """Where the shards of a target are, or will be, in order."""
         return [target.folder / shard_name(number) for number in range(self.shards)]
 
@@ -150,7 +150,7 @@ class Job:
             "posteriors": f"top-{self.top}" if self.top else "dense",
         }
 
-    def settings(self, target: Target) -> dict[str, Any]:
+    def settings(self, target: BuildTarget) -> dict[str, Any]:
         """What decides the result of a target, as plain values."""
         return settings_of(self.data, self.classifier, target.feature, self.options, self.excluded)
 
@@ -168,7 +168,7 @@ class Job:
                 write_json(target.folder / NAME, value)
 
     @classmethod
-    def read(cls, folder: Path) -> Job:
+    def read(cls, folder: Path) -> BuildJob:
         """Read the unfinished job of a folder, for that folder alone.
 
         Raises:
@@ -185,7 +185,7 @@ class Job:
                 raise ValueError
             value.pop("settings")
             target = value.pop("target")
-            target = Target(folder, FeatureSpec(**target["feature"]), target["dimension"], target["pca"])
+            target = BuildTarget(folder, FeatureSpec(**target["feature"]), target["dimension"], target["pca"])
             options, classes = Options(**value.pop("options")), tuple(value.pop("classes"))
             return cls(targets=(target,), options=options, classes=classes, **value)
         except (DataError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -222,7 +222,7 @@ def same_settings(folder: Path, asked: Mapping[str, Any]) -> bool:
     Raises:
         DatabaseError: it is another one (naming the settings that differ), or cannot be read.
     """
-    job = Job.read(folder)
+    job = BuildJob.read(folder)
     begun = job.settings(job.targets[0])
     differ = [name for name in asked if asked[name] != begun[name]]
     if not differ:

@@ -11,7 +11,7 @@ from index_build import pieces
 from index_build.add import fill, part_name, parts_of, standing
 from index_build.extract import read_extracted
 from index_build.fit import TRAINED
-from index_build.job import NAME, Job, key_of
+from index_build.job import NAME, BuildJob, key_of
 from nndefense.database.index import FaissIndex
 from nndefense.database.manifest import NAME as MANIFEST
 from nndefense.database.manifest import FileEntry, Manifest
@@ -36,7 +36,7 @@ def merge(folder: Path) -> Manifest:
         InputError: an index that cannot be put together within the memory that was given.
         DatabaseError: no unfinished build, missing rows, index or parts, or a disk that cannot be written.
     """
-    job = Job.read(folder)
+    job = BuildJob.read(folder)
     done = sealed(folder, job)
     if done is not None:
         return done
@@ -77,7 +77,7 @@ def merge(folder: Path) -> Manifest:
     return manifest
 
 
-def sealed(folder: Path, job: Job) -> Manifest | None:
+def sealed(folder: Path, job: BuildJob) -> Manifest | None:
     """The manifest that this job has written, if it has.
 
     Raises:
@@ -101,7 +101,7 @@ def tidy(folder: Path) -> None:
     (folder / NAME).unlink(missing_ok=True)
 
 
-def _index_files(folder: Path, job: Job, mergeable: bool) -> list[Path]:
+def _index_files(folder: Path, job: BuildJob, mergeable: bool) -> list[Path]:
     if mergeable:
         names = [part_name(number) for number in range(len(parts_of(folder)))]
         trained = standing(folder)

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from index_build import add as adding
 from index_build import extract as extracting
 from index_build import pieces
-from index_build.job import Job
+from index_build.job import BuildJob
 from index_build.ray_worker import Attempts, Extractor, Work, heard, tell_part
 from nndefense.database import cluster
 from nndefense.datasets import ImageDataset
@@ -57,7 +57,7 @@ class RayEngine:
 
     def shards(
         self,
-        job: Job,
+        job: BuildJob,
         dataset: ImageDataset,
         classifier: Classifier,
         exclude: ImageDataset | None = None,
@@ -117,7 +117,7 @@ class RayEngine:
         def make(numbers: Sequence[int]) -> Generator[adding.PartReport, None, None]:
             if not numbers:
                 return
-            job, gpu = _absolute(Job.read(folder)), device != "cpu"
+            job, gpu = _absolute(BuildJob.read(folder)), device != "cpu"
             _, cpus = share_out(self._machines(), self.workers, gpu=gpu)
             remote = self._ray.remote(tell_part).options(
                 num_cpus=cpus, num_gpus=1 if gpu else 0, max_retries=ATTEMPTS, scheduling_strategy="SPREAD"
@@ -252,7 +252,7 @@ def await_piece(path: Path, seconds: float = _SEEN_SECONDS) -> None:
         os.listdir(path.parent)
 
 
-def _absolute(job: Job) -> Job:
+def _absolute(job: BuildJob) -> BuildJob:
     targets = tuple(replace(target, folder=target.folder.resolve()) for target in job.targets)
     return replace(job, targets=targets)
 

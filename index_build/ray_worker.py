@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from index_build.add import PartReport, make_part
 from index_build.extract import ShardReport, make_shard
-from index_build.job import Job
-from index_build.tools import Tools
+from index_build.job import BuildJob
+from index_build.shard_tools import ShardTools
 from nndefense.database.cluster import import_ray
 from nndefense.datasets import ImageDataset, SourceError
 from nndefense.errors import DatabaseError, DataError, InputError, ModelError, NNDefenseError
@@ -48,7 +48,7 @@ class Work:
         attempts: workers that may be lost over one shard before the build gives up: it might be what ends them.
     """
 
-    job: Job
+    job: BuildJob
     dataset: ImageDataset
     classifier: Classifier
     exclude: ImageDataset | None
@@ -80,7 +80,7 @@ class Extractor:
         """
         self._held = held
         self._work: Work | None = None
-        self._tools: Tools | None = None
+        self._tools: ShardTools | None = None
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Make the shards of a batch's numbers; returns their reports, or errors, as text."""
@@ -108,12 +108,12 @@ class Extractor:
             with suppress(OSError):
                 os.chdir(work.folder)
             classifier = work.classifier.to(work.device)
-            self._tools = Tools.of(work.job, work.dataset, classifier, work.exclude, workers=work.readers)
+            self._tools = ShardTools.of(work.job, work.dataset, classifier, work.exclude, workers=work.readers)
         # Looked again before anything is written: the build may have failed meanwhile, and another one begun there.
         return make_shard(work.job, number, self._tools, lambda: check_folders(work.job))
 
 
-def tell_part(job: Job, number: int, device: str, threads: int, part_rows: int) -> str:
+def tell_part(job: BuildJob, number: int, device: str, threads: int, part_rows: int) -> str:
     """Make one part of the index of a job's only target; returns its report, or an error, as text."""
 
     def make() -> PartReport:
@@ -123,7 +123,7 @@ def tell_part(job: Job, number: int, device: str, threads: int, part_rows: int) 
     return told(make)
 
 
-def check_folders(job: Job) -> None:
+def check_folders(job: BuildJob) -> None:
     """Make sure that this machine sees the folders in which the build is going on.
 
     Raises:
@@ -131,7 +131,7 @@ def check_folders(job: Job) -> None:
     """
     for target in job.targets:
         try:
-            found: dict[str, Any] | None = Job.read(target.folder).settings(target)
+            found: dict[str, Any] | None = BuildJob.read(target.folder).settings(target)
         except DatabaseError:
             found = None
         if found != job.settings(target):

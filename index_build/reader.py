@@ -29,7 +29,7 @@ _PIECE_PIXELS = 1 << 17
 
 
 @dataclass(frozen=True)
-class Batch:
+class ReadBatch:
     """What became of up to ``batch_size`` rows; those of rejected images are missing from all but ``rejected``.
 
     Attributes:
@@ -57,7 +57,7 @@ def read(
     workers: int | None = None,
     ahead: int = 2,
     pin: bool = False,
-) -> Iterator[Batch]:
+) -> Iterator[ReadBatch]:
     """Yield the images at ``positions``, in that order, ``batch_size`` positions at a time.
 
     Memory holds at most ``ahead`` + 1 batches, besides the one that the caller has. What comes out does not depend on
@@ -96,7 +96,7 @@ class _Coming:
 
 def _read(
     dataset: ImageDataset, rows: NDArray[np.int64], batch_size: int, workers: int, ahead: int, pin: bool
-) -> Iterator[Batch]:
+) -> Iterator[ReadBatch]:
     # Small batches of large images are read by several threads too.
     small = _PIECE_PIXELS // max(1, math.prod(dataset.shape))
     size = max(1, small, min(_PIECE, -(-batch_size // workers)))
@@ -125,7 +125,7 @@ def _read(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _finished(dataset: ImageDataset, coming: _Coming) -> Batch:
+def _finished(dataset: ImageDataset, coming: _Coming) -> ReadBatch:
     wrong = {at + place: error for at, piece in coming.pieces for place, error in piece.result().items()}
     rows, images, digests = coming.rows, coming.images, coming.digests
     rejected = dataset.rejected(rows, wrong)
@@ -135,4 +135,4 @@ def _finished(dataset: ImageDataset, coming: _Coming) -> Batch:
         rows, digests = rows[good], digests[good]
         packed = torch.empty((len(good), *images.shape[1:]), pin_memory=images.is_pinned())
         images = torch.index_select(images, 0, kept, out=packed)
-    return Batch(rows, images, torch.from_numpy(dataset.labels[rows]), dataset.ids.take(rows), digests, rejected)
+    return ReadBatch(rows, images, torch.from_numpy(dataset.labels[rows]), dataset.ids.take(rows), digests, rejected)

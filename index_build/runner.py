@@ -14,11 +14,11 @@ from index_build.add import PartReport, add
 from index_build.begin import begin
 from index_build.extract import Extracted, ShardReport, extract
 from index_build.fit import fit_index
-from index_build.job import NAME, Job, Options
+from index_build.job import NAME, BuildJob, Options
 from index_build.lock import locked
 from index_build.merge import merge, sealed, tidy
 from index_build.ray_engine import engine_of
-from index_build.tools import Tools
+from index_build.shard_tools import ShardTools
 from index_build.verify import check, measure
 from nndefense.database import ImageDatabase
 from nndefense.database.gpu import check_device
@@ -162,7 +162,7 @@ def building(folders: Sequence[Path]) -> Iterator[None]:
 
 
 def extract_rows(
-    job: Job,
+    job: BuildJob,
     dataset: ImageDataset,
     classifier: Classifier,
     exclude: ImageDataset | None = None,
@@ -173,7 +173,7 @@ def extract_rows(
     progress: bool = True,
 ) -> list[Extracted]:
     """Extract, for a job that has begun; see :func:`~index_build.extract.extract`."""
-    tools = Tools.of(job, dataset, classifier, exclude, workers=workers)
+    tools = ShardTools.of(job, dataset, classifier, exclude, workers=workers)
     return extract(job, tools, max_rejected=max_rejected, make=make, progress=progress)
 
 
@@ -194,7 +194,7 @@ def complete(
     Raises:
         DatabaseError, InputError: as the stages do.
     """
-    job = Job.read(folder)
+    job = BuildJob.read(folder)
     if sealed(folder, job) is None:
         fit_index(folder, device=device)
         add(folder, workers=workers, device=device, make=make, progress=progress)

@@ -17,7 +17,7 @@ from index_build import merge as merging
 from index_build.begin import begin
 from index_build.extract import Extracted
 from index_build.fit import Fitted, fit_index
-from index_build.job import NAME, Job
+from index_build.job import NAME, BuildJob
 from index_build.ray_engine import engine_of
 from index_build.runner import building, extract_rows, finish, options_of
 from nndefense.database import ImageDatabase
@@ -31,12 +31,12 @@ Vectors = NDArray[np.float32]
 
 
 @contextmanager
-def _unfinished(folder: Path) -> Iterator[Job]:
+def _unfinished(folder: Path) -> Iterator[BuildJob]:
     """The unfinished build of a folder, with its lock held."""
     # Asked before the lock, which would make the folder.
-    Job.read(folder)
+    BuildJob.read(folder)
     with building([folder]):
-        yield Job.read(folder)
+        yield BuildJob.read(folder)
 
 
 def extract(

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from nndefense import files
 from nndefense.database import ImageDatabase, rows, writer
-from nndefense.database.index import FaissIndex, TorchIndex
+from nndefense.database.index import TorchIndex
+from nndefense.database.index_training import build_index
 from nndefense.errors import DatabaseError, InputError
 from nndefense.features import PCA
 
@@ -447,7 +448,7 @@ def test_verify_finds_what_checksums_cannot(tmp_path):
         twice.verify()
     database = write(tmp_path / "b", data)
     assert database.verify() == {"rows": 9, "files": 2, "index_rows": 9}
-    database._index = FaissIndex.build("Flat", 16, data.features.numpy()[:0], [data.features.numpy()[:8]])
+    database._index = build_index("Flat", 16, data.features.numpy()[:0], [data.features.numpy()[:8]])
     with pytest.raises(DatabaseError, match="holds 8 of 9 rows"):
         database.verify()
 

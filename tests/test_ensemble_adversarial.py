@@ -38,7 +38,7 @@ from nndefense.training.batches import EpochBatches
 from nndefense.training.launcher import Team
 from nndefense.training.random_state import kept
 from nndefense.training.settings import make_settings
-from nndefense.training.watch import stronger
+from nndefense.training.validation import stronger
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked")
 N, EPS = 8, 0.2

@@ -9,8 +9,9 @@ from helpers import nearest_by_loop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nndefense.database.exact import ExactSearch, squared_distances
-from nndefense.database.index import FaissIndex, TorchIndex
+from nndefense.database.exact_search import ExactSearch, squared_distances
+from nndefense.database.index import TorchIndex
+from nndefense.database.index_training import build_index
 from nndefense.errors import InputError
 
 
@@ -41,7 +42,7 @@ def test_search_is_brute_force_for_any_shape(n, d, q, piece, seed, k, whole):
 def test_a_thousand_vectors_have_the_neighbours_of_brute_force_and_of_faiss():
     rows, queries = draw(1000, 24), draw(50, 24, seed=1)
     wanted = nearest_by_loop(queries.numpy(), rows.numpy(), 50)[1]
-    faiss = FaissIndex.build("Flat", 24, rows.numpy(), [rows.numpy()]).search(queries.numpy(), 50)
+    faiss = build_index("Flat", 24, rows.numpy(), [rows.numpy()]).search(queries.numpy(), 50)
     torch_index = TorchIndex(lambda first, last: rows.numpy()[first:last], 1000, piece=333).search(queries.numpy(), 50)
     ours = ExactSearch(rows, piece=77).search(queries, 50)
     assert [set(row) for row in ours[1].tolist()] == [set(row) for row in wanted.tolist()]

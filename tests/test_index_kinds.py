@@ -13,9 +13,9 @@ from helpers import nearest_by_loop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nndefense.database.choosing import EXACT_ROWS, choose_index, index_bytes
 from nndefense.database.gpu import check_device, list_finder
 from nndefense.database.index import FaissIndex
+from nndefense.database.index_choice import EXACT_ROWS, choose_index, index_bytes
 from nndefense.database.index_training import check_factory, sample_rows, train_index, training_rows
 from nndefense.database.merging import merge_parts
 from nndefense.database.tuning import exact_neighbours, recall_at, tune

@@ -27,7 +27,7 @@ from index_build import add as adding
 from index_build import build_database, build_databases, pieces, ray_engine, ray_worker, stages
 from index_build.add import PartReport
 from index_build.extract import ShardReport
-from index_build.job import Job
+from index_build.job import BuildJob
 from index_build.ray_engine import await_piece, engine_of, share_out
 from index_build.ray_worker import Attempts, Extractor, Work, check_folders, heard, told
 from nndefense.cli.app import app
@@ -56,10 +56,10 @@ def checksums(folder: Path) -> dict[str, str]:
     return {name: entry.sha256 for name, entry in manifest.files.items()}
 
 
-def begun(folder: Path, **options: Any) -> Job:
+def begun(folder: Path, **options: Any) -> BuildJob:
     """An unfinished build of 60 digits whose rows are complete."""
     stages.extract(digits("train").subset(np.arange(60)), trained(), FEATURE, folder, **(SMALL | options))
-    return Job.read(folder)
+    return BuildJob.read(folder)
 
 
 # -- without a cluster ---------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_a_worker_looks_whether_the_folder_is_the_builds(tmp_path: Path) -> None
     check_folders(job)
     other = begun(tmp_path / "other", seed=1)
     with pytest.raises(DatabaseError, match=r"does not hold the build there.*shared file system"):
-        check_folders(Job(**{**vars(job), "options": other.options}))
+        check_folders(BuildJob(**{**vars(job), "options": other.options}))
     (tmp_path / "db" / "job.json").unlink()
     with pytest.raises(DatabaseError, match=r"does not hold the build there.*shared file system"):
         check_folders(job)

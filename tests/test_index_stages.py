@@ -20,7 +20,7 @@ from PIL import Image
 
 from index_build import add as adding
 from index_build import build_database, build_databases, stages
-from index_build.job import Job
+from index_build.job import BuildJob
 from index_build.lock import locked
 from nndefense import files
 from nndefense.database import ImageDatabase, Manifest, neighbor_weights, repeats, rows
@@ -592,7 +592,7 @@ def test_a_damaged_job(tmp_path: Path, content: str) -> None:
     out = tmp_path / "x"
     stages.extract(pictures(), trained(), FEATURE, out, **SMALL)
     (out / "job.json").write_text(content)
-    for use in (lambda: build(out), lambda: stages.fit(out), lambda: Job.read(out)):
+    for use in (lambda: build(out), lambda: stages.fit(out), lambda: BuildJob.read(out)):
         with pytest.raises(DatabaseError, match=r"job.json is damaged or of another version: .* --overwrite"):
             use()
     assert len(build(out, overwrite=True)) == 100
@@ -765,8 +765,8 @@ def test_ids_are_compared_as_text(tmp_path: Path) -> None:
 
 def test_a_job_survives_its_file(tmp_path: Path) -> None:
     stages.extract(pictures(), trained(), FEATURE, tmp_path / "x", **SMALL, reopen={"classifier": "somewhere"})
-    job = Job.read(tmp_path / "x")
+    job = BuildJob.read(tmp_path / "x")
     assert job.reopen == {"classifier": "somewhere"}
     job.write()
-    assert Job.read(tmp_path / "x") == job
+    assert BuildJob.read(tmp_path / "x") == job
     assert dataclasses.replace(job, images=25).shards == 2

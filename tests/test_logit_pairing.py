@@ -19,7 +19,7 @@ from nndefense.errors import InputError
 from nndefense.models import load_classifier
 from nndefense.training import Batch, InnerAttack, make_objective, train_classifier
 from nndefense.training.objectives.logit_pairing import EXAMPLES_WEIGHT, IMAGENET_WEIGHT
-from nndefense.training.watch import stronger
+from nndefense.training.validation import stronger
 
 N = 9
 Y = np.array([0, 1, 2, 3, 0, 1, 2, 3, 0])

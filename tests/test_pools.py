@@ -11,16 +11,14 @@ from helpers import digits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nndefense.database.near_images import NearSearch, near_images, near_threshold
 from nndefense.datasets import ArrayDataset, ImageDataset
+from nndefense.datasets.pool_identity import check_pool, pool_identity
 from nndefense.errors import DataError, InputError
-from nndefense.training.near import NearSearch, near_images
 from nndefense.training.pools import (
     PseudoLabelledDataset,
     balanced_rows,
-    check_pool,
     complement,
-    near_threshold,
-    pool_identity,
     without_labels,
 )
 

@@ -22,14 +22,15 @@ from torch import Tensor, nn
 
 from index_build import build_database
 from nndefense.database import ImageDatabase
+from nndefense.database.near_images import NearSearch
 from nndefense.datasets import ArrayDataset, ImageDataset, concatenate, write_hdf5
 from nndefense.datasets.ids import PackedIds
+from nndefense.datasets.pool_identity import pool_identity
 from nndefense.errors import DatabaseError, DataError, InputError, ModelError, NNDefenseError
 from nndefense.models import Classifier, save_classifier
 from nndefense.training import pseudo_job, train_classifier
 from nndefense.training.labellers import Combined, Guess, Retrieval, Teacher
-from nndefense.training.near import NearSearch
-from nndefense.training.pools import complement, pool_identity
+from nndefense.training.pools import complement
 from nndefense.training.pseudo_job import write_pseudo_labels
 from nndefense.training.pseudo_labels import PseudoLabels, label_accuracy
 

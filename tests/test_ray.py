@@ -33,7 +33,7 @@ from served import REPOSITORY, K, command, environment, home, open_guard, pictur
 
 from index_build import build_database
 from nndefense.database import ImageDatabase, shard, sharded
-from nndefense.database.exact import TorchIndex
+from nndefense.database.exact_search import TorchIndex
 from nndefense.database.shard import Shard
 from nndefense.errors import DatabaseError, InputError, ModelError
 from nndefense.features import FeatureSpec

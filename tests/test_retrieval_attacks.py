@@ -13,7 +13,7 @@ from nndefense import attacks
 from nndefense.attacks import pgd, retrieval
 from nndefense.attacks.retrieval import Knowledge, RetrievalSurface, Rows, ascent, relaxation, starts
 from nndefense.database import combine
-from nndefense.database.exact import ExactSearch
+from nndefense.database.exact_search import ExactSearch
 from nndefense.defenses import NearestNeighborDefense, RelaxedDefense
 from nndefense.errors import InputError
 from nndefense.features import FeatureSpec

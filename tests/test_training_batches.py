@@ -16,7 +16,7 @@ from nndefense.datasets.arrays import ArrayDataset
 from nndefense.errors import InputError
 from nndefense.training import TrainingSettings
 from nndefense.training.augmentation import flipped, shifted
-from nndefense.training.batches import EpochBatches, Images, Share
+from nndefense.training.batches import DeviceImages, EpochBatches, StepShare
 from nndefense.training.launcher import Team
 from nndefense.training.random_state import kept
 
@@ -136,7 +136,7 @@ def test_processes_share_each_batch() -> None:
     alone = rows(made(33, pool=20, unlabelled_per_batch=5), 2)
     teams = [made(33, pool=20, unlabelled_per_batch=5, team=Team(CPU, rank, 3)) for rank in range(3)]
     for step, shares in enumerate(zip(*(list(batches.epoch(2)) for batches in teams), strict=True)):
-        assert all(isinstance(share, Share) for share in shares)
+        assert all(isinstance(share, StepShare) for share in shares)
         labelled = [row for share in shares for row in share.batch.labels[: share.own_labelled].tolist()]
         others = [row for share in shares for row in share.batch.labels[share.own_labelled :].tolist()]
         assert labelled + others == alone[step]
@@ -187,7 +187,7 @@ def test_a_failed_read_ends_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_images_are_kept_as_bytes_only_where_that_is_exact() -> None:
     eight_bit, others = arrays(3000, levels=255), arrays(3000)
-    kept_bytes, kept_floats = Images(eight_bit, CPU), Images(others, CPU)
+    kept_bytes, kept_floats = DeviceImages(eight_bit, CPU), DeviceImages(others, CPU)
     assert kept_bytes.resident is not None
     assert kept_floats.resident is not None
     assert kept_bytes.resident.dtype == torch.uint8
@@ -200,14 +200,14 @@ def test_images_are_kept_as_bytes_only_where_that_is_exact() -> None:
     pixels = eight_bit.batch(range(3000))[0]
     pixels[2500, 0, 0, 0] = 0.123
     mixed = ArrayDataset(pixels.numpy(), eight_bit.labels, name="mixed", classes=["a", "b"])
-    found = Images(mixed, CPU)
+    found = DeviceImages(mixed, CPU)
     assert torch.equal(found.at(torch.arange(3000)), mixed.batch(range(3000))[0])
     # A limit between the two sizes.
     limit = 2 * pixels.numel()
-    assert Images(eight_bit, CPU, limit).resident is not None
-    assert Images(others, CPU, limit).resident is None
-    assert Images(mixed, CPU, limit).resident is None
-    assert torch.equal(Images(others, CPU, limit).fetch(chosen), others.batch(chosen)[0])
+    assert DeviceImages(eight_bit, CPU, limit).resident is not None
+    assert DeviceImages(others, CPU, limit).resident is None
+    assert DeviceImages(mixed, CPU, limit).resident is None
+    assert torch.equal(DeviceImages(others, CPU, limit).fetch(chosen), others.batch(chosen)[0])
 
 
 def test_shifts_are_whole_pixels_up_to_an_eighth() -> None:

@@ -31,7 +31,7 @@ from nndefense.training.ema import WeightAverage
 from nndefense.training.precision import Precision, unsafe
 from nndefense.training.schedule import learning_rate
 from nndefense.training.settings import SettingsOptions, make_settings, setting_defaults
-from nndefense.training.watch import CatastrophicOverfitting, collapsed, stronger
+from nndefense.training.validation import CatastrophicOverfitting, collapsed, stronger
 
 CPU = torch.device("cpu")
 QUICK: dict[str, Any] = {"epochs": 3, "batch_size": 20, "device": "cpu", "progress": False}

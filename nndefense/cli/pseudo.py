@@ -10,12 +10,12 @@ import numpy as np
 
 from nndefense.cli import inputs, output
 from nndefense.database import ImageDatabase
+from nndefense.database.near_images import NearSearch
 from nndefense.datasets import ImageDataset, open_dataset
 from nndefense.errors import InputError
 from nndefense.models import Classifier
 from nndefense.statistics import wilson_interval
 from nndefense.training.labellers import Combined, Labeller, Retrieval, Teacher
-from nndefense.training.near import NearSearch
 from nndefense.training.pools import balanced_rows, complement
 from nndefense.training.pseudo_job import write_pseudo_labels
 from nndefense.training.pseudo_labels import PseudoLabels, label_accuracy

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from nndefense.faces import importing
 
 if TYPE_CHECKING:
-    from nndefense.database.choosing import Choice, choose_index
     from nndefense.database.classifier_source import classifier_of
     from nndefense.database.database import ImageDatabase
     from nndefense.database.index import FaissIndex
+    from nndefense.database.index_choice import IndexChoice, choose_index
     from nndefense.database.index_training import train_index
     from nndefense.database.manifest import Manifest
     from nndefense.database.merging import merge_parts
@@ -23,7 +23,7 @@ __getattr__ = importing(
     __name__,
     {
         "WEIGHTINGS": "nndefense.database.weighting",
-        "Choice": "nndefense.database.choosing",
+        "IndexChoice": "nndefense.database.index_choice",
         "DatabaseWriter": "nndefense.database.writer",
         "FaissIndex": "nndefense.database.index",
         "ImageDatabase": "nndefense.database.database",
@@ -31,7 +31,7 @@ __getattr__ = importing(
         "Tuned": "nndefense.database.tuning",
         "Weighting": "nndefense.database.weighting",
         "check_vacant": "nndefense.database.writer",
-        "choose_index": "nndefense.database.choosing",
+        "choose_index": "nndefense.database.index_choice",
         "classifier_of": "nndefense.database.classifier_source",
         "combine": "nndefense.database.weighting",
         "exact_neighbours": "nndefense.database.tuning",
@@ -46,10 +46,10 @@ __getattr__ = importing(
 
 __all__ = [
     "WEIGHTINGS",
-    "Choice",
     "DatabaseWriter",
     "FaissIndex",
     "ImageDatabase",
+    "IndexChoice",
     "Manifest",
     "Tuned",
     "Weighting",

@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nndefense.database.index import BACKENDS, FaissIndex, Index, TorchIndex, faiss_available
+from nndefense.database.faiss_tools import faiss_available
+from nndefense.database.index import BACKENDS, FaissIndex, Index, TorchIndex
+from nndefense.database.index_training import build_index
 from nndefense.database.manifest import Manifest
 from nndefense.database.repeats import repeated_ids
-from nndefense.database.rows import Rows
+from nndefense.database.rows import StoredRows
 from nndefense.database.sharded import ENGINES, ShardedIndex
 from nndefense.database.weighting import CBW_D_POWER, CBW_D_TERMS, neighbor_weights
 from nndefense.database.writer import VIRTUAL, DatabaseWriter, ShardWriter, read_pca, seal
@@ -36,7 +38,14 @@ class ImageDatabase:
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, table: Rows, index: Index, pca: PCA | None, backend: str, device: str
+        self,
+        path: Path,
+        manifest: Manifest,
+        table: StoredRows,
+        index: Index,
+        pca: PCA | None,
+        backend: str,
+        device: str,
     ) -> None:
         self.path, self.manifest, self.pca = path, manifest, pca
         self._table, self._index, self._backend, self._device = table, index, backend, device
@@ -112,7 +121,7 @@ class ImageDatabase:
         manifest.check_files(folder, checksums=verify)
         if classifier is not None:
             _check_classifier(folder, manifest, classifier)
-        table = Rows([folder / name for name in manifest.shards])
+        table = StoredRows([folder / name for name in manifest.shards])
         if len(table) != manifest.rows:
             raise DatabaseError(
                 f"{folder} holds {len(table):,} rows but its manifest says {manifest.rows:,}: build it again"
@@ -303,7 +312,7 @@ class ImageDatabase:
             raise InputError(f"a subset needs row numbers from 0 to {len(self) - 1}")
         features = self._table.take("features", selection)
         index: Index = (
-            FaissIndex.build("Flat", self.dimension, features[:0], [features])
+            build_index("Flat", self.dimension, features[:0], [features])
             if self._backend == "faiss"
             else TorchIndex(lambda first, last: features[first:last], len(features), device=self._device)
         )

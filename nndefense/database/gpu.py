@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nndefense.database.index import import_faiss
+from nndefense.database.faiss_tools import import_faiss
 from nndefense.errors import InputError
 
 DEVICES = ("cpu", "cuda", "cuda:N", "all-gpus")

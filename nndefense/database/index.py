@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nndefense.database.exact import TorchIndex
+from nndefense.database.exact_search import TorchIndex
+from nndefense.database.faiss_tools import import_faiss, is_graph, list_ids, threads, transforms, unusable
+from nndefense.database.gpu import list_finder, on_device
 from nndefense.errors import DatabaseError, InputError
 
 Array = NDArray[Any]
 Search = tuple[NDArray[np.float32], NDArray[np.int64]]
 BACKENDS = ("auto", "faiss", "torch")
 _PIECE = 1 << 16
-__all__ = ["BACKENDS", "FaissIndex", "Index", "TorchIndex", "faiss_available", "import_faiss"]
+__all__ = ["BACKENDS", "FaissIndex", "Index", "TorchIndex"]
 
 
 class Index(Protocol):
@@ -37,30 +37,8 @@ class FaissIndex:
     # -- making and opening -------------------------------------------------------------------------------------
 
     @classmethod
-    def build(cls, factory: str, dimension: int, sample: Array, rows: Iterable[Array]) -> FaissIndex:
-        """Train an index on a sample and add all rows to it.
-
-        Args:
-            factory: FAISS's factory string: ``Flat`` is exact; ``IVF1024,Flat``, ``HNSW32`` and so on. Inverted
-                lists are searched in a sixteenth of them, at least 8, until :meth:`set_search` says otherwise.
-            dimension: d.
-            sample: n x d float32 to train on; ignored by indexes that need no training.
-            rows: pieces M x d of the rows, in order.
-
-        Raises:
-            InputError: a factory string that FAISS does not know, or a sample too small for it.
-        """
-        # The training builds on this class.
-        from nndefense.database.index_training import train_index
-
-        made = train_index(factory, dimension, sample)
-        for piece in rows:
-            made.add(piece)
-        return made
-
-    @classmethod
     def empty(cls, factory: str, dimension: int) -> FaissIndex:
-        """An index without rows, neither trained; see :meth:`build` for arguments and errors."""
+        """An index without rows, neither trained; see :func:`~nndefense.database.index_training.build_index`."""
         faiss = import_faiss()
         try:
             made = cls(faiss.index_factory(dimension, factory, faiss.METRIC_L2))
@@ -176,8 +154,6 @@ class FaissIndex:
             raise InputError("an index of this kind cannot be made in parts: add its rows from the first to the last")
         assign = None
         if in_lists and device != "cpu":
-            from nndefense.database.gpu import list_finder
-
             assign = list_finder(self.inner, device)
         try:
             # Several threads at once would build another graph every time.
@@ -264,72 +240,8 @@ class FaissIndex:
 
     def to_device(self, device: str, *, float16: bool = False) -> FaissIndex:
         """A copy for searching; see :func:`nndefense.database.gpu.on_device`."""
-        from nndefense.database.gpu import on_device
-
         return FaissIndex(on_device(self.index, device, float16=float16))
 
     def to_cpu(self) -> FaissIndex:
         """The same index for the CPU: itself, or a copy of one that is on GPUs."""
         return FaissIndex(import_faiss().index_gpu_to_cpu(self.index)) if self.on_gpu else self
-
-
-def transforms(index: Any) -> Iterator[Any]:
-    """What FAISS does to vectors before it indexes them, first things first."""
-    faiss = import_faiss()
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        for number in range(index.chain.size()):
-            yield faiss.downcast_VectorTransform(index.chain.at(number))
-
-
-def is_graph(inner: Any) -> bool:
-    """Whether a FAISS index is a graph, whose shape depends on the order in which rows come."""
-    return hasattr(inner, "hnsw") or hasattr(inner, "nsg") or hasattr(inner, "nndescent")
-
-
-def list_ids(lists: Any, number: int) -> NDArray[np.int64]:
-    """The row numbers in one inverted list."""
-    size = lists.list_size(number)
-    if not size:
-        return np.empty(0, dtype=np.int64)
-    return np.array(import_faiss().rev_swig_ptr(lists.get_ids(number), size), dtype=np.int64)
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Let FAISS use this many threads for a while; None: as many as it does."""
-    faiss = import_faiss()
-    before = faiss.omp_get_max_threads()
-    if count is not None:
-        faiss.omp_set_num_threads(count)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
-
-
-def unusable(factory: str, error: RuntimeError) -> InputError:
-    """What FAISS says of an index that it cannot make, for people."""
-    # It ends with the reason; before it stand a C++ signature and a line number.
-    reason = re.sub(r"^Error in .* at \S+:\d+: ", "", str(error).strip().splitlines()[-1])
-    return InputError(f"FAISS cannot build an index {factory!r} here ({reason.strip()}): name another, such as Flat")
-
-
-def import_faiss() -> Any:
-    """The faiss module, or an error that says how to get it."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise DatabaseError(
-            "FAISS is not installed: pip install faiss-gpu (Linux x86-64) or faiss-cpu, or use the torch backend"
-        ) from error
-    return faiss
-
-
-def faiss_available() -> bool:
-    """Whether FAISS can be imported."""
-    try:
-        import_faiss()
-    except DatabaseError:
-        return False
-    return True

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nndefense.database.faiss_tools import import_faiss, is_graph, threads, transforms, unusable
 from nndefense.database.gpu import check_device, on_device
-from nndefense.database.index import FaissIndex, import_faiss, is_graph, threads, transforms, unusable
+from nndefense.database.index import FaissIndex
 from nndefense.errors import InputError
 
 Array = NDArray[Any]
@@ -59,7 +61,7 @@ def train_index(factory: str, dimension: int, sample: Array, *, device: str = "c
     The same sample, seed and number of threads give the same index on a CPU.
 
     Args:
-        factory: FAISS's factory string; see :meth:`FaissIndex.build`.
+        factory: FAISS's factory string; see :func:`build_index`.
         dimension: d.
         sample: n x d to learn from, as many as :func:`training_rows` says; ignored by kinds that learn nothing.
         device: where the centres of inverted lists are computed; see :func:`~nndefense.database.gpu.check_device`.
@@ -83,6 +85,25 @@ def train_index(factory: str, dimension: int, sample: Array, *, device: str = "c
         # FAISS looks into a single list by default, which often holds fewer rows than K.
         lists = int(made.inner.nlist)
         made.set_search({"nprobe": min(lists, max(lists // 16, 8))})
+    return made
+
+
+def build_index(factory: str, dimension: int, sample: Array, rows: Iterable[Array]) -> FaissIndex:
+    """Train an index on a sample and add all rows to it.
+
+    Args:
+        factory: FAISS's factory string: ``Flat`` is exact; ``IVF1024,Flat``, ``HNSW32`` and so on. Inverted lists are
+            searched in a sixteenth of them, at least 8, until :meth:`FaissIndex.set_search` says otherwise.
+        dimension: d.
+        sample: n x d float32 to train on; ignored by indexes that need no training.
+        rows: pieces M x d of the rows, in order.
+
+    Raises:
+        InputError: a factory string that FAISS does not know, or a sample too small for it.
+    """
+    made = train_index(factory, dimension, sample)
+    for piece in rows:
+        made.add(piece)
     return made
 
 

@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from nndefense.database.index import FaissIndex, import_faiss
+from nndefense.database.faiss_tools import import_faiss
+from nndefense.database.index import FaissIndex
 from nndefense.errors import DatabaseError, InputError
 from nndefense.files import write_atomically
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nndefense.database.rows import Rows, pieces_of
+from nndefense.database.rows import StoredRows, pieces_of
 
 Array = NDArray[Any]
 Rownumbers = NDArray[np.int64]
@@ -67,7 +67,7 @@ def repeated_ids(shards: Sequence[Path], folder: Path | None = None) -> Rownumbe
     rows, firsts = repeats((id_keys(piece) for piece in pieces_of(shards, "ids")), folder)
     if not len(rows):
         return rows
-    table = Rows(shards)
+    table = StoredRows(shards)
     same: Rownumbers = rows[table.take("ids", rows) == table.take("ids", firsts)]
     return same
 

@@ -90,7 +90,7 @@ def write_virtual(path: Path, shards: Sequence[Path]) -> None:
     path.write_bytes(buffer.getbuffer())
 
 
-class Rows:
+class StoredRows:
     """The rows of all shards as one table.
 
     Columns: ``features`` n x d float32, ``posteriors`` n x C float32, ``cbw_e`` and ``cbw_d`` n float32, ``ids`` n
@@ -170,12 +170,12 @@ class Rows:
 
 
 def pieces_of(paths: Sequence[Path], name: str, size: int = 1 << 16) -> Iterator[Array]:
-    """Read one column of shards in row order, at most ``size`` rows at a time, as :meth:`Rows.pieces` does.
+    """Read one column of shards in row order, at most ``size`` rows at a time, as :meth:`StoredRows.pieces` does.
 
     Only one shard is mapped at a time: pages that were read count as the process's memory until they are unmapped.
     """
     for path in paths:
-        yield from Rows([path]).pieces(name, size)
+        yield from StoredRows([path]).pieces(name, size)
 
 
 def sample_of(paths: Sequence[Path], sizes: Sequence[int], name: str, rows: Array) -> Array:
@@ -184,7 +184,7 @@ def sample_of(paths: Sequence[Path], sizes: Sequence[int], name: str, rows: Arra
     taken, start = [], 0
     for path, size, first, last in zip(paths, sizes, bounds[:-1], bounds[1:], strict=True):
         if first < last:
-            taken.append(Rows([path]).take(name, np.asarray(rows[first:last]) - start))
+            taken.append(StoredRows([path]).take(name, np.asarray(rows[first:last]) - start))
         start += size
     return np.concatenate(taken)
 

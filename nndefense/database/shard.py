@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nndefense.database.rows import Rows
+from nndefense.database.rows import StoredRows
 from nndefense.errors import DatabaseError
 from nndefense.files import sha256_of
 
@@ -117,7 +117,7 @@ class Shard:
     def _pieces(self, size: int) -> Iterator[NDArray[np.float32]]:
         """The features of the share, in copies: files that change later do not change what was verified."""
         share = self._share
-        table = Rows([path for path, _, _ in share.files])
+        table = StoredRows([path for path, _, _ in share.files])
         first, last = share.first - share.skipped, share.last - share.skipped
         for start in range(first, last, size):
             yield np.array(table.slice("features", start, min(start + size, last)), dtype=np.float32, order="C")
@@ -135,7 +135,7 @@ class Shard:
     def _by_torch(self, queries: Array, k: int) -> Found:
         import torch
 
-        from nndefense.database.exact import running_top_k
+        from nndefense.database.exact_search import running_top_k
 
         torch.set_num_threads(self._threads)
         with torch.no_grad():

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from nndefense.database import shard
 from nndefense.database.cluster import NAMESPACE, import_ray, join
-from nndefense.database.index import faiss_available, import_faiss
+from nndefense.database.faiss_tools import faiss_available, import_faiss
 from nndefense.database.manifest import Manifest
 from nndefense.database.shard import Found, Shard, Share
 from nndefense.errors import DatabaseError, InputError

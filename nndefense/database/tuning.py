@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nndefense.database.exact import running_top_k
-from nndefense.database.index import FaissIndex, Index, import_faiss, threads
+from nndefense.database.exact_search import running_top_k
+from nndefense.database.faiss_tools import import_faiss, threads
+from nndefense.database.index import FaissIndex, Index
 from nndefense.errors import InputError
 
 Array = NDArray[Any]

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nndefense.database.index import FaissIndex
+from nndefense.database.index_training import build_index
 from nndefense.database.manifest import NAME as MANIFEST
 from nndefense.database.manifest import FileEntry, Manifest, in_row_order
-from nndefense.database.rows import Rows, top_posteriors, write_shard
+from nndefense.database.rows import StoredRows, top_posteriors, write_shard
 from nndefense.database.weighting import neighbor_weights
 from nndefense.errors import DatabaseError, InputError
 from nndefense.features import PCA, FeatureSpec
@@ -220,12 +221,12 @@ def check_vacant(folder: Path, *, overwrite: bool = False) -> None:
 
 def seal(folder: Path, files: dict[str, FileEntry], factory: str, index_name: str, identity: Mapping[str, Any]) -> None:
     """Build the index over all shards and write the manifest, which replaces an older one in one step."""
-    rows = Rows([folder / name for name in in_row_order(name for name, entry in files.items() if entry.rows)])
+    rows = StoredRows([folder / name for name in in_row_order(name for name, entry in files.items() if entry.rows)])
     dimension = int(rows.slice("features", 0, 1).shape[1])
     chosen = np.random.default_rng(0).permutation(len(rows))[:_TRAINING_ROWS]
     needs_training = factory != "Flat"
     sample = rows.take("features", np.sort(chosen)) if needs_training else np.empty((0, dimension), np.float32)
-    index = FaissIndex.build(factory, dimension, sample, rows.pieces("features"))
+    index = build_index(factory, dimension, sample, rows.pieces("features"))
     store(folder / index_name, index.write)
     files[index_name] = FileEntry.of(folder / index_name)
     manifest = Manifest(

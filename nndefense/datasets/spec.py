@@ -16,9 +16,9 @@ from nndefense.datasets.digits import open_digits
 from nndefense.datasets.folder import ImageFolderDataset
 from nndefense.datasets.idx import open_idx
 from nndefense.datasets.listing import FileListDataset
-from nndefense.datasets.locate import locate, split_slice
 from nndefense.datasets.parquet import ParquetDataset
 from nndefense.datasets.remote import has_suffix, open_store
+from nndefense.datasets.spec_parts import locate, split_slice
 from nndefense.datasets.store import is_url
 from nndefense.datasets.torchvision_set import SETS, TorchvisionDataset
 from nndefense.datasets.transform import Size, check_form, in_form

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nndefense.attacks.retrieval import Knowledge, RetrievalSurface, Rows, relaxation
-from nndefense.database.exact import ExactSearch
+from nndefense.database.exact_search import ExactSearch
 from nndefense.database.weighting import neighbor_weights
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nndefense.database.near_images import NearSearch
 from nndefense.datasets import ImageDataset
 from nndefense.experiments.data import Images
 from nndefense.experiments.plan import Run
@@ -17,11 +18,10 @@ from nndefense.models import Classifier, build_classifier, load_classifier
 from nndefense.training import make_objective, train_classifier
 from nndefense.training.batch import Attack
 from nndefense.training.labellers import Teacher
-from nndefense.training.near import NearSearch
 from nndefense.training.progress import TrainingFolder
 from nndefense.training.pseudo_job import write_pseudo_labels
 from nndefense.training.pseudo_labels import label_accuracy
-from nndefense.training.watch import CatastrophicOverfitting
+from nndefense.training.validation import CatastrophicOverfitting
 
 
 @dataclass(frozen=True)

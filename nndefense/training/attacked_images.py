@@ -24,7 +24,7 @@ from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError
 from nndefense.files import PART, make_folder, read_json, write_atomically, write_json
 from nndefense.models import Classifier
-from nndefense.training.inner import InnerAttack
+from nndefense.training.inner_attack import InnerAttack
 from nndefense.training.random_state import kept, reseed
 
 FORMAT, VERSION = "nndefense-attacked-images", 1

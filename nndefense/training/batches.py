@@ -26,7 +26,7 @@ _READ_BATCH = 1024
 _LEVELS = 255
 
 
-class Images:
+class DeviceImages:
     """A data set whose images are wanted on a device, many at a time.
 
     Small sets are kept there as one tensor, of bytes where all pixels are whole multiples of 1/255 (the values that
@@ -66,7 +66,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Share:
+class StepShare:
     """What one process does in one step.
 
     Attributes:
@@ -93,7 +93,7 @@ class EpochBatches:
         team: who shares each batch; where the batches are wanted.
         unlabelled: M images of the pool, or None.
         pseudo_labels: int64 M.
-        resident_bytes: as for :class:`Images`.
+        resident_bytes: as for :class:`DeviceImages`.
 
     Attributes:
         others: the labelled images as static sources attacked them, for :attr:`Batch.others`; none at first.
@@ -131,15 +131,15 @@ class EpochBatches:
         self.images_per_epoch = (
             settings.batch_size * self.count if settings.steps_per_epoch else len(dataset)
         ) + self.per_batch * self.count
-        self._sets = [Images(dataset, team.device, resident_bytes)]
+        self._sets = [DeviceImages(dataset, team.device, resident_bytes)]
         self._labels = [labels.to(team.device)]
         if unlabelled is not None and pseudo_labels is not None:
-            self._sets.append(Images(unlabelled, team.device, resident_bytes))
+            self._sets.append(DeviceImages(unlabelled, team.device, resident_bytes))
             self._labels.append(pseudo_labels.to(team.device))
         self.others: Sequence[AttackedImages] = ()
         self._labelled = functools.lru_cache(maxsize=4)(self._mask)
 
-    def epoch(self, number: int, first: int = 0) -> Iterator[Share]:
+    def epoch(self, number: int, first: int = 0) -> Iterator[StepShare]:
         """Yield the shares of one epoch, from its step ``first`` (from 0) on.
 
         Every labelled image comes once, unless the settings fix the number of steps. The batches differ in size by
@@ -178,7 +178,7 @@ class EpochBatches:
         parts: list[Tensor],
         labels: list[Tensor],
         numbers: Tensor,
-    ) -> Share:
+    ) -> StepShare:
         mixed = len(parts) > 1
         images = torch.cat(parts) if mixed else parts[0]
         move = self._augmentation(images)
@@ -189,7 +189,7 @@ class EpochBatches:
         if self.others and not mixed:
             others = functools.partial(self._attacked, shares[0], move)
         batch = Batch(images, torch.cat(labels) if mixed else labels[0], mask, numbers, others)
-        return Share(batch, sum(map(len, rows)), len(rows[0]), own)
+        return StepShare(batch, sum(map(len, rows)), len(rows[0]), own)
 
     def _augmentation(self, images: Tensor) -> Callable[[Tensor], Tensor]:
         """What is done to a batch, drawn once, so that the same can be done to its attacked images."""

@@ -14,7 +14,7 @@ from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
 from nndefense.models import Classifier
 from nndefense.training.attacked_images import AttackedImages, write_attacked_images
-from nndefense.training.inner import InnerAttack
+from nndefense.training.inner_attack import InnerAttack
 from nndefense.training.launcher import Team
 
 

@@ -14,13 +14,13 @@ import torch
 
 from nndefense.errors import ModelError
 from nndefense.training.batches import EpochBatches
-from nndefense.training.log import LOOK_SECONDS, Board, Display
+from nndefense.training.display import LOOK_SECONDS, Curves, Display
 from nndefense.training.progress import BEST, TrainingFolder
 from nndefense.training.random_state import kept
 from nndefense.training.schedule import learning_rate
 from nndefense.training.state import HistoryRow, Standing, Sums
 from nndefense.training.step import Stepper
-from nndefense.training.watch import CatastrophicOverfitting, Watch, collapsed
+from nndefense.training.validation import CatastrophicOverfitting, ValidationChecks, collapsed
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Checkpoints:
         return by_steps or (self.seconds is not None and seconds >= self.seconds)
 
 
-class Run:
+class TrainingRun:
     """A training from where it stands to its end.
 
     Args:
@@ -55,7 +55,7 @@ class Run:
         self,
         stepper: Stepper,
         batches: EpochBatches,
-        watch: Watch,
+        watch: ValidationChecks,
         folder: TrainingFolder | None,
         checkpoints: Checkpoints,
         identity: dict[str, Any],
@@ -99,7 +99,7 @@ class Run:
             extra = {**self.identity, "precision": self.stepper.precision.state()}
             self.folder.save(self.stepper.tensors(), self.standing, extra)
 
-    def finish(self, board: Board | None, on_epoch: Callable[[HistoryRow], None] | None) -> None:
+    def finish(self, board: Curves | None, on_epoch: Callable[[HistoryRow], None] | None) -> None:
         """Train to the end; the classifier then has its final weights."""
         display = Display(
             self.settings.epochs, self.batches.count, self.batches.images_per_epoch, self.done, shown=self.shown
@@ -126,7 +126,7 @@ class Run:
         tired = patience is not None and self.standing.epochs_without_best() >= patience
         return tired or (self.settings.stop_on_collapse and self.standing.collapsed)
 
-    def _epoch(self, display: Display, board: Board | None) -> HistoryRow:
+    def _epoch(self, display: Display, board: Curves | None) -> HistoryRow:
         standing, stepper, count = self.standing, self.stepper, self.batches.count
         epoch, steps = standing.epoch, self.settings.epochs * count
         rate = learning_rate(self.settings, self.done, steps)

@@ -19,17 +19,17 @@ from nndefense.models.checkpoint import check_savable
 from nndefense.training.accuracy import check_labels
 from nndefense.training.batch import Attack, Objective
 from nndefense.training.batches import EpochBatches
+from nndefense.training.display import Curves, check_tensorboard
 from nndefense.training.ensemble_attack import EnsembleAttack
-from nndefense.training.epochs import Checkpoints, Run, fastest_convolutions
+from nndefense.training.epochs import Checkpoints, TrainingRun, fastest_convolutions
 from nndefense.training.identity import check_same, described, described_attack, form, identity_of
 from nndefense.training.launcher import Team, join
-from nndefense.training.log import Board, check_tensorboard
 from nndefense.training.objectives import OBJECTIVES, find_spec, make_objective
 from nndefense.training.progress import TrainingFolder
 from nndefense.training.settings import SettingsOptions, TrainingSettings, make_settings, whole
 from nndefense.training.state import HistoryRow
 from nndefense.training.step import Stepper
-from nndefense.training.watch import Watch
+from nndefense.training.validation import ValidationChecks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -110,7 +110,7 @@ def train_classifier(
     if unlabelled is not None:
         pseudo = classifier.label_map(unlabelled.classes)[torch.from_numpy(unlabelled.labels)]
     batches = EpochBatches(dataset, labels, chosen, team, unlabelled=unlabelled, pseudo_labels=pseudo)
-    watch = Watch(classifier, dataset, validation, attack, validation_attack, chosen, team)
+    watch = ValidationChecks(classifier, dataset, validation, attack, validation_attack, chosen, team)
 
     identity = identity_of(
         classifier,
@@ -139,7 +139,7 @@ def train_classifier(
         classifier.to(memory_format=torch.channels_last)
     team.agree(classifier)
     stepper = Stepper(classifier, loss, attack, chosen, team)
-    run = Run(
+    run = TrainingRun(
         stepper,
         batches,
         watch,
@@ -156,7 +156,7 @@ def train_classifier(
         run.save()
     board = None
     if tensorboard and folder is not None and team.leads:
-        board = Board(folder.folder, run.done)
+        board = Curves(folder.folder, run.done)
     try:
         with fastest_convolutions(team.device), reused_memory():
             run.finish(board, on_epoch)
@@ -231,7 +231,9 @@ def _checkpoints(steps: int | None, seconds: float | None) -> Checkpoints:
     return Checkpoints(steps, seconds)
 
 
-def _selection(validation: ImageDataset | None, watch: Watch, settings: TrainingSettings) -> dict[str, Any] | None:
+def _selection(
+    validation: ImageDataset | None, watch: ValidationChecks, settings: TrainingSettings
+) -> dict[str, Any] | None:
     """What the final weights are chosen by; None where they are those of the last step."""
     if not (settings.keep_best or settings.stop_on_collapse):
         return None

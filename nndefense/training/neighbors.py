@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nndefense.database import ImageDatabase
-from nndefense.database.exact import ExactSearch
+from nndefense.database.exact_search import ExactSearch
 from nndefense.datasets import ImageDataset, concatenate, open_dataset
 from nndefense.errors import DataError, InputError
 from nndefense.models import Classifier

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,10 +11,8 @@ from torch import Tensor
 
 from nndefense.datasets import ImageDataset
 from nndefense.datasets.base import shuffle_keys, update_with_strings
+from nndefense.datasets.pool_identity import pool_identity
 from nndefense.errors import DataError, InputError
-
-_SAMPLE = 64
-_BLOCK = 8192
 
 
 class _Relabelled(ImageDataset):
@@ -115,46 +111,3 @@ def balanced_rows(labels: NDArray[np.int64], n: int, seed: int) -> NDArray[np.in
     rank = np.concatenate([np.full(len(rows), turn[number]) for number, rows in enumerate(drawn)])
     order = np.lexsort((rank, place))
     return np.sort(np.concatenate(drawn)[order[:n]]).astype(np.int64)
-
-
-def pool_identity(pool: ImageDataset) -> dict[str, Any]:
-    """What tells one pool from another, whatever its labels: number, shape, all ids and 64 evenly spaced images.
-
-    Pixels are rounded to 8 bits, and a hash of each image says which one has changed.
-    """
-    ids = hashlib.sha256()
-    for start in range(0, len(pool), _BLOCK):
-        update_with_strings(ids, pool.ids[start : start + _BLOCK])
-    images = hashlib.sha256()
-    picked = np.unique(np.linspace(0, len(pool) - 1, min(len(pool), _SAMPLE)).astype(np.int64))
-    if len(picked):
-        images.update((pool.batch(picked)[0] * 255).round().byte().numpy().tobytes())
-    return {
-        "name": pool.name,
-        "n": len(pool),
-        "shape": list(pool.shape),
-        "ids_sha256": ids.hexdigest(),
-        "images_sha256": images.hexdigest(),
-    }
-
-
-def check_pool(pool: ImageDataset, made: dict[str, Any]) -> None:
-    """Raise :class:`DataError` unless ``pool`` is the one that ``made`` (a :func:`pool_identity`) describes."""
-    given = pool_identity(pool)
-    names = {"n": "number of images", "shape": "shape", "ids_sha256": "ids", "images_sha256": "pixels"}
-    changed = [what for key, what in names.items() if given[key] != made.get(key)]
-    if changed:
-        raise DataError(
-            f"{pool.name} is not the pool that was labelled ({made.get('name')}, {made.get('n')} images): other "
-            f"{' and '.join(changed)}; open that pool as it was, or label this one"
-        )
-
-
-def near_threshold(shape: Sequence[int]) -> float:
-    """The L2 distance, in pixels of [0, 1], below which an image counts as a copy of a test image.
-
-    Carmon et al. (2019) drop what lies within 2000 of a CIFAR-10 test image in pixels of 0 to 255, that is 2000/255
-    at 3 x 32 x 32 = 3,072 dimensions; a length grows with the root of the number of dimensions, so here it is
-    2000/255 * sqrt(dimensions / 3072), a root mean square of 36/255 a pixel.
-    """
-    return 2000 / 255 * math.sqrt(math.prod(shape) / 3072)

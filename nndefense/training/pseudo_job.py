@@ -14,13 +14,14 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from nndefense.database.near_images import NearSearch
 from nndefense.datasets import ImageDataset
+from nndefense.datasets.pool_identity import pool_identity
 from nndefense.errors import DataError, InputError
 from nndefense.files import PART, make_folder, read_json, write_atomically, write_json
 from nndefense.images import check_images, shape_text
 from nndefense.training.labellers import Guess, Labeller
-from nndefense.training.near import NearSearch
-from nndefense.training.pools import pool_identity, without_labels
+from nndefense.training.pools import without_labels
 from nndefense.training.pseudo_file import encode_ids, write_file
 from nndefense.training.pseudo_labels import PseudoLabels
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from nndefense.datasets import ImageDataset
 from nndefense.datasets.base import shuffle_keys
 from nndefense.datasets.ids import Ids, PickedIds
+from nndefense.datasets.pool_identity import check_pool
 from nndefense.errors import DataError, InputError
 from nndefense.models import Classifier
 from nndefense.models.classes import match_classes
-from nndefense.training.pools import PseudoLabelledDataset, check_pool, without_labels
+from nndefense.training.pools import PseudoLabelledDataset, without_labels
 from nndefense.training.pseudo_file import BLOCK, encode_ids, read_file, teachers_of, write_file
 
 Array = NDArray[Any]

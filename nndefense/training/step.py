@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nndefense.errors import InputError
 from nndefense.models import Classifier
 from nndefense.training.batch import Attack, Objective, Outcome
-from nndefense.training.batches import Share
+from nndefense.training.batches import StepShare
 from nndefense.training.ema import WeightAverage, copy_weights
 from nndefense.training.launcher import Team
 from nndefense.training.precision import Precision
@@ -59,7 +59,7 @@ class Stepper:
         # Batches come in two sizes at most: a graph for each is faster than one for any.
         self.model: nn.Module = torch.compile(classifier, dynamic=False) if settings.compile else classifier  # type: ignore[assignment]
 
-    def __call__(self, share: Share, rate: float, number: int, sums: Sums) -> None:
+    def __call__(self, share: StepShare, rate: float, number: int, sums: Sums) -> None:
         """Make step ``number`` (from 1) of the training with the learning rate ``rate``, and add its figures."""
         for group in self.solver.param_groups:
             group["lr"] = rate
@@ -109,7 +109,7 @@ class Stepper:
             copy_weights(self.classifier, self.average.tensors)
 
 
-def _figures(outcome: Outcome, share: Share) -> dict[str, tuple[Tensor, int]]:
+def _figures(outcome: Outcome, share: StepShare) -> dict[str, tuple[Tensor, int]]:
     """Sums over this process's images, each with the number of images of all processes that it will stand for."""
     batch, own = share.batch, len(share.batch.images)
     found = {_ACCURACIES.get(name, name): (value.detach() * own, share.images) for name, value in outcome.parts.items()}

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nndefense.attacks.checks import at_least
-from nndefense.database.exact import ExactSearch, squared_distances
-from nndefense.database.index import BACKENDS, FaissIndex, faiss_available, import_faiss
+from nndefense.database.exact_search import ExactSearch, squared_distances
+from nndefense.database.faiss_tools import faiss_available, import_faiss
+from nndefense.database.index import BACKENDS, FaissIndex
 from nndefense.defenses.quilting.manifest import INDEX, PIXELS, REBUILD, PatchManifest
 from nndefense.errors import DatabaseError, InputError
 from nndefense.images import shape_text

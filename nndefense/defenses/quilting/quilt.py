@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nndefense.attacks import Bpda
 from nndefense.attacks.checks import at_least
-from nndefense.database.exact import squared_distances
+from nndefense.database.exact_search import squared_distances
 from nndefense.defenses.quilting.layout import Layout, check_tiling, lay_out
 from nndefense.defenses.quilting.patches import PatchDatabase
 from nndefense.defenses.quilting.seams import boundary_cut

@@ -17,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nndefense.database.index import FaissIndex, faiss_available, import_faiss
+from nndefense.database.faiss_tools import faiss_available, import_faiss
+from nndefense.database.index import FaissIndex
+from nndefense.database.index_training import build_index
 from nndefense.database.manifest import FileEntry
 from nndefense.defenses.quilting.manifest import FORMAT, INDEX, NAME, PIXELS, PatchManifest
 from nndefense.defenses.quilting.patches import CENTRE, probes_of, set_probes
@@ -150,7 +152,7 @@ def _build_index(factory: str, stored: Tensor, probes: int | None) -> FaissIndex
     lists = import_faiss().try_extract_index_ivf(empty)
     wanted = 0 if empty.is_trained else _TRAINING * (_LISTS if lists is None else lists.nlist)
     chosen = np.sort(np.random.default_rng(0).permutation(len(stored))[:wanted])
-    index = FaissIndex.build(
+    index = build_index(
         factory, dimension, vectors(stored[torch.from_numpy(chosen)]), map(vectors, torch.split(stored, _PIECE))
     )
     if probes is not None or probes_of(index) is not None:

@@ -20,7 +20,7 @@ from nndefense.models import Classifier
 from nndefense.models.architectures.attentive import projected
 from nndefense.models.racnn import attentive, features_of
 from nndefense.training.batch import Attack, Batch, Outcome
-from nndefense.training.batches import Images
+from nndefense.training.batches import DeviceImages
 
 
 def simplex_draws(
@@ -110,7 +110,7 @@ class RetrievalAugmented:
         self.neighbors, self.labels, self.draws, self.weight = neighbors, labels, draws, weight
         self.description = description or f"ra-cnn(draws={draws}, weight={float(weight)})"
         self._dataset = images
-        self._images: Images | None = None
+        self._images: DeviceImages | None = None
 
     def __call__(self, model: nn.Module, batch: Batch, attack: Attack | None = None) -> Outcome:
         """The loss on one batch; ``attack`` is not used.
@@ -138,7 +138,7 @@ class RetrievalAugmented:
     def _fetch(self, rows: Tensor) -> Tensor:
         """Images of the database: from the device where the set is small enough to be kept there, else read."""
         if self._images is None or self._images.device != rows.device:
-            self._images = Images(self._dataset, rows.device)
+            self._images = DeviceImages(self._dataset, rows.device)
         return self._images.at(rows) if self._images.resident is not None else self._images.fetch(rows.cpu())
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nndefense.database.exact import running_top_k
+from nndefense.database.exact_search import running_top_k
 from nndefense.datasets import ImageDataset
+from nndefense.datasets.pool_identity import pool_identity
 from nndefense.errors import InputError
 from nndefense.images import shape_text
-from nndefense.training.pools import near_threshold, pool_identity
 
 _PIECE = 2048
 _MEMORY = 1 << 30
@@ -124,3 +124,13 @@ def near_images(
     search = NearSearch(references, eps)
     found = [search(images) for images, _, _ in pool.batches(batch_size)]
     return Near(torch.cat([f.rows for f in found]), torch.cat([f.distances for f in found]))
+
+
+def near_threshold(shape: Sequence[int]) -> float:
+    """The L2 distance, in pixels of [0, 1], below which an image counts as a copy of a test image.
+
+    Carmon et al. (2019) drop what lies within 2000 of a CIFAR-10 test image in pixels of 0 to 255, that is 2000/255
+    at 3 x 32 x 32 = 3,072 dimensions; a length grows with the root of the number of dimensions, so here it is
+    2000/255 * sqrt(dimensions / 3072), a root mean square of 36/255 a pixel.
+    """
+    return 2000 / 255 * math.sqrt(math.prod(shape) / 3072)

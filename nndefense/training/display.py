@@ -83,7 +83,7 @@ class Display:
         tqdm.write(", ".join(parts), file=sys.stderr)
 
 
-class Board:
+class Curves:
     """Curves for TensorBoard, by step of the whole training.
 
     Args:

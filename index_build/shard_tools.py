@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from index_build import pieces
-from index_build.job import Job, Target
+from index_build.job import BuildJob, BuildTarget
 from index_build.mapper import Mapper
+from nndefense.database.near_images import NearSearch
 from nndefense.database.writer import PCA_FILE, load_pca
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DatabaseError
 from nndefense.features import PCA
 from nndefense.models import Classifier
-from nndefense.training.near import NearSearch
 
 
 @dataclass(frozen=True)
-class Tools:
+class ShardTools:
     """Made once in a process, for all shards that it makes.
 
     Attributes:
@@ -42,13 +42,13 @@ class Tools:
     @classmethod
     def of(
         cls,
-        job: Job,
+        job: BuildJob,
         dataset: ImageDataset,
         classifier: Classifier,
         exclude: ImageDataset | None = None,
         *,
         workers: int | None = None,
-    ) -> Tools:
+    ) -> ShardTools:
         """Prepare to work on a job that has begun; what is given must be what it was begun with.
 
         Raises:
@@ -90,7 +90,7 @@ def label_numbers(dataset: ImageDataset, classifier: Classifier) -> Tensor:
     return torch.cat([known, torch.tensor([-1])])
 
 
-def pca_of(target: Target) -> PCA | None:
+def pca_of(target: BuildTarget) -> PCA | None:
     """The PCA of a target of a job that has begun.
 
     Raises:

@@ -17,9 +17,9 @@ from torch import Tensor
 from nndefense.datasets import ImageDataset
 from nndefense.models import Classifier
 from nndefense.training.batch import Attack
-from nndefense.training.batches import Images
+from nndefense.training.batches import DeviceImages
 from nndefense.training.ensemble_attack import EnsembleAttack
-from nndefense.training.inner import InnerAttack
+from nndefense.training.inner_attack import InnerAttack
 from nndefense.training.launcher import Team
 from nndefense.training.random_state import generator, kept, reseed
 from nndefense.training.settings import TrainingSettings
@@ -34,7 +34,7 @@ class CatastrophicOverfitting(UserWarning):
     """A net that is being trained is robust to its own single attack step, but not to several."""
 
 
-class Watch:
+class ValidationChecks:
     """A fixed sample of images that is attacked at every check.
 
     Args:
@@ -61,9 +61,9 @@ class Watch:
         self.seed = settings.seed
         self.team = team
         self.held_out = validation is not None
-        self.validation: Images | None = None
+        self.validation: DeviceImages | None = None
         if validation is not None:
-            self.validation = Images(validation, team.device)
+            self.validation = DeviceImages(validation, team.device)
             numbers = classifier.label_map(validation.classes)[torch.from_numpy(validation.labels)]
             self.validation_labels = numbers.to(team.device)
         self.single = attack if isinstance(attack, InnerAttack) and attack.steps == 1 and attack.eps > 0 else None

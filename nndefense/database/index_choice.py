@@ -17,7 +17,7 @@ _LINK_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Choice:
+class IndexChoice:
     """A kind of index.
 
     Attributes:
@@ -31,7 +31,7 @@ class Choice:
     bytes: int
 
 
-def choose_index(rows: int, dimension: int, *, memory: int | None = None, gpu: bool = False) -> Choice:
+def choose_index(rows: int, dimension: int, *, memory: int | None = None, gpu: bool = False) -> IndexChoice:
     """Choose the kind of index that ``auto`` means.
 
     Few rows are searched exactly. More go into inverted lists, about four times the root of their number, so that
@@ -52,7 +52,7 @@ def choose_index(rows: int, dimension: int, *, memory: int | None = None, gpu: b
         raise InputError("an index is chosen for at least 1 row, 1 dimension and 1 byte of memory")
     flat = index_bytes("Flat", rows, dimension)
     if rows <= EXACT_ROWS and (memory is None or flat <= memory):
-        return Choice("Flat", f"{rows:,} rows are few enough for an exact search", flat)
+        return IndexChoice("Flat", f"{rows:,} rows are few enough for an exact search", flat)
     lists = _lists(rows, gpu)
     coarse = f"IVF{lists}" if lists <= _MOST_FLAT_LISTS else f"IVF{lists}_HNSW32"
     kinds = [
@@ -69,10 +69,10 @@ def choose_index(rows: int, dimension: int, *, memory: int | None = None, gpu: b
         size = index_bytes(factory, rows, dimension)
         if memory is None or size <= memory:
             why = f"{rows:,} rows of {dimension} dimensions and {budget}: {lists:,} inverted lists, {what}"
-            return Choice(factory, f"{why}, {_size(size)}", size)
+            return IndexChoice(factory, f"{why}, {_size(size)}", size)
     factory, what = kinds[-1]
     size = index_bytes(factory, rows, dimension)
-    return Choice(
+    return IndexChoice(
         factory,
         f"no kind fits {rows:,} rows of {dimension} dimensions into {budget}: the smallest, {what}, takes "
         f"{_size(size)}, which a search maps from the disk",
