@@ -27,9 +27,9 @@ from nndefense.features import FeatureSpec
 from nndefense.guard import Guard
 from nndefense.guard.prediction import Defended
 from nndefense.models import save_classifier
+from nndefense.serving.http.settings import ServingSettings
+from nndefense.serving.http.state import ServingState
 from nndefense.serving.server import Server, make_server
-from nndefense.serving.settings import ServingSettings
-from nndefense.serving.state import ServingState
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _KEPT: list[Any] = []

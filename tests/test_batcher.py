@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from nndefense.serving.batcher import Batcher
-from nndefense.serving.problem import Problem
+from nndefense.serving.http.batcher import Batcher
+from nndefense.serving.http.problem import ServiceProblem
 
 
 class Work:
@@ -135,7 +135,7 @@ def test_a_full_queue_refuses_and_recovers() -> None:
         waiting = [asyncio.create_task(batcher.submit("a", [1, 1], 10)) for _ in range(4)]
         await asyncio.sleep(0.02)
         for numbers in ([1], [1, 2, 3]):
-            with pytest.raises(Problem) as refused:
+            with pytest.raises(ServiceProblem) as refused:
                 await batcher.submit("a", numbers, 10)
             assert (refused.value.code, refused.value.status) == ("queue_full", 503)
             assert 1 <= int(refused.value.headers["retry-after"]) <= 60
@@ -158,7 +158,7 @@ def test_a_queue_that_would_take_too_long_refuses_though_it_is_not_full() -> Non
         many = asyncio.create_task(batcher.submit("a", [1] * 10, 60))
         await asyncio.sleep(0.02)
         assert batcher.backlog_seconds > 1
-        with pytest.raises(Problem) as refused:
+        with pytest.raises(ServiceProblem) as refused:
             await batcher.submit("a", [1], 1)
         assert refused.value.code == "queue_full"
         assert int(refused.value.headers["retry-after"]) >= 2
@@ -172,7 +172,7 @@ def test_what_is_late_is_answered_in_time_and_not_worked_on() -> None:
     async def test(batcher: Batcher[str, int, int], work: Work) -> None:
         first = await blocked(batcher, work)
         begun = time.monotonic()
-        with pytest.raises(Problem) as late:
+        with pytest.raises(ServiceProblem) as late:
             await batcher.submit("a", [77], 0.1)
         assert (late.value.code, late.value.status) == ("timed_out", 503)
         assert time.monotonic() - begun < 5
@@ -186,7 +186,7 @@ def test_what_is_late_is_answered_in_time_and_not_worked_on() -> None:
 
 def test_a_late_answer_of_a_running_batch_is_thrown_away() -> None:
     async def test(batcher: Batcher[str, int, int], work: Work) -> None:
-        with pytest.raises(Problem, match="not ready in time"):
+        with pytest.raises(ServiceProblem, match="not ready in time"):
             await (await blocked(batcher, work, timeout=0.1))
         work.go.set()
         assert await batcher.submit("a", [1], 10) == [2]
@@ -276,7 +276,7 @@ def test_closing_finishes_what_was_accepted_and_takes_nothing_more() -> None:
         accepted = [asyncio.create_task(batcher.submit("a", [number], 10)) for number in range(9)]
         await asyncio.sleep(0.02)
         batcher.close()
-        with pytest.raises(Problem) as refused:
+        with pytest.raises(ServiceProblem) as refused:
             await batcher.submit("a", [1], 10)
         assert refused.value.code == "stopping"
         work.go.set()

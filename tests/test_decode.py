@@ -26,12 +26,12 @@ from PIL import Image
 
 from nndefense.datasets import load_image
 from nndefense.errors import InputError
-from nndefense.serving.bodies import Part, parse
-from nndefense.serving.containers import read_container
-from nndefense.serving.decode import decode, decode_all, from_base64, inspect
-from nndefense.serving.limits import Limits
-from nndefense.serving.orientation import orientation
-from nndefense.serving.rejected import STATUS, Rejected, rejected
+from nndefense.serving.http.bodies import Part, parse
+from nndefense.serving.pictures.containers import read_container
+from nndefense.serving.pictures.decode import decode, decode_all, from_base64, inspect
+from nndefense.serving.pictures.limits import Limits
+from nndefense.serving.pictures.orientation import orientation
+from nndefense.serving.pictures.refused import STATUS, Refused, refused
 
 LIMITS = Limits()
 SHAPE = (1, 8, 8)
@@ -84,7 +84,7 @@ def test_hostile_pictures(case: hostile.Picture, tmp_path: Path) -> None:
         try:
             image = decode(data, LIMITS, SHAPE, media_type=case.media_type)
             found = (200, "")
-        except Rejected as error:
+        except Refused as error:
             found = (error.status, error.code)
     assert found == (case.status, case.code)
     if case.status == 200:
@@ -100,7 +100,7 @@ def test_hostile_bodies(case: hostile.Request) -> None:
             upload = parse(body, case.content_type or None, LIMITS)
             assert decode_all(upload.images, LIMITS, SHAPE)
             found = (200, "")
-        except Rejected as error:
+        except Refused as error:
             found = (error.status, error.code)
     assert found[0] in case.allowed
     assert not case.code or found[1] == case.code
@@ -222,7 +222,7 @@ def test_damage_is_refused_or_makes_a_picture(name: str, data: st.DataObject) ->
     limits = Limits(max_pixels=10_000, max_request_pixels=10_000)
     try:
         image = decode(bytes(file), limits, SHAPE)
-    except Rejected:
+    except Refused:
         pass
     else:
         assert image.shape == SHAPE
@@ -236,7 +236,7 @@ def test_damage_is_refused_or_makes_a_picture(name: str, data: st.DataObject) ->
 )
 @settings(deadline=None)
 def test_noise_is_refused(noise: bytes, head: bytes) -> None:
-    with pytest.raises(Rejected):
+    with pytest.raises(Refused):
         decode(head + noise, LIMITS, SHAPE)
 
 
@@ -245,7 +245,7 @@ def test_a_file_cut_anywhere_is_refused(name: str) -> None:
     whole = SEEDS[name] if name != "gif" else make.gif_with()
     # The last two bytes of a JPEG and the last one of a GIF only say that it is over.
     for length in range(len(whole) - {"jpeg": 2, "gif": 1}.get(name, 0)):
-        with pytest.raises(Rejected):
+        with pytest.raises(Refused):
             decode(whole[:length], LIMITS, SHAPE)
 
 
@@ -263,7 +263,7 @@ def test_pixels_and_sides_up_to_the_limit(kind: str) -> None:
     for width, height in ((30, 20), (60, 10), (10, 60)):
         assert decode(blank(width, height, kind), limits, SHAPE).shape == SHAPE
     for width, height in ((601, 1), (31, 20), (61, 9), (9, 61)):
-        with pytest.raises(Rejected, match="pixels") as error:
+        with pytest.raises(Refused, match="pixels") as error:
             decode(blank(width, height, kind), limits, SHAPE)
         assert (error.value.status, error.value.code) == (413, "too_many_pixels")
 
@@ -277,22 +277,24 @@ def test_bytes_images_and_pixels_of_a_request() -> None:
         ([(file, None)] * 3, "too_many_pixels"),
         ([(file, None)] * 4, "too_many_images"),
     ):
-        with pytest.raises(Rejected) as error:
+        with pytest.raises(Refused) as error:
             decode_all(images, limits, SHAPE)
         assert error.value.code == code
 
 
 def test_an_image_at_fault_is_named_by_its_number() -> None:
-    with pytest.raises(Rejected, match="image 2 of the request") as error:
+    with pytest.raises(Refused, match="image 2 of the request") as error:
         decode_all([(make.plain(), None), (b"", None)], LIMITS, SHAPE)
     assert error.value.code == "empty_image"
 
 
 def test_no_pixel_is_decoded_before_all_headers_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nndefense.serving.decode.Image.open", lambda *a, **k: pytest.fail("a decoder was called"))
-    with pytest.raises(Rejected):
+    monkeypatch.setattr(
+        "nndefense.serving.pictures.decode.Image.open", lambda *a, **k: pytest.fail("a decoder was called")
+    )
+    with pytest.raises(Refused):
         decode_all([(make.plain(), None), (make.plain()[:-5], None)], LIMITS, SHAPE)
-    with pytest.raises(Rejected):
+    with pytest.raises(Refused):
         decode(make.webp_huge(), LIMITS, SHAPE)
 
 
@@ -306,14 +308,14 @@ def test_the_clock_ends_a_decoder_half_way(kind: str) -> None:
     # Some looks are at the header; then there is one for every 4096 bytes.
     assert looks > len(file) / 4096
     late = itertools.count()
-    with pytest.raises(Rejected) as error:
+    with pytest.raises(Refused) as error:
         decode_all([(file, None)], LIMITS, SHAPE, clock=lambda: 10.0 * (next(late) >= looks - 3))
     assert (error.value.status, error.value.code) == (422, "decode_timeout")
 
 
 def test_webp_is_not_begun_when_the_time_is_over() -> None:
     late = itertools.count()
-    with pytest.raises(Rejected) as error:
+    with pytest.raises(Refused) as error:
         decode_all([(blank(9, 9, "WEBP"), None)], LIMITS, SHAPE, clock=lambda: 10.0 * (next(late) > 1))
     assert error.value.code == "decode_timeout"
 
@@ -321,7 +323,7 @@ def test_webp_is_not_begun_when_the_time_is_over() -> None:
 def test_scans_of_a_jpeg_are_counted() -> None:
     assert inspect(make.jpeg_scans(64, 10), LIMITS).passes == 11
     assert read_container(make.jpeg_scans(64, 63)).passes == 64
-    with pytest.raises(Rejected, match="scans"):
+    with pytest.raises(Refused, match="scans"):
         read_container(make.jpeg_scans(64, 64))
 
 
@@ -374,9 +376,9 @@ def test_an_image_may_not_be_larger_than_a_body() -> None:
 
 def test_a_rejection_is_never_the_servers_fault() -> None:
     assert all(400 <= status < 500 for status in STATUS.values())
-    assert rejected("no_image", "send one").status == 400
+    assert refused("no_image", "send one").status == 400
     with pytest.raises(ValueError, match="503"):
-        Rejected(503, "busy", "later")
+        Refused(503, "busy", "later")
 
 
 # bodies
@@ -403,7 +405,7 @@ def test_forms_as_an_ordinary_client_writes_them(contents: list[bytes], top: int
 def test_bodies_of_noise(noise: bytes, content_type: str, head: bytes) -> None:
     try:
         upload = parse(head + noise, content_type, LIMITS)
-    except Rejected:
+    except Refused:
         pass
     else:
         assert upload.images
@@ -427,6 +429,6 @@ def test_base64_there_and_back(data: bytes) -> None:
 def test_base64_is_measured_before_it_is_decoded() -> None:
     limits = Limits(max_image_bytes=6)
     assert from_base64("AAAAAAAA", limits) == bytes(6)
-    with pytest.raises(Rejected) as error:
+    with pytest.raises(Refused) as error:
         from_base64("AAAA" * 3, limits)
     assert error.value.code == "image_too_large"

@@ -39,16 +39,16 @@ from nndefense.errors import DatabaseError, InputError, ModelError
 from nndefense.features import FeatureSpec
 from nndefense.guard import Guard
 from nndefense.serving.app import answer_json
-from nndefense.serving.settings import ServingSettings
+from nndefense.serving.http.settings import ServingSettings
 
 if importlib.util.find_spec("ray") is None:
     # Found, not imported: ray reads the secret of its cluster when it is.
     pytest.skip("ray is not installed", allow_module_level=True)
 
 from nndefense.database import cluster
-from nndefense.serving import ray_app
-from nndefense.serving.ray_door import merged
-from nndefense.serving.ray_replica import Replica, Spec
+from nndefense.serving.cluster import deployment
+from nndefense.serving.cluster.door import merged
+from nndefense.serving.cluster.replica import Replica, ReplicaSpec
 
 # Starting a cluster alone takes half a minute.
 pytestmark = pytest.mark.slow
@@ -192,9 +192,9 @@ def test_what_cannot_be_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InputError, match="shards is 0"):
         ImageDatabase.open(database.path, engine="ray", shards=0)
     with pytest.raises(InputError, match="replicas is 3"):
-        ray_app.serve({"database": database.path}, ServingSettings(), replicas=3, max_replicas=2)
+        deployment.serve({"database": database.path}, ServingSettings(), replicas=3, max_replicas=2)
     with pytest.raises(DatabaseError, match="no database"):
-        ray_app.serve({"database": tmp_path / "none"}, ServingSettings())
+        deployment.serve({"database": tmp_path / "none"}, ServingSettings())
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r'pip install "nndefense\[ray\]"'):
         ImageDatabase.open(database.path, engine="ray")
@@ -382,9 +382,9 @@ def test_shards_of_a_name_are_shared_and_retired(joined: str, tmp_path: Path) ->
     assert second is not None
     assert first.processes() == second.processes()
     one.add(*table(10, seed=5).columns())
-    ray_app.retire("test-shared", {"0" * 64})
+    deployment.retire("test-shared", {"0" * 64})
     assert first.check() == 2500
-    ray_app.retire("test-shared", {both[0].fingerprint})
+    deployment.retire("test-shared", {both[0].fingerprint})
     with pytest.raises(DatabaseError, match="was lost"):
         first.check()
 
@@ -522,14 +522,16 @@ def test_a_killed_shard_costs_no_request(service: Service, local: Guard) -> None
 def test_replicas_grow_in_number_between_their_bounds(joined: str, tmp_path: Path) -> None:
     from ray import serve as ray_serve
 
-    spec = Spec({"database": tmp_path, "device": "cpu"}, ServingSettings(max_batch=16), "name", 1, 2)
-    fixed = ray_serve.deployment(Replica).options(**ray_app._options(spec, 2))
+    spec = ReplicaSpec({"database": tmp_path, "device": "cpu"}, ServingSettings(max_batch=16), "name", 1, 2)
+    fixed = ray_serve.deployment(Replica).options(**deployment._options(spec, 2))
     assert fixed.num_replicas == 2
-    growing = ray_serve.deployment(Replica).options(**ray_app._options(spec, 5))._deployment_config.autoscaling_config
+    growing = (
+        ray_serve.deployment(Replica).options(**deployment._options(spec, 5))._deployment_config.autoscaling_config
+    )
     assert (growing.min_replicas, growing.max_replicas, growing.target_ongoing_requests) == (2, 5, 16)
     on_gpu = replace(spec, guard={"database": tmp_path, "device": "cuda"})
-    deployment = ray_serve.deployment(Replica).options(**ray_app._options(on_gpu, 2))
-    assert deployment.ray_actor_options["num_gpus"] == 1
+    made = ray_serve.deployment(Replica).options(**deployment._options(on_gpu, 2))
+    assert made.ray_actor_options["num_gpus"] == 1
 
 
 @pytest.mark.slow
@@ -538,7 +540,7 @@ def test_why_a_service_cannot_start_is_said_as_without_ray(
 ) -> None:
     guard = {"database": service.folder, "classifier": tmp_path / "none", "device": "cpu"}
     with pytest.raises(ModelError, match="none"):
-        ray_app.serve(guard, ServingSettings(port=0), ray_address=joined)
+        deployment.serve(guard, ServingSettings(port=0), ray_address=joined)
     # The other service of the cluster is still there, and nothing is left of this one.
     with service.client() as client:
         assert ask(client, [pictures()[0]]).content == wanted(local, [pictures()[0]])

@@ -21,10 +21,19 @@ from PIL import Image
 from served import Served, guard, open_guard, pictures, png, serving, until
 
 from nndefense.attacks import distance, radius
-from nndefense.serving import attacking, demo_attacks
-from nndefense.serving.attack_pictures import eight_bits, magnified, picture_within
-from nndefense.serving.attack_pictures import png as png_text
-from nndefense.serving.attacking import Job, Late, Stopped, Target, Targets, Watch, attack_picture
+from nndefense.serving.demo_attacks import attack as attacks
+from nndefense.serving.demo_attacks import routes
+from nndefense.serving.demo_attacks.attack import (
+    AttackJob,
+    AttackTarget,
+    AttackTargets,
+    AttackWatch,
+    Late,
+    Stopped,
+    attack_picture,
+)
+from nndefense.serving.demo_attacks.pixels import eight_bits, magnified, picture_within
+from nndefense.serving.demo_attacks.pixels import png as png_text
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +116,7 @@ def test_each_attack_leaves_the_class_of_what_it_attacks(service: Served) -> Non
 
 
 def test_the_defence_is_shown_pictures_as_people_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    target, shown = Target(guard()), []
+    target, shown = AttackTarget(guard()), []
     whole = target.surface
 
     def predict(images: torch.Tensor) -> torch.Tensor:
@@ -117,7 +126,7 @@ def test_the_defence_is_shown_pictures_as_people_are(monkeypatch: pytest.MonkeyP
     target._surface = replace(whole, predict=predict)
     clean = eight_bits(digits("test").batch([0])[0])
     label = int(whole.predict(clean).argmax())
-    made = attack_picture(target, Job(clean, label, "defense", "normalized-l2", 0.3, 20), Watch(60))
+    made = attack_picture(target, AttackJob(clean, label, "defense", "normalized-l2", 0.3, 20), AttackWatch(60))
     assert len(shown) >= 3
     radii = radius(clean, 0.3, "normalized-l2")
     for images in shown:
@@ -137,14 +146,14 @@ def test_what_serves_is_not_touched(service: Served) -> None:
     served = service.state.guard
     before = {name: value.clone() for name, value in served.classifier.state_dict().items()}
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in served.classifier.modules()]
-    target = Target(served)
+    target = AttackTarget(served)
     assert target.surface is target.surface
     assert target.classifier is not served.classifier
     assert not any(module.training for module in served.classifier.modules())
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in served.classifier.modules()]
     assert all(torch.equal(value, before[name]) for name, value in served.classifier.state_dict().items())
     assert all(parameter.grad is None for parameter in served.classifier.parameters())
-    targets = Targets()
+    targets = AttackTargets()
     assert targets(served) is targets(served)
 
 
@@ -195,15 +204,15 @@ def test_infinity_is_refused(service: Served) -> None:
 
 
 def test_large_pictures_and_databases_are_not_attacked(service: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_attacks, "MOST_ROW_BYTES", 10_000)
+    monkeypatch.setattr(routes, "MOST_ROW_BYTES", 10_000)
     with service.client() as client:
         offered = client.get("/page/settings.json").json()["demo_attacks"]
     assert offered["attacks"] == ["classifier"]
     assert "too large" in offered["reason"]
     assert ask(service, pictures()[0], attack="defense").status_code == 422
     assert ask(service, pictures()[0], attack="classifier").status_code == 200
-    monkeypatch.setattr(demo_attacks, "MOST_VALUES", 63)
-    assert demo_attacks.offer(guard())["attacks"] == []
+    monkeypatch.setattr(routes, "MOST_VALUES", 63)
+    assert routes.offer(guard())["attacks"] == []
     assert ask(service, pictures()[0], attack="classifier").status_code == 422
 
 
@@ -223,9 +232,9 @@ class Held:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.running = self.most = self.ended = 0
         self.go = threading.Event()
-        monkeypatch.setattr(demo_attacks, "attack_picture", self.attack)
+        monkeypatch.setattr(routes, "attack_picture", self.attack)
 
-    def attack(self, target: Target, job: Job, watch: Watch) -> torch.Tensor:
+    def attack(self, target: AttackTarget, job: AttackJob, watch: AttackWatch) -> torch.Tensor:
         self.running += 1
         self.most = max(self.most, self.running)
         try:
@@ -283,7 +292,7 @@ def test_an_attack_ends_when_its_client_goes(service: Served, monkeypatch: pytes
 
 
 def test_a_long_attack_is_ended(service: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_attacks, "SECONDS", 0.2)
+    monkeypatch.setattr(routes, "SECONDS", 0.2)
     held = Held(monkeypatch)
     answer = ask(service, pictures()[0])
     assert (answer.status_code, answer.json()["code"]) == (503, "timed_out")
@@ -296,12 +305,12 @@ def test_a_long_attack_is_ended(service: Served, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("attack", ["classifier", "defense"])
 def test_the_watch_is_looked_at_in_every_step(attack: Any) -> None:
     clean = eight_bits(digits("test").batch([0])[0])
-    job = Job(clean, 3, attack, "normalized-l2", 0.05, 10)
-    target, watch = Target(guard()), Watch(60)
+    job = AttackJob(clean, 3, attack, "normalized-l2", 0.05, 10)
+    target, watch = AttackTarget(guard()), AttackWatch(60)
     looks = 0
-    look = Watch.look
+    look = AttackWatch.look
 
-    def counted(self: Watch) -> None:
+    def counted(self: AttackWatch) -> None:
         nonlocal looks
         looks += 1
         if looks == 7:
@@ -309,11 +318,11 @@ def test_the_watch_is_looked_at_in_every_step(attack: Any) -> None:
         look(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Watch, "look", counted)
+        patch.setattr(AttackWatch, "look", counted)
         with pytest.raises(Stopped):
             attack_picture(target, job, watch)
     assert looks == 7
-    late = Watch(0)
+    late = AttackWatch(0)
     late.look()
     time.sleep(0.01)
     with pytest.raises(Late):
@@ -321,7 +330,7 @@ def test_the_watch_is_looked_at_in_every_step(attack: Any) -> None:
 
 
 def test_a_surface_lives_as_long_as_its_guard() -> None:
-    targets, one = Targets(), open_guard()
+    targets, one = AttackTargets(), open_guard()
     targets(one)
     assert len(targets._made) == 1
     del one
@@ -387,4 +396,4 @@ def test_png_holds_the_pixels() -> None:
         image = eight_bits(torch.rand(channels, 4, 6, generator=torch.Generator().manual_seed(0)))
         found = np.asarray(Image.open(io.BytesIO(base64.b64decode(png_text(image)))))
         assert np.array_equal(found.reshape(4, 6, channels), (image * 255).round().permute(1, 2, 0).numpy())
-    assert attacking.attack_picture is attack_picture
+    assert attacks.attack_picture is attack_picture

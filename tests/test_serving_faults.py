@@ -19,7 +19,7 @@ from nndefense.cli.serve import serve as command_serve
 from nndefense.errors import DatabaseError, InputError
 from nndefense.serving.app import answer_json
 from nndefense.serving.client import Client, ServiceError
-from nndefense.serving.journal import FILE, Journal
+from nndefense.serving.http.journal import FILE, Journal
 
 PNG = {"content-type": "image/png"}
 

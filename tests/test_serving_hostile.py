@@ -21,9 +21,9 @@ import pytest
 from served import Process, Served, home, process, serving
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nndefense.serving.limits import Limits
-from nndefense.serving.problem import PROBLEMS
-from nndefense.serving.rejected import STATUS
+from nndefense.serving.http.problem import PROBLEMS
+from nndefense.serving.pictures.limits import Limits
+from nndefense.serving.pictures.refused import STATUS
 
 SLOW = 1.0
 LONGEST = 5.0

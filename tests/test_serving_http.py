@@ -31,10 +31,10 @@ from nndefense.cli import serve, serve_app
 from nndefense.errors import InputError
 from nndefense.serving.app import answer_json
 from nndefense.serving.client import Client, ServiceError
-from nndefense.serving.limits import Limits
-from nndefense.serving.problem import PROBLEMS
-from nndefense.serving.security import Keys
-from nndefense.serving.settings import ServingSettings, is_loopback
+from nndefense.serving.http.problem import PROBLEMS
+from nndefense.serving.http.security import Keys
+from nndefense.serving.http.settings import ServingSettings, is_loopback
+from nndefense.serving.pictures.limits import Limits
 
 KEY, ADMIN = "a-key-of-some-length-1", "an-admin-key-of-length-2"
 Json = dict[str, Any]

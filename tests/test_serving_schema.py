@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from served import Served, guard, serving
 
 from nndefense.serving.app import create_app
-from nndefense.serving.limits import MEDIA_TYPES
-from nndefense.serving.settings import ServingSettings
+from nndefense.serving.http.settings import ServingSettings
+from nndefense.serving.pictures.limits import MEDIA_TYPES
 
 schemathesis = pytest.importorskip("schemathesis")
 checks = pytest.importorskip("schemathesis.specs.openapi.checks")

@@ -27,8 +27,8 @@ def serve(
 
     Args:
         guard: arguments of :meth:`~nndefense.guard.Guard.open`.
-        settings: values of :class:`~nndefense.serving.settings.ServingSettings`, without its limits.
-        limits: values of :class:`~nndefense.serving.limits.Limits`.
+        settings: values of :class:`~nndefense.serving.http.settings.ServingSettings`, without its limits.
+        limits: values of :class:`~nndefense.serving.pictures.limits.Limits`.
         engine: ``local`` or ``ray``.
         replicas: with Ray, copies of the application.
         shards: with Ray, parts of the index.
@@ -44,23 +44,23 @@ def serve(
         raise InputError(
             f'the service needs packages that are not installed ({", ".join(missing)}): pip install "nndefense[serve]"'
         )
-    from nndefense.serving.limits import Limits
-    from nndefense.serving.settings import ServingSettings
+    from nndefense.serving.http.settings import ServingSettings
+    from nndefense.serving.pictures.limits import Limits
 
     chosen = ServingSettings(**settings, limits=Limits(**limits))
     if engine == "ray":
         if find_spec("ray") is None:
             raise InputError('--engine ray needs Ray: pip install "nndefense[ray]"')
-        from nndefense.serving import ray_app
+        from nndefense.serving.cluster import deployment
 
-        ray_app.serve(
+        deployment.serve(
             guard,
             chosen,
             replicas=replicas,
             shards=shards,
             max_replicas=max_replicas,
             ray_address=ray_address,
-            started=partial(ray_app.announce, guard, chosen),
+            started=partial(deployment.announce, guard, chosen),
         )
         return
     if (replicas, shards, max_replicas, ray_address) != (1, 1, None, None):

@@ -11,16 +11,17 @@ from nndefense.faces import importing
 
 if TYPE_CHECKING:
     from nndefense.serving.app import create_app
-    from nndefense.serving.client import Client
-    from nndefense.serving.settings import ServingSettings
+    from nndefense.serving.client import Client, ServiceError
+    from nndefense.serving.http.settings import ServingSettings
 
 __getattr__ = importing(
     __name__,
     {
         "Client": "nndefense.serving.client",
-        "ServingSettings": "nndefense.serving.settings",
+        "ServiceError": "nndefense.serving.client",
+        "ServingSettings": "nndefense.serving.http.settings",
         "create_app": "nndefense.serving.app",
     },
 )
 
-__all__ = ["Client", "ServingSettings", "create_app"]
+__all__ = ["Client", "ServiceError", "ServingSettings", "create_app"]

@@ -1,4 +1,4 @@
-"""The HTTP application: routes around a :class:`~nndefense.serving.state.ServingState`."""
+"""The HTTP application: routes around a :class:`~nndefense.serving.http.state.ServingState`."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ except ImportError as error:  # pragma: no cover
 
 from numpy.typing import NDArray
 from PIL import Image
+from prometheus_client import CONTENT_TYPE_LATEST
 from torch import Tensor
 
 from nndefense import __version__
 from nndefense.errors import InputError
 from nndefense.guard.prediction import Defended
-from nndefense.serving import demo_attacks, metrics, pages
-from nndefense.serving.bodies import parse
-from nndefense.serving.decode import decode_all
-from nndefense.serving.envelope import Envelope
-from nndefense.serving.limits import MEDIA_TYPES, Limits
-from nndefense.serving.openapi import describe, problems
-from nndefense.serving.problem import Problem, busy, explain, of_status
-from nndefense.serving.rejected import rejected
-from nndefense.serving.schema import ClassifyAnswer, HealthAnswer, ReloadAnswer, SamplesAnswer
-from nndefense.serving.security import BodyLimit
-from nndefense.serving.settings import ServingSettings
-from nndefense.serving.state import ServingState
+from nndefense.serving import demo_attacks, pages
+from nndefense.serving.http.bodies import parse
+from nndefense.serving.http.envelope import Envelope
+from nndefense.serving.http.openapi import describe, problems
+from nndefense.serving.http.problem import ServiceProblem, busy, explain, of_status
+from nndefense.serving.http.schema import ClassifyAnswer, HealthAnswer, ReloadAnswer, SamplesAnswer
+from nndefense.serving.http.security import BodyLimit
+from nndefense.serving.http.settings import ServingSettings
+from nndefense.serving.http.state import ServingState
+from nndefense.serving.pictures.decode import decode_all
+from nndefense.serving.pictures.limits import MEDIA_TYPES, Limits
+from nndefense.serving.pictures.refused import refused
 
 if TYPE_CHECKING:
     from nndefense.guard import Guard
@@ -60,10 +61,10 @@ def create_app(guard: Guard | Callable[[], Guard], settings: ServingSettings | N
     Args:
         guard: the guard, or a function that opens one: it is called in a thread when the application starts, and again
             at every reload.
-        settings: see :class:`~nndefense.serving.settings.ServingSettings`.
+        settings: see :class:`~nndefense.serving.http.settings.ServingSettings`.
 
     Returns:
-        The application; its ``state.serving`` is the :class:`~nndefense.serving.state.ServingState`.
+        The application; its ``state.serving`` is the :class:`~nndefense.serving.http.state.ServingState`.
 
     Raises:
         InputError: the keys or the log folder cannot be used, or FastAPI is not installed.
@@ -213,7 +214,7 @@ def _number(request: Request, name: str) -> int | None:
     least = _NUMBERS[name][0]
     # Not int() alone, which takes other scripts' digits, underscores and white space.
     if len(found) > 1 or not re.fullmatch("[0-9]{1,8}", found[0]) or not least <= int(found[0]) <= MOST:
-        raise rejected("invalid_argument", f"{name} must stand there once, as a whole number from {least} to {MOST}")
+        raise refused("invalid_argument", f"{name} must stand there once, as a whole number from {least} to {MOST}")
     return int(found[0])
 
 
@@ -241,7 +242,7 @@ def _add_pictures(app: FastAPI, state: ServingState) -> None:
 
         found = await state.run_blocking(picture)
         if found is None:
-            raise Problem("not_found", "the database has no row of this id, or its pictures are not at hand")
+            raise ServiceProblem("not_found", "the database has no row of this id, or its pictures are not at hand")
         return Response(found, media_type="image/png", headers={"cache-control": "private, max-age=300"})
 
     @app.get(
@@ -297,7 +298,7 @@ def _add_probes(app: FastAPI, state: ServingState) -> None:
     )
     async def healthz() -> Response:
         if not state.alive:
-            raise Problem("internal", "the thread that predicts has ended: restart the server", status=503)
+            raise ServiceProblem("internal", "the thread that predicts has ended: restart the server", status=503)
         return Response(b'{"status":"ok"}', media_type="application/json")
 
     @app.get(
@@ -310,7 +311,7 @@ def _add_probes(app: FastAPI, state: ServingState) -> None:
         if state.stopping:
             raise busy("stopping", "the server is being stopped", 1)
         if state.error is not None:
-            raise Problem("not_ready", "the database could not be loaded: see the server's log")
+            raise ServiceProblem("not_ready", "the database could not be loaded: see the server's log")
         state.guard  # noqa: B018  (raises while there is none)
         value: dict[str, Any] = {"status": "ready"}
         if state.last_reload is not None:
@@ -319,13 +320,13 @@ def _add_probes(app: FastAPI, state: ServingState) -> None:
 
     @app.get("/metrics", summary="Counters and latencies for Prometheus", response_class=Response)
     async def prometheus() -> Response:
-        return Response(state.metrics.text(), media_type=metrics.CONTENT_TYPE)
+        return Response(state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/problems/{code}", summary="What a problem type means", response_class=Response, responses=problems(404))
     async def problem(code: Annotated[str, Path(max_length=100)]) -> Response:
         text = explain(code)
         if text is None:
-            raise Problem("not_found", "there is no problem of this name")
+            raise ServiceProblem("not_found", "there is no problem of this name")
         return Response(text, media_type="text/plain")
 
 
@@ -342,4 +343,4 @@ def _add_errors(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         where = ".".join(str(part) for part in first.get("loc", ()))[:100]
-        raise rejected("invalid_argument", f"{where}: {first.get('msg', 'not valid')}")
+        raise refused("invalid_argument", f"{where}: {first.get('msg', 'not valid')}")

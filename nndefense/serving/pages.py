@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from nndefense.serving.demo_attacks import offer
+from nndefense.serving.demo_attacks.routes import offer
 
 if TYPE_CHECKING:
-    from nndefense.serving.state import ServingState
+    from nndefense.serving.http.state import ServingState
 
 FILES = {
     "index.html": "text/html; charset=utf-8",

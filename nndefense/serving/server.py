@@ -22,9 +22,9 @@ except ImportError as error:  # pragma: no cover
 
 from nndefense.errors import InputError
 from nndefense.serving.app import create_app
-from nndefense.serving.problem import MEDIA_TYPE, body_of
-from nndefense.serving.settings import ServingSettings
-from nndefense.serving.state import ServingState
+from nndefense.serving.http.problem import MEDIA_TYPE, body_of
+from nndefense.serving.http.settings import ServingSettings
+from nndefense.serving.http.state import ServingState
 
 if TYPE_CHECKING:
     from nndefense.guard import Guard

@@ -16,7 +16,7 @@ from torch import Tensor
 from nndefense.attacks import pgd, radius
 from nndefense.attacks.retrieval import RetrievalSurface, adaptive
 from nndefense.defenses import NearestNeighborDefense
-from nndefense.serving.attack_pictures import picture_within
+from nndefense.serving.demo_attacks.pixels import picture_within
 
 if TYPE_CHECKING:
     from nndefense.guard import Guard
@@ -33,7 +33,7 @@ class Late(Exception):
     """The attack took too long."""
 
 
-class Watch:
+class AttackWatch:
     """Ends an attack between two of its steps: when it is told to, or ``seconds`` after its first look."""
 
     def __init__(self, seconds: float) -> None:
@@ -68,7 +68,7 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class Job:
+class AttackJob:
     """One attack: a clean image 1 x C x H x W with 8 bits, the class to leave, and how."""
 
     clean: Tensor
@@ -79,7 +79,7 @@ class Job:
     steps: int
 
 
-class Target:
+class AttackTarget:
     """A guard as an attacker sees it: a copy of its classifier, and the surface of the defence.
 
     The copy is needed because opening a surface traces the net, which for a moment changes its mode and its hooks:
@@ -109,16 +109,16 @@ class Target:
         return self._surface
 
 
-class Targets:
+class AttackTargets:
     """The target for each guard, made when the first attack asks for it and kept while that guard lives."""
 
     def __init__(self) -> None:
-        self._made: weakref.WeakKeyDictionary[Guard, Target] = weakref.WeakKeyDictionary()
+        self._made: weakref.WeakKeyDictionary[Guard, AttackTarget] = weakref.WeakKeyDictionary()
 
-    def __call__(self, guard: Guard) -> Target:
+    def __call__(self, guard: Guard) -> AttackTarget:
         """The target for a guard."""
         if guard not in self._made:
-            self._made[guard] = Target(guard)
+            self._made[guard] = AttackTarget(guard)
         return self._made[guard]
 
 
@@ -138,7 +138,7 @@ def _row_images(guard: Guard) -> Callable[[Tensor], Tensor] | None:
     return fetch
 
 
-def attack_picture(target: Target, job: Job, watch: Watch) -> Tensor:
+def attack_picture(target: AttackTarget, job: AttackJob, watch: AttackWatch) -> Tensor:
     """Run one attack, and round what it made: 1 x C x H x W with 8 bits, within the budget.
 
     Random starts are drawn from a fixed seed, so that the same request gives the same picture. The adaptive attack

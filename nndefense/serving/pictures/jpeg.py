@@ -1,13 +1,13 @@
-"""Walking through a JPEG file: see :mod:`nndefense.serving.containers`."""
+"""Walking through a JPEG file: see :mod:`nndefense.serving.pictures.containers`."""
 
 from __future__ import annotations
 
 import re
 import struct
 
-from nndefense.serving.orientation import orientation
-from nndefense.serving.picture import MAX_STEPS, Picture, damaged
-from nndefense.serving.rejected import rejected
+from nndefense.serving.pictures.orientation import orientation
+from nndefense.serving.pictures.picture import MAX_STEPS, Picture, damaged
+from nndefense.serving.pictures.refused import refused
 
 MAX_SCANS = 64
 """The most scans of one picture; the usual progressive files have 10, and none needs more than a few dozen."""
@@ -26,13 +26,13 @@ _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
 def read_jpeg(data: bytes) -> Picture:
     """Walk through a JPEG file (ITU-T T.81) that begins with its start marker; see
-    :func:`~nndefense.serving.containers.read_container`.
+    :func:`~nndefense.serving.pictures.containers.read_container`.
 
     Segments that make no pixels (EXIF, profiles, thumbnails, comments) are left out, and so is whatever follows the
     end.
 
     Raises:
-        Rejected: ``unsupported_image`` for arithmetic, lossless and hierarchical JPEG; ``damaged_image``.
+        Refused: ``unsupported_image`` for arithmetic, lossless and hierarchical JPEG; ``damaged_image``.
     """
     kept, exif, xmp = [b"\xff\xd8"], b"", b""
     frame, scans, place = b"", 0, 2
@@ -63,7 +63,7 @@ def read_jpeg(data: bytes) -> Picture:
         place += length
         if marker in _OTHER_FRAMES:
             kinds = "arithmetic, lossless or hierarchical"
-            raise rejected("unsupported_image", f"this kind of JPEG ({kinds}) is not read: save it anew")
+            raise refused("unsupported_image", f"this kind of JPEG ({kinds}) is not read: save it anew")
         if marker in _FRAMES:
             if frame or length < 8:
                 raise damaged("it has two headers" if frame else "its header is too short")

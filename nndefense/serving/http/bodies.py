@@ -11,9 +11,9 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
-from nndefense.serving.decode import from_base64
-from nndefense.serving.limits import MEDIA_TYPES, Limits
-from nndefense.serving.rejected import Rejected, rejected
+from nndefense.serving.pictures.decode import from_base64
+from nndefense.serving.pictures.limits import MEDIA_TYPES, Limits
+from nndefense.serving.pictures.refused import Refused, refused
 
 FIELD = "files"
 """The name of the fields of a form that hold images."""
@@ -57,10 +57,10 @@ def parse(body: bytes, content_type: str | None, limits: Limits) -> Upload:
         limits: how much may be in it.
 
     Raises:
-        Rejected: the body is of another type, malformed, without an image, or with too much in it.
+        Refused: the body is of another type, malformed, without an image, or with too much in it.
     """
     if len(body) > limits.max_body_bytes:
-        raise rejected(
+        raise refused(
             "body_too_large", f"the body has more than the {limits.max_body_bytes:,} bytes allowed: send fewer images"
         )
     kind = (content_type or "").split(";")[0].strip().lower()
@@ -70,9 +70,9 @@ def parse(body: bytes, content_type: str | None, limits: Limits) -> Upload:
         return _parse_form(body, content_type or "", limits)
     if kind.startswith("image/") or kind == "application/octet-stream":
         if not body:
-            raise rejected("no_image", "the body is empty: send an image")
+            raise refused("no_image", "the body is empty: send an image")
         return Upload((Part(body, content_type),), None, None)
-    raise rejected(
+    raise refused(
         "unsupported_media_type",
         "the content type must be multipart/form-data, application/json or that of an image: "
         + ", ".join([*MEDIA_TYPES, "application/octet-stream"]),
@@ -81,21 +81,21 @@ def parse(body: bytes, content_type: str | None, limits: Limits) -> Upload:
 
 def _upload(images: list[Part], numbers: dict[str, int], limits: Limits) -> Upload:
     if not images:
-        raise rejected("no_image", "the request has no image: send at least one")
+        raise refused("no_image", "the request has no image: send at least one")
     if len(images) > limits.max_images:
-        raise rejected("too_many_images", f"send at most {limits.max_images} images in one request")
+        raise refused("too_many_images", f"send at most {limits.max_images} images in one request")
     return Upload(tuple(images), numbers.get("top"), numbers.get("neighbors"))
 
 
-def _no_number(name: str) -> Rejected:
-    return rejected("invalid_argument", f"{name} must be a whole number, from {_NUMBERS[name]} to {_LARGEST:,}")
+def _no_number(name: str) -> Refused:
+    return refused("invalid_argument", f"{name} must be a whole number, from {_NUMBERS[name]} to {_LARGEST:,}")
 
 
 # JSON
 
 
-def _bad_json(why: str) -> Rejected:
-    return rejected("malformed_json", f"the body is no JSON as it is expected, {why}")
+def _bad_json(why: str) -> Refused:
+    return refused("malformed_json", f"the body is no JSON as it is expected, {why}")
 
 
 def _parse_json(body: bytes, limits: Limits) -> Upload:
@@ -104,19 +104,19 @@ def _parse_json(body: bytes, limits: Limits) -> Upload:
     _check_skeleton(body, limits)
     try:
         value = json.loads(body.decode("ascii"), object_pairs_hook=_without_doubles, parse_constant=_no_constant)
-    except Rejected:
+    except Refused:
         raise
     except (ValueError, RecursionError):
         raise _bad_json("because its syntax is wrong") from None
     if not isinstance(value, dict) or not isinstance(value.get("images"), list):
-        raise rejected("invalid_argument", 'the JSON body must be an object with a list "images" of base64 strings')
+        raise refused("invalid_argument", 'the JSON body must be an object with a list "images" of base64 strings')
     if not value.keys() <= {"images", *_NUMBERS}:
-        raise rejected("invalid_argument", 'the JSON body has fields besides "images", "top" and "neighbors"')
+        raise refused("invalid_argument", 'the JSON body has fields besides "images", "top" and "neighbors"')
     images = value["images"]
     if len(images) > limits.max_images:
-        raise rejected("too_many_images", f"send at most {limits.max_images} images in one request")
+        raise refused("too_many_images", f"send at most {limits.max_images} images in one request")
     if not all(isinstance(image, str) for image in images):
-        raise rejected("invalid_argument", "every image must be a string of base64")
+        raise refused("invalid_argument", "every image must be a string of base64")
     numbers = {name: _number(name, value[name]) for name in _NUMBERS if value.get(name) is not None}
     return _upload([Part(from_base64(image, limits), None) for image in images], numbers, limits)
 
@@ -145,7 +145,7 @@ def _check_skeleton(body: bytes, limits: Limits) -> None:
         end = _end_of_string(body, begin + 1)
         place = end + 1
     else:
-        raise rejected("too_many_images", f"send at most {limits.max_images} images in one request")
+        raise refused("too_many_images", f"send at most {limits.max_images} images in one request")
     if sum(map(len, outside)) > _SKELETON_BYTES:
         raise _bad_json("because there is too much in it besides the images")
     depth = 0
@@ -182,8 +182,8 @@ def _no_constant(name: str) -> NoReturn:
 # multipart/form-data: RFC 7578
 
 
-def _bad_form(why: str) -> Rejected:
-    return rejected("malformed_multipart", f"the form is malformed: {why}")
+def _bad_form(why: str) -> Refused:
+    return refused("malformed_multipart", f"the form is malformed: {why}")
 
 
 def _parse_form(body: bytes, content_type: str, limits: Limits) -> Upload:
@@ -202,7 +202,7 @@ def _parse_form(body: bytes, content_type: str, limits: Limits) -> Upload:
         if name == FIELD:
             images.append(Part(content, media_type))
             if len(images) > limits.max_images:
-                raise rejected("too_many_images", f"send at most {limits.max_images} images in one request")
+                raise refused("too_many_images", f"send at most {limits.max_images} images in one request")
         elif name in _NUMBERS:
             if name in numbers:
                 raise _bad_form(f"the field {name} stands in it twice")
@@ -211,7 +211,7 @@ def _parse_form(body: bytes, content_type: str, limits: Limits) -> Upload:
                 raise _no_number(name)
             numbers[name] = int(content)
         else:
-            raise rejected("invalid_argument", f"the form has fields besides {FIELD}, top and neighbors")
+            raise refused("invalid_argument", f"the form has fields besides {FIELD}, top and neighbors")
     return _upload(images, numbers, limits)
 
 
@@ -227,7 +227,7 @@ def _parts(body: bytes, boundary: bytes, limits: Limits) -> list[bytes]:
     parts: list[bytes] = []
     while not body.startswith(b"--", place):
         if len(parts) >= limits.max_parts:
-            raise rejected("too_many_parts", f"the form has more than the {limits.max_parts} parts allowed")
+            raise refused("too_many_parts", f"the form has more than the {limits.max_parts} parts allowed")
         if not body.startswith(b"\r\n", place):
             raise _bad_form("a line that begins with the boundary goes on after it")
         # A part without headers begins with an empty line, which the next search must not miss.

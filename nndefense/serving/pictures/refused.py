@@ -30,7 +30,7 @@ STATUS = {
 """The status that goes with each code."""
 
 
-class Rejected(InputError):
+class Refused(InputError):
     """A request that is refused, through no fault of the server.
 
     Args:
@@ -51,6 +51,6 @@ class Rejected(InputError):
         self.detail = detail
 
 
-def rejected(code: str, detail: str) -> Rejected:
+def refused(code: str, detail: str) -> Refused:
     """Return the error of a code with the status that goes with it; ``code`` must stand in ``STATUS``."""
-    return Rejected(STATUS[code], code, detail)
+    return Refused(STATUS[code], code, detail)

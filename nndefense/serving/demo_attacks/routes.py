@@ -14,16 +14,25 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from nndefense.attacks import distance
-from nndefense.serving.attack_pictures import eight_bits, magnified, png
-from nndefense.serving.attacking import AttackName, Job, Late, NormName, Stopped, Targets, Watch, attack_picture
-from nndefense.serving.openapi import problems
-from nndefense.serving.problem import Problem
-from nndefense.serving.rejected import rejected
-from nndefense.serving.schema import PredictionAnswer
+from nndefense.serving.demo_attacks.attack import (
+    AttackJob,
+    AttackName,
+    AttackTargets,
+    AttackWatch,
+    Late,
+    NormName,
+    Stopped,
+    attack_picture,
+)
+from nndefense.serving.demo_attacks.pixels import eight_bits, magnified, png
+from nndefense.serving.http.openapi import problems
+from nndefense.serving.http.problem import ServiceProblem
+from nndefense.serving.http.schema import PredictionAnswer
+from nndefense.serving.pictures.refused import refused
 
 if TYPE_CHECKING:
     from nndefense.guard import Guard
-    from nndefense.serving.state import ServingState
+    from nndefense.serving.http.state import ServingState
 
 STEPS = 20
 """Gradient steps that the page asks for; of the adaptive attack, in each of its stages."""
@@ -134,7 +143,7 @@ def offer(guard: Guard) -> dict[str, Any]:
 def router(state: ServingState) -> APIRouter:
     """``POST /v1/demo/attack``; to be included only where the operator has asked for it."""
     routes = APIRouter()
-    targets = Targets()
+    targets = AttackTargets()
 
     @routes.post(
         "/v1/demo/attack",
@@ -151,14 +160,14 @@ def router(state: ServingState) -> APIRouter:
         guard = state.guard
         allowed = offer(guard)
         if wanted.attack not in allowed["attacks"]:
-            raise rejected("invalid_argument", f"this attack is not offered: {allowed['reason']}")
+            raise refused("invalid_argument", f"this attack is not offered: {allowed['reason']}")
         most = MOST_EPS[wanted.norm]
         if wanted.eps > most * (1 + 1e-9):
-            raise rejected("invalid_argument", f"eps is {wanted.eps:g}, but must be at most {most:g} in {wanted.norm}")
+            raise refused("invalid_argument", f"eps is {wanted.eps:g}, but must be at most {most:g} in {wanted.norm}")
         clean = eight_bits(await state.decode(_bytes(wanted.image), guard=guard))
         before = (await state.submit([clean], wanted.top, wanted.neighbors, guard=guard))[0]
         leaving = before.bare if wanted.attack == "classifier" else before
-        job = Job(clean[None], leaving.class_index, wanted.attack, wanted.norm, wanted.eps, wanted.steps)
+        job = AttackJob(clean[None], leaving.class_index, wanted.attack, wanted.norm, wanted.eps, wanted.steps)
         begun = time.monotonic()
         attacked = (await _while_awaited(request, state, guard, job))[0]
         seconds = time.monotonic() - begun
@@ -189,9 +198,9 @@ def router(state: ServingState) -> APIRouter:
             }
         )
 
-    async def _while_awaited(request: Request, state: ServingState, guard: Guard, job: Job) -> Tensor:
+    async def _while_awaited(request: Request, state: ServingState, guard: Guard, job: AttackJob) -> Tensor:
         """The attacked image; the attack ends early where the client has gone."""
-        watch = Watch(SECONDS)
+        watch = AttackWatch(SECONDS)
 
         def run() -> Tensor:
             watch.wanted()
@@ -209,9 +218,9 @@ def router(state: ServingState) -> APIRouter:
             return await running
         except Late:
             detail = f"the attack took longer than {SECONDS:g} seconds: take fewer steps, or attack the classifier"
-            raise Problem("timed_out", detail) from None
+            raise ServiceProblem("timed_out", detail) from None
         except Stopped:
-            raise Problem("stopping", "nobody waited for this attack any more") from None
+            raise ServiceProblem("stopping", "nobody waited for this attack any more") from None
         finally:
             watch.stop()
 
@@ -222,4 +231,4 @@ def _bytes(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise rejected("invalid_base64", "the image is not base64 of an image file: encode the file's bytes") from None
+        raise refused("invalid_base64", "the image is not base64 of an image file: encode the file's bytes") from None

@@ -12,10 +12,10 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 
-from nndefense.serving.jpeg import read_jpeg
-from nndefense.serving.orientation import orientation
-from nndefense.serving.picture import MAX_STEPS, Picture, damaged
-from nndefense.serving.rejected import rejected
+from nndefense.serving.pictures.jpeg import read_jpeg
+from nndefense.serving.pictures.orientation import orientation
+from nndefense.serving.pictures.picture import MAX_STEPS, Picture, damaged
+from nndefense.serving.pictures.refused import refused
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
@@ -29,14 +29,14 @@ def read_container(data: bytes) -> Picture:
         data: the file. The first bytes alone decide what format it has.
 
     Raises:
-        Rejected: ``empty_image``; ``unsupported_image`` for another format than PNG, JPEG, WebP and GIF, or a rare
+        Refused: ``empty_image``; ``unsupported_image`` for another format than PNG, JPEG, WebP and GIF, or a rare
             kind of JPEG; ``damaged_image`` for a file that ends early or contradicts its format.
     """
     if not data:
-        raise rejected("empty_image", "the image file is empty: send one that holds a picture")
+        raise refused("empty_image", "the image file is empty: send one that holds a picture")
     reader = _reader_of(data)
     if reader is None:
-        raise rejected("unsupported_image", "this is no PNG, JPEG, WebP or GIF image: save it as one of these")
+        raise refused("unsupported_image", "this is no PNG, JPEG, WebP or GIF image: save it as one of these")
     try:
         picture = reader(data)
     except (struct.error, IndexError) as error:

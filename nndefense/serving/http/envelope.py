@@ -10,9 +10,9 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nndefense.serving.metrics import Metrics
-from nndefense.serving.problem import MEDIA_TYPE, Problem, body_of, of_error
-from nndefense.serving.security import HEADERS, App, Gate, Message, Receive, Scope, Send, has_body, header
+from nndefense.serving.http.metrics import Metrics
+from nndefense.serving.http.problem import MEDIA_TYPE, ServiceProblem, body_of, of_error
+from nndefense.serving.http.security import HEADERS, App, Gate, Message, Receive, Scope, Send, has_body, header
 
 _log = logging.getLogger(__name__)
 # How long, and how much of, a refused body is still read, so that its sender gets to see the answer.
@@ -39,7 +39,7 @@ class Envelope:
                 await self.app(scope, receive, send)
             return
         answer = _Answer(scope, receive, send)
-        problem: Problem | None = None
+        problem: ServiceProblem | None = None
         self._metrics.in_flight.inc()
         try:
             self._gate.check(scope)
@@ -48,7 +48,9 @@ class Envelope:
             problem = of_error(error)
             if problem is None:
                 _log.exception("request %s failed", answer.id)
-                problem = Problem("internal", "this is a defect of the server, which logged it under this answer's id")
+                problem = ServiceProblem(
+                    "internal", "this is a defect of the server, which logged it under this answer's id"
+                )
             if answer.status:
                 # The answer has begun, and can only be cut off.
                 raise
@@ -111,7 +113,7 @@ class _Answer:
             message = {**message, "headers": headers}
         await self._send(message)
 
-    async def refuse(self, problem: Problem) -> None:
+    async def refuse(self, problem: ServiceProblem) -> None:
         """Answer with a problem; a body that was not read is read to its end first, as far as that is quick."""
         self.code = problem.code
         body = body_of(problem.status, problem.code, problem.detail, self.id)

@@ -9,8 +9,8 @@ conversion: turned by EXIF, transparent parts on white, CMYK and palettes as col
 
 Three things bound the time and memory of one image, none of which is enough alone:
 
-* the container is walked before Pillow sees it (:mod:`nndefense.serving.containers`), with a bound on the steps, and
-  only the first picture is kept: no texts, profiles, EXIF directories or further frames reach a decoder;
+* the container is walked before Pillow sees it (:mod:`nndefense.serving.pictures.containers`), with a bound on the
+  steps, and only the first picture is kept: no texts, profiles, EXIF directories or further frames reach a decoder;
 * width, height and the number of passes over the pixels are checked before any pixel is decoded;
 * the decoder is fed 4096 bytes at a time, and a clock is read before each. Nothing needs to be killed, because what one
   mouthful can cost is bounded by the pixels. WebP alone is decoded in one go, which the pixels bound as well.
@@ -31,10 +31,10 @@ from torch import Tensor
 from nndefense.datasets.image_files import convert, to_tensor
 from nndefense.datasets.transform import check_form
 from nndefense.errors import DataError
-from nndefense.serving.containers import read_container
-from nndefense.serving.limits import MEDIA_TYPES, Limits
-from nndefense.serving.picture import Picture, damaged
-from nndefense.serving.rejected import Rejected, rejected
+from nndefense.serving.pictures.containers import read_container
+from nndefense.serving.pictures.limits import MEDIA_TYPES, Limits
+from nndefense.serving.pictures.picture import Picture, damaged
+from nndefense.serving.pictures.refused import Refused, refused
 
 _MOUTHFUL = 4096
 _PASSES = 16
@@ -76,7 +76,7 @@ def decode(data: bytes, limits: Limits, shape: Shape, *, media_type: str | None 
         float32 tensor C x H x W in [0, 1].
 
     Raises:
-        Rejected: the image is empty, damaged, of another format, too large, or takes too long.
+        Refused: the image is empty, damaged, of another format, too large, or takes too long.
     """
     return decode_all([(data, media_type)], limits, shape)[0]
 
@@ -101,12 +101,12 @@ def decode_all(
         A tensor for each image, as from :func:`decode`.
 
     Raises:
-        Rejected: as from :func:`decode`, naming the first image that is at fault where there are several; or there are
+        Refused: as from :func:`decode`, naming the first image that is at fault where there are several; or there are
             too many images, or too many pixels in all.
     """
     deadline = clock() + limits.decode_seconds
     if len(images) > limits.max_images:
-        raise rejected(
+        raise refused(
             "too_many_images",
             f"the request has {len(images)} images: send at most {limits.max_images} in one request",
         )
@@ -121,7 +121,7 @@ def decode_all(
         pictures.append(picture)
         pixels += picture.width * picture.height
     if pixels > limits.max_request_pixels:
-        raise rejected(
+        raise refused(
             "too_many_pixels",
             f"the images of the request have {pixels:,} pixels together, more than the {limits.max_request_pixels:,} "
             "allowed: scale them down or send fewer at once",
@@ -137,10 +137,10 @@ def inspect(data: bytes, limits: Limits, *, media_type: str | None = None) -> Pi
     """Return what an image file holds and check it against the limits, without decoding a pixel.
 
     Raises:
-        Rejected: as from :func:`decode`, for all that can be told from the file's structure.
+        Refused: as from :func:`decode`, for all that can be told from the file's structure.
     """
     if len(data) > limits.max_image_bytes:
-        raise rejected(
+        raise refused(
             "image_too_large",
             f"the image file has {len(data):,} bytes, more than the {limits.max_image_bytes:,} allowed: "
             "scale the image down or compress it",
@@ -148,24 +148,24 @@ def inspect(data: bytes, limits: Limits, *, media_type: str | None = None) -> Pi
     declared = (media_type or "").split(";")[0].strip().lower()
     declared = _ALIASES.get(declared, declared)
     if declared not in MEDIA_TYPES and declared not in _UNDECLARED:
-        raise rejected(
+        raise refused(
             "unsupported_media_type",
             f"the declared content type is not one of {', '.join(MEDIA_TYPES)}: send the image as one of these",
         )
     picture = read_container(data)
     if declared in MEDIA_TYPES and MEDIA_TYPES[declared] != picture.format:
-        raise rejected(
+        raise refused(
             "type_mismatch",
             f"the image is declared as {declared} but is {picture.format}: declare it rightly or not at all",
         )
     if max(picture.width, picture.height) > limits.max_side or picture.width * picture.height > limits.max_pixels:
-        raise rejected(
+        raise refused(
             "too_many_pixels",
             f"the image has {picture.width:,} x {picture.height:,} pixels, more than the {limits.max_side:,} a side or "
             f"{limits.max_pixels:,} in all that are allowed: scale it down",
         )
     if picture.width * picture.height * picture.passes > _PASSES * limits.max_pixels:
-        raise rejected(
+        raise refused(
             "too_many_pixels",
             f"the JPEG image is stored in {picture.passes} scans, too many for its size: save it anew or scale it down",
         )
@@ -176,17 +176,17 @@ def from_base64(text: str, limits: Limits) -> bytes:
     """Decode base64 (RFC 4648, the standard alphabet, padded, without white space).
 
     Raises:
-        Rejected: ``invalid_base64``; ``image_too_large`` for what would be more than ``limits.max_image_bytes``.
+        Refused: ``invalid_base64``; ``image_too_large`` for what would be more than ``limits.max_image_bytes``.
     """
     if len(text) // 4 * 3 - 2 > limits.max_image_bytes:
-        raise rejected(
+        raise refused(
             "image_too_large", f"an image has more than the {limits.max_image_bytes:,} bytes allowed: scale it down"
         )
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         # The error's own words may repeat what was sent.
-        raise rejected(
+        raise refused(
             "invalid_base64", "an image is not valid base64: encode it with the standard alphabet and padding"
         ) from None
 
@@ -205,7 +205,7 @@ def _decode(picture: Picture, shape: Shape, deadline: float, clock: Callable[[],
             if picture.orientation != 1:
                 image.getexif()[_ORIENTATION] = picture.orientation
             return to_tensor(convert("", image, channels, size))
-    except Rejected:
+    except Refused:
         raise
     except _Late:
         raise _too_late() from None
@@ -217,8 +217,8 @@ def _decode(picture: Picture, shape: Shape, deadline: float, clock: Callable[[],
         raise damaged("its content does not decode") from None
 
 
-def _too_late() -> Rejected:
-    return rejected("decode_timeout", "the images take too long to be decoded: scale them down, or send fewer at once")
+def _too_late() -> Refused:
+    return refused("decode_timeout", "the images take too long to be decoded: scale them down, or send fewer at once")
 
 
 @contextmanager
@@ -226,7 +226,7 @@ def _numbered(number: int | None) -> Iterator[None]:
     """Say in a rejection which image of the request it is about."""
     try:
         yield
-    except Rejected as error:
+    except Refused as error:
         if number is None:
             raise
-        raise Rejected(error.status, error.code, f"image {number} of the request: {error.detail}") from None
+        raise Refused(error.status, error.code, f"image {number} of the request: {error.detail}") from None

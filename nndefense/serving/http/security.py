@@ -11,9 +11,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nndefense.errors import InputError
-from nndefense.serving.problem import Problem, busy
-from nndefense.serving.rejected import Rejected, rejected
-from nndefense.serving.settings import ServingSettings, is_loopback
+from nndefense.serving.http.problem import ServiceProblem, busy
+from nndefense.serving.http.settings import ServingSettings, is_loopback
+from nndefense.serving.pictures.refused import Refused, refused
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -110,7 +110,7 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 
 
 class Gate:
-    """Lets a request through, or raises the :class:`Problem` that it is refused with.
+    """Lets a request through, or raises the :class:`ServiceProblem` that it is refused with.
 
     ``keys`` may be replaced while the service runs.
     """
@@ -125,17 +125,19 @@ class Gate:
         """Check the name, the origin and the key of a request.
 
         Raises:
-            Problem: ``wrong_host``, ``forbidden`` or ``unauthorized``.
-            Rejected: the headers are too large. (The connection's own limit does not see those that arrive whole.)
+            ServiceProblem: ``wrong_host``, ``forbidden`` or ``unauthorized``.
+            Refused: the headers are too large. (The connection's own limit does not see those that arrive whole.)
         """
         size = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
         if size + sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > self._header_bytes:
-            raise Rejected(431, "malformed_request", "the headers are too large")
+            raise Refused(431, "malformed_request", "the headers are too large")
         hosts = self._hosts or (LOCAL_HOSTS if self._local and not self.keys else None)
         host = (header(scope, b"host") or b"").decode("latin-1").lower()
         # Another web site whose name was pointed at this address would come with its own name (DNS rebinding).
         if hosts is not None and _name(host) not in hosts:
-            raise Problem("wrong_host", "use the address that the server printed, or start it with --allowed-host")
+            raise ServiceProblem(
+                "wrong_host", "use the address that the server printed, or start it with --allowed-host"
+            )
         if self.keys:
             self._check_key(scope)
         elif scope["method"] not in _SAFE:
@@ -148,7 +150,7 @@ class Gate:
             return
         place = urlsplit(origin.decode("latin-1").lower()).netloc
         if place != host and _name(place) not in self._hosts:
-            raise Problem("forbidden", "pages of other sites may not ask here")
+            raise ServiceProblem("forbidden", "pages of other sites may not ask here")
 
     def _check_key(self, scope: Scope) -> None:
         path = scope["path"]
@@ -161,9 +163,9 @@ class Gate:
         known, admin = self.keys.check(given)
         if not known:
             detail = "send a key: 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
-            raise Problem("unauthorized", detail, headers={"www-authenticate": "Bearer"})
+            raise ServiceProblem("unauthorized", detail, headers={"www-authenticate": "Bearer"})
         if path.startswith(ADMIN_FOLDER) and not admin:
-            raise Problem("forbidden", "this needs an administrator's key (a line 'admin:KEY' of the key file)")
+            raise ServiceProblem("forbidden", "this needs an administrator's key (a line 'admin:KEY' of the key file)")
 
 
 def _name(host: str) -> str:
@@ -213,7 +215,7 @@ class BodyLimit:
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise rejected("malformed_request", "the connection was closed before the body was complete")
+                    raise refused("malformed_request", "the connection was closed before the body was complete")
                 chunk = message.get("body", b"")
                 held[0] += len(chunk)
                 self.buffered += len(chunk)
@@ -234,7 +236,7 @@ def has_body(scope: Scope) -> bool:
 
 
 def _too_large(limit: int) -> Exception:
-    return rejected("body_too_large", f"a body may have {limit:,} bytes at most: send fewer or smaller images")
+    return refused("body_too_large", f"a body may have {limit:,} bytes at most: send fewer or smaller images")
 
 
 class _Deadline:
@@ -258,4 +260,4 @@ class _Deadline:
             uncancel = getattr(self._task, "uncancel", None)
             if uncancel is not None:
                 uncancel()
-            raise rejected("slow_body", f"the body did not arrive within {self._seconds:g} seconds") from None
+            raise refused("slow_body", f"the body did not arrive within {self._seconds:g} seconds") from None

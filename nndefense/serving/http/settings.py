@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nndefense.errors import InputError
-from nndefense.serving.limits import Limits
+from nndefense.serving.pictures.limits import Limits
 
 
 def is_loopback(host: str) -> bool:
@@ -34,7 +34,7 @@ class ServingSettings:
     port: int = 8000
     """The port; 0 for any free one."""
     api_key_file: Path | None = None
-    """The keys, a line each; see :class:`~nndefense.serving.security.Keys`."""
+    """The keys, a line each; see :class:`~nndefense.serving.http.security.Keys`."""
     allow_open: bool = False
     """Serve without keys although others can reach the address."""
     allowed_hosts: tuple[str, ...] = ()

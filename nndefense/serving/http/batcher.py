@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
 
-from nndefense.serving.problem import Problem, busy
+from nndefense.serving.http.problem import ServiceProblem, busy
 
 K = TypeVar("K")
 P = TypeVar("P")
@@ -119,8 +119,8 @@ class Batcher(Generic[K, P, R]):
             A result for each payload, in their order.
 
         Raises:
-            Problem: ``queue_full`` where the items do not fit in the queue or the queue is too long for the time that
-                they have, ``timed_out``, or ``stopping``. Errors of ``run`` are passed on.
+            ServiceProblem: ``queue_full`` where the items do not fit in the queue or the queue is too long for the time
+                that they have, ``timed_out``, or ``stopping``. Errors of ``run`` are passed on.
         """
         loop = asyncio.get_running_loop()
         job: _Job[K, P, R] = _Job(key, payloads, loop)
@@ -249,5 +249,7 @@ class Batcher(Generic[K, P, R]):
 
     def _expire(self, job: _Job[K, P, R]) -> None:
         if not job.future.done():
-            error: Problem = busy("timed_out", "the prediction was not ready in time: try later", self.backlog_seconds)
+            error: ServiceProblem = busy(
+                "timed_out", "the prediction was not ready in time: try later", self.backlog_seconds
+            )
             job.future.set_exception(error)

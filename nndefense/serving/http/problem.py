@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from nndefense.serving.rejected import STATUS, Rejected
+from nndefense.serving.pictures.refused import STATUS, Refused
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -24,12 +24,12 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "stopping": (503, "The server is being stopped"),
 }
 """The server's own problems: code, status and title. Those of a refused request are in
-:data:`~nndefense.serving.rejected.STATUS`; their title is the code in words."""
+:data:`~nndefense.serving.pictures.refused.STATUS`; their title is the code in words."""
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
-class Problem(Exception):
+class ServiceProblem(Exception):
     """An answer other than success.
 
     Args:
@@ -47,9 +47,9 @@ class Problem(Exception):
         self.status = status or PROBLEMS[code][0]
 
 
-def busy(code: str, detail: str, seconds: float) -> Problem:
+def busy(code: str, detail: str, seconds: float) -> ServiceProblem:
     """A 503 that says in how many seconds (at least 1, at most 60) to try again."""
-    return Problem(code, detail, headers={"retry-after": str(max(1, min(60, round(seconds + 0.5))))})
+    return ServiceProblem(code, detail, headers={"retry-after": str(max(1, min(60, round(seconds + 0.5))))})
 
 
 def title_of(code: str) -> str:
@@ -71,16 +71,16 @@ def body_of(status: int, code: str, detail: str, request_id: str = "") -> bytes:
     return json.dumps(value, ensure_ascii=False).encode()
 
 
-def of_error(error: BaseException) -> Problem | None:
+def of_error(error: BaseException) -> ServiceProblem | None:
     """The problem that an error stands for, or None where it is a defect of the server."""
-    if isinstance(error, Problem):
+    if isinstance(error, ServiceProblem):
         return error
-    if isinstance(error, Rejected):
-        return Problem(error.code, error.detail, status=error.status)
+    if isinstance(error, Refused):
+        return ServiceProblem(error.code, error.detail, status=error.status)
     return None
 
 
-def of_status(status: int, headers: Mapping[str, str] | None = None) -> Problem:
+def of_status(status: int, headers: Mapping[str, str] | None = None) -> ServiceProblem:
     """The problem for a status that the framework itself answers with: an unknown path, a wrong method and such."""
     code = _CODES.get(status, "malformed_request" if status < 500 else "internal")
     details = {
@@ -88,7 +88,7 @@ def of_status(status: int, headers: Mapping[str, str] | None = None) -> Problem:
         405: "see the Allow header, or /openapi.json, for the methods of this path",
     }
     detail = details.get(status, "the request could not be understood; /openapi.json describes what is expected")
-    return Problem(code, detail, headers=headers, status=status)
+    return ServiceProblem(code, detail, headers=headers, status=status)
 
 
 def explain(code: str) -> str | None:

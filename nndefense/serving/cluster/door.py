@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from nndefense.database.cluster import import_ray
-from nndefense.serving.envelope import Envelope
-from nndefense.serving.journal import Journal
-from nndefense.serving.metrics import Metrics
-from nndefense.serving.problem import MEDIA_TYPE, Problem, busy
-from nndefense.serving.ray_replica import Member, Reply
-from nndefense.serving.security import App, BodyLimit, Gate, Keys, Receive, Scope, Send, has_body
-from nndefense.serving.settings import ServingSettings
+from nndefense.serving.cluster.replica import Member, Reply
+from nndefense.serving.http.envelope import Envelope
+from nndefense.serving.http.journal import Journal
+from nndefense.serving.http.metrics import Metrics
+from nndefense.serving.http.problem import MEDIA_TYPE, ServiceProblem, busy
+from nndefense.serving.http.security import App, BodyLimit, Gate, Keys, Receive, Scope, Send, has_body
+from nndefense.serving.http.settings import ServingSettings
 
 RELOAD = "/v1/admin/reload"
 _PLAIN = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")
@@ -96,12 +96,12 @@ class Door:
         """Load the database and the keys again, in every replica: first in one, then in the others if that went well.
 
         Raises:
-            Problem: ``reload_failed``; nothing has changed.
+            ServiceProblem: ``reload_failed``; nothing has changed.
         """
         failed = await self._handle.reload.remote()
         if failed is not None:
             _log.error("the reload failed, the old database keeps serving: %s", failed)
-            raise Problem("reload_failed", failed)
+            raise ServiceProblem("reload_failed", failed)
         await self._spread()
 
     async def _spread(self) -> dict[str, Any]:

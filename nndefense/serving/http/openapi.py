@@ -7,10 +7,10 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from nndefense.serving.problem import MEDIA_TYPE
-from nndefense.serving.schema import ClassifyJson, ProblemAnswer
-from nndefense.serving.security import OPEN_FOLDERS, OPEN_PATHS
-from nndefense.serving.settings import ServingSettings
+from nndefense.serving.http.problem import MEDIA_TYPE
+from nndefense.serving.http.schema import ClassifyJson, ProblemAnswer
+from nndefense.serving.http.security import OPEN_FOLDERS, OPEN_PATHS
+from nndefense.serving.http.settings import ServingSettings
 
 _MEANINGS = {
     400: "The body cannot be understood.",

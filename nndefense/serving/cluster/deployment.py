@@ -19,11 +19,11 @@ from nndefense import errors
 from nndefense.database import Manifest
 from nndefense.database.cluster import NAMESPACE, address, import_ray, join, leave
 from nndefense.errors import DatabaseError, InputError, NNDefenseError
-from nndefense.serving.ray_door import Door
-from nndefense.serving.ray_replica import Board, Replica, Spec
+from nndefense.serving.cluster.door import Door
+from nndefense.serving.cluster.replica import Replica, ReplicaBoard, ReplicaSpec
+from nndefense.serving.http.settings import ServingSettings
+from nndefense.serving.http.state import MAX_BATCH
 from nndefense.serving.server import bind, run_server, server_of
-from nndefense.serving.settings import ServingSettings
-from nndefense.serving.state import MAX_BATCH
 
 START_SECONDS = 1800.0
 _log = logging.getLogger(__name__)
@@ -72,7 +72,9 @@ def serve(
     processors = os.cpu_count() or 1
     # Set in any case: what a worker of Ray would choose is not what this process would.
     settings = replace(settings, threads=settings.threads or max(1, processors // most))
-    spec = Spec({**_placed(guard), "database": folder}, settings, f"nndefense-{secrets.token_hex(4)}", shards, replicas)
+    spec = ReplicaSpec(
+        {**_placed(guard), "database": folder}, settings, f"nndefense-{secrets.token_hex(4)}", shards, replicas
+    )
     connected = False
     try:
         connected = join(ray_address, cpus=max(processors, most))
@@ -92,13 +94,13 @@ def retire(name: str, databases: set[str]) -> None:
 
 
 @contextlib.contextmanager
-def _deployed(spec: Spec, most: int, *, own: bool) -> Iterator[tuple[Any, Any]]:
+def _deployed(spec: ReplicaSpec, most: int, *, own: bool) -> Iterator[tuple[Any, Any]]:
     """Deploy the application and wait until every replica serves; take it away at the end."""
     ray = import_ray()
     ray_serve = importlib.import_module("ray.serve")
     logging.getLogger("ray").setLevel(logging.ERROR)
     board = (
-        ray.remote(Board)
+        ray.remote(ReplicaBoard)
         .options(
             name=spec.board, namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_restarts=-1, max_task_retries=-1
         )
@@ -127,7 +129,7 @@ def _deployed(spec: Spec, most: int, *, own: bool) -> Iterator[tuple[Any, Any]]:
 _LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
-def _options(spec: Spec, most: int) -> dict[str, Any]:
+def _options(spec: ReplicaSpec, most: int) -> dict[str, Any]:
     settings = spec.settings
     options: dict[str, Any] = {
         "name": "defence",
@@ -157,7 +159,7 @@ def _options(spec: Spec, most: int) -> dict[str, Any]:
     }
 
 
-def _run(ray_serve: Any, application: Any, spec: Spec, ray: Any, board: Any) -> Any:
+def _run(ray_serve: Any, application: Any, spec: ReplicaSpec, ray: Any, board: Any) -> Any:
     """Deploy, but do not wait for Ray Serve's many attempts where a replica has said why it cannot start."""
     done: list[Any] = []
 

@@ -19,10 +19,10 @@ from nndefense.database.sharded import LateError
 from nndefense.errors import DatabaseError
 from nndefense.guard import HELD_BYTES, Guard
 from nndefense.serving.app import create_app
-from nndefense.serving.problem import Problem
+from nndefense.serving.http.problem import ServiceProblem
+from nndefense.serving.http.settings import ServingSettings
+from nndefense.serving.http.state import ServingState
 from nndefense.serving.server import SWITCH_SECONDS
-from nndefense.serving.settings import ServingSettings
-from nndefense.serving.state import ServingState
 
 Headers = list[tuple[bytes, bytes]]
 Reply = tuple[int, Headers, bytes, str]
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Spec:
+class ReplicaSpec:
     """What a replica needs to know.
 
     Attributes:
@@ -67,7 +67,7 @@ class Member:
     metrics: bytes
 
 
-class Board:
+class ReplicaBoard:
     """An actor where replicas report every second, and learn that there is a new database to load."""
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class Board:
 class Replica:
     """One copy of the application, as a deployment of Ray Serve; it gets requests from the door."""
 
-    async def __init__(self, spec: Spec) -> None:  # type: ignore[misc]
+    async def __init__(self, spec: ReplicaSpec) -> None:  # type: ignore[misc]
         """Open the database; Ray Serve sends no request before that is done."""
         self._id = uuid.uuid4().hex[:8]
         sys.setswitchinterval(SWITCH_SECONDS)
@@ -160,7 +160,7 @@ class Replica:
         """Load the database and the keys again, in this replica; returns why it failed, or None."""
         try:
             await self._state.reload()
-        except Problem as problem:
+        except ServiceProblem as problem:
             return problem.detail
         return None
 
@@ -201,7 +201,7 @@ class Replica:
         return Member(self._generation, database, self._error, self._state.metrics.text())
 
 
-def open_guard(spec: Spec) -> Guard:
+def open_guard(spec: ReplicaSpec) -> Guard:
     """Open the guard of a replica, whose index is in parts that all replicas share."""
     options = dict(spec.guard)
     database = ImageDatabase.open(Path(options.pop("database")), engine="ray", shards=spec.shards, ray_name=spec.name)

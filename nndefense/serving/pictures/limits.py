@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from nndefense.errors import InputError
 
 MEDIA_TYPES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP", "image/gif": "GIF"}
-"""What is decoded, by content type; :mod:`nndefense.serving.decode` says why nothing else."""
+"""What is decoded, by content type; :mod:`nndefense.serving.pictures.decode` says why nothing else."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nndefense.serving.rejected import Rejected, rejected
+from nndefense.serving.pictures.refused import Refused, refused
 
 MAX_STEPS = 50_000
 """The most chunks, segments or blocks of one file that are walked through; a GIF has one for every 255 bytes."""
@@ -27,6 +27,6 @@ class Picture:
     """How often the decoder goes over the picture."""
 
 
-def damaged(reason: str) -> Rejected:
+def damaged(reason: str) -> Refused:
     """The error for a file that contradicts its own format, for a reason that follows "because"."""
-    return rejected("damaged_image", f"the image file cannot be read, because {reason}: repair or replace it")
+    return refused("damaged_image", f"the image file cannot be read, because {reason}: repair or replace it")

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from nndefense.errors import NNDefenseError
 from nndefense.guard.prediction import Defended
-from nndefense.serving.batcher import Batcher
-from nndefense.serving.journal import Journal
-from nndefense.serving.metrics import Metrics
-from nndefense.serving.problem import Problem, busy
-from nndefense.serving.security import Gate, Keys
-from nndefense.serving.settings import ServingSettings
+from nndefense.serving.http.batcher import Batcher
+from nndefense.serving.http.journal import Journal
+from nndefense.serving.http.metrics import Metrics
+from nndefense.serving.http.problem import ServiceProblem, busy
+from nndefense.serving.http.security import Gate, Keys
+from nndefense.serving.http.settings import ServingSettings
+from nndefense.serving.pictures.decode import decode
 
 if TYPE_CHECKING:
     from nndefense.guard import Guard
@@ -134,7 +135,7 @@ class ServingState:
         """The guard that serves now.
 
         Raises:
-            Problem: ``not_ready``, while the first one is being loaded.
+            ServiceProblem: ``not_ready``, while the first one is being loaded.
         """
         if self._guard is None:
             raise busy("not_ready", "the database is still being loaded and verified: try again in a moment", 2)
@@ -159,7 +160,7 @@ class ServingState:
             guard: with which guard: the one that the images were decoded for. None: the one that serves now.
 
         Raises:
-            Problem: ``queue_full``, ``timed_out``, ``stopping`` or ``not_ready``.
+            ServiceProblem: ``queue_full``, ``timed_out``, ``stopping`` or ``not_ready``.
         """
         guard = guard or self.guard
         wanted = guard.k if neighbors is None else min(neighbors, guard.k)
@@ -172,7 +173,7 @@ class ServingState:
         """Refuse a request before anything is done for it, where it would be refused afterwards.
 
         Raises:
-            Problem: ``queue_full``.
+            ServiceProblem: ``queue_full``.
         """
         self.batcher.check_room(1, self.settings.timeout)
 
@@ -180,7 +181,7 @@ class ServingState:
         """Run short work, such as decoding or reading a file, in one of few threads.
 
         Raises:
-            Problem: ``queue_full``, where as many others wait for that as may wait for a prediction.
+            ServiceProblem: ``queue_full``, where as many others wait for that as may wait for a prediction.
         """
         assert self._small is not None, "the state is not started"
         if self._small_waiting >= self.settings.queue:
@@ -195,7 +196,7 @@ class ServingState:
         """Run long work, such as an attack: one call at a time, beside the predictions.
 
         Raises:
-            Problem: ``queue_full``, where four others wait already.
+            ServiceProblem: ``queue_full``, where four others wait already.
         """
         assert self._slow is not None, "the state is not started"
         if self._slow_waiting > _SLOW_WAITING:
@@ -207,9 +208,7 @@ class ServingState:
             self._slow_waiting -= 1
 
     async def decode(self, data: bytes, media_type: str | None = None, *, guard: Guard | None = None) -> Tensor:
-        """Decode one image file as the guard takes it; errors as for :func:`~nndefense.serving.decode.decode`."""
-        from nndefense.serving.decode import decode
-
+        """Decode one image file as the guard takes it; errors as for :func:`~nndefense.serving.pictures.decode`."""
         shape = (guard or self.guard).classifier.input_shape
         return await self.run_blocking(partial(decode, data, self.settings.limits, shape, media_type=media_type))
 
@@ -224,10 +223,10 @@ class ServingState:
             ``database``, ``model``, ``changed`` and ``seconds``.
 
         Raises:
-            Problem: ``reload_failed``; the old guard keeps serving.
+            ServiceProblem: ``reload_failed``; the old guard keeps serving.
         """
         if self._open is None:
-            raise Problem("reload_failed", "this service was started with a guard, not with a database to open")
+            raise ServiceProblem("reload_failed", "this service was started with a guard, not with a database to open")
         assert self._reloading is not None, "the state is not started"
         async with self._reloading:
             begun = time.monotonic()
@@ -250,13 +249,15 @@ class ServingState:
             _log.info("reloaded: database %s", guard.database.fingerprint[:12])
             return self.last_reload
 
-    def _failed(self, error: Exception) -> Problem:
+    def _failed(self, error: Exception) -> ServiceProblem:
         self.metrics.reloads.labels("failed").inc()
         # The log says everything; an answer names the kind of fault but no file.
         known = isinstance(error, NNDefenseError)
         _log.error("the reload failed, the old database keeps serving: %s", error, exc_info=not known)
         kind = type(error).__name__ if known else "an unexpected error"
-        problem = Problem("reload_failed", f"{kind}; the server's log says which file and why. Nothing has changed")
+        problem = ServiceProblem(
+            "reload_failed", f"{kind}; the server's log says which file and why. Nothing has changed"
+        )
         self.last_reload = {"ok": False, "error": problem.detail}
         return problem
 
