@@ -127,7 +127,7 @@ def test_gradient_of_the_relaxation_is_that_of_finite_differences(monkeypatch):
 
 def test_unfilled_places_change_nothing():
     hood, features, _, _ = made_up_hood()
-    cut = hood.take(torch.arange(4))
+    cut = hood[torch.arange(4)]
     hood.log_weights[:, 7:] = -torch.inf
     for name in ("vectors", "log_weights", "log_posteriors", "classes"):
         setattr(cut, name, getattr(cut, name)[:, :7])
@@ -210,6 +210,27 @@ def test_larger_balls_and_more_steps_never_help_the_defense(surface, defense, ba
     assert by_eps[-1] == 0
     few, many = (accuracy(defense, retrieval.soft_top_k(surface, x, y, eps=0.15, steps=s), y) for s in (5, 60))
     assert many <= few
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_restarts_attack_again_what_still_stands(surface, batch, name):
+    x, y = batch[0][:24], batch[1][:24]
+
+    def run(restarts: int) -> tuple[Tensor, Tensor, int]:
+        surface.counts.reset()
+        generator = torch.Generator().manual_seed(0)
+        found = FIXED[name](surface, x, y, eps=0.12, steps=5, restarts=restarts, generator=generator, batch_size=16)
+        assert float((found - x).abs().max()) <= 0.12 + 1e-6
+        backwards = surface.counts.backwards
+        return found, surface.fooled(found, y), backwards
+
+    (once, fell, cost), (often, fell_often, more) = run(1), run(3)
+    # What fell stays as it is; the others are attacked again, and the true pipeline alone says whether they fell.
+    assert torch.equal(often[fell], once[fell])
+    assert bool((fell_often | ~fell).all())
+    if name in ("push-pull", "ask"):
+        assert int(fell_often.sum()) > int(fell.sum())
+    assert cost < more <= cost + 2 * 5 * int((~fell).sum()) * (2 if name == "adaptive" else 1)
 
 
 def test_targets_and_starts(surface, defense, batch):
@@ -416,6 +437,8 @@ def test_settings_that_cannot_be_used(defense, surface, batch):
         (retrieval.pgd_pr, {"gamma": -1}, "gamma is -1"),
         (retrieval.adaptive, {"plan": ("magic",)}, "the stages are"),
         (retrieval.soft_top_k, {"batch_size": 0}, "batch size"),
+        (retrieval.pgd_fs, {"restarts": 0}, "restarts is 0"),
+        (retrieval.adaptive, {"restarts": 0}, "restarts is 0"),
     ):
         with pytest.raises(InputError, match=message):
             attack(surface, x, y, eps=0.1, steps=2, **options)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from nndefense.attacks import norms
+from nndefense.attacks.checks import at_least
 from nndefense.attacks.retrieval.surface import Knowledge, RetrievalSurface
 from nndefense.errors import InputError
 from nndefense.images import check_images
 
 Schedule = Literal["cosine", "constant"]
+BATCH = 100
 _MOMENTUM = 0.75
 
 
@@ -63,22 +65,38 @@ def pose(surface: RetrievalSurface, x: Tensor, y: Tensor, eps: float | Tensor, n
     return Problem(surface.counted(), x.detach(), y.to(x.device), norms.radius(x, eps, norm), norm)
 
 
-class Objective(Protocol):
-    """What an ascent raises. State is kept for the images that are still under attack, in their order."""
+class Objective:
+    """What an ascent raises: made from a surface, and from ``target`` (N classes) where it can be aimed.
 
-    refresh: int
+    State is kept for the images that are still under attack, in their order.
+    """
 
-    def renew(self, problem: Problem, images: Tensor, features: Tensor | None, progress: float) -> None:
-        """Look around again: the images under attack, their features without a gradient, and the share of steps done.
+    #: The tensors (or what is indexed like one) of which each image has its own.
+    state: ClassVar[tuple[str, ...]] = ()
+    #: Steps between two looks around; 0: never again.
+    refresh: int = 0
+    #: Whether it looks at features; else it is given some that are N x 0.
+    looks_at_features: bool = True
 
-        Called before the first step, and then every ``refresh`` steps (0: never again).
+    def renew(self, problem: Problem, features: Tensor) -> None:
+        """Look around again, before the first step and every ``refresh`` steps: features N x d without a gradient."""
+        raise NotImplementedError
+
+    def value(self, images: Tensor, features: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
+        """What is raised, N, and whether the attacker's own copy of the defence is fooled, N, where he has one.
+
+        Args:
+            images: N x C x H x W under attack.
+            features: N x d of them.
+            progress: the share of steps done.
         """
+        raise NotImplementedError
 
     def keep(self, index: Tensor) -> None:
         """Go on with some of the images only."""
-
-    def value(self, images: Tensor, features: Tensor | None, progress: float) -> tuple[Tensor, Tensor | None]:
-        """What is raised, N, and whether the attacker's own copy of the defence is fooled, N, where he has one."""
+        for name in self.state:
+            held = getattr(self, name)
+            setattr(self, name, None if held is None else held[index])
 
 
 def ascend(
@@ -89,7 +107,6 @@ def ascend(
     steps: int,
     stride: float = 1.0,
     schedule: Schedule = "cosine",
-    use_features: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Raise the objective by sign (l_inf) or unit-gradient (l_2) steps with momentum, inside ball and box.
 
@@ -104,7 +121,6 @@ def ascend(
         steps: at least 1.
         stride: first step in radii.
         schedule: ``cosine`` or ``constant``.
-        use_features: whether the objective looks at features (it gets None otherwise).
 
     Returns:
         Images N x C x H x W, the first that fooled the true pipeline or else the last iterate, and whether they
@@ -117,6 +133,9 @@ def ascend(
     velocity = torch.zeros_like(current)
     # A copy with every row is right but for rounding: ask at once. With less, ask only where it costs little.
     eager = surface.knowledge is Knowledge.WHITE
+    look = (
+        surface.need_features("this attack") if objective.looks_at_features else lambda images: images.flatten(1)[:, :0]
+    )
     for step in range(steps):
         if not len(active):
             break
@@ -124,9 +143,9 @@ def ascend(
         renewed = step == 0 or (objective.refresh > 0 and step % objective.refresh == 0)
         images = current.detach().requires_grad_(True)
         with torch.enable_grad():
-            features = surface.need_features("this attack")(images) if use_features else None
+            features = look(images)
             if renewed:
-                objective.renew(part, images.detach(), None if features is None else features.detach(), progress)
+                objective.renew(part, features.detach())
             value, proxy = objective.value(images, features, progress)
             (gradient,) = torch.autograd.grad(value.sum(), images)
         surface.counts.backwards += len(images)
@@ -150,20 +169,80 @@ def ascend(
     return out, done
 
 
-def in_batches(
-    attack: Callable[[Problem, Tensor, Tensor | None], Tensor],
-    problem: Problem,
-    start: Tensor,
-    target: Tensor | None,
-    batch_size: int,
+def attack(
+    surface: RetrievalSurface,
+    x: Tensor,
+    y: Tensor,
+    objective: Callable[..., Objective],
+    *,
+    eps: float | Tensor,
+    norm: str = "linf",
+    steps: int = 100,
+    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
+    random_start: bool = False,
+    restarts: int = 1,
+    target: Tensor | None = None,
+    stride: float = 1.0,
+    batch_size: int = BATCH,
+    **settings: Any,
 ) -> Tensor:
-    """Run ``attack(problem, start, target)`` on at most ``batch_size`` images at a time, to bound its memory."""
+    """Raise an objective inside a budget: what all attacks on retrieval that have one share.
+
+    Args:
+        surface: what the attacker holds; each objective says what it needs of it.
+        x: clean images, N x C x H x W in [0, 1].
+        y: class numbers N.
+        objective: makes what is raised, from the surface and ``settings``.
+        eps: radius, one number or one per image; in units of ``norm``.
+        norm: ``linf``, ``l2`` or ``normalized-l2``.
+        steps: gradient steps of each start, at least 1.
+        generator: source of random starts.
+        start: where to begin, N x C x H x W, brought into the ball; default x.
+        random_start: begin at a uniform draw from the ball instead.
+        restarts: starts, at least 1; all but the first are random draws, for images that the true pipeline still gets
+            right.
+        target: N classes to aim at, where the objective can be aimed.
+        stride: first step in radii.
+        batch_size: images attacked at a time, which bounds the memory.
+        settings: of the objective.
+
+    Returns:
+        Images of the shape of x, inside the ball and in [0, 1]: the first iterate that the true pipeline was seen to
+        misclassify, or else the last one of the first start.
+
+    Raises:
+        InputError: images, labels or settings that cannot be used, or a surface that lacks what the objective needs.
+    """
+    problem = pose(surface, x, y, eps, norm, steps=steps)
+    at_least("restarts", restarts)
     if batch_size < 1:
         raise InputError(f"the batch size must be at least 1, not {batch_size}")
-    parts = torch.split(torch.arange(len(problem.x), device=problem.x.device), batch_size)
-    if len(parts) <= 1:
-        return attack(problem, start, target)
-    return torch.cat([attack(problem.take(i), start[i], None if target is None else target[i]) for i in parts])
+
+    def run(index: Tensor, begin: Tensor) -> tuple[Tensor, Tensor]:
+        images, fell = begin.clone(), torch.zeros(len(begin), dtype=torch.bool, device=begin.device)
+        for place in torch.split(torch.arange(len(begin), device=begin.device), batch_size):
+            part = index[place]
+            aim = {} if target is None else {"target": target[part]}
+            raised = objective(problem.surface, **aim, **settings)
+            images[place], fell[place] = ascend(problem.take(part), raised, begin[place], steps=steps, stride=stride)
+        return images, fell
+
+    begin = problem.random_start(generator) if random_start else problem.x
+    begin = begin if start is None else problem.bring_in(start.to(problem.x))
+    everything = torch.arange(len(x), device=x.device)
+    images, fell = run(everything, begin)
+    for _ in range(restarts - 1):
+        standing = everything[~fell]
+        if not len(standing):
+            break
+        again, now = run(standing, problem.take(standing).random_start(generator))
+        images[standing[now]], fell[standing[now]] = again[now], True
+    return images
+
+
+def _nothing(images: Tensor) -> Tensor:
+    return images.flatten(1)[:, :0]
 
 
 def _unit(gradient: Tensor) -> Tensor:

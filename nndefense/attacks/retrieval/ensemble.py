@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nndefense.attacks.checks import at_least
 from nndefense.attacks.losses import margin
 from nndefense.attacks.retrieval import ascent, objectives, starts
-from nndefense.attacks.retrieval.ascent import Problem
-from nndefense.attacks.retrieval.fixed import BATCH
+from nndefense.attacks.retrieval.ascent import BATCH, Objective, Problem
+from nndefense.attacks.retrieval.objectives import ClassifierLoss, ClassScores, Drift, PushPull, SoftTopK
 from nndefense.attacks.retrieval.surface import Counts, RetrievalSurface
 from nndefense.errors import InputError
 from nndefense.memory import reusing_memory
@@ -24,6 +26,8 @@ FULL_PLAN = (
     *PLAN[:-1], "soft-start-3", "soft-target-2", "soft-hot", "soft-dlr", "soft-random", "ask", "pgd-fs", "pgd-pr",
     "drift", "gray",
 )  # fmt: skip
+# What a restart adds: the objective that breaks most, and the one that ignores the rows, each from a random start.
+AGAIN = ("soft-random", "gray")
 
 
 @dataclass(frozen=True)
@@ -51,24 +55,9 @@ class AdaptiveResult:
     seconds: float
 
 
-def adaptive(
-    surface: RetrievalSurface,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float | Tensor,
-    norm: str = "linf",
-    steps: int = 100,
-    generator: torch.Generator | None = None,
-    plan: Sequence[str] = PLAN,
-    start: Tensor | None = None,
-    batch_size: int = BATCH,
-) -> Tensor:
+def adaptive(surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | Tensor, **settings: Any) -> Tensor:
     """The attacked images of :func:`run_adaptive`; see there."""
-    return run_adaptive(
-        surface, x, y, eps=eps, norm=norm, steps=steps, generator=generator, plan=plan, start=start,
-        batch_size=batch_size,
-    ).images  # fmt: skip
+    return run_adaptive(surface, x, y, eps=eps, **settings).images
 
 
 @reusing_memory
@@ -82,6 +71,7 @@ def run_adaptive(
     steps: int = 100,
     generator: torch.Generator | None = None,
     plan: Sequence[str] = PLAN,
+    restarts: int = 1,
     start: Tensor | None = None,
     batch_size: int = BATCH,
 ) -> AdaptiveResult:
@@ -100,6 +90,7 @@ def run_adaptive(
         steps: gradient steps of each stage.
         generator: source of random starts.
         plan: names out of :data:`FULL_PLAN`, in the order in which they are to run.
+        restarts: at least 1; each more adds the stages of :data:`AGAIN`, from new random starts.
         start: images of another attack inside the ball, such as the gray-box attack's: this one is then never weaker.
         batch_size: images attacked at a time, which bounds the memory.
 
@@ -108,6 +99,8 @@ def run_adaptive(
     """
     begun = time.perf_counter()
     problem = ascent.pose(surface, x, y, eps, norm, steps=steps)
+    at_least("restarts", restarts)
+    plan = (*plan, *AGAIN * (restarts - 1))
     unknown = [name for name in plan if name not in _STAGES]
     if unknown or batch_size < 1:
         raise InputError(f"the plan names {unknown}, but the stages are {', '.join(FULL_PLAN)}; batches need 1 image")
@@ -121,11 +114,9 @@ def run_adaptive(
         if start is not None:
             run.offer("start", part.bring_in(start[index].to(part.x))[run.standing])
         for name in plan:
-            needs, stage = _STAGES[name]
             if not run.standing.any():
                 break
-            if all(getattr(surface, need) is not None for need in needs):
-                stage(run, name)
+            run.stage(name, _STAGES[name])
         best[index], margins[index] = run.best, run.margins
         for place, name in zip(index.tolist(), run.stages, strict=True):
             stages[place] = name
@@ -169,15 +160,32 @@ class _Run:
         for place in index[fooled].tolist():
             self.stages[place] = name
 
-    def ascend(
-        self, name: str, objective: ascent.Objective, start: Tensor | None = None, use_features: bool = True
-    ) -> None:
-        """Run an objective on the standing images from x or from ``start`` (given for all images)."""
-        index = self.standing.nonzero()[:, 0]
-        part = self.problem.take(index)
-        begin = part.x if start is None else start[index]
-        images, _ = ascent.ascend(part, objective, begin, steps=self.steps, use_features=use_features)
+    def stage(self, name: str, stage: _Stage) -> None:
+        """Run a stage on the standing images, unless the surface lacks what it needs."""
+        surface, index, target = self.problem.surface, self.standing.nonzero()[:, 0], None
+        if any(getattr(surface, need) is None for need in stage.needs):
+            return
+        begin = self.problem.x
+        if stage.random_start:
+            begin = self.problem.random_start(self.generator)
+        elif stage.near is not None and stage.near < len(self.starts()):
+            begin = self.starts()[stage.near]
+        elif stage.near is not None and stage.offers:
+            return
+        if stage.offers:
+            self.offer(name, begin[index], index)
+            index = self.standing.nonzero()[:, 0]
+        if stage.target is not None:
+            target = self.targets(stage.target)[index]
+        if len(index) == 0 or (stage.settings.get("loss") == "dlr" and self._classes() < 3):
+            return
+        aim = {} if target is None else {"target": target}
+        objective = stage.objective(surface, **aim, **stage.settings)
+        images, _ = ascent.ascend(self.problem.take(index), objective, begin[index], steps=self.steps)
         self.offer(name, images, index)
+
+    def _classes(self) -> int:
+        return self.problem.surface.need_rows("DLR").posteriors(torch.zeros(1, dtype=torch.int64)).shape[1]
 
     def starts(self) -> list[Tensor]:
         """Three interpolation starts for every image of the batch; made when the first stage asks."""
@@ -194,88 +202,38 @@ class _Run:
     def targets(self, place: int) -> Tensor:
         """The nearest wrong class (0) or the next (1) of every image of the batch."""
         if self._targets is None:
-            surface = self.problem.surface
-            with torch.no_grad():
-                clean = surface.need_features("targets")(self.problem.x)
-            rows = surface.need_rows("targets")
-            self._targets = objectives.wrong_classes(rows, clean, self.problem.y, 2, max(surface.k // 2, 1))
+            rows, k = self.problem.surface.need_rows("targets"), self.problem.surface.k
+            clean = objectives.clean_features(self.problem)
+            self._targets = objectives.wrong_classes(rows, clean, self.problem.y, 2, max(k // 2, 1))
         return self._targets[:, min(place, self._targets.shape[1] - 1)]
 
 
-Stage = Callable[[_Run, str], None]
+@dataclass(frozen=True)
+class _Stage:
+    """An objective with its settings, where it begins (x by default), and which wrong class it aims at."""
+
+    objective: Callable[..., Objective]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ("rows",)
+    random_start: bool = False
+    near: int | None = None  # begins at this interpolation
+    offers: bool = False  # shows its start to the pipeline, too
+    target: int | None = None
 
 
-def _soft(loss: str = "margin", hard: bool = False, hot: float = 0.3, cold: float = 0.03) -> Stage:
-    def stage(run: _Run, name: str) -> None:
-        surface = run.problem.surface
-        rows, begin, target = surface.need_rows(name), None, None
-        index = run.standing.nonzero()[:, 0]
-        if name.startswith("soft-start"):
-            found = run.starts()
-            place = int(name[-1]) - 1
-            if place >= len(found):
-                return
-            begin = found[place]
-            run.offer(name, begin[index], index)
-            index = run.standing.nonzero()[:, 0]
-        elif name.startswith("soft-target"):
-            target = run.targets(int(name[-1]) - 1)[index]
-        elif name == "soft-random":
-            begin = run.problem.random_start(run.generator)
-        if len(index) == 0 or (loss == "dlr" and rows.posteriors(torch.zeros(1, dtype=torch.int64)).shape[1] < 3):
-            return
-        run.ascend(
-            name, objectives.SoftTopK(rows, surface.k, loss=loss, hard=hard, target=target, hot=hot, cold=cold), begin
-        )
-
-    return stage
-
-
-def _push_pull(run: _Run, name: str) -> None:
-    surface = run.problem.surface
-    found = run.starts()
-    guides = min(max(2 * surface.k, 2), 100)
-    run.ascend(
-        name, objectives.PushPull(surface.need_rows(name), surface.k, guides=guides), found[0] if found else None
-    )
-
-
-def _ask(run: _Run, name: str) -> None:
-    begin = run.problem.random_start(run.generator)
-    run.ascend(name, objectives.ClassScores(run.problem.surface.need_rows(name)), begin)
-
-
-def _drift(run: _Run, name: str) -> None:
-    run.ascend(name, objectives.Drift(), run.problem.random_start(run.generator))
-
-
-def _paper(run: _Run, name: str) -> None:
-    surface, begin = run.problem.surface, run.problem.random_start(run.generator)
-    classify = surface.need_classifier(name)
-    if name == "gray":
-        run.ascend(name, objectives.ClassifierLoss(classify), begin, use_features=False)
-    elif name == "pgd-pr":
-        objective = objectives.ClassifierLoss(classify, surface.need_rows(name), term="prediction")
-        run.ascend(name, objective, begin, use_features=False)
-    else:
-        run.ascend(name, objectives.ClassifierLoss(classify, surface.need_rows(name), term="feature"), begin)
-
-
-_STAGES: dict[str, tuple[tuple[str, ...], Stage]] = {
-    "soft": (("rows",), _soft()),
-    "soft-start-1": (("rows",), _soft()),
-    "soft-start-2": (("rows",), _soft()),
-    "soft-start-3": (("rows",), _soft()),
-    "soft-target-1": (("rows",), _soft()),
-    "soft-target-2": (("rows",), _soft()),
-    "soft-hot": (("rows",), _soft(hot=3.0, cold=0.3)),
-    "soft-dlr": (("rows",), _soft(loss="dlr")),
-    "soft-random": (("rows",), _soft()),
-    "straight-through": (("rows",), _soft(hard=True)),
-    "push-pull": (("rows",), _push_pull),
-    "ask": (("rows",), _ask),
-    "drift": (("features",), _drift),
-    "pgd-pr": (("rows", "classify"), _paper),
-    "pgd-fs": (("rows", "classify"), _paper),
-    "gray": (("classify",), _paper),
+_PAPER = ("rows", "classify")
+_STAGES = {
+    "soft": _Stage(SoftTopK),
+    **{f"soft-start-{n}": _Stage(SoftTopK, near=n - 1, offers=True) for n in (1, 2, 3)},
+    **{f"soft-target-{n}": _Stage(SoftTopK, target=n - 1) for n in (1, 2)},
+    "soft-hot": _Stage(SoftTopK, {"hot": 3.0, "cold": 0.3}),
+    "soft-dlr": _Stage(SoftTopK, {"loss": "dlr"}),
+    "soft-random": _Stage(SoftTopK, random_start=True),
+    "straight-through": _Stage(SoftTopK, {"hard": True}),
+    "push-pull": _Stage(PushPull, near=0),
+    "ask": _Stage(ClassScores, random_start=True),
+    "drift": _Stage(Drift, needs=("features",), random_start=True),
+    "pgd-pr": _Stage(ClassifierLoss, {"term": "prediction"}, _PAPER, random_start=True),
+    "pgd-fs": _Stage(ClassifierLoss, {"term": "feature"}, _PAPER, random_start=True),
+    "gray": _Stage(ClassifierLoss, needs=("classify",), random_start=True),
 }

@@ -65,19 +65,15 @@ def push_pull_minimum(
         raise InputError("searches, targets, refresh, learning_rate and constant must be above 0")
     problem = ascent.pose(surface, x, y, 0.0, "l2", steps=steps)
     surface, x, y = problem.surface, problem.x, problem.y
-    rows, features = surface.need_rows("push-pull"), surface.need_features("push-pull")
+    rows = surface.need_rows("push-pull")
     best = _Best(surface, x, y, bisections)
     if not len(x):
         return best.images
     best.offer(x)
-    with torch.no_grad():
-        clean = features(x)
+    clean = objectives.clean_features(problem)
     wrong = objectives.wrong_classes(rows, clean, y, targets, max(surface.k // 2, 1))
     _offer_rows(best, rows, clean, y)
-    half = (min(max(2 * surface.k, 2), 100) if guides is None else guides) // 2
-    if half < 1:
-        raise InputError(f"guides is {guides}, but must be at least 2: one to pull and one to push")
-    half = min(half, rows.count)
+    half = min(objectives.half_of_guides(guides, surface.k), rows.count)
     for target in wrong.unbind(1):
         c = torch.full_like(y, constant, dtype=x.dtype)
         low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from nndefense.attacks.losses import find_loss
 from nndefense.attacks.retrieval import relaxation
-from nndefense.attacks.retrieval.ascent import Problem
+from nndefense.attacks.retrieval.ascent import Objective, Problem
 from nndefense.attacks.retrieval.relaxation import Neighborhood
-from nndefense.attacks.retrieval.surface import Rows
+from nndefense.attacks.retrieval.surface import RetrievalSurface, Rows
 from nndefense.errors import InputError
 
 LOSSES = ("margin", "dlr", "cross-entropy")
 
 
-class SoftTopK:
+class SoftTopK(Objective):
     """R1 or R3 of :mod:`~nndefense.attacks.retrieval.relaxation`, re-retrieved every few steps, T annealed.
 
     T falls geometrically from ``hot`` to ``cold`` times the spread that the neighbourhood had at first.
+
+    Args:
+        surface: L1 with rows, L2 or L3.
+        loss: ``margin``, ``dlr`` (3 classes or more) or ``cross-entropy``, all on log p.
+        hard: take the hard top-K's answer forward.
+        target: N classes to aim at; default the best other class at each step.
+        m: nearest rows looked at, default 4K and at least 32.
+        others: nearest rows of other classes looked at besides.
+        refresh: steps between two retrievals.
+        hot, cold: first and last temperature, as multiples of the neighbourhood's spread.
     """
+
+    state = ("hood", "y", "target")
+    hood: Neighborhood
 
     def __init__(
         self,
-        rows: Rows,
-        k: int,
+        surface: RetrievalSurface,
         *,
         loss: str = "margin",
         hard: bool = False,
@@ -43,87 +52,81 @@ class SoftTopK:
             raise InputError(f"loss is {loss!r}, but must be one of {', '.join(LOSSES)}")
         if not 0 < cold <= hot:
             raise InputError(f"the temperatures go from {hot} to {cold}, but must fall and stay above 0")
-        self.rows, self.k, self.loss, self.hard, self.target = rows, k, loss, hard, target
-        self.m, self.others, self.refresh = max(4 * k, 32) if m is None else m, others, refresh
+        self.rows, self.k = surface.need_rows("the soft top-K"), surface.k
+        self.loss, self.hard, self.target = find_loss(loss), hard, target
+        self.m, self.others, self.refresh = max(4 * self.k, 32) if m is None else m, others, refresh
         self.hot, self.cold = hot, cold
-        self.hood: Neighborhood | None = None
-        self.y = torch.zeros(0, dtype=torch.int64)
 
-    def renew(self, problem: Problem, images: Tensor, features: Tensor | None, progress: float) -> None:
+    def renew(self, problem: Problem, features: Tensor) -> None:
         """Retrieve again."""
-        assert features is not None
-        spread = None if self.hood is None else self.hood.spread
         self.y = problem.y
+        spread = self.hood.spread if hasattr(self, "hood") else None
         self.hood = relaxation.retrieve(self.rows, features, problem.y, self.k, m=self.m, others=self.others)
         # One scale for the whole run, so that the annealing alone moves the temperature.
         if spread is not None:
             self.hood.spread = spread
 
-    def keep(self, index: Tensor) -> None:
-        """Go on with some images."""
-        assert self.hood is not None
-        self.hood, self.y = self.hood.take(index), self.y[index]
-        self.target = None if self.target is None else self.target[index]
-
-    def value(self, images: Tensor, features: Tensor | None, progress: float) -> tuple[Tensor, Tensor | None]:
+    def value(self, images: Tensor, features: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
         """The loss on log p."""
-        assert self.hood is not None
-        assert features is not None
         temperature = self.hot * (self.cold / self.hot) ** progress
         distances = self.hood.distances(features)
         log_p = relaxation.soft_log_probabilities(self.hood, features, self.k, temperature, distances=distances)
-        with torch.no_grad():
-            hard = relaxation.hard_log_probabilities(self.hood, distances.detach(), self.k)
+        hard = relaxation.hard_log_probabilities(self.hood, distances.detach(), self.k)
         if self.hard:
             log_p = relaxation.straight_through(hard, log_p)
-        return self._loss(log_p), hard.argmax(1) != self.y
-
-    def _loss(self, log_p: Tensor) -> Tensor:
-        if self.target is not None:
-            return relaxation.towards(log_p, self.y, self.target)
-        return find_loss(self.loss)(log_p, self.y)
+        loss = self.loss(log_p, self.y) if self.target is None else relaxation.towards(log_p, self.y, self.target)
+        return loss, hard.argmax(1) != self.y
 
 
-class PushPull:
+class PushPull(Objective):
     """Feature push-pull (Sitawarin & Wagner, arXiv 2003.06559).
 
     Lowers ``sum_i ReLU(a_i (d_i^2 - tau) + margin)`` over m/2 rows of the wrong class to be pulled into the K-ball
     (a = 1) and m/2 rows of the true class to be pushed out of it (a = -1); tau is the current K-th squared distance.
     Guides and tau are found again every ``refresh`` steps. The wrong class is the target, or the class of smallest
-    mean distance over its m/2 nearest rows.
+    mean distance over its m/2 nearest rows. ``guides`` is m; see :func:`half_of_guides`.
     """
 
-    def __init__(
-        self, rows: Rows, k: int, *, guides: int = 100, refresh: int = 5, target: Tensor | None = None
-    ) -> None:
-        if guides < 2:
-            raise InputError(f"guides is {guides}, but must be at least 2: one to pull and one to push")
-        self.rows, self.k, self.half, self.refresh = rows, k, guides // 2, refresh
-        self.target = target
-        self.hood: Neighborhood | None = None
-        self.y = torch.zeros(0, dtype=torch.int64)
+    state = ("hood", "y", "target")
+    hood: Neighborhood
 
-    def renew(self, problem: Problem, images: Tensor, features: Tensor | None, progress: float) -> None:
+    def __init__(
+        self,
+        surface: RetrievalSurface,
+        *,
+        guides: int | None = None,
+        refresh: int = 5,
+        target: Tensor | None = None,
+    ) -> None:
+        self.rows, self.k = surface.need_rows("push-pull"), surface.k
+        self.half, self.refresh, self.target = half_of_guides(guides, self.k), refresh, target
+
+    def renew(self, problem: Problem, features: Tensor) -> None:
         """Find guides."""
-        assert features is not None
         self.y = problem.y
         if self.target is None:
             self.target = wrong_classes(self.rows, features, problem.y, 1, self.half)[:, 0]
         self.hood = guides(self.rows, features, problem.y, self.target, self.half, self.k)
 
-    def keep(self, index: Tensor) -> None:
-        """Go on with some images."""
-        assert self.hood is not None
-        assert self.target is not None
-        self.hood, self.y, self.target = self.hood.take(index), self.y[index], self.target[index]
-
-    def value(self, images: Tensor, features: Tensor | None, progress: float) -> tuple[Tensor, Tensor | None]:
+    def value(self, images: Tensor, features: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
         """Minus the hinge sum."""
-        assert self.hood is not None
-        assert features is not None
         distances = self.hood.distances(features)
         hard = relaxation.hard_log_probabilities(self.hood, distances.detach(), self.k)
         return -hinge_sum(self.hood, distances, self.y, self.k), hard.argmax(1) != self.y
+
+
+def half_of_guides(guides: int | None, k: int) -> int:
+    """How many guides pull, and how many push: of 2K, at least 2 and at most 100, where no number is given.
+
+    More guides of the wrong class than the K-ball can hold pull against each other.
+
+    Raises:
+        InputError: fewer than 2.
+    """
+    guides = min(max(2 * k, 2), 100) if guides is None else guides
+    if guides < 2:
+        raise InputError(f"guides is {guides}, but must be at least 2: one to pull and one to push")
+    return guides // 2
 
 
 def guides(rows: Rows, features: Tensor, y: Tensor, target: Tensor, half: int, k: int) -> Neighborhood:
@@ -196,25 +199,26 @@ def wrong_classes(rows: Rows, features: Tensor, y: Tensor, count: int, half: int
     return torch.where(torch.isfinite(values), order, order[:, :1])
 
 
-class ClassScores:
+class ClassScores(Objective):
     """ASK (Wang et al. 2021): cross-entropy of class scores from fixed references.
 
-    A class's score is the mean of ``-||phi(x') - phi_ref|| / T`` over its 5 nearest references, found once from the
-    clean image.
+    A class's score is the mean of ``-||phi(x') - phi_ref|| / T`` over its ``references`` nearest ones, found once from
+    the clean image, of the true class and of the ``classes`` nearest others; ``temperature`` is T, a feature distance.
     """
 
-    refresh = 0
+    state = ("vectors",)
 
-    def __init__(self, rows: Rows, *, references: int = 5, temperature: float = 0.1, classes: int = 10) -> None:
+    def __init__(
+        self, surface: RetrievalSurface, *, references: int = 5, temperature: float = 0.1, classes: int = 10
+    ) -> None:
         if references < 1 or temperature <= 0 or classes < 1:
             raise InputError("ASK needs at least 1 reference, 1 other class and a temperature above 0")
-        self.rows, self.references, self.temperature, self.others = rows, references, temperature, classes
-        self.vectors = torch.zeros(0)
+        self.rows = surface.need_rows("ASK")
+        self.references, self.temperature, self.others = references, temperature, classes
 
-    def renew(self, problem: Problem, images: Tensor, features: Tensor | None, progress: float) -> None:
+    def renew(self, problem: Problem, features: Tensor) -> None:
         """Find the references, at the first step only and around the clean images."""
-        with torch.no_grad():
-            clean = problem.surface.need_features("ASK")(problem.x)
+        clean = clean_features(problem)
         order = wrong_classes(self.rows, clean, problem.y, self.others, self.references)
         wanted = torch.cat([problem.y.unsqueeze(1), order], 1)  # N x classes, the true one first
         found = []
@@ -224,88 +228,69 @@ class ClassScores:
             found.append(self.rows.vectors(torch.where(torch.isfinite(distances), rows, rows[:, :1])))
         self.vectors = torch.stack(found, 1)  # N x classes x references x d
 
-    def keep(self, index: Tensor) -> None:
-        """Go on with some images."""
-        self.vectors = self.vectors[index]
-
-    def value(self, images: Tensor, features: Tensor | None, progress: float) -> tuple[Tensor, Tensor | None]:
+    def value(self, images: Tensor, features: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
         """Cross-entropy of the class scores."""
-        assert features is not None
         distances = (features[:, None, None] - self.vectors).square().sum(3).clamp_min(1e-12).sqrt()
         scores = -distances.mean(2) / self.temperature
         return scores.logsumexp(1) - scores[:, 0], None
 
 
-class Drift:
+class Drift(Objective):
     """Away from the clean image's own feature: raises ``||phi(x') - phi(x)||``; needs no row."""
 
-    refresh = 0
+    state = ("origin",)
 
-    def __init__(self) -> None:
-        self.origin = torch.zeros(0)
+    def __init__(self, surface: RetrievalSurface) -> None:
+        surface.need_features("feature drift")
 
-    def renew(self, problem: Problem, images: Tensor, features: Tensor | None, progress: float) -> None:
+    def renew(self, problem: Problem, features: Tensor) -> None:
         """Note where the clean images lie."""
-        with torch.no_grad():
-            self.origin = problem.surface.need_features("feature drift")(problem.x)
+        self.origin = clean_features(problem)
 
-    def keep(self, index: Tensor) -> None:
-        """Go on with some images."""
-        self.origin = self.origin[index]
-
-    def value(self, images: Tensor, features: Tensor | None, progress: float) -> tuple[Tensor, Tensor | None]:
+    def value(self, images: Tensor, features: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
         """The squared distance, whose direction is the distance's own and is 0 only at the clean image."""
-        assert features is not None
         return (features - self.origin).square().sum(1), None
 
 
-class ClassifierLoss:
+class ClassifierLoss(Objective):
     """Cross-entropy of the classifier, plus what the paper's own attacks add to it (Dubey et al. 2019).
 
-    ``prediction`` (PGD-PR): ``gamma * mean_k CE(h(x'), s_k)``, s_k the posteriors of the clean image's K neighbours.
-    ``feature`` (PGD-FS): ``gamma * mean_k ||phi(x') - phi_k||``. Forms and gamma are
-    ours, since the paper's could not be established; the sum over k is a mean here, so that gamma means the same for
-    every K.
+    With ``term`` ``prediction`` (PGD-PR) ``gamma * mean_k CE(h(x'), s_k)``, s_k the posteriors of the clean image's K
+    neighbours; with ``feature`` (PGD-FS) ``gamma * mean_k ||phi(x') - phi_k||``; with ``none`` nothing. Forms and gamma
+    are ours, since the paper's could not be established; the sum over k is a mean here, so that gamma means the same
+    for every K.
     """
 
-    refresh = 0
+    state = ("y", "around")
 
-    def __init__(
-        self,
-        classify: Callable[[Tensor], Tensor],
-        rows: Rows | None = None,
-        *,
-        term: Literal["none", "prediction", "feature"] = "none",
-        gamma: float = 1.0,
-    ) -> None:
+    def __init__(self, surface: RetrievalSurface, *, term: str = "none", gamma: float = 1.0) -> None:
         if not 0 <= gamma < float("inf"):
             raise InputError(f"gamma is {gamma}, but must be at least 0")
-        self.classify, self.rows, self.term, self.gamma = classify, rows, term, gamma
-        self.y, self.around = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        whose = "the gray-box attack" if term == "none" else "the paper's attack"
+        self.rows = None if term == "none" else surface.need_rows(whose)
+        self.classify = surface.need_classifier(whose)
+        self.term, self.gamma, self.looks_at_features = term, gamma, term == "feature"
 
-    def renew(self, problem: Problem, images: Tensor, features: Tensor | None, progress: float) -> None:
+    def renew(self, problem: Problem, features: Tensor) -> None:
         """Find the clean images' neighbours."""
-        self.y = problem.y
-        if self.rows is None or self.term == "none":
-            self.around = torch.zeros(len(images), 0)
-            return
-        with torch.no_grad():
-            clean = problem.surface.need_features("the paper's attack")(problem.x)
-        _, found = self.rows.nearest(clean, min(problem.surface.k, self.rows.count))
-        self.around = self.rows.posteriors(found) if self.term == "prediction" else self.rows.vectors(found)
+        self.y, self.around = problem.y, problem.y
+        if self.rows is not None:
+            _, found = self.rows.nearest(clean_features(problem), min(problem.surface.k, self.rows.count))
+            self.around = self.rows.posteriors(found) if self.term == "prediction" else self.rows.vectors(found)
 
-    def keep(self, index: Tensor) -> None:
-        """Go on with some images."""
-        self.y, self.around = self.y[index], self.around[index]
-
-    def value(self, images: Tensor, features: Tensor | None, progress: float) -> tuple[Tensor, Tensor | None]:
+    def value(self, images: Tensor, features: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
         """Cross-entropy and the term."""
         log_p = self.classify(images).log_softmax(1)
         loss = -log_p.gather(1, self.y.unsqueeze(1)).squeeze(1)
         if self.term == "prediction":
             loss = loss - self.gamma * (self.around.mean(1) * log_p).sum(1)
         elif self.term == "feature":
-            assert features is not None
             distances = (features.unsqueeze(1) - self.around).square().sum(2).clamp_min(1e-12).sqrt()
             loss = loss + self.gamma * distances.mean(1)
         return loss, None
+
+
+@torch.no_grad()
+def clean_features(problem: Problem) -> Tensor:
+    """The features of the clean images, N x d."""
+    return problem.surface.need_features("the attack")(problem.x)

@@ -42,7 +42,7 @@ class Neighborhood:
     classes: Tensor
     spread: Tensor
 
-    def take(self, index: Tensor) -> Neighborhood:
+    def __getitem__(self, index: Tensor) -> Neighborhood:
         """The neighbourhoods of some of the images."""
         return Neighborhood(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
