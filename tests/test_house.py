@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,58 @@ def upward(path: Path, source: str) -> list[str]:
     return wrong
 
 
+def files_imported(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """Module -> modules, of a house of module -> source: every import counts, also within functions and for types."""
+    graph: dict[str, set[str]] = {}
+    for name, source in sources.items():
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                # A name of a package is a file of it or stands in its __init__.
+                inner = (f"{node.module}.{alias.name}" for alias in node.names)
+                found.update(module if module in sources else node.module for module in inner)
+        graph[name] = (found & set(sources)) - {name}
+    return graph
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """The sets of files of which each reaches every other one by imports (Tarjan 1972), of two files or more."""
+    number: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    open_: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(name: str) -> None:
+        number[name] = lowest[name] = len(number)
+        open_.append(name)
+        for other in sorted(graph[name]):
+            if other not in number:
+                visit(other)
+            if other in open_:
+                lowest[name] = min(lowest[name], lowest[other])
+        if lowest[name] == number[name]:
+            at = open_.index(name)
+            found.append(sorted(open_[at:]))
+            del open_[at:]
+
+    for name in graph:
+        if name not in number:
+            visit(name)
+    return sorted(members for members in found if len(members) > 1)
+
+
+def public_classes(sources: Mapping[str, str]) -> dict[str, list[str]]:
+    """Name of a public class -> the modules that define one of that name."""
+    found: dict[str, list[str]] = {}
+    for name, source in sources.items():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(name)
+    return found
+
+
 def forbidden(source: str) -> list[str]:
     """Uses of pickles and of code that is made from text."""
     found = []
@@ -167,6 +220,61 @@ def test_rooms_import_only_downward(path: Path) -> None:
 )
 def test_an_upward_import_would_be_seen(file: str, line: str) -> None:
     assert upward(REPOSITORY / file, line)
+
+
+HOUSE = {
+    name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", "."): path.read_text(encoding="utf-8")
+    for path in SOURCES
+}
+# On their way out.
+CIRCLES = [
+    ["nndefense.defenses.nearest_neighbor", "nndefense.defenses.surface"],
+    ["nndefense.defenses.racnn", "nndefense.defenses.racnn_attacks"],
+]
+NAMESAKES: tuple[str, ...] = (
+    "Cell",
+    "Engine",
+    "Mode",
+    "Neighbor",
+    "Precision",
+    "Problem",
+    "Published",
+    "Recipe",
+    "Rejected",
+    "Rung",
+    "Storage",
+    "Target",
+    "Teacher",
+)
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert [circle for circle in circles(files_imported(HOUSE)) if circle not in CIRCLES] == []
+
+
+def test_a_circle_would_be_seen() -> None:
+    house = {
+        "h": "from h import a\nimport os",
+        "h.a": "def f():\n    from h.b import g",
+        "h.b": "import h.c",
+        "h.c": "if TYPE_CHECKING:\n    from h import a, d",
+        "h.d": "from h.e import x",
+        "h.e": "from h.d import y",
+        "h.f": "import h.f",
+    }
+    assert circles(files_imported(house)) == [["h.a", "h.b", "h.c"], ["h.d", "h.e"]]
+    assert circles(files_imported({**house, "h.b": "from h import name"})) == [["h", "h.a", "h.b"], ["h.d", "h.e"]]
+    assert circles(files_imported({**house, "h.b": "", "h.e": "import os"})) == []
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    twice = {name: files for name, files in public_classes(HOUSE).items() if len(files) > 1 and name not in NAMESAKES}
+    assert not twice
+
+
+def test_namesakes_would_be_seen() -> None:
+    house = {"a": "class Rows: ...\nclass _Own: ...", "b": "class Rows: ...\nclass _Own: ..."}
+    assert public_classes(house) == {"Rows": ["a", "b"]}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
