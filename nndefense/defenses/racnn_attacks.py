@@ -8,27 +8,44 @@ retrieved. So the strong attacks are those that differentiate the choice (after 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nndefense.attacks.retrieval import Knowledge, RetrievalSurface, Rows, relaxation
+from nndefense.database import ImageDatabase
 from nndefense.database.exact_search import ExactSearch
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
-
-if TYPE_CHECKING:
-    from nndefense.defenses.racnn import RaCnnDefense
+from nndefense.models import Classifier
+from nndefense.models.architectures.attentive import AttentiveNet
+from nndefense.models.racnn import RowTable
 
 RETRIEVALS = ("straight-through", "soft", "fresh", "held")
 _PIECE = 4096
 
 
+class Attending(Protocol):
+    """What an attacker looks for in :class:`~nndefense.defenses.racnn.RaCnnDefense`, which describes its parts."""
+
+    database: ImageDatabase
+    net: Classifier
+    table: RowTable
+    attentive: AttentiveNet
+    k: int
+
+    def __call__(self, images: Tensor, /) -> Tensor: ...
+    def retrieve(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
+    def vectors(self, images: Tensor) -> Tensor: ...
+    def neighbors(self, rows: Tensor, like: Tensor) -> Tensor: ...
+    def answer(self, images: Tensor, neighbors: Tensor) -> Tensor: ...
+
+
 class FreshRetrieval(nn.Module):
     """Neighbours are retrieved at every call and taken for constants; the gradient flows through the attention."""
 
-    def __init__(self, defense: RaCnnDefense) -> None:
+    def __init__(self, defense: Attending) -> None:
         super().__init__()
         self.defense = defense
         self.eval()
@@ -42,7 +59,7 @@ class FreshRetrieval(nn.Module):
 class HeldRetrieval(nn.Module):
     """The neighbours of some images are found once and kept, as by an attacker who cannot see the retrieval."""
 
-    def __init__(self, defense: RaCnnDefense, images: Tensor) -> None:
+    def __init__(self, defense: Attending, images: Tensor) -> None:
         super().__init__()
         self.defense = defense
         self.held = defense.neighbors(defense.retrieve(images)[1], images)
@@ -81,7 +98,7 @@ class SoftRetrieval(nn.Module):
 
     def __init__(
         self,
-        defense: RaCnnDefense,
+        defense: Attending,
         *,
         temperature: float = 0.3,
         hard: bool = False,
@@ -125,7 +142,7 @@ class SoftRetrieval(nn.Module):
 
 
 def racnn_surface(
-    defense: RaCnnDefense, knowledge: Knowledge = Knowledge.WHITE, *, images: ImageDataset | None = None
+    defense: Attending, knowledge: Knowledge = Knowledge.WHITE, *, images: ImageDataset | None = None
 ) -> RetrievalSurface:
     """RA-CNN for the attacks on retrieval: each row counts as what g says of it alone, and all rows alike.
 
@@ -172,7 +189,7 @@ def racnn_surface(
 
 
 @torch.no_grad()
-def _alone(defense: RaCnnDefense) -> Tensor:
+def _alone(defense: Attending) -> Tensor:
     """softmax g(phi(x'_j)) of every row, n x C."""
     like = defense.net.mean
     parts = torch.split(torch.arange(len(defense.table)), _PIECE)

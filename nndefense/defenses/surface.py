@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nndefense.attacks.retrieval import Knowledge, RetrievalSurface, Rows, relaxation
+from nndefense.database import ImageDatabase
 from nndefense.database.exact_search import ExactSearch
 from nndefense.database.weighting import neighbor_weights
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
+from nndefense.features import FeatureExtractor
 from nndefense.images import check_images
-
-if TYPE_CHECKING:
-    from nndefense.defenses.nearest_neighbor import NearestNeighborDefense
+from nndefense.models import Classifier
 
 _PIECE = 256
 
 
+class NeighborSearch(Protocol):
+    """What an attacker looks for in a defence: :class:`~nndefense.defenses.NearestNeighborDefense` and its settings."""
+
+    classifier: Classifier
+    database: ImageDatabase
+    extractor: FeatureExtractor
+    k: int
+    weighting: str
+    power: float
+    terms: int
+
+    def __call__(self, images: Tensor, /) -> Tensor:
+        """Images N x C x H x W in [0, 1] -> log-probabilities N x classes."""
+
+
 def retrieval_surface(
-    defense: NearestNeighborDefense,
+    defense: NeighborSearch,
     knowledge: Knowledge = Knowledge.WHITE,
     *,
     overlap: float | None = None,
@@ -68,7 +83,7 @@ def retrieval_surface(
 
 
 def _rows(
-    defense: NearestNeighborDefense,
+    defense: NeighborSearch,
     share: float,
     images: ImageDataset | Tensor | None,
     own_images: Tensor | None,
@@ -106,7 +121,7 @@ def _rows(
 
 
 @torch.no_grad()
-def _describe(defense: NearestNeighborDefense, images: Tensor) -> tuple[Tensor, Tensor]:
+def _describe(defense: NeighborSearch, images: Tensor) -> tuple[Tensor, Tensor]:
     """Features and posteriors of the attacker's own images, made as the defender makes his."""
     check_images(images, channels=defense.classifier.input_shape[0], name="the attacker's own images")
     device = defense.classifier.device
@@ -116,7 +131,7 @@ def _describe(defense: NearestNeighborDefense, images: Tensor) -> tuple[Tensor, 
 
 
 def _row_images(
-    defense: NearestNeighborDefense,
+    defense: NeighborSearch,
     known: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
     images: ImageDataset | Tensor | None,
     mine: Tensor | None,
