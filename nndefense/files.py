@@ -60,8 +60,14 @@ def json_text(value: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
 
+    write_bytes(path, json_text(value).encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+
     def write(part: Path) -> None:
-        part.write_text(json_text(value), encoding="utf-8")
+        part.write_bytes(content)
 
     write_atomically(path, write)
 

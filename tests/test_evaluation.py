@@ -504,12 +504,14 @@ def test_results_are_plain_and_the_summary_is_a_table(
     assert len(results["comparisons"]) == 1 + 4 + 2
 
     lines = summary(results).splitlines()
-    assert lines[0] == "digits:test[:50]: accuracy on 50 images [95 % interval]; normalized-l2 0.3"
+    assert lines[0] == "digits:test[:50]: accuracy in % on 50 images [95 % interval]; normalised ℓ₂ 0.3"
     assert lines[1].split() == ["clean", "black", "gray", "worst"]
     cells = {(r.threat_model, r.eps): r for r in records if r.defense == "nearest-neighbor"}
     assert lines[3].startswith("nearest-neighbor")
     # The headline's radius, not the other one.
-    shown = [f"{cells[key].accuracy:.3f} [{cells[key].ci_low:.3f}" for key in (("gray", 0.3), ("black", 0.3))]
+    shown = [
+        f"{100 * cells[key].accuracy:.1f} [{100 * cells[key].ci_low:.1f}" for key in (("gray", 0.3), ("black", 0.3))
+    ]
     assert all(text in lines[3] for text in shown)
 
     alone = assemble([r for r in records if r.threat_model != "black"], surrogate=None, **common)

@@ -18,8 +18,8 @@ from sklearn.datasets import load_digits
 
 from nndefense.errors import InputError
 from nndefense.evaluation.report import (
+    GalleryNeighbor,
     GalleryRow,
-    Neighbor,
     accuracy_vs_eps,
     accuracy_vs_rows,
     ladder,
@@ -29,9 +29,9 @@ from nndefense.evaluation.report import (
     verdict,
     write_report,
 )
-from nndefense.evaluation.report.chart import spread
 from nndefense.evaluation.report.gallery import amplification, picture
-from nndefense.evaluation.report.ticks import log_ticks, nice_ticks
+from nndefense.reporting.charts import spread
+from nndefense.reporting.ticks import log_ticks, nice_ticks
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -174,7 +174,7 @@ def fake_gallery(count: int = 10, *, side: int | None = None, channels: int = 1)
         weights = rng.dirichlet(np.full(50, 2.0))
         weights = np.sort(weights)[::-1]
         neighbors = tuple(
-            Neighbor(
+            GalleryNeighbor(
                 image=None if index == 2 and rank == 1 else enlarge(digits.images[row]),
                 id=f"digits:train/{row:05d}",
                 label=str(digits.target[row]) if not (index % 4 == 3 and rank % 2) else str((digit + 5) % 10),
@@ -346,7 +346,7 @@ def test_foreign_text_is_escaped() -> None:
                 "label": nasty,
                 "id": f"folder/{nasty}/a.png",
                 "bare": (nasty, 0.5),
-                "neighbors": tuple(Neighbor(n.image, nasty, nasty, n.weight, n.distance) for n in row.neighbors),
+                "neighbors": tuple(GalleryNeighbor(n.image, nasty, nasty, n.weight, n.distance) for n in row.neighbors),
             }
         )
         for row in fake_gallery(2)
@@ -622,9 +622,10 @@ def test_audit_is_shown_line_by_line() -> None:
 def test_figures_hold_every_point() -> None:
     results = fake_results()
     eps = ET.fromstring(accuracy_vs_eps(results))
-    assert len(eps.findall(".//circle")) == 4 * 5
+    assert len(eps.findall(".//use/title")) == 4 * 5
     rows = ET.fromstring(accuracy_vs_rows(results))
-    assert len(rows.findall(".//circle")) == 3 * 4
+    assert len(rows.findall(".//use/title")) == 3 * 4
+    assert "defended, gray: 68.2 % (64.0 to 72.1)" in {title.text for title in eps.iter("title")}
     text = " ".join(rows.itertext())
     assert "bare, gray" in text
     assert "defended, black" in text

@@ -16,7 +16,7 @@ from nndefense.cli.demo import DemoSettings, run_demo
 from nndefense.database import WEIGHTINGS, check_vacant
 from nndefense.datasets import image_channels, write_hdf5
 from nndefense.errors import DataError, InputError
-from nndefense.evaluation import AttackSettings, Recipe, run_attack, wilson_interval
+from nndefense.evaluation import AttackSettings, Recipe, calibration_text, run_attack, wilson_interval
 from nndefense.features import FeatureSpec
 from nndefense.files import make_folder
 from nndefense.guard import Guard
@@ -84,7 +84,7 @@ def calibrate(
     inputs.store_calibration(out, found)
     output.show(
         {"database": str(out), "rows": len(database), "calibration": found},
-        f"{workflow.calibration_text(found)}\nbuilt {out}: {len(database):,} rows of {feature}",
+        f"{calibration_text(found)}\nbuilt {out}: {len(database):,} rows of {feature}",
         as_json,
     )
 

@@ -18,10 +18,9 @@ from nndefense.comparison import (
     changed,
     run_comparison,
     shipped_comparison,
-    table_of,
+    summary_of,
     write_comparison,
 )
-from nndefense.comparison.table import Results
 from nndefense.errors import InputError
 from nndefense.models import resolve_device
 
@@ -96,7 +95,7 @@ def compare(
     )
     results = run_comparison(materials, command_line())
     paths = ", ".join(str(path) for path in (folder / "results.json", *write_comparison(results, folder)))
-    show(results, f"{_summary(results)}\n\n{paths}", as_json)
+    show(results, f"{summary_of(results)}\n\n{paths}", as_json)
 
 
 def _recipe(
@@ -111,16 +110,3 @@ def _recipe(
         rows = tuple(row for row in rows if row.kind in kinds or row.kind == "none")
     limited = changed(recipe.scope, scope)
     return replace(recipe, rows=rows, scope=limited if train else replace(limited, training={}))
-
-
-def _summary(results: Results) -> str:
-    rows = table_of(results)
-    width = max(len(row.name) for row in rows)
-    heads = ("clean", "gray", "black", "informed", "worst")
-    lines = [" " * width + "".join(f"  {head:>8}" for head in heads)]
-    for row in rows:
-        cells = [row.cells[head].accuracy for head in heads]
-        texts = "".join("         –" if cell is None else f"  {100 * cell:8.1f}" for cell in cells)
-        reason = row.cells["clean"].reason
-        lines.append(f"{row.name:<{width}}{texts}" + (f"  ({reason})" if reason else ""))
-    return "\n".join(lines)

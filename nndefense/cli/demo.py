@@ -13,7 +13,7 @@ from nndefense.cli import inputs, workflow
 from nndefense.database import ImageDatabase
 from nndefense.datasets import ImageDataset, holdout
 from nndefense.defenses import NearestNeighborDefense
-from nndefense.evaluation import AttackSettings, Evaluated, Recipe, layer_subject, rungs_for
+from nndefense.evaluation import AttackSettings, Evaluated, Recipe, calibration_text, layer_subject, rungs_for
 from nndefense.features import FeatureSpec
 from nndefense.files import make_folder
 from nndefense.guard import Guard
@@ -123,7 +123,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> tuple[dict[s
         seed=s.seed + 1,
         progress=s.progress,
     )
-    say(workflow.calibration_text(calibration))
+    say(calibration_text(calibration))
 
     chosen = calibration["chosen"]
     feature = FeatureSpec(chosen["layer"], chosen["pooling"], pca=s.pca)

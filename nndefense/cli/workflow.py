@@ -112,26 +112,6 @@ def calibrate_on(
     }
 
 
-def calibration_text(calibration: dict[str, Any], rows: int = 12) -> str:
-    """The table that a setting was chosen from, for a terminal."""
-    head = (
-        f"calibrated on {calibration['n']} images of {calibration['dataset']}: {calibration['objective']}\n"
-        f"bare classifier: clean {calibration['bare_clean']:.3f}, attacked {calibration['bare_attacked']:.3f}"
-    )
-    if not calibration["within_bound"]:
-        head += "\nno setting keeps that bound; the one that loses least was chosen"
-    width = max(len(row["layer"]) for row in calibration["table"])
-    lines = [f"  {'layer':<{width}}  pooling  dims    k  weighting   clean  attacked"]
-    for row in calibration["table"][:rows]:
-        mark = ">" if row == calibration["chosen"] else " "
-        lines.append(
-            f"{mark} {row['layer']:<{width}}  {row['pooling']:<7} {row['dimension']:>5} {row['k']:>4}  "
-            f"{row['weighting']:<9}  {row['clean']:>6.3f}  {row['attacked']:>8.3f}"
-        )
-    rest = len(calibration["table"]) - rows
-    return "\n".join([head, *lines, *([f"  ... and {rest} more"] if rest > 0 else [])])
-
-
 def evaluated(
     recipe: Recipe,
     dataset: ImageDataset,

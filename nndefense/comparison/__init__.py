@@ -1,7 +1,7 @@
 """The comparison: every defence of a published table on the same images, each met by an attacker who knows it."""
 
 from nndefense.comparison.materials import Materials
-from nndefense.comparison.published import CAVEATS, PUBLISHED, Published
+from nndefense.comparison.published import CAVEATS, PUBLISHED, PrintedRow
 from nndefense.comparison.recipe import (
     KINDS,
     ComparisonRecipe,
@@ -16,7 +16,7 @@ from nndefense.comparison.report import write_comparison
 from nndefense.comparison.row import Row
 from nndefense.comparison.rows import make_row
 from nndefense.comparison.runner import read_comparison, run_comparison
-from nndefense.comparison.table import TableRow, markdown_of, table_of
+from nndefense.comparison.table import TableRow, markdown_of, summary_of, table_of
 
 __all__ = [
     "CAVEATS",
@@ -24,7 +24,7 @@ __all__ = [
     "PUBLISHED",
     "ComparisonRecipe",
     "Materials",
-    "Published",
+    "PrintedRow",
     "Row",
     "RowSpec",
     "Scope",
@@ -37,6 +37,7 @@ __all__ = [
     "read_comparison",
     "run_comparison",
     "shipped_comparison",
+    "summary_of",
     "table_of",
     "write_comparison",
 ]

@@ -5,31 +5,29 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from nndefense.comparison.table import Results, table_of
-
-_IGNORED, _KNOWN, _CLEAN = "#0b62a8", "#b34a00", "#8a8f96"
+from nndefense.reporting import charts
+from nndefense.reporting.wording import budget
 
 
 def figure_of(results: Results) -> Figure:
     """One line a defence: clean, gray box and worst case, with 95 % intervals."""
     rows = [row for row in table_of(results) if row.cells["clean"].accuracy is not None]
-    figure = Figure(figsize=(8.5, 1.6 + 0.42 * len(rows)), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = charts.panels(1, width=8.5, height=1.6 + 0.42 * len(rows), grid="x")
     for place, row in enumerate(reversed(rows)):
         gray, worst, clean = row.cells["gray"], row.cells["worst"], row.cells["clean"]
         if gray.accuracy is not None and worst.accuracy is not None:
-            axes.plot([100 * worst.accuracy, 100 * gray.accuracy], [place, place], color="#d5d0c8", lw=2, zorder=1)
+            axes.plot([100 * worst.accuracy, 100 * gray.accuracy], [place, place], color=charts.GRID, lw=2, zorder=1)
         for cell, color, marker, label in (
-            (clean, _CLEAN, "|", "clean images"),
-            (gray, _IGNORED, "o", "attack that ignores the defence"),
-            (worst, _KNOWN, "D", "worst of all attacks on the defence"),
+            (clean, charts.CLEAN, "|", "clean images"),
+            (gray, charts.DEFENDED, "o", "attack that ignores the defence"),
+            (worst, charts.BARE, "D", "worst of all attacks on the defence"),
         ):
             if cell.accuracy is None or cell.low is None or cell.high is None:
                 continue
-            spread = [[100 * (cell.accuracy - cell.low)], [100 * (cell.high - cell.accuracy)]]
             axes.errorbar(
                 100 * cell.accuracy,
                 place,
-                xerr=spread,
+                xerr=charts.reaches([(cell.accuracy, cell.low, cell.high)]),
                 fmt=marker,
                 color=color,
                 ms=9 if marker == "|" else 6,
@@ -42,13 +40,10 @@ def figure_of(results: Results) -> Figure:
     axes.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
     axes.set_xlim(-2, 102)
     axes.set_ylim(-0.7, len(rows) - 0.3)
-    axes.grid(axis="x", color="#e6e2da", lw=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     headline = results["headline"]
-    axes.set_xlabel(f"accuracy in %, {results['dataset']['n']:,} images, {headline['norm']} {headline['eps']:g}")
+    axes.set_xlabel(f"accuracy in %, {results['dataset']['n']:,} images, {budget(headline['norm'], headline['eps'])}")
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
     figure.legend(list(once.values()), list(once), loc="outside upper left", ncols=3, frameon=False, fontsize=9)

@@ -9,7 +9,7 @@ SETTING = "ImageNet, ResNet-50, PGD, normalised l2 distance 0.06; top-1 accuracy
 
 
 @dataclass(frozen=True)
-class Published:
+class PrintedRow:
     """One row of the printed table: top-1 accuracies as fractions in [0, 1], None where the table has no figure.
 
     Attributes:
@@ -26,22 +26,22 @@ class Published:
 
 
 #: The rows by the names that recipes use.
-PUBLISHED: dict[str, Published] = {
-    "none": Published("no defence", 0.761, 0.038, 0.046),
-    "crop-ensemble": Published("crop ensemble (Guo et al.)", 0.652, 0.456, 0.512),
-    "tv-minimization": Published("TV minimisation (Guo et al.)", 0.635, 0.338, 0.597),
-    "quilting": Published(
+PUBLISHED: dict[str, PrintedRow] = {
+    "none": PrintedRow("no defence", 0.761, 0.038, 0.046),
+    "crop-ensemble": PrintedRow("crop ensemble (Guo et al.)", 0.652, 0.456, 0.512),
+    "tv-minimization": PrintedRow("TV minimisation (Guo et al.)", 0.635, 0.338, 0.597),
+    "quilting": PrintedRow(
         "image quilting (Guo et al.)", 0.414, 0.379, 0.618, "more accurate under attack than clean: two nets"
     ),
-    "ensemble-adversarial": Published("ensemble adversarial training (Tramèr et al.)", None, None, 0.051),
-    "alp": Published(
+    "ensemble-adversarial": PrintedRow("ensemble adversarial training (Tramèr et al.)", None, None, 0.051),
+    "alp": PrintedRow(
         "ALP (Kannan et al.)", 0.557, 0.279, 0.348, "ResNet-v2-50 at 64 x 64, targeted PGD in l_inf 16/255"
     ),
-    "ra-cnn": Published("RA-CNN (Zhao and Cho)", 0.609, 0.259, None, "ResNet-18"),
-    "ig-50b-rmac": Published("nearest neighbours, IG-50B-All, conv_5_1-RMAC", 0.676, 0.427, 0.491),
-    "ig-1b": Published("nearest neighbours, IG-1B-Targeted, conv_5_1", 0.681, 0.462, 0.587),
-    "yfcc-100m": Published("nearest neighbours, YFCC-100M, conv_5_1", 0.613, 0.309, 0.395),
-    "in-1.3m": Published("nearest neighbours, IN-1.3M, conv_5_1", 0.471, 0.286, 0.312),
+    "ra-cnn": PrintedRow("RA-CNN (Zhao and Cho)", 0.609, 0.259, None, "ResNet-18"),
+    "ig-50b-rmac": PrintedRow("nearest neighbours, IG-50B-All, conv_5_1-RMAC", 0.676, 0.427, 0.491),
+    "ig-1b": PrintedRow("nearest neighbours, IG-1B-Targeted, conv_5_1", 0.681, 0.462, 0.587),
+    "yfcc-100m": PrintedRow("nearest neighbours, YFCC-100M, conv_5_1", 0.613, 0.309, 0.395),
+    "in-1.3m": PrintedRow("nearest neighbours, IN-1.3M, conv_5_1", 0.471, 0.286, 0.312),
 }
 
 #: What an honest reader must know of the printed figures.

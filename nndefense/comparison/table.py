@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nndefense.evaluation.ladder import WORST
+from nndefense.reporting import Cell, Table
+from nndefense.reporting.wording import budget, interval, percent
 
 Results = Mapping[str, Any]
 
@@ -19,12 +21,13 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "informed": ("white", "adaptive"),
     "worst": (WORST,),
 }
+HEADS = ("clean", "gray box", "black box", "knows the defence", "worst case")
 PUBLISHED_COLUMNS = ("clean", "gray", "black")
 _ATTACKS = {"pgd": "PGD through it", "adaptive": "attacks on retrieval"}
 
 
 @dataclass(frozen=True)
-class Cell:
+class Measured:
     """An accuracy in [0, 1] with its 95 % interval, or None with the reason why there is none.
 
     Attributes:
@@ -38,6 +41,13 @@ class Cell:
     high: float | None = None
     reason: str = ""
     attack: str = ""
+
+    def cell(self) -> Cell:
+        """As it stands in a table."""
+        if self.accuracy is None:
+            return Cell(reason=self.reason)
+        about = "" if self.low is None or self.high is None else interval(self.low, self.high)
+        return Cell(percent(self.accuracy), about, self.attack)
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,8 @@ class TableRow:
 
     name: str
     kind: str
-    cells: dict[str, Cell]
-    published: dict[str, Cell]
+    cells: dict[str, Measured]
+    published: dict[str, Measured]
     note: str
     milliseconds: float | None
     facts: str
@@ -111,9 +121,11 @@ def _row(results: Results, row: Mapping[str, Any], eps: float) -> TableRow:
     )
 
 
-def _cell(results: Results, row: Mapping[str, Any], records: list[Any], models: tuple[str, ...], eps: float) -> Cell:
+def _cell(
+    results: Results, row: Mapping[str, Any], records: list[Any], models: tuple[str, ...], eps: float
+) -> Measured:
     if row["reason"]:
-        return Cell(None, reason=row["reason"])
+        return Measured(None, reason=row["reason"])
     found = [
         record
         for record in records
@@ -124,22 +136,22 @@ def _cell(results: Results, row: Mapping[str, Any], records: list[Any], models: 
         least = min(found, key=lambda record: float(record["accuracy"]))
         # Of the gray and the black box there is one attack; the informed have several.
         attack = _ATTACKS.get(least["attack"], least["attack"]) if "white" in models else ""
-        return Cell(least["accuracy"], least["ci_low"], least["ci_high"], attack=attack)
+        return Measured(least["accuracy"], least["ci_low"], least["ci_high"], attack=attack)
     if "black" in models and results["surrogate"] is None:
-        return Cell(None, reason="no surrogate was given")
+        return Measured(None, reason="no surrogate was given")
     if "white" in models and row["kind"] == "none":
-        return Cell(None, reason="its gray box knows all there is")
+        return Measured(None, reason="its gray box knows all there is")
     if row["informed"]:
-        return Cell(None, reason="not run at this budget")
-    return Cell(None, reason="not run for this row")
+        return Measured(None, reason="not run at this budget")
+    return Measured(None, reason="not run for this row")
 
 
-def _printed(published: Mapping[str, Any] | None, column: str) -> Cell:
+def _printed(published: Mapping[str, Any] | None, column: str) -> Measured:
     if published is None:
-        return Cell(None, reason="not in the table")
+        return Measured(None, reason="not in the table")
     if published[column] is None:
-        return Cell(None, reason="blank in the table")
-    return Cell(published[column])
+        return Measured(None, reason="blank in the table")
+    return Measured(published[column])
 
 
 def _plain(value: Any) -> str:
@@ -150,50 +162,51 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def markdown_of(results: Results) -> str:
-    """The table in Markdown, with the printed rows that have no counterpart and the caveats."""
-    headline, dataset = results["headline"], results["dataset"]
-    lines = [f"# {results['recipe']['title']}: {dataset['name']}", ""]
-    lines += [
-        f"Accuracy in % on {dataset['n']:,} images with the Wilson 95 % interval, {headline['norm']} "
-        f"{headline['eps']:g}. *Printed*: {results['published']['title']}; {results['published']['setting']}: another "
-        "experiment.",
-        "",
-        "| defence | clean | gray box | black box | knows the defence | worst case | ms an image "
-        "| printed: clean | gray | black |",
-        "| " + " | ".join(["---"] * 10) + " |",
-    ]
-    for row in table_of(results):
-        cells = [_text(row.cells[column]) for column in COLUMNS]
-        printed = [_short(row.published[column]) for column in PUBLISHED_COLUMNS]
-        lines.append("| " + " | ".join([row.name, *cells, row.time, *printed]) + " |")
-    weak = weaker_than_ignorant(results)
-    if weak:
-        lines += ["", f"Attackers who know it did worse than those who do not against {', '.join(weak)}: read the "
-                      "worst case there."]  # fmt: skip
-    lines += ["", "Printed rows without a counterpart here:", ""]
-    lines += [f"- {_printed_row(row)}" for row in unmatched(results)]
-    lines += ["", "Of the printed figures:", ""]
-    lines += [f"- {caveat}" for caveat in results["published"]["caveats"]]
-    return "\n".join(lines) + "\n"
+def table_at(results: Results, eps: float | None = None, *, published: bool = True) -> Table:
+    """The table at one budget, by default the headline's, with or without the printed figures."""
+    printed = PUBLISHED_COLUMNS if published else ()
+    rows: list[tuple[str | Cell, ...]] = []
+    for row in table_of(results, eps):
+        measured = (row.cells[column].cell() for column in COLUMNS)
+        rows.append((row.name, *measured, row.time, *(row.published[column].cell() for column in printed)))
+    return Table(("defence", *HEADS, "ms an image", *(f"printed: {column}" for column in printed)), tuple(rows))
 
 
-def unmatched(results: Results) -> list[Mapping[str, Any]]:
+def unmatched(results: Results) -> Table:
     """The printed rows beside which nothing was measured."""
     taken = {row["published"] for row in results["rows"]}
-    return [row for name, row in results["published"]["rows"].items() if name not in taken]
+    rows = [row for name, row in results["published"]["rows"].items() if name not in taken]
+    return Table(
+        ("printed row", *PUBLISHED_COLUMNS),
+        tuple((row["name"], *(_printed(row, column).cell() for column in PUBLISHED_COLUMNS)) for row in rows),
+    )
 
 
-def _printed_row(row: Mapping[str, Any]) -> str:
-    figures = ", ".join(f"{column} {_short(_printed(row, column))}" for column in PUBLISHED_COLUMNS)
-    return f"{row['name']}: {figures}"
+def markdown_of(results: Results) -> str:
+    """The table in Markdown, with the printed rows that have no counterpart and the caveats."""
+    headline, dataset, printed = results["headline"], results["dataset"], results["published"]
+    parts = [
+        f"# {results['recipe']['title']}: {dataset['name']}\n",
+        f"Accuracy in % on {dataset['n']:,} images with the Wilson 95 % interval, "
+        f"{budget(headline['norm'], headline['eps'])}. *Printed*: {printed['title']}; {printed['setting']}: another "
+        "experiment.\n",
+        table_at(results).markdown(),
+    ]
+    if weak := weaker_than_ignorant(results):
+        parts.append(
+            f"Attackers who know it did worse than those who do not against {', '.join(weak)}: read the worst case "
+            "there.\n"
+        )
+    parts += ["Printed rows without a counterpart here:\n", unmatched(results).markdown()]
+    parts += ["Of the printed figures:\n", "".join(f"- {caveat}\n" for caveat in printed["caveats"])]
+    return "\n".join(parts)
 
 
-def _text(cell: Cell) -> str:
-    if cell.accuracy is None or cell.low is None or cell.high is None:
-        return f"– ({cell.reason})"
-    return f"{100 * cell.accuracy:.1f} ({100 * cell.low:.1f}-{100 * cell.high:.1f})"
-
-
-def _short(cell: Cell) -> str:
-    return f"– ({cell.reason})" if cell.accuracy is None else f"{100 * cell.accuracy:.1f}"
+def summary_of(results: Results) -> str:
+    """The measured accuracies for a terminal, without intervals."""
+    rows: list[tuple[str, ...]] = []
+    for row in table_of(results):
+        reason = row.cells["clean"].reason
+        shares = [percent(row.cells[column].accuracy) for column in COLUMNS]
+        rows.append((row.name, *shares, f"({reason})" if reason else ""))
+    return Table(("", *COLUMNS, ""), tuple(rows)).text()

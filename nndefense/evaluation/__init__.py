@@ -5,7 +5,7 @@ from nndefense.evaluation.evaluate import Record, Subject, evaluate
 from nndefense.evaluation.illustrate import illustrate
 from nndefense.evaluation.ladder import Comparison, compare, worst_cases
 from nndefense.evaluation.recipe import Recipe, Rung, read_recipe, rungs_for
-from nndefense.evaluation.report import GalleryRow, Neighbor, write_report
+from nndefense.evaluation.report import GalleryNeighbor, GalleryRow, calibration_text, write_report
 from nndefense.evaluation.results import assemble, summary
 from nndefense.evaluation.runner import Evaluated, run
 from nndefense.evaluation.store import CellStore
@@ -21,8 +21,8 @@ __all__ = [
     "CellStore",
     "Comparison",
     "Evaluated",
+    "GalleryNeighbor",
     "GalleryRow",
-    "Neighbor",
     "Recipe",
     "Record",
     "Rung",
@@ -31,6 +31,7 @@ __all__ = [
     "assemble",
     "attack_all",
     "attacks_for",
+    "calibration_text",
     "compare",
     "evaluate",
     "illustrate",

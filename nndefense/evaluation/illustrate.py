@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
-from nndefense.evaluation.report import GalleryRow, Neighbor
+from nndefense.evaluation.report import GalleryNeighbor, GalleryRow
 from nndefense.evaluation.suite import run_attack
 from nndefense.evaluation.threats import AttackSettings, ThreatModel
 
@@ -63,7 +63,7 @@ def illustrate(
             label = int(why.labels[i, j])
             name = names[label] if label >= 0 else names[int(why.posteriors[i, j].argmax())]
             neighbors.append(
-                Neighbor(
+                GalleryNeighbor(
                     image=_picture(pictures, why.ids[i][j]),
                     id=why.ids[i][j],
                     label=name,

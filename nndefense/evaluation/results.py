@@ -14,6 +14,8 @@ from nndefense.evaluation.evaluate import Record
 from nndefense.evaluation.ladder import RUNGS, compare, worst_cases
 from nndefense.evaluation.recipe import Recipe
 from nndefense.models import Classifier
+from nndefense.reporting import Table
+from nndefense.reporting.wording import BLANK, budget, percent_in
 from nndefense.versions import library_versions
 
 FORMAT, VERSION = "nndefense-results", 2
@@ -100,22 +102,16 @@ def summary(results: dict[str, Any]) -> str:
             cell not in cells or record["accuracy"] < cells[cell]["accuracy"]
         ):
             cells[cell] = record
-    names = list(dict.fromkeys(record["defense"] for record in results["records"]))
     columns = [rung for rung in RUNGS if any(threat_model == rung for _, threat_model in cells)]
-    width = max(len(name) for name in names)
-    lines = [
-        f"{results['dataset']['name']}: accuracy on {results['dataset']['n']:,} images [95 % interval]; "
-        f"{headline['norm']} {headline['eps']:g}"
-    ]
-    lines.append(" " * width + "".join(f"  {column:<22}" for column in columns).rstrip())
-    for name in names:
-        texts = []
-        for column in columns:
-            record = cells.get((name, column))
-            texts.append(
-                f"{record['accuracy']:.3f} [{record['ci_low']:.3f}, {record['ci_high']:.3f}]" if record else "-"
-            )
-        lines.append(f"{name:<{width}}" + "".join(f"  {text:<22}" for text in texts).rstrip())
+    rows = []
+    for name in dict.fromkeys(record["defense"] for record in results["records"]):
+        found = [cells.get((name, column)) for column in columns]
+        rows.append((name, *(percent_in(r["accuracy"], r["ci_low"], r["ci_high"], 1) if r else BLANK for r in found)))
+    title = (
+        f"{results['dataset']['name']}: accuracy in % on {results['dataset']['n']:,} images [95 % interval]; "
+        f"{budget(headline['norm'], headline['eps'])}"
+    )
+    lines = [Table(("", *columns), tuple(rows), title).text()]
     failed = [line for line in results["audit"] if line["passed"] is False]
     lines += [f"self-audit: {line['name']} FAILS: {line['text']}" for line in failed]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from nndefense.experiments.recipe import Method, Published, Recipe, Threat
 from nndefense.experiments.report import write_outputs
 from nndefense.experiments.runner import read_results, run
 from nndefense.experiments.spread import Spread, differences
-from nndefense.experiments.tables import Table, tables_of
+from nndefense.experiments.tables import tables_of
 
 __all__ = [
     "SCALES",
@@ -22,7 +22,6 @@ __all__ = [
     "Recipe",
     "Run",
     "Spread",
-    "Table",
     "Threat",
     "differences",
     "figure_of",

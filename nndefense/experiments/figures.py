@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from nndefense.experiments.spread import Results, Spread, accuracy_of, clean_of
-
-# Colours that colour-blind readers can tell apart (Okabe and Ito, 2008); markers and lines differ too.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_LINES = ("-", "--", "-.", ":", "-", "--")
-_GRID: dict[str, Any] = {"color": "#dddddd", "linewidth": 0.6}
+from nndefense.reporting import charts
 
 
 def figure_of(results: Results) -> Figure:
@@ -28,22 +21,20 @@ def _bars(results: Results) -> Figure:
     threats = results["threats"]
     methods = [method["name"] for method in results["recipe"]["methods"]]
     count = results["runs"][0]["labels"]
-    figure, panels = _figure(2, width=max(7.2, 1.0 + 1.3 * len(threats) * 2))
+    figure, panels = charts.panels(2, width=max(7.2, 1.0 + 1.3 * len(threats) * 2))
     width = 0.8 / len(methods)
     for axes, of, title in zip(panels, (clean_of, accuracy_of), ("Standard accuracy", "Robust accuracy"), strict=True):
         for number, method in enumerate(methods):
             found = [of(results, method, count, threat["name"]) for threat in threats]
             places = np.arange(len(threats)) + (number - (len(methods) - 1) / 2) * width
             shown = [(place, one) for place, one in zip(places, found, strict=True) if one is not None]
-            heights = np.array([one.mean for _, one in shown])
-            reach = np.array([_reach(one) for _, one in shown]).T
             axes.bar(
                 [place for place, _ in shown],
-                100 * heights,
+                [100 * one.mean for _, one in shown],
                 width,
-                yerr=100 * reach,
+                yerr=charts.reaches([(one.mean, one.low, min(one.high, 1)) for _, one in shown]),
                 label=method,
-                color=_COLOURS[number % len(_COLOURS)],
+                color=charts.COLOURS[number % len(charts.COLOURS)],
                 error_kw={"linewidth": 1, "capsize": 2},
             )
         axes.set_xticks(range(len(threats)), [threat["title"].replace(", ", ",\n") for threat in threats])
@@ -56,7 +47,7 @@ def _bars(results: Results) -> Figure:
 def _labels(results: Results) -> Figure:
     """Standard and robust accuracy of every method against the number of labels."""
     counts = _counts(results)
-    figure, panels = _figure(2)
+    figure, panels = charts.panels(2)
     threat = results["threats"][0]
     for axes, of, title in zip(panels, (clean_of, accuracy_of), ("Standard accuracy", "Robust accuracy"), strict=True):
         for number, method in enumerate(results["recipe"]["methods"]):
@@ -73,7 +64,7 @@ def _gap(results: Results) -> Figure:
     """Standard error of the compared methods, and its difference in points, against the number of labels."""
     counts = _counts(results)
     first, second = results["recipe"]["compare"][0]
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = charts.panels(2)
     standard = [clean_of(results, first, count, results["threats"][0]["name"]) for count in counts]
     _curve(left, counts, [_error(one) for one in standard], 0, first)
     for number, threat in enumerate(results["threats"], 1):
@@ -103,21 +94,14 @@ def _gap(results: Results) -> Figure:
 def _curve(axes: Axes, counts: list[int], found: list[Spread | None], number: int, label: str) -> None:
     """A line with its intervals; single seeds as faint points."""
     shown = [(count, one) for count, one in zip(counts, found, strict=True) if one is not None]
-    x = [count for count, _ in shown]
-    y = np.array([one.mean for _, one in shown])
-    reach = np.array([_reach(one) for _, one in shown]).T
-    colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
-    axes.errorbar(
-        x, 100 * y, 100 * reach, color=colour, marker=marker, markersize=5, linestyle=_LINES[number % len(_LINES)],
-        capsize=3, linewidth=1.6, label=label,
-    )  # fmt: skip
+    charts.curve(
+        axes, [count for count, _ in shown], [(one.mean, one.low, one.high) for _, one in shown], number, label
+    )
     for count, one in shown:
         if len(one.values) > 1:
-            axes.plot([count] * len(one.values), [100 * v for v in one.values], ".", color=colour, alpha=0.4)
-
-
-def _reach(one: Spread) -> tuple[float, float]:
-    return max(one.mean - one.low, 0.0), max(one.high - one.mean, 0.0)
+            axes.plot(
+                [count] * len(one.values), [100 * v for v in one.values], ".", color=charts.COLOURS[number], alpha=0.4
+            )
 
 
 def _error(one: Spread | None) -> Spread | None:
@@ -138,13 +122,3 @@ def _counts(results: Results) -> list[int]:
 def _count_ticks(axes: Axes, counts: list[int]) -> None:
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.minorticks_off()
-
-
-def _figure(panels: int, *, width: float = 9.6, height: float = 4.4) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    found = figure.subplots(1, panels, squeeze=False)[0]
-    for axes in found:
-        axes.grid(**_GRID)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, list(found)

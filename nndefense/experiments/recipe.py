@@ -13,6 +13,7 @@ from nndefense.attacks.spatial import SHIFT, SpatialAttack
 from nndefense.errors import InputError
 from nndefense.evaluation.threats import FIXED, AttackSettings
 from nndefense.models import ARCHITECTURES
+from nndefense.reporting.wording import budget
 from nndefense.training import InnerAttack, TrainingSettings, make_objective
 from nndefense.training.batch import Attack
 from nndefense.training.objectives import OBJECTIVES
@@ -60,10 +61,7 @@ class Threat:
         """Names the threat for people."""
         if self.norm == SPATIAL:
             return f"rotations to {self.degrees:g}°, shifts to {100 * self.shift:.3g} %"
-        return f"{_NORM_NAMES[self.norm]} {self.text}"
-
-
-_NORM_NAMES = {"linf": "ℓ∞", "l2": "ℓ2", "normalized-l2": "normalised ℓ2"}
+        return budget(self.norm, self.text)
 
 
 @dataclass(frozen=True)

@@ -3,47 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from nndefense.experiments.spread import Results, Spread, accuracy_of, clean_of
-
-BLANK = "–"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as text.
-
-    Attributes:
-        title: what it shows.
-        columns: their headings.
-        rows: one text a column.
-        note: how to read it; may be empty.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-
-    def markdown(self) -> str:
-        """The table in Markdown, the first column to the left and the others to the right."""
-        rule = ["---", *["--:"] * (len(self.columns) - 1)]
-        lines = [f"**{self.title}**", ""]
-        lines += [f"| {' | '.join(cells)} |" for cells in (self.columns, rule, *self.rows)]
-        return "\n".join([*lines, "", self.note] if self.note else lines) + "\n"
-
-    def text(self) -> str:
-        """The table for a terminal."""
-        rows = [self.columns, *self.rows]
-        widths = [max(len(row[number]) for row in rows) for number in range(len(self.columns))]
-        lines = [
-            "  ".join(f"{cell:<{width}}" if number == 0 else f"{cell:>{width}}"
-                      for number, (cell, width) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        ]  # fmt: skip
-        return "\n".join([self.title, *lines])
+from nndefense.reporting import Table
+from nndefense.reporting.wording import BLANK, attack_name, p_text, percent, percent_in, points
 
 
 def tables_of(results: Results) -> list[Table]:
@@ -52,21 +16,12 @@ def tables_of(results: Results) -> list[Table]:
     return [*first, _methods(results), *_differences(results), _costs(results)]
 
 
-def percent(share: float | None) -> str:
-    """``0.97371`` as ``97.37``; None as a dash."""
-    return BLANK if share is None else f"{100 * share:.2f}"
+def _share(spread: Spread | None) -> str:
+    return percent(spread.mean if spread else None, 2)
 
 
-def interval_text(spread: Spread | None) -> str:
-    """A share in percent with its interval, ``97.37 [97.04, 97.66]``."""
-    if spread is None:
-        return BLANK
-    return f"{percent(spread.mean)} [{percent(max(spread.low, 0))}, {percent(min(spread.high, 1))}]"
-
-
-def points_text(spread: Spread) -> str:
-    """A difference in percentage points with its interval, with signs."""
-    return f"{100 * spread.mean:+.2f} [{100 * spread.low:+.2f}, {100 * spread.high:+.2f}]"
+def _within(spread: Spread | None) -> str:
+    return percent_in(spread.mean, spread.low, spread.high) if spread else BLANK
 
 
 def _tradeoff(results: Results) -> Table:
@@ -86,7 +41,7 @@ def _tradeoff(results: Results) -> Table:
         if threat["norm"] != norm:
             norm = threat["norm"]
             own = clean_of(results, "standard", labels, name)
-            first = [percent(own.mean if own else None)] + [BLANK] * (len(methods) - 1)
+            first = [_share(own)] + [BLANK] * (len(methods) - 1)
             published = _published(results, "standard", name)
             rows.append(
                 [norm, "0", *first, *[BLANK] * len(methods)]
@@ -94,7 +49,7 @@ def _tradeoff(results: Results) -> Table:
             )
         cells = [clean_of(results, method, labels, name) for method in methods]
         cells += [accuracy_of(results, method, labels, name) for method in methods]
-        row = ["", threat["text"], *[percent(cell.mean if cell else None) for cell in cells]]
+        row = ["", threat["text"], *map(_share, cells)]
         if recipe["published"]:
             found = [_published(results, method, name) for method in methods]
             row += [one[0] for one in found] + [one[1] for one in found]
@@ -102,7 +57,7 @@ def _tradeoff(results: Results) -> Table:
     note = "In percent."
     if recipe["published"]:
         note += f" Published: {recipe['published_source']}."
-    return Table("Standard and robust accuracy", tuple(columns), tuple(map(tuple, rows)), note)
+    return Table(tuple(columns), tuple(map(tuple, rows)), "Standard and robust accuracy", note)
 
 
 def _methods(results: Results) -> Table:
@@ -122,20 +77,20 @@ def _methods(results: Results) -> Table:
                 if clean is None and robust is None:
                     continue
                 row = [name, threat["title"], *([f"{count:,}"] if several else [])]
-                row += [interval_text(clean), interval_text(robust)]
+                row += [_within(clean), _within(robust)]
                 rows.append(tuple(row + (list(_published(results, name, threat["name"])) if published else [])))
     over = f"over {recipe['seeds']} seeds (Student)" if recipe["seeds"] > 1 else "over the images (Wilson)"
     note = f"In percent, with 95 % intervals {over}. {_attacked(results)}"
     if published:
         note += f" Published: {recipe['published_source']}."
-    return Table("Accuracies with intervals", tuple(columns), tuple(rows), note)
+    return Table(tuple(columns), tuple(rows), "Accuracies with intervals", note)
 
 
 def _attacked(results: Results) -> str:
     images, recipe = results["images"], results["recipe"]
     text = f"Standard accuracy on {images['test']['n']:,} test images; robust accuracy on {images['attacked']['n']:,}"
     attacks = [
-        f"{one['name'].upper()} of {one['steps']} steps"
+        f"{attack_name(one['name'])} of {one['steps']} steps"
         + (f" with {one['restarts']} restarts" if one["restarts"] > 1 else "")
         + (f" on the {one['loss']} loss" if one["loss"] != "cross-entropy" else "")
         for one in recipe["evaluation"]
@@ -160,8 +115,8 @@ def _differences(results: Results) -> list[Table]:
     rows: list[tuple[str, ...]] = []
     titles = {threat["name"]: threat["title"] for threat in results["threats"]}
     for one in results["differences"]:
-        cells = [points_text(Spread(**{**one[kind], "values": tuple(one[kind]["values"])})) for kind in _KINDS]
-        ps = [", ".join("< 1e-300" if p == 0 else f"{p:.2g}" for p in one[f"{kind}_mcnemar"]) for kind in _KINDS]
+        cells = [points(one[kind]["mean"], one[kind]["low"], one[kind]["high"]) for kind in _KINDS]
+        ps = [", ".join(p_text(p, 1e-300) for p in one[f"{kind}_mcnemar"]) for kind in _KINDS]
         rows.append(
             (f"{one['first']} − {one['second']}", titles[one["threat"]], f"{one['labels']:,}", cells[0], ps[0])
             + (cells[1], ps[1])
@@ -171,7 +126,7 @@ def _differences(results: Results) -> list[Table]:
     columns = ["difference", "threat", "labels"]
     columns += ["standard acc., points", "its p, by seed", "robust acc., points", "its p, by seed"]
     note = "Paired on the same seeds and images; 95 % intervals; p: exact McNemar test on the images of one seed."
-    return [Table("Differences", tuple(columns), tuple(rows), note)]
+    return [Table(tuple(columns), tuple(rows), "Differences", note)]
 
 
 _KINDS = ("standard", "robust")
@@ -197,7 +152,7 @@ def _costs(results: Results) -> Table:
     columns = ("run", "objective", "epochs", "training, s", "attacks, s", "catastrophic overfitting", "weights")
     device = results["machine"]
     note = f"On {device['device']}, {device['threads']} threads."
-    return Table("Trainings", columns, tuple(rows), note)
+    return Table(columns, tuple(rows), "Trainings", note)
 
 
 def markdown_of(results: Results, figures: Sequence[str] = ()) -> str:

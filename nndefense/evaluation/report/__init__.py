@@ -3,21 +3,23 @@
 ``page`` puts it together, from a module for each of its sections.
 """
 
+from nndefense.evaluation.report.calibration import calibration_text
 from nndefense.evaluation.report.figures import accuracy_vs_eps, accuracy_vs_rows
-from nndefense.evaluation.report.gallery import GalleryRow, Neighbor
-from nndefense.evaluation.report.ladder import Rung, ladder, obscurity
+from nndefense.evaluation.report.gallery import GalleryNeighbor, GalleryRow
+from nndefense.evaluation.report.ladder import LadderRow, ladder, obscurity
 from nndefense.evaluation.report.page import report_html, write_report
-from nndefense.evaluation.report.table import Cell, Table2Row, table2
+from nndefense.evaluation.report.table import Accuracy, Table2Row, table2
 from nndefense.evaluation.report.verdict import verdict
 
 __all__ = [
-    "Cell",
+    "Accuracy",
+    "GalleryNeighbor",
     "GalleryRow",
-    "Neighbor",
-    "Rung",
+    "LadderRow",
     "Table2Row",
     "accuracy_vs_eps",
     "accuracy_vs_rows",
+    "calibration_text",
     "ladder",
     "obscurity",
     "report_html",

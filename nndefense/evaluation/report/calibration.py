@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from nndefense.evaluation.report.records import Results
-from nndefense.evaluation.report.wording import (
-    attack_name,
-    escape,
-    norm_name,
-    number,
-    percent,
-    plural,
-    settings_text,
-    unit,
-    value_text,
-    words,
-)
+from nndefense.evaluation.report.records import Results, settings_text
+from nndefense.reporting import Cell, Table, folded, section
+from nndefense.reporting.wording import attack_name, escape, norm_name, number, percent, plural, unit, value_text, words
 
 SHOWN_CANDIDATES = 12
+_TITLE = "How the settings were chosen"
 
 
 def calibration_section(results: Results) -> str:
     """How the settings were chosen; without a calibration, that they were given."""
     calibration = results.get("calibration")
     if not calibration:
-        return (
-            '<section id="calibration"><h2>How the settings were chosen</h2>'
-            "<p>They were given, not calibrated in this run: nothing here says that they are good ones. "
-            f"They are {escape(settings_text(results) or 'not recorded')}.</p></section>"
+        given = (
+            "They were given, not calibrated in this run: nothing here says that they are good ones. "
+            f"They are {settings_text(results) or 'not recorded'}."
         )
+        return section(_TITLE, f"<p>{escape(given)}</p>", "calibration")
     chosen = calibration["chosen"]
     table: list[Mapping[str, Any]] = list(calibration.get("table") or [chosen])
     if not any(_same_candidate(row, chosen) for row in table):
@@ -48,38 +39,46 @@ def calibration_section(results: Results) -> str:
     if calibration.get("within_bound") is False:
         shared_text += "No candidate met the bound on lost clean accuracy, so the one that loses least was taken. "
     attack = _attack_text(calibration.get("attack") or {})
-    shown, rest = table[:SHOWN_CANDIDATES], table[SHOWN_CANDIDATES:]
-    more = ""
-    if rest:
-        others = _candidates_html(rest, chosen, columns)
-        more = f"<details><summary>The other {len(rest)} candidates</summary>{others}</details>"
+    candidates = Table(
+        (*(Cell(words(key), unit(key)) for key in columns), ""),
+        tuple(
+            (*(value_text(key, row.get(key)) for key in columns), "chosen" if _same_candidate(row, chosen) else "")
+            for row in table
+        ),
+        kinds=tuple("chosen" if _same_candidate(row, chosen) else "" for row in table),
+    )
+    rest = candidates.after(SHOWN_CANDIDATES)
+    more = folded(f"The other {len(rest.rows)} candidates", rest.html()) if rest.rows else ""
     objective = calibration.get("objective") or "an objective not recorded"
     source = calibration.get("dataset") or "a data set not recorded"
     under = f"; the attack: {attack}" if attack else ""
-    return f"""<section id="calibration">
-<h2>How the settings were chosen</h2>
-<p>Out of {number(len(table))} candidates, by <em>{escape(objective)}</em>
+    about = f"""<p>Out of {number(len(table))} candidates, by <em>{escape(objective)}</em>
 over {number(calibration.get("n") or 0)} images of {escape(source)}{escape(under)}. {escape(shared_text)}The chosen one
-comes first, the others in the order of the calibration; accuracies in %.</p>
-{_candidates_html(shown, chosen, columns)}
-{more}
-</section>"""
+comes first, the others in the order of the calibration; accuracies in %.</p>"""
+    return section(_TITLE, f"{about}\n{candidates.first(SHOWN_CANDIDATES).html()}\n{more}", "calibration")
 
 
-def _candidates_html(rows: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any], columns: Sequence[str]) -> str:
-    head = "".join(f'<th scope="col">{escape(words(key))}{unit(key)}</th>' for key in columns)
-    body = []
-    for row in rows:
-        cells = "".join(f"<td>{escape(value_text(key, row.get(key)))}</td>" for key in columns)
-        if _same_candidate(row, chosen):
-            body.append(f'<tr class="chosen">{cells}<td class="pick">chosen</td></tr>')
-        else:
-            body.append(f"<tr>{cells}<td></td></tr>")
-    lines = "\n".join(body)
-    return (
-        f'<div class="scroll"><table class="plain"><thead><tr>{head}<td></td></tr></thead>'
-        f"<tbody>{lines}</tbody></table></div>"
+def calibration_text(calibration: Mapping[str, Any], rows: int = SHOWN_CANDIDATES) -> str:
+    """The table that a setting was chosen from, for a terminal."""
+    head = (
+        f"calibrated on {calibration['n']} images of {calibration['dataset']}: {calibration['objective']}\n"
+        f"bare classifier: clean {percent(calibration['bare_clean'])} %, attacked "
+        f"{percent(calibration['bare_attacked'])} %"
     )
+    if not calibration["within_bound"]:
+        head += "\nno setting keeps that bound; the one that loses least was chosen"
+    found = calibration["table"]
+    keys = ("layer", "pooling", "dimension", "k", "weighting", "clean", "attacked")
+    table = Table(
+        ("", "layer", "pooling", "dims", "k", "weighting", "clean", "attacked"),
+        tuple(
+            (">" if row == calibration["chosen"] else "", *(value_text(key, row[key]) for key in keys))
+            for row in found[:rows]
+        ),
+        left=3,
+    )
+    rest = [f"... and {len(found) - rows} more"] if len(found) > rows else []
+    return "\n".join([head, table.text(), *rest])
 
 
 def _same_candidate(row: Mapping[str, Any], chosen: Mapping[str, Any]) -> bool:
@@ -94,7 +93,7 @@ def _attack_text(attack: Mapping[str, Any]) -> str:
     parts = [attack_name(str(name))] if name is not None else []
     if norm is not None:
         budgets = eps if isinstance(eps, (list, tuple)) else [] if eps is None else [eps]
-        parts.append(" ".join([norm_name(str(norm)), ", ".join(number(float(budget)) for budget in budgets)]).strip())
+        parts.append(" ".join([norm_name(str(norm)), ", ".join(number(float(one)) for one in budgets)]).strip())
     steps = rest.pop("steps", None)
     if steps is not None:
         parts.append(plural(steps, "step"))

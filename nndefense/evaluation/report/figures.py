@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from nndefense.evaluation.report.chart import Line, Point, chart
+from matplotlib.figure import Figure
+
 from nndefense.evaluation.report.records import (
     BARE,
     DEFENDED,
@@ -16,8 +18,40 @@ from nndefense.evaluation.report.records import (
     records_of,
     under_attack,
 )
-from nndefense.evaluation.report.ticks import log_ticks, nice_ticks
-from nndefense.evaluation.report.wording import attack_name, count_text, escape, norm_name, number, percent, raw_budget
+from nndefense.reporting import Cell, Table, charts, figure, folded, section
+from nndefense.reporting.ticks import log_ticks, nice_ticks
+from nndefense.reporting.wording import attack_name, count_text, interval, norm_name, number, percent, raw_budget
+
+# Colour stands for the defence, dashes and marker for the threat model; each line is labelled where it ends.
+_COLORS = {"bare": charts.BARE, "defended": charts.DEFENDED}
+_DASHES: dict[str, tuple[float, ...]] = {
+    "gray": (), "black": (3, 2), "clean": (0.75, 2), "white": (5, 1.5, 1, 1.5), "adaptive": (1.5, 1.25), "worst": (),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured accuracy: ``x`` in the unit of the axis, the rest fractions in [0, 1]."""
+
+    x: float
+    accuracy: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a figure: ``defense`` (``"bare"`` or ``"defended"``) picks the colour, ``threat_model`` the dashes."""
+
+    defense: str
+    threat_model: str
+    points: tuple[Point, ...]
+    reference: bool = False  # a level drawn across the figure, not a measurement at each x
+
+    @property
+    def label(self) -> str:
+        """What the line is called."""
+        return f"{self.defense}, {self.threat_model}"
 
 
 def accuracy_vs_eps(results: Results, *, uid: str = "eps") -> str:
@@ -46,14 +80,12 @@ def accuracy_vs_eps(results: Results, *, uid: str = "eps") -> str:
         below = "pixels in [0, 1]"
     unit = ": ‖x′ − x‖₂ / ‖x‖₂" if norm == "normalized-l2" else ""
     headline_eps = float(headline["eps"])
-    return chart(
+    return _chart(
         lines,
         uid=uid,
         title=f"Accuracy against attack budget ({attack_name(str(headline['attack']))}, {norm_name(norm)})",
-        scale=lambda x: x / largest,
-        ticks=[(tick, number(tick), second) for tick, second in zip(ticks, raw, strict=True)],
-        label=f"budget ε, {norm_name(norm)}{unit}",
-        below=below,
+        ticks={tick: f"{number(tick)}\n{second}".rstrip() for tick, second in zip(ticks, raw, strict=True)},
+        label=f"budget ε, {norm_name(norm)}{unit}\n{below}",
         mark=(headline_eps, f"table: {number(headline_eps)}") if 0 < headline_eps <= largest else None,
         describe=lambda x: f"ε {number(x)}",
     )
@@ -74,17 +106,83 @@ def accuracy_vs_rows(results: Results, *, uid: str = "rows") -> str:
     ticks = log_ticks(low, high, 5)
     if len(ticks) < 2:
         ticks = [low, high]
-    return chart(
+    return _chart(
         lines,
         uid=uid,
         title="Accuracy against database size",
-        scale=lambda x: math.log(x / low) / math.log(high / low),
-        ticks=[(tick, count_text(tick), "") for tick in ticks],
+        ticks={tick: count_text(tick) for tick in ticks},
         label="images in the database (log scale)",
-        below="",
-        mark=None,
+        log=True,
         describe=lambda x: f"{number(x)} images",
     )
+
+
+def _chart(
+    lines: Sequence[Line],
+    *,
+    uid: str,
+    title: str,
+    ticks: dict[float, str],
+    label: str,
+    describe: Callable[[float], str],
+    log: bool = False,
+    mark: tuple[float, str] | None = None,
+) -> str:
+    """Lines of accuracies from 0 to 100 % with their bands, as inline SVG; ``describe`` writes an x in words."""
+    drawn = Figure(figsize=(6.28, 4.75))
+    axes = drawn.add_axes((0.075, 0.25, 0.66, 0.68))
+    charts.plain(axes, "y")
+    axes.spines["left"].set_visible(False)
+    axes.set(xscale="log" if log else "linear", ylim=(0, 100))
+    axes.set_yticks((0, 25, 50, 75, 100))
+    axes.tick_params(axis="y", length=0)
+    axes.text(-0.075, 1.05, "accuracy, %", transform=axes.transAxes, fontsize=12)
+    places = charts.spread([100 * line.points[-1].accuracy for line in lines], gap=13.5, low=4, high=96)
+    tips = {}
+    for line, place in zip(lines, places, strict=True):
+        color, points, last = _COLORS[line.defense], line.points, line.points[-1]
+        xs, low, high = ([100 * getattr(point, key) for point in points] for key in ("x", "low", "high"))
+        xs = [point.x for point in points]
+        style: dict[str, Any] = {
+            "color": color, "linewidth": 1.25 if line.reference else 2,
+            "alpha": 0.45 if line.threat_model == "worst" else 1,
+            "dashes": _DASHES[line.threat_model] or (None, None),
+        }  # fmt: skip
+        ys = [100 * point.accuracy for point in points]
+        axes.plot(xs, ys, zorder=3, **style)
+        if not line.reference:
+            if len(points) == 1:
+                axes.vlines(xs, low, high, color=color, alpha=0.4, linewidth=5)
+            axes.fill_between(xs, low, high, color=color, alpha=0.13, linewidth=0)
+            inside = "#ffffff" if line.threat_model == "black" else color
+            size = 4 if line.threat_model == "clean" else 6.8
+            gid = f"{uid}-{line.label}"
+            axes.plot(
+                xs, ys, "o", color=color, markersize=size, markerfacecolor=inside, markeredgewidth=1.6, zorder=4,
+                gid=gid, clip_on=False,
+            )  # fmt: skip
+            tips[gid] = [
+                f"{line.label}: {percent(p.accuracy)} % ({percent(p.low)} to {percent(p.high)})" for p in points
+            ]
+        axes.annotate(
+            line.label, (last.x, 100 * last.accuracy), (1.045, place), textcoords=("axes fraction", "data"),
+            color=color, fontsize=13, fontweight="bold", va="bottom", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.5, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0)},
+        )  # fmt: skip
+        axes.annotate(
+            f"{percent(last.accuracy)} %", (1.045, place), xycoords=("axes fraction", "data"), color=color, fontsize=13,
+            va="top", annotation_clip=False,
+        )  # fmt: skip
+    axes.set_xticks(list(ticks), list(ticks.values()), fontsize=13)
+    axes.minorticks_off()
+    axes.set_xlabel(label, loc="left", fontsize=13)
+    if mark is not None:
+        axes.axvline(mark[0], color=charts.INK, alpha=0.4, linewidth=1, linestyle=(0, (2, 3)))
+        axes.text(mark[0], 103, mark[1], fontsize=12, ha="right" if mark[0] > 0.8 * max(ticks) else "center")
+    ends = "; ".join(
+        f"{line.label} {percent(line.points[-1].accuracy)} % at {describe(line.points[-1].x)}" for line in lines
+    )
+    return charts.inline(drawn, title, f"Lines end at: {ends}. All values are in the table below.", name=uid, tips=tips)
 
 
 def eps_lines(results: Results) -> list[Line]:
@@ -164,31 +262,26 @@ def figure_section(results: Results) -> str:
         eps_raw = raw.get(x)
         return number(x) + (f" (raw {raw_budget(norm, eps_raw)})" if x > 0 and eps_raw else "")
 
-    by_eps = _figure_html(
+    by_eps = _figure(
         "As the attack grows",
         "Each line is labelled where it ends. Bands: 95\u00a0% intervals.",
         accuracy_vs_eps(results),
         "Not drawn: no attack was run.",
         _points_table(eps_lines(results), "budget ε", budget),
     )
-    by_rows = _figure_html(
+    by_rows = _figure(
         f"As the database grows, at ε {number(eps)}",
         "The same, with clean dotted. Level lines: no defence.",
         accuracy_vs_rows(results),
         "Not drawn: the database was run at one size only.",
         _points_table(rows_lines(results), "images in the database", number),
     )
-    return (
-        '<section id="figures">\n<h2>How it changes</h2>\n'
-        f'<div class="figures">\n{by_eps}\n{by_rows}\n</div>\n</section>'
-    )
+    return section("How it changes", f'<div class="figures">\n{by_eps}\n{by_rows}\n</div>', "figures")
 
 
-def _figure_html(title: str, caption: str, svg: str, absent: str, table: str) -> str:
+def _figure(title: str, caption: str, svg: str, absent: str, table: str) -> str:
     """A figure and its table; without ``svg`` the sentence ``absent`` stands in the figure's place."""
-    about = f"<p>{escape(caption)}</p>" if svg else ""
-    drawn = svg or f'<p class="absent">{absent}</p>'
-    return f"<figure><figcaption><h3>{escape(title)}</h3>{about}</figcaption>\n{drawn}\n{table}</figure>"
+    return figure(svg or f'<p class="absent">{absent}</p>', title, caption if svg else "", table)
 
 
 def _points_table(lines: Sequence[Line], x_name: str, describe: Callable[[float], str]) -> str:
@@ -196,18 +289,11 @@ def _points_table(lines: Sequence[Line], x_name: str, describe: Callable[[float]
     measured = [line for line in lines if not line.reference]
     if not measured:
         return ""
-    xs = sorted({point.x for line in measured for point in line.points})
-    head = "".join(f'<th scope="col">{escape(line.label)}</th>' for line in measured)
-    body = []
-    for x in xs:
-        cells = []
-        for line in measured:
-            point = next((point for point in line.points if point.x == x), None)
-            interval = f" <small>{percent(point.low)}–{percent(point.high)}</small>" if point else ""
-            cells.append(f"<td>{percent(point.accuracy)}{interval}</td>" if point else "<td>–</td>")
-        body.append(f'<tr><th scope="row">{escape(describe(x))}</th>{"".join(cells)}</tr>')
-    return (
-        '<details><summary>The same as a table</summary><div class="scroll"><table class="plain">'
-        f'<thead><tr><th scope="col">{escape(x_name)}</th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div></details>"
-    )
+    at = [{point.x: point for point in line.points} for line in measured]
+    rows: list[tuple[str | Cell, ...]] = []
+    for x in sorted(set().union(*at)):
+        found = [points.get(x) for points in at]
+        cells = [Cell(percent(p.accuracy), interval(p.low, p.high)) if p else Cell("–") for p in found]
+        rows.append((describe(x), *cells))
+    table = Table((x_name, *(line.label for line in measured)), tuple(rows))
+    return folded("The same as a table", table.html())

@@ -18,17 +18,19 @@ from PIL import Image
 
 from nndefense.errors import InputError
 from nndefense.evaluation.report.records import Results
-from nndefense.evaluation.report.wording import count_text, escape, number, percent, plural
+from nndefense.reporting import section
+from nndefense.reporting.wording import count_text, escape, number, percent, plural
 
 Pixels = npt.NDArray[np.floating[Any]]
 
 SMALL = 64  # pixels a side up to which a picture keeps its own pixels
 ROW_BYTES = 96_000  # of base64 for one row, so that ten rows stay well under 1.5 MB
 MOST_NEIGHBORS = 8
+_TITLE = "What the defence sees"
 
 
 @dataclass(frozen=True)
-class Neighbor:
+class GalleryNeighbor:
     """One retrieved image of the database.
 
     Attributes:
@@ -68,7 +70,7 @@ class GalleryRow:
     bare: tuple[str, float]
     bare_clean: tuple[str, float]
     defended: tuple[str, float]
-    neighbors: tuple[Neighbor, ...]
+    neighbors: tuple[GalleryNeighbor, ...]
     threat_model: str
     eps: float
     id: str
@@ -77,28 +79,23 @@ class GalleryRow:
 def gallery_section(results: Results, gallery: Sequence[GalleryRow]) -> str:
     """The pictures with their explanation; may be without pictures."""
     if not gallery:
-        return (
-            '<section id="gallery"><h2>What the defence sees</h2>'
-            '<p class="absent">This report was written without pictures.</p></section>'
-        )
+        return section(_TITLE, '<p class="absent">This report was written without pictures.</p>', "gallery")
     rescued = sum(row.bare[0] != row.label and row.defended[0] == row.label for row in gallery)
     lost = sum(row.bare[0] == row.label and row.defended[0] != row.label for row in gallery)
     both = sum(row.bare[0] != row.label and row.defended[0] != row.label for row in gallery)
     k = (results.get("defense") or {}).get("k")
     factor = amplification(gallery)
     drawn = f"amplified {factor} times in every row" if factor > 1 else "not amplified"
-    return f"""<section id="gallery">
-<h2>What the defence sees</h2>
-<p class="lead">Left, an image before and after the attack, with what the bare classifier says of each; between them
-the change, {drawn}, where mid-grey means none. Right, the database images nearest to the attacked image in feature
-space. The defence never asks what the classifier says of the attacked image: its answer is the weighted mean of what
-the classifier says of these neighbours. A <span class="key-bar same"></span> solid bar is a neighbour of the true
+    body = f"""<p class="lead">Left, an image before and after the attack, with what the bare classifier says of each;
+between them the change, {drawn}, where mid-grey means none. Right, the database images nearest to the attacked image in
+feature space. The defence never asks what the classifier says of the attacked image: its answer is the weighted mean of
+what the classifier says of these neighbours. A <span class="key-bar same"></span> solid bar is a neighbour of the true
 class, a <span class="key-bar other"></span> hollow one is of another; its length is the neighbour's weight.</p>
 <p class="lead">Of these {len(gallery)} images, the defence mends {rescued}, fails together with the bare classifier on
 {both} and breaks {lost} that the bare classifier gets right. They were drawn at random; the rates are in the
 table above.</p>
-{gallery_html(gallery, k=int(k) if k else None)}
-</section>"""
+{gallery_html(gallery, k=int(k) if k else None)}"""
+    return section(_TITLE, body, "gallery")
 
 
 def amplification(rows: Sequence[GalleryRow]) -> int:
@@ -238,7 +235,7 @@ def _relative(change: Pixels, length: float) -> str:
     return f"ℓ∞ {float(np.abs(change).max(initial=0.0)):.2f}"
 
 
-def _neighbor_html(neighbor: Neighbor, label: str, heaviest: float, side: int) -> str:
+def _neighbor_html(neighbor: GalleryNeighbor, label: str, heaviest: float, side: int) -> str:
     same = neighbor.label == label
     about = (
         f"neighbour {neighbor.id}: class {neighbor.label}, weight {percent(neighbor.weight)} %, "

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from nndefense.evaluation.ladder import RUNGS
 from nndefense.evaluation.report.records import BARE, DEFENDED, Record, Results, at_headline, records_of
-from nndefense.evaluation.report.wording import attack_name, escape, norm_name, number, percent
+from nndefense.reporting import Cell, Table, section
+from nndefense.reporting.wording import attack_name, budget, escape, interval, p_text, percent
 
 KNOWS = {
     "clean": "nothing is attacked",
@@ -20,7 +21,7 @@ KNOWS = {
 
 
 @dataclass(frozen=True)
-class Rung:
+class LadderRow:
     """One rung at the headline budget: the lowest measured accuracy without and with the defence."""
 
     name: str
@@ -29,13 +30,13 @@ class Rung:
     p: float | None
 
 
-def ladder(results: Results) -> list[Rung]:
+def ladder(results: Results) -> list[LadderRow]:
     """The rungs that were measured for either, from clean to worst case."""
     rungs = []
     for name in RUNGS:
         bare, defended = (at_headline(results, defense, name, any_attack=True) for defense in (BARE, DEFENDED))
         if bare is not None or defended is not None:
-            rungs.append(Rung(name, bare, defended, _p(results, name)))
+            rungs.append(LadderRow(name, bare, defended, _p(results, name)))
     return rungs
 
 
@@ -64,56 +65,42 @@ def obscurity(results: Results) -> str:
 def ladder_section(results: Results) -> str:
     """The ladder as a table, with the attackers' knowledge, the paired test and the cost."""
     rungs = ladder(results)
-    headline = results["headline"]
-    body = "\n".join(_row(results, rung) for rung in rungs)
+    columns = ("Attacker", "knows", "no defence", "defended", "p", "attack on the defence", "time", "passes", "memory")
+    table = Table(columns, tuple(_row(results, rung) for rung in rungs), kinds=tuple(rung.name for rung in rungs))
+    caption = (
+        f"Accuracy in % (95\u00a0% interval) at {budget(results['headline']['norm'], results['headline']['eps'])}; of "
+        "several attacks the strongest. p: exact McNemar test of the defence against no defence on the same images. In "
+        "the worst case an image counts as right only if every attack within the budget, and the clean image, left it "
+        "right."
+    )
     said = obscurity(results)
-    note = f'<p class="obscurity"><strong>{escape(said)}</strong></p>' if said else ""
-    return f"""<section id="ladder">
-<h2>What it holds against whom</h2>
-{note}
-<div class="scroll"><table class="plain ladder">
-<caption>Accuracy in % (95&nbsp;% interval) at {norm_name(str(headline["norm"]))} {number(headline["eps"])}; of several
-attacks the strongest. p: exact McNemar test of the defence against no defence on the same images. In the worst case an
-image counts as right only if every attack within the budget, and the clean image, left it right.</caption>
-<thead><tr><th scope="col">Attacker</th><th scope="col">knows</th><th scope="col">no defence</th>
-<th scope="col">defended</th><th scope="col">p</th><th scope="col">attack on the defence</th>
-<th scope="col">time</th><th scope="col">passes</th><th scope="col">memory</th></tr></thead>
-<tbody>
-{body}
-</tbody></table></div>
-</section>"""
+    note = f'<p class="obscurity"><strong>{escape(said)}</strong></p>\n' if said else ""
+    return section("What it holds against whom", note + table.html("plain ladder", caption), "ladder")
 
 
-def _row(results: Results, rung: Rung) -> str:
+def _row(results: Results, rung: LadderRow) -> tuple[str | Cell, ...]:
     record = rung.defended or rung.bare
     assert record is not None
     level = f" ({record['knowledge']})" if record.get("knowledge") else ""
-    tried = _attacks(results, rung.name)
-    p = "" if rung.p is None else ("&lt; 0.001" if rung.p < 0.001 else f"{rung.p:.3f}")
     own = rung.name not in ("clean", "worst")
     passes = (record.get("forwards") or 0) + (record.get("backwards") or 0) + (record.get("queries") or 0)
-    cells = [
-        escape(KNOWS[rung.name] + level),
+    return (
+        "worst case" if rung.name == "worst" else rung.name,
+        KNOWS[rung.name] + level,
         _accuracy(rung.bare, "as gray box" if rung.name in ("white", "adaptive") else "not run"),
         _accuracy(rung.defended, "not run"),
-        p,
-        escape(tried),
-        f"{record.get('attack_seconds') or 0:,.0f}&nbsp;s" if own else "",
+        "" if rung.p is None else p_text(rung.p),
+        _attacks(results, rung.name),
+        f"{record.get('attack_seconds') or 0:,.0f}\u00a0s" if own else "",
         f"{passes / max(int(record['n']), 1):,.0f} an image" if own and passes else "",
-        f"{record['peak_memory_mb']:,.0f}&nbsp;MB" if own and record.get("peak_memory_mb") else "",
-    ]
-    name = "worst case" if rung.name == "worst" else rung.name
-    columns = "".join(f"<td>{cell}</td>" for cell in cells)
-    return f'<tr class="{rung.name}"><th scope="row">{escape(name)}</th>{columns}</tr>'
-
-
-def _accuracy(record: Record | None, absent: str) -> str:
-    if record is None:
-        return f'<span class="why">{absent}</span>'
-    return (
-        f'<span class="num">{percent(record["accuracy"])}</span> '
-        f"<small>{percent(record['ci_low'])}–{percent(record['ci_high'])}</small>"
+        f"{record['peak_memory_mb']:,.0f}\u00a0MB" if own and record.get("peak_memory_mb") else "",
     )
+
+
+def _accuracy(record: Record | None, absent: str) -> Cell:
+    if record is None:
+        return Cell(reason=absent)
+    return Cell(percent(record["accuracy"]), interval(record["ci_low"], record["ci_high"]))
 
 
 def _attacks(results: Results, threat_model: str) -> str:

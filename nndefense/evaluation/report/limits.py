@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from nndefense.evaluation.report.records import Results
-from nndefense.evaluation.report.wording import escape, number
+from nndefense.reporting import limits_list, section
+from nndefense.reporting.wording import number
 
 
 def limits_section(results: Results) -> str:
@@ -56,10 +57,4 @@ def limits_section(results: Results) -> str:
             "Images in the database that nearly repeat a test image, if there are any, hand the defence the answer.",
         ),
     ]
-    listing = "\n".join(f"<li><b>{escape(name)}</b> {escape(text)}</li>" for name, text in limits)
-    return f"""<section id="limits">
-<h2>What these numbers do not show</h2>
-<ul class="limits">
-{listing}
-</ul>
-</section>"""
+    return section("What these numbers do not show", limits_list(limits), "limits")

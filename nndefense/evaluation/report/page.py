@@ -12,7 +12,6 @@ from typing import Any
 
 from nndefense.errors import InputError
 from nndefense.evaluation.report.calibration import calibration_section
-from nndefense.evaluation.report.document import document
 from nndefense.evaluation.report.figures import figure_section
 from nndefense.evaluation.report.gallery import GalleryRow, gallery_section
 from nndefense.evaluation.report.ladder import ladder_section, obscurity
@@ -21,9 +20,10 @@ from nndefense.evaluation.report.records import BARE, DEFENDED, Results, at_head
 from nndefense.evaluation.report.run import audit_section, records_section, run_section
 from nndefense.evaluation.report.table import table_section
 from nndefense.evaluation.report.verdict import verdict, verdict_parts
-from nndefense.evaluation.report.wording import date_text, escape, number, percent
 from nndefense.evaluation.results import FORMAT, VERSION
-from nndefense.files import write_atomically
+from nndefense.files import write_bytes
+from nndefense.reporting import page
+from nndefense.reporting.wording import date_text, escape, number, percent
 
 
 def write_report(results: dict[str, Any], gallery: Sequence[GalleryRow], path: Path) -> None:
@@ -40,14 +40,10 @@ def write_report(results: dict[str, Any], gallery: Sequence[GalleryRow], path: P
         InputError: ``results`` is not a results file of this project, or a picture has a wrong shape.
         OSError: the file cannot be written.
     """
-    page = report_html(results, gallery)
+    content = report_html(results, gallery).encode()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(draft: Path) -> None:
-        draft.write_text(page, encoding="utf-8", newline="\n")
-
-    write_atomically(path, write)
+    write_bytes(path, content)
 
 
 def report_html(results: Results, gallery: Sequence[GalleryRow] = ()) -> str:
@@ -57,29 +53,27 @@ def report_html(results: Results, gallery: Sequence[GalleryRow] = ()) -> str:
     for key in ("dataset", "headline", "records"):
         if results.get(key) is None:
             raise InputError(f"these results have no {key!r}: run the evaluation again")
-    title = f"Nearest-neighbour defence on {results['dataset']['name']}"
-    body = "\n".join(
-        [
-            _header(results, title),
-            ladder_section(results),
-            table_section(results),
-            figure_section(results),
-            gallery_section(results, gallery),
-            calibration_section(results),
-            audit_section(results),
-            run_section(results),
-            limits_section(results),
-            records_section(results),
-        ]
-    )
-    return document(title, body, verdict(results))
-
-
-def _header(results: Results, title: str) -> str:
     dataset = results["dataset"]
     facts = [str(dataset["name"]), f"{number(dataset['n'])} images"]
     if results.get("created"):
         facts.append(date_text(str(results["created"])))
+    sections = (
+        ladder_section(results),
+        table_section(results),
+        figure_section(results),
+        gallery_section(results, gallery),
+        calibration_section(results),
+        audit_section(results),
+        run_section(results),
+        limits_section(results),
+        records_section(results),
+    )
+    title = f"Nearest-neighbour defence on {dataset['name']}"
+    return page(title, sections, facts=facts, lead=_lead(results), description=verdict(results))
+
+
+def _lead(results: Results) -> str:
+    """The verdict and what qualifies it."""
     sentence = "".join(
         f'<strong class="{kind}">{escape(text)}</strong>' if kind else escape(text)
         for kind, text in verdict_parts(results)
@@ -101,10 +95,4 @@ def _header(results: Results, title: str) -> str:
         else 'None of the attacks knows that a database is searched: read <a href="#limits">what these numbers do not '
         "show</a> before relying on them."
     )
-    return f"""<header class="top">
-<p class="eyebrow">{" <span aria-hidden='true'>·</span> ".join(escape(fact) for fact in facts)}</p>
-<h1>{escape(title)}</h1>
-<p class="verdict">{sentence}</p>
-<p class="note">{" ".join(notes)}</p>
-</header>
-<main>"""
+    return f'<p class="verdict">{sentence}</p>\n<p class="note">{" ".join(notes)}</p>'

@@ -7,8 +7,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nndefense.evaluation.ladder import BARE, DEFENDED
+from nndefense.reporting.wording import number, raw_budget, weighting_name
 
-__all__ = ["BARE", "DEFENDED", "Record", "Results", "at_headline", "lowest", "records_of", "under_attack"]
+__all__ = [
+    "BARE",
+    "DEFENDED",
+    "Record",
+    "Results",
+    "at_headline",
+    "headline_raw",
+    "lowest",
+    "records_of",
+    "settings_text",
+    "under_attack",
+]
 
 Results = Mapping[str, Any]  # results.json as a dict
 Record = Mapping[str, Any]  # one of its records
@@ -56,3 +68,29 @@ def at_headline(results: Results, defense: str, threat_model: str, *, any_attack
         eps = results["headline"]["eps"]
         found = [record for record in found if math.isclose(record["eps"], eps, rel_tol=1e-6)]
     return lowest(found) if found else None
+
+
+def settings_text(results: Results) -> str:
+    """The settings of the calibrated defence in a few words: layer, pooling, k, weighting, database size."""
+    database, defense = results.get("database") or {}, results.get("defense") or {}
+    parts = [str(database[key]) for key in ("layer", "pooling") if database.get(key)]
+    if defense.get("k") is not None:
+        parts.append(f"k = {defense['k']}")
+    if defense.get("weighting"):
+        parts.append(weighting_name(str(defense["weighting"])))
+    if database.get("rows") is not None:
+        parts.append(f"{number(database['rows'])} images")
+    return ", ".join(parts)
+
+
+def headline_raw(results: Results) -> str:
+    """The headline budget in raw units, in brackets, where a record holds it."""
+    headline = results["headline"]
+    for record in records_of(results):
+        same = record["norm"] == headline["norm"] and math.isclose(record["eps"], headline["eps"], rel_tol=1e-6)
+        if same and record.get("eps_raw") and record["threat_model"] != "clean":
+            raw = raw_budget(str(headline["norm"]), float(record["eps_raw"]))
+            if headline["norm"] == "normalized-l2":
+                return f" (on average an ℓ₂ radius of {raw}, pixels in [0, 1])"
+            return f" ({raw} of the pixel range)" if headline["norm"] == "linf" else " (pixels in [0, 1])"
+    return ""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nndefense.evaluation.report.records import Record, Results, records_of
-from nndefense.evaluation.report.wording import (
+from nndefense.evaluation.report.records import Record, Results, headline_raw, records_of
+from nndefense.reporting import Cell, Table, facts_list, folded, section
+from nndefense.reporting.wording import (
     attack_name,
+    budget,
     escape,
-    headline_raw,
     norm_name,
     number,
     plural,
@@ -56,30 +57,20 @@ def run_section(results: Results) -> str:
             escape(", ".join(f"{words(str(key))} {value_text(str(key), value)}" for key, value in defense.items())),
         ),
         ("Attacks", "<br>".join(escape(text) for text in _attack_texts(results)) or "none"),
-        ("Headline budget", f"{norm_name(str(headline['norm']))} {number(headline['eps'])}{headline_raw(results)}"),
+        ("Headline budget", f"{budget(headline['norm'], headline['eps'])}{headline_raw(results)}"),
         ("Seeds", escape(", ".join(seeds)) or "not recorded"),
         ("Time", _time_text(results)),
         ("Versions", escape(", ".join(f"{name} {value}" for name, value in (results.get("versions") or {}).items()))),
         ("Command", f"<code>{escape(results['command'])}</code>" if results.get("command") else ""),
     ]
-    listing = "\n".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in items if text)
-    return f"""<section id="run">
-<h2>What was run</h2>
-<dl class="facts">
-{listing}
-</dl>
-</section>"""
+    return section("What was run", facts_list(items), "run")
 
 
 def audit_section(results: Results) -> str:
     """The self-audit: each check with its verdict."""
-    return f"""<section id="audit">
-<h2>Was the attack strong enough?</h2>
-<p>A weak attack flatters every defence. These checks are necessary, not sufficient.</p>
-<ul class="checks">
-{_checks_html(results)}
-</ul>
-</section>"""
+    about = "<p>A weak attack flatters every defence. These checks are necessary, not sufficient.</p>"
+    checks = f'{about}\n<ul class="checks">\n{_checks_html(results)}\n</ul>'
+    return section("Was the attack strong enough?", checks, "audit")
 
 
 def _attack_texts(results: Results) -> list[str]:
@@ -144,22 +135,17 @@ def records_section(results: Results) -> str:
     preferred += ["accuracy", "ci_low", "ci_high", "seed", "seconds", "database_rows"]
     present = dict.fromkeys(key for record in records for key in record)
     columns = [key for key in preferred if key in present] + [key for key in present if key not in preferred]
-    head = "".join(f'<th scope="col">{escape(words(key))}{unit(key)}</th>' for key in columns)
-    body = "\n".join(f"<tr>{''.join(_record_cell(key, record.get(key)) for key in columns)}</tr>" for record in records)
-    return f"""<section id="records">
-<h2>Every number</h2>
-<details><summary>{number(len(records))} measurements; accuracies in %, raw budgets for pixels in [0, 1]</summary>
-<div class="scroll"><table class="plain dense"><thead><tr>{head}</tr></thead><tbody>
-{body}
-</tbody></table></div></details>
-</section>
-</main>"""
+    table = Table(
+        tuple(Cell(words(key), unit(key)) for key in columns),
+        tuple(tuple(_record_cell(key, record.get(key)) for key in columns) for record in records),
+    )
+    about = f"{number(len(records))} measurements; accuracies in %, raw budgets for pixels in [0, 1]"
+    return section("Every number", folded(about, table.html("plain dense")), "records")
 
 
-def _record_cell(key: str, value: object) -> str:
+def _record_cell(key: str, value: object) -> str | Cell:
     if isinstance(value, Mapping):
         value = value.get("fingerprint") or value.get("source")
     text = value_text(key, value)
-    if key in ("classifier", "database", "surrogate") and len(text) > 16:
-        return f'<td><code title="{escape(text)}">{escape(short(text))}</code></td>'
-    return f"<td>{escape(text)}</td>"
+    whole = text if key in ("classifier", "database", "surrogate") and len(text) > 16 else ""
+    return Cell(short(text), whole=whole) if whole else text

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nndefense.evaluation.report.records import BARE, DEFENDED, Results, at_headline, records_of, under_attack
-from nndefense.evaluation.report.wording import (
-    attack_name,
-    escape,
+from nndefense.evaluation.report.records import (
+    BARE,
+    DEFENDED,
+    Results,
+    at_headline,
     headline_raw,
-    norm_name,
-    number,
-    percent,
+    records_of,
     settings_text,
-    weighting_name,
+    under_attack,
 )
+from nndefense.reporting import Cell, Table, section
+from nndefense.reporting.wording import attack_name, budget, escape, interval, number, percent, weighting_name
 
 THREAT_MODELS = ("clean", "gray", "black")
 
 
 @dataclass(frozen=True)
-class Cell:
+class Accuracy:
     """An accuracy (fraction in [0, 1]) with its 95 % interval over ``n`` images, or None with the reason why not."""
 
     accuracy: float | None
@@ -37,12 +38,12 @@ class Table2Row:
     variant: str
     label: str
     database_rows: int | None
-    clean: Cell
-    gray: Cell
-    black: Cell
+    clean: Accuracy
+    gray: Accuracy
+    black: Accuracy
 
     @property
-    def cells(self) -> tuple[Cell, Cell, Cell]:
+    def cells(self) -> tuple[Accuracy, Accuracy, Accuracy]:
         return self.clean, self.gray, self.black
 
 
@@ -82,16 +83,16 @@ def _table_row(results: Results, defense: str, variant: str) -> Table2Row:
     return Table2Row(defense, variant, label, rows if defense != BARE else None, **cells)
 
 
-def _cell(results: Results, defense: str, threat_model: str) -> Cell:
+def _cell(results: Results, defense: str, threat_model: str) -> Accuracy:
     record = at_headline(results, defense, threat_model)
     if record is not None:
         interval = (float(record["ci_low"]), float(record["ci_high"]))
-        return Cell(float(record["accuracy"]), interval, int(record["n"]), "")
+        return Accuracy(float(record["accuracy"]), interval, int(record["n"]), "")
     if threat_model == "black" and results.get("surrogate") is None:
-        return Cell(None, None, None, "no surrogate given")
+        return Accuracy(None, None, None, "no surrogate given")
     if threat_model != "clean" and under_attack(results, defense, threat_model):
-        return Cell(None, None, None, "not run at this budget")
-    return Cell(None, None, None, "not run")
+        return Accuracy(None, None, None, "not run at this budget")
+    return Accuracy(None, None, None, "not run")
 
 
 def table_section(results: Results) -> str:
@@ -110,17 +111,18 @@ def table_section(results: Results) -> str:
         "rows": "Other database sizes",
         "k": "Other numbers of neighbours",
     }
-    body, group = [], ""
+    lines: list[tuple[str | Cell, ...]] = []
+    kinds, group = [], ""
     for row in rows:
         kind = {BARE: "none", DEFENDED: "chosen"}.get(row.defense, "variant")
         if kind == "variant" and row.variant != group:
             group = row.variant
-            heading = headings.get(group, group.capitalize() or "Other defences")
-            body.append(f'<tr class="group"><th colspan="4" scope="colgroup">{escape(heading)}</th></tr>')
-        note = settings_text(results) if row.defense == DEFENDED else ""
-        note = f'<span class="settings">{escape(note)}</span>' if note else ""
-        cells = "".join(_cell_html(cell) for cell in row.cells)
-        body.append(f'<tr class="{kind}"><th scope="row">{escape(row.label)}{note}</th>{cells}</tr>')
+            lines.append((headings.get(group, group.capitalize() or "Other defences"),))
+            kinds.append("group")
+        below = settings_text(results) if row.defense == DEFENDED else ""
+        lines.append((Cell(row.label, below=below), *map(_drawn, row.cells)))
+        kinds.append(kind)
+    table = Table(("", "Clean", "Gray box", "Black box"), tuple(lines), kinds=tuple(kinds))
     counts = sorted({cell.n for row in rows for cell in row.cells if cell.n is not None})
     if not counts:
         over = "no images"
@@ -128,29 +130,21 @@ def table_section(results: Results) -> str:
         over = f"all {number(counts[0])} images"
     else:
         over = f"{number(counts[0])} to {number(counts[-1])} images"
-    attack = f"{attack_name(str(headline['attack']))}, {norm_name(str(headline['norm']))} {number(headline['eps'])}"
-    raw = headline_raw(results)
-    return f"""<section id="accuracy">
-<h2>Accuracy with and without the defence</h2>
-<div class="scroll"><table class="main">
-<caption>Accuracy in % over {over}, also those that were wrong before the attack, with the Wilson 95\u00a0% interval.
-Attack: {escape(attack)}{escape(raw)}.</caption>
-<thead><tr><td></td><th scope="col">Clean</th><th scope="col">Gray box</th><th scope="col">Black box</th></tr></thead>
-<tbody>
-{chr(10).join(body)}
-</tbody></table></div>
-<p class="key"><b>Gray box:</b> the attack is computed on the classifier itself, with its weights, and ignores the
-retrieval. <b>Black box:</b> {transfer} Where a cell was measured more than once, the lowest accuracy is shown.</p>
-</section>"""
+    attack = f"{attack_name(str(headline['attack']))}, {budget(headline['norm'], headline['eps'])}"
+    caption = (
+        f"Accuracy in % over {over}, also those that were wrong before the attack, with the Wilson 95\u00a0% interval. "
+        f"Attack: {attack}{headline_raw(results)}."
+    )
+    key = f"""<p class="key"><b>Gray box:</b> the attack is computed on the classifier itself, with its weights, and
+ignores the retrieval. <b>Black box:</b> {transfer} Where a cell was measured more than once, the lowest accuracy is
+shown.</p>"""
+    return section("Accuracy with and without the defence", f"{table.html('main', caption)}\n{key}", "accuracy")
 
 
-def _cell_html(cell: Cell) -> str:
+def _drawn(cell: Accuracy) -> Cell:
     if cell.accuracy is None or cell.ci is None:
-        return f'<td class="blank"><span aria-hidden="true">–</span><span class="why">{escape(cell.reason)}</span></td>'
+        return Cell(reason=cell.reason)
     low, high = (max(0.0, min(1.0, bound)) for bound in cell.ci)
     strip = f"--at:{100 * cell.accuracy:.2f}%;--lo:{100 * low:.2f}%;--to:{100 * (high - low):.2f}%"
-    return (
-        f'<td><span class="num">{percent(cell.accuracy)}</span>'
-        f'<span class="ci">{percent(low)}–{percent(high)}</span>'
-        f'<span class="strip" style="{strip}" aria-hidden="true"></span></td>'
-    )
+    drawn = f'<span class="strip" style="{strip}" aria-hidden="true"></span>'
+    return Cell(percent(cell.accuracy), interval(low, high), drawn=drawn)

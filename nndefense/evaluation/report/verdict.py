@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nndefense.evaluation.report.ladder import informed_record
 from nndefense.evaluation.report.records import BARE, DEFENDED, Results, at_headline
-from nndefense.evaluation.report.wording import attack_name, norm_name, number, percent
+from nndefense.reporting.wording import attack_name, budget, number, percent
 
 
 def verdict(results: Results) -> str:
@@ -19,7 +19,7 @@ def verdict(results: Results) -> str:
 def verdict_parts(results: Results) -> list[tuple[str, str]]:
     """The verdict as (kind, text), where kind is ``"bare"`` or ``"defended"`` for its number, else ``""``."""
     headline = results["headline"]
-    attack = f"{attack_name(str(headline['attack']))} at {norm_name(str(headline['norm']))} {number(headline['eps'])}"
+    attack = f"{attack_name(str(headline['attack']))} at {budget(headline['norm'], headline['eps'])}"
     for threat_model in ("gray", "black"):
         bare, defended = (at_headline(results, defense, threat_model) for defense in (BARE, DEFENDED))
         if bare is not None and defended is not None:

@@ -1,4 +1,4 @@
-"""How the report writes numbers, names and foreign text."""
+"""How reports write numbers, names and foreign text."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import math
 import re
 from datetime import datetime
 
-from nndefense.evaluation.report.records import Results, records_of
-
+BLANK = "–"
 _NOT_PRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _ACCURACIES = {"accuracy", "ci_low", "ci_high", "clean", "attacked", "bare_clean", "bare_attacked"}
 
@@ -18,9 +17,31 @@ def escape(value: object) -> str:
     return html.escape(_NOT_PRINTABLE.sub("\ufffd", str(value)), quote=True)
 
 
-def percent(fraction: float, digits: int = 1) -> str:
-    """A fraction in [0, 1] as percent without the sign: ``0.1236`` is ``"12.4"``."""
-    return f"{100 * fraction:.{digits}f}"
+def percent(fraction: float | None, digits: int = 1) -> str:
+    """A fraction in [0, 1] as percent without the sign: ``0.1236`` is ``"12.4"``; None is a dash."""
+    return BLANK if fraction is None else f"{100 * fraction:.{digits}f}"
+
+
+def interval(low: float, high: float) -> str:
+    """An interval of fractions in percent: ``"10.1–14.2"``."""
+    return f"{percent(low)}–{percent(high)}"
+
+
+def percent_in(mean: float, low: float, high: float, digits: int = 2) -> str:
+    """A fraction in percent with its interval, cut to what fractions can be: ``"97.37 [97.04, 97.66]"``."""
+    return f"{percent(mean, digits)} [{percent(max(low, 0), digits)}, {percent(min(high, 1), digits)}]"
+
+
+def points(mean: float, low: float, high: float) -> str:
+    """A difference of fractions in percentage points with its interval, with signs."""
+    return f"{100 * mean:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+
+
+def p_text(p: float, least: float = 0.001) -> str:
+    """A p-value; below ``least`` only that it is: ``"0.065"``, ``"< 0.001"``."""
+    if p < least:
+        return f"< {least:g}"
+    return f"{p:.3f}" if least >= 0.001 else f"{p:.2g}"
 
 
 def number(value: float) -> str:
@@ -66,6 +87,11 @@ def norm_name(norm: str) -> str:
     return names.get(norm, norm)
 
 
+def budget(norm: str, eps: float | str) -> str:
+    """A norm with a radius: ``"normalised ℓ₂ 0.06"``, ``"ℓ∞ 8/255"``."""
+    return f"{norm_name(norm)} {eps if isinstance(eps, str) else number(eps)}"
+
+
 def attack_name(attack: str) -> str:
     """An attack as papers write it: ``"pgd"`` is ``"PGD"``."""
     names = {
@@ -105,14 +131,14 @@ def words(key: str) -> str:
 
 
 def unit(key: str) -> str:
-    """The unit of a column as HTML, where its heading needs one."""
-    return " <small>s</small>" if key.endswith("seconds") else ""
+    """The unit of a column, where its heading needs one."""
+    return "s" if key.endswith("seconds") else ""
 
 
 def value_text(key: str, value: object) -> str:
     """One value of a table as text."""
     if value is None or value == "":
-        return "–"
+        return BLANK
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return weighting_name(str(value)) if key == "weighting" else str(value)
     if key in _ACCURACIES:
@@ -120,29 +146,3 @@ def value_text(key: str, value: object) -> str:
     if key == "seed":
         return str(value)
     return f"{value:.2f}" if key.endswith("seconds") else number(value)
-
-
-def settings_text(results: Results) -> str:
-    """The settings of the calibrated defence in a few words: layer, pooling, k, weighting, database size."""
-    database, defense = results.get("database") or {}, results.get("defense") or {}
-    parts = [str(database[key]) for key in ("layer", "pooling") if database.get(key)]
-    if defense.get("k") is not None:
-        parts.append(f"k = {defense['k']}")
-    if defense.get("weighting"):
-        parts.append(weighting_name(str(defense["weighting"])))
-    if database.get("rows") is not None:
-        parts.append(f"{number(database['rows'])} images")
-    return ", ".join(parts)
-
-
-def headline_raw(results: Results) -> str:
-    """The headline budget in raw units, in brackets, where a record holds it."""
-    headline = results["headline"]
-    for record in records_of(results):
-        same = record["norm"] == headline["norm"] and math.isclose(record["eps"], headline["eps"], rel_tol=1e-6)
-        if same and record.get("eps_raw") and record["threat_model"] != "clean":
-            raw = raw_budget(str(headline["norm"]), float(record["eps_raw"]))
-            if headline["norm"] == "normalized-l2":
-                return f" (on average an ℓ₂ radius of {raw}, pixels in [0, 1])"
-            return f" ({raw} of the pixel range)" if headline["norm"] == "linf" else " (pixels in [0, 1])"
-    return ""

@@ -1,0 +1,19 @@
+"""How results are shown: one page, one table, one way to draw and one set of words, for plain values of any kind."""
+
+from nndefense.reporting.charts import inline, picture
+from nndefense.reporting.page import facts_list, figure, folded, limits_list, page, paragraphs, section
+from nndefense.reporting.table import Cell, Table
+
+__all__ = [
+    "Cell",
+    "Table",
+    "facts_list",
+    "figure",
+    "folded",
+    "inline",
+    "limits_list",
+    "page",
+    "paragraphs",
+    "picture",
+    "section",
+]
