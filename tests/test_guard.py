@@ -30,7 +30,7 @@ from nndefense.datasets import ImageDataset, concatenate, load_image, write_hdf5
 from nndefense.datasets import open_dataset as reopened
 from nndefense.errors import DatabaseError, DataError, InputError, ModelError, NNDefenseError
 from nndefense.features import FeatureSpec
-from nndefense.guard import Guard, Percentile
+from nndefense.guard import Defended, Guard, Percentile
 from nndefense.guard.batch_invariant import SteadyForward, _plan
 from nndefense.guard.nearest_rows import NearestRows
 from nndefense.models import Classifier, save_classifier
@@ -115,6 +115,9 @@ def test_json_is_plain_and_rounded(guard: Guard) -> None:
     numbers = [value["probability"], *(row["probability"] for row in value["top"])]
     assert all(number == round(number, 6) for number in numbers)
     assert value["distance"] == float(f"{said.distance:.7g}") == value["neighbors"][0]["distance"]
+    again = Defended.from_json(json.loads(json.dumps(value)))
+    assert again.to_json() == value
+    assert (again.class_name, again.top[0][0], again.probabilities) == (said.class_name, said.class_name, ())
     described = guard.describe()
     json.dumps(described, allow_nan=False)
     assert str(guard.database.path) not in json.dumps(described)

@@ -158,6 +158,7 @@ def test_the_typed_client_reads_all_of_it(served: Any, tmp_path: Path) -> None:
             assert [one.id for one in ours.neighbors] == [one.id for one in theirs.neighbors]
             assert [one.label for one in ours.neighbors] == [one.label for one in theirs.neighbors]
             assert len(ours.top) == 3
+            assert ours.to_json() == theirs.to_json()
         assert client.model()["classes"] == list(guard().classes)
         assert client.neighbor_image(answer.predictions[0].neighbors[0].id).startswith(b"\x89PNG")
         with pytest.raises(ServiceError, match="415") as refused:

@@ -192,8 +192,8 @@ def classify(
         marks += [] if said.percentile is None else [f"farther than {said.percentile:.1f} % of clean images"]
         marks += ["too far: rejected"] if said.abstained else []
         lines.append(
-            f"{path}: {said.class_name} {said.probabilities[said.class_index]:.3f}; "
-            f"bare classifier: {said.bare.class_name} {said.bare.probabilities[said.bare.class_index]:.3f}"
+            f"{path}: {said.class_name} {said.probability:.3f}; "
+            f"bare classifier: {said.bare.class_name} {said.bare.probability:.3f}"
             + (f"   ({'; '.join(marks)})" if marks else "")
         )
         lines += [

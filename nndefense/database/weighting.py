@@ -6,6 +6,7 @@ A weight depends on the neighbour's own posterior alone, so it is computed once,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -63,21 +64,37 @@ def neighbor_weights(
     return weights
 
 
-def combine(posteriors: Tensor, weights: Tensor) -> Tensor:
+def combine(posteriors: Tensor, weights: Tensor, *, in_order: bool = False) -> Tensor:
     """The defence's prediction ``sum_k w_k s_k / sum_k w_k``; where all weights are 0, the plain mean.
 
     Args:
         posteriors: N x K x C, of the K neighbours.
         weights: N x K, at least 0.
+        in_order: add neighbour after neighbour, which is slower, so that the last digits of a row depend on that row
+            alone. Otherwise torch chooses the order, by the shape of all N rows.
 
     Returns:
         N x C, each row a probability distribution.
     """
-    return (posteriors * weight_shares(weights).unsqueeze(-1)).sum(1)
+    shares = weight_shares(weights, in_order=in_order).unsqueeze(-1)
+    if in_order:
+        return _in_order(w * s for w, s in zip(shares.unbind(1), posteriors.unbind(1), strict=True))
+    return (posteriors * shares).sum(1)
 
 
-def weight_shares(weights: Tensor) -> Tensor:
-    """Scale each row of N x K weights to sum 1; a row of zeros becomes uniform."""
-    total = weights.sum(-1, keepdim=True)
+def weight_shares(weights: Tensor, *, in_order: bool = False) -> Tensor:
+    """Scale each row of N x K weights to sum 1; a row of zeros becomes uniform. ``in_order`` is that of
+    :func:`combine`.
+    """
+    total = _in_order(weights.unbind(-1)).unsqueeze(-1) if in_order else weights.sum(-1, keepdim=True)
     uniform = torch.full_like(weights, 1.0 / weights.shape[-1])
     return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), uniform)
+
+
+def _in_order(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors of one shape, from the first to the last."""
+    total: Tensor | None = None
+    for part in parts:
+        total = part.clone() if total is None else total.add_(part)
+    assert total is not None
+    return total

@@ -154,7 +154,7 @@ class Guard:
             )
         if not isinstance(database, ImageDatabase):
             database = ImageDatabase.open(folder, classifier=classifier, verify=verify)
-            # What was verified is what is used: files that change under a running service must not change its answers.
+            # What was verified is what is used: files that change while it is in use must not change its answers.
             if not database.hold_rows(HELD_BYTES):
                 _log.warning("%s is too large to be held in memory: replace its files, never write into them", folder)
         stored = None if k is not None and weighting is not None else stored_calibration(folder)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nndefense.database import ImageDatabase
+from nndefense.database import ImageDatabase, combine, weight_shares
 from nndefense.guard.percentile import Percentile
 from nndefense.guard.prediction import Defended, Neighbor, Opinion, Top
 
@@ -41,9 +41,11 @@ class Verdicts:
             calibration: what gives the percentiles, or None.
             threshold: the distance beyond which to abstain, or None.
         """
-        posteriors = self.database.posteriors(rows).numpy().astype(np.float64)
-        shares = _shares(self.database.weights(rows, self.weighting).numpy().astype(np.float64))
-        probabilities = _combined(posteriors, shares)
+        # In float64 and in order, so that no digit depends on the other images.
+        stored, weights = self.database.posteriors(rows).double(), self.database.weights(rows, self.weighting).double()
+        probabilities: Floats = combine(stored, weights, in_order=True).numpy()
+        shares: Floats = weight_shares(weights, in_order=True).numpy()
+        posteriors: Floats = stored.numpy()
         own = bare.astype(np.float64)
         neighbors = self._neighbors(rows, distances, shares, posteriors, top, shown)
         tops, bare_tops = self._tops(probabilities, top), self._tops(own, top)
@@ -53,10 +55,17 @@ class Verdicts:
             Defended(
                 class_name=self.classes[winner],
                 class_index=winner,
+                probability=values[winner],
                 probabilities=tuple(values),
                 top=tops[i],
                 neighbors=tuple(neighbors[i * shown : (i + 1) * shown]),
-                bare=Opinion(self.classes[bare_winner], bare_winner, tuple(bare_values), bare_tops[i]),
+                bare=Opinion(
+                    class_name=self.classes[bare_winner],
+                    class_index=bare_winner,
+                    probability=bare_values[bare_winner],
+                    probabilities=tuple(bare_values),
+                    top=bare_tops[i],
+                ),
                 agree=winner == bare_winner,
                 distance=nearest[i],
                 percentile=None if calibration is None else calibration.of(nearest[i]),
@@ -131,21 +140,3 @@ def _first(values: Floats, count: int) -> NDArray[np.int64]:
     tied = np.flatnonzero((values == last).sum(1) != (chosen == last).sum(1))
     places[tied] = np.argsort(-values[tied], axis=1, kind="stable")[:, :count]
     return places
-
-
-def _shares(weights: Floats) -> Floats:
-    """Scale each image's K weights to sum 1; where all are 0, to 1 / K each."""
-    # Neighbour by neighbour, so that the order of the sum is the same in every batch.
-    total = np.zeros(len(weights))
-    for column in weights.T:
-        total = total + column
-    uniform = np.full_like(weights, 1 / weights.shape[1])
-    return np.where(total[:, None] > 0, weights / np.where(total > 0, total, 1.0)[:, None], uniform)
-
-
-def _combined(posteriors: Floats, shares: Floats) -> Floats:
-    """The prediction ``sum_k w_k s_k``, N x C (Dubey et al. 2019, section 3)."""
-    out = np.zeros((posteriors.shape[0], posteriors.shape[2]))
-    for place in range(posteriors.shape[1]):
-        out += shares[:, place, None] * posteriors[:, place]
-    return out

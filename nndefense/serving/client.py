@@ -22,8 +22,7 @@ from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 from nndefense.errors import InputError, NNDefenseError
-
-Top = tuple[tuple[str, float], ...]
+from nndefense.guard.prediction import Defended
 
 
 class ServiceError(NNDefenseError):
@@ -41,48 +40,14 @@ class ServiceError(NNDefenseError):
 
 
 @dataclass(frozen=True)
-class Said:
-    """A class with its probability, and the best classes."""
-
-    class_name: str
-    class_index: int
-    probability: float
-    top: Top
-
-
-@dataclass(frozen=True)
-class FoundNeighbor(Said):
-    """A row of the database; the class is what the classifier says of it, ``label`` its own or None."""
-
-    id: str
-    row: int
-    distance: float
-    weight: float
-    label: str | None
-
-
-@dataclass(frozen=True)
-class Prediction(Said):
-    """The defended prediction of one image; the attributes are those of
-    :class:`~nndefense.guard.prediction.Defended`.
-    """
-
-    bare: Said
-    agree: bool
-    distance: float
-    percentile: float | None
-    abstained: bool
-    neighbors: tuple[FoundNeighbor, ...]
-
-
-@dataclass(frozen=True)
 class Answer:
     """The predictions in the order of the images, and the fingerprints of classifier and database.
 
-    ``body`` is the JSON as it came.
+    The predictions have the digits of the JSON, and no probabilities besides those in their lists. ``body`` is the JSON
+    as it came.
     """
 
-    predictions: tuple[Prediction, ...]
+    predictions: tuple[Defended, ...]
     model: str
     database: str
     body: bytes
@@ -148,7 +113,7 @@ class Client:
         path = "/v1/classify" + (f"?{urlencode(wanted)}" if wanted else "")
         body = self._ask("POST", path, b"".join(pieces), f"multipart/form-data; boundary={boundary}")
         value = json.loads(body)
-        return Answer(tuple(map(_prediction, value["predictions"])), value["model"], value["database"], body)
+        return Answer(tuple(map(Defended.from_json, value["predictions"])), value["model"], value["database"], body)
 
     def neighbor_image(self, id: str) -> bytes:
         """The picture of a neighbour as PNG; ServiceError of status 404 where it is not at hand."""
@@ -213,21 +178,3 @@ def _error(status: int, body: bytes, retry_after: str | None) -> ServiceError:
         # Not ours: a proxy on the way, perhaps.
         code, detail = "", "no details were given"
     return ServiceError(status, code, detail, float(retry_after) if retry_after and retry_after.isdigit() else None)
-
-
-def _said(value: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "class_name": value["class"],
-        "class_index": value["class_index"],
-        "probability": value["probability"],
-        "top": tuple((one["class"], one["probability"]) for one in value["top"]),
-    }
-
-
-def _prediction(value: dict[str, Any]) -> Prediction:
-    neighbors = tuple(
-        FoundNeighbor(**_said(one), **{name: one[name] for name in ("id", "row", "distance", "weight", "label")})
-        for one in value["neighbors"]
-    )
-    plain = {name: value[name] for name in ("agree", "distance", "percentile", "abstained")}
-    return Prediction(**_said(value), bare=Said(**_said(value["bare"])), neighbors=neighbors, **plain)

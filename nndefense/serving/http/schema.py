@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from nndefense.guard.prediction import Defended, Neighbor, Opinion, Top, fields_in_json
 
 _CLASS = {"class": "3", "probability": 0.981204}
 _NEIGHBOR: dict[str, Any] = {
@@ -38,36 +40,36 @@ class ClassProbability(BaseModel):
     probability: float = Field(ge=0, le=1)
 
 
-class OpinionAnswer(BaseModel):
+_INNER: dict[Any, Any] = {Top: list[ClassProbability]}
+
+
+def _declared(shape: Any) -> Any:
+    """The model of a shape that the guard declares."""
+    fields = {
+        name: (_INNER.get(kind, kind), Field(alias=how.name, ge=how.least, le=how.most, description=how.text))
+        for name, kind, how in fields_in_json(shape)
+    }
+    return create_model(shape.__name__, **fields)  # type: ignore[call-overload]
+
+
+_Opinion: Any = _declared(Opinion)
+_Neighbor: Any = _declared(Neighbor)
+
+
+class OpinionAnswer(_Opinion):  # type: ignore[misc]
     """What a classifier says: its best class and some of the best."""
 
-    class_: str = Field(alias="class")
-    class_index: int = Field(ge=0)
-    probability: float = Field(ge=0, le=1)
-    top: list[ClassProbability]
 
-
-class NeighborAnswer(OpinionAnswer):
+class NeighborAnswer(_Neighbor):  # type: ignore[misc]
     """One image of the database on which a prediction rests; ``class`` is what the classifier says of it."""
 
-    id: str
-    row: int = Field(ge=0)
-    distance: float = Field(ge=0)
-    weight: float = Field(ge=0, le=1, description="Its share of all K neighbours' weight.")
-    label: str | None = Field(description="Its own class; null where unknown.")
+
+_INNER |= {Opinion: OpinionAnswer, tuple[Neighbor, ...]: list[NeighborAnswer]}
+_Defended: Any = _declared(Defended)
 
 
-class PredictionAnswer(OpinionAnswer):
+class PredictionAnswer(_Defended):  # type: ignore[misc]
     """The defended prediction of one image."""
-
-    bare: OpinionAnswer = Field(description="What the classifier alone says.")
-    agree: bool = Field(description="Whether both name the same class.")
-    distance: float = Field(ge=0, description="How far the image lies from those of the database.")
-    percentile: float | None = Field(
-        ge=0, le=100, description="How many per cent of clean calibration images lie nearer; null without calibration."
-    )
-    abstained: bool = Field(description="Whether it lies beyond the chosen false-rejection rate.")
-    neighbors: list[NeighborAnswer]
 
 
 class ClassifyAnswer(BaseModel):
