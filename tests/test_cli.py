@@ -23,7 +23,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from nndefense.cli import main
-from nndefense.cli.app import app
+from nndefense.cli.app import build
 from nndefense.datasets import open_dataset
 from nndefense.errors import DataError, NNDefenseError
 from nndefense.guard import Guard
@@ -267,6 +267,7 @@ def test_grey_files_and_a_colour_classifier(colour: Path, photos: Path, tmp_path
 
 
 def test_the_app_can_be_called_by_typer_too() -> None:
+    app = build()
     done = CliRunner().invoke(app, ["train", "--dataset", "nonsense", "--out", "nowhere"])
     assert isinstance(done.exception, DataError)
     assert CliRunner().invoke(app, ["evaluate", "--help"]).exit_code == 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 from command import fails, nndefense
 
-from nndefense.cli import experiments
+from nndefense.cli import reproduce as reproduce_command
 from nndefense.errors import DataError, InputError
 from nndefense.evaluation.outcomes import from_hex
 from nndefense.evaluation.threats import AttackSettings
@@ -539,10 +539,8 @@ def test_the_command_lists_the_recipes() -> None:
 
 
 def test_the_command_runs_resumes_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "nndefense.cli.experiments.shipped_recipe", lambda name, scale: tiny(shipped_recipe(name, scale))
-    )
-    monkeypatch.setitem(experiments._ADDED, "square", {"steps": 5})
+    monkeypatch.setattr("nndefense.experiments.shipped_recipe", lambda name, scale: tiny(shipped_recipe(name, scale)))
+    monkeypatch.setitem(reproduce_command._ADDED, "square", {"steps": 5})
     words = ["reproduce", "madry-cifar10", "--scale", "small", "--out", tmp_path, "--device", "cpu", "--quiet"]
     first = nndefense(*words, "--json").json
     assert first["command"].startswith("nndefense reproduce madry-cifar10 --scale small")

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
 from helpers import BLOCK2, DIGITS, digits, images, table, trained, untrained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from index_build import build_database
-from nndefense.cli.guard_app import guard_app
+from nndefense.cli.app import build
 from nndefense.database import ImageDatabase
 from nndefense.datasets import ImageDataset, concatenate, load_image, write_hdf5
 from nndefense.datasets import open_dataset as reopened
@@ -699,8 +698,7 @@ def test_samples_are_held_out_images_where_there_are_some(guard: Guard, calibrat
 
 
 def test_the_command_calibrates(copied: Path, tmp_path: Path) -> None:
-    root = typer.Typer()
-    root.add_typer(guard_app, name="guard")
+    root = build()
 
     def run(*words: object) -> Any:
         return CliRunner().invoke(root, ["guard", "calibrate", *map(str, words), "--device", "cpu"])

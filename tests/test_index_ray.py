@@ -30,7 +30,7 @@ from index_build.extract import ShardReport
 from index_build.job import BuildJob
 from index_build.ray_engine import await_piece, engine_of, share_out
 from index_build.ray_worker import Attempts, Extractor, Work, check_folders, heard, told
-from nndefense.cli.app import app
+from nndefense.cli.app import build
 from nndefense.database import ImageDatabase, Manifest, cluster
 from nndefense.datasets import SourceError, open_dataset
 from nndefense.errors import DatabaseError, DataError, InputError, ModelError, NNDefenseError
@@ -130,7 +130,7 @@ def test_without_ray_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: py
     begun(tmp_path / "db")
     words = ["index", "add", str(tmp_path / "db"), "--engine", "ray"]
     with pytest.raises(InputError, match="needs"):
-        CliRunner().invoke(app, words, catch_exceptions=False, standalone_mode=False)
+        CliRunner().invoke(build(), words, catch_exceptions=False, standalone_mode=False)
 
 
 def test_the_local_engine_loads_nothing_of_ray() -> None:

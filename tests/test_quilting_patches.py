@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import typer
 from helpers import digits, nearest_by_loop, table, write
 from typer.testing import CliRunner
 
 from index_build.patches import build_patches, draw_places
-from nndefense.cli import patches_app
+from nndefense.cli import app
 from nndefense.datasets import ImageDataset
 from nndefense.datasets.arrays import ArrayDataset
 from nndefense.defenses.quilting import PatchDatabase, PatchManifest, quilt, write_patches, writer
@@ -327,12 +326,10 @@ def test_patches_that_are_none(tmp_path):
 
 
 def test_the_command_builds_and_describes(tmp_path):
-    app = typer.Typer()
-    app.command("patches")(patches_app.patches)
-    app.command("patches-info")(patches_app.patches_info)
+    command = app.build()
 
     def run(*words: object) -> object:
-        return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=True)
+        return CliRunner().invoke(command, ["index", *map(str, words)], catch_exceptions=True)
 
     asked = ("patches", "--dataset", "digits:train", "--patches", 300, "--side", 3, "--limit", 40, "--quiet")
     done = run(*asked, "--out", tmp_path / "a", "--json")

@@ -12,7 +12,7 @@ import torch
 from helpers import digits, images, trained, untrained
 
 from index_build import build_database
-from nndefense.cli.racnn_app import racnn_app
+from nndefense.cli.app import build
 from nndefense.database import ImageDatabase
 from nndefense.datasets import concatenate, open_dataset
 from nndefense.datasets.arrays import ArrayDataset
@@ -315,7 +315,7 @@ def words(database, tmp_path_factory) -> list[str]:
 
 
 def run(*given: object) -> None:
-    racnn_app([str(word) for word in given], standalone_mode=False)
+    build()(["racnn", *map(str, given)], standalone_mode=False)
 
 
 def test_train_and_evaluate(words, tmp_path, capsys):

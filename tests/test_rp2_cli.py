@@ -13,7 +13,7 @@ from command import fails, nndefense
 from PIL import Image
 
 from nndefense.attacks.rp2 import Sticker
-from nndefense.cli import rp2_files
+from nndefense.cli import sticker_files
 from nndefense.errors import DataError, InputError
 
 CODE = """
@@ -123,7 +123,7 @@ def test_corner_points_carry_the_sticker(place: Path) -> None:
         points[f"{number}.png"] = [[(0.5 + x / 2) * side, y / 2 * side] for x, y in whole]
     points["6.png"] = None
     (place / "corners.json").write_text(json.dumps(points))
-    photos = rp2_files.read_photos(place / "photos", (3, 16, 16), place / "corners.json")
+    photos = sticker_files.read_photos(place / "photos", (3, 16, 16), place / "corners.json")
     assert photos.names[:2] == ["5.png", "6.png"]
     shown = Sticker(torch.ones(3, 16, 16), torch.ones(1, 16, 16)).on(0 * photos.images, photos.matrices)
     assert shown[0, 0, :8, 8:].min() == pytest.approx(1)
@@ -144,15 +144,15 @@ def test_corner_points_carry_the_sticker(place: Path) -> None:
 
 def test_a_palette_of_ones_own(place: Path) -> None:
     (place / "palette.txt").write_text("#ff8000\n\n0, 10, 255\n 1 2 3 \n")
-    found = rp2_files.read_palette(place / "palette.txt")
+    found = sticker_files.read_palette(place / "palette.txt")
     assert (255 * found).round().tolist() == [[255, 128, 0], [0, 10, 255], [1, 2, 3]]
     for text, message in (("red", "line 1"), ("#fff", "is no colour"), ("1,2,256", "is no colour")):
         (place / "palette.txt").write_text(text)
         with pytest.raises(DataError, match=message):
-            rp2_files.read_palette(place / "palette.txt")
+            sticker_files.read_palette(place / "palette.txt")
     (place / "palette.txt").write_text("")
     with pytest.raises(InputError, match="P x 3"):
-        rp2_files.read_palette(place / "palette.txt")
+        sticker_files.read_palette(place / "palette.txt")
 
 
 def test_a_perturbation_from_elsewhere(place: Path) -> None:

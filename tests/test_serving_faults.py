@@ -15,7 +15,7 @@ import httpx
 import pytest
 from served import Process, copy_of, guard, home, open_guard, pictures, predicted, process, serving, until
 
-from nndefense.cli.serve import serve as command_serve
+from nndefense.cli.app import build
 from nndefense.errors import DatabaseError, InputError
 from nndefense.serving.app import answer_json
 from nndefense.serving.client import Client, ServiceError
@@ -212,9 +212,9 @@ def test_sighup_loads_a_good_database_and_refuses_a_bad_one(tmp_path: Path) -> N
 
 
 def serve_command(database: Path, port: int = 0) -> None:
-    """What the command does once its options are read, in this process."""
-    options = {"database": database, "classifier": home() / "classifier", "k": 10, "device": "cpu"}
-    command_serve(options, {"port": port, "threads": 1}, {})
+    """The command in this process."""
+    words = ["--database", database, "--classifier", home() / "classifier", "--k", 10, "--device", "cpu"]
+    build()(["serve", *map(str, [*words, "--port", port, "--threads", 1])], standalone_mode=False)
 
 
 def test_a_damaged_database_does_not_start(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import logging
 import random
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +22,11 @@ from unittest import mock
 import httpx
 import numpy as np
 import pytest
-import typer
 from helpers import digits
 from PIL import Image
 from served import Slow, copy_of, guard, home, open_guard, pictures, predicted, serving, until
-from typer.testing import CliRunner
 
-from nndefense.cli import serve, serve_app
+from nndefense.cli.app import build
 from nndefense.errors import InputError
 from nndefense.serving.app import answer_json
 from nndefense.serving.client import Client, ServiceError
@@ -725,21 +724,36 @@ def test_the_end_finishes_what_was_accepted() -> None:
 # -- the command ----------------------------------------------------------------------------------------------------
 
 
+def serve_command(*words: object) -> None:
+    build()(["serve", *map(str, words)], standalone_mode=False)
+
+
 def asked(*words: object) -> tuple[Json, ServingSettings, Json]:
-    """What the command makes of its options: the guard's arguments, the settings, and the engine's."""
-    app = typer.Typer()
-    app.command()(serve_app.serve)
-    with mock.patch.object(serve, "serve") as called:
-        done = CliRunner().invoke(app, [str(word) for word in words])
-    assert done.exit_code == 0, done.output
-    opened, settings, limits = called.call_args.args
-    return opened, ServingSettings(**settings, limits=Limits(**limits)), called.call_args.kwargs
+    """What the command makes of its options: the guard's arguments, the settings, and those of Ray."""
+    ray = mock.Mock()
+    with (
+        mock.patch("nndefense.cli.serve.find_spec"),
+        mock.patch("nndefense.serving.server.serve") as local,
+        mock.patch.dict(sys.modules, {"nndefense.serving.cluster.deployment": ray}),
+        mock.patch("nndefense.serving.cluster.deployment", ray, create=True),
+    ):
+        serve_command(*words)
+    assert local.called != ray.serve.called
+    if local.called:
+        opened, settings = local.call_args.args
+        return opened.keywords, settings, {}
+    opened, settings = ray.serve.call_args.args
+    return opened, settings, {name: value for name, value in ray.serve.call_args.kwargs.items() if name != "started"}
 
 
 def test_the_command_s_defaults_are_the_settings_own(tmp_path: Path) -> None:
     opened, settings, engine = asked("--database", tmp_path)
     assert settings == ServingSettings()
-    assert engine == {"engine": "local", "replicas": 1, "shards": 1, "max_replicas": None, "ray_address": None}
+    # One process, and not Ray.
+    assert engine == {}
+    assert asked("--database", tmp_path, "--engine", "ray")[2] == {
+        "replicas": 1, "shards": 1, "max_replicas": None, "ray_address": None,
+    }  # fmt: skip
     assert opened["database"] == tmp_path
     assert {name: value for name, value in opened.items() if value is not None} == {
         "database": tmp_path,
@@ -763,16 +777,16 @@ def test_the_command_s_options_reach_the_service(key_file: Path) -> None:
     assert (settings.limits.max_body_bytes, settings.limits.max_image_bytes) == (2 * 2**20, 2 * 2**20)
     assert (settings.timeout, settings.limits.max_images, settings.threads) == (3, 5, 3)
     ray = {"max_replicas": 6, "ray_address": "10.0.0.5:6379"}
-    assert engine == {"engine": "ray", "replicas": 2, "shards": 4, **ray}
+    assert engine == {"replicas": 2, "shards": 4, **ray}
 
 
 def test_the_command_says_what_is_missing_or_does_not_go_together() -> None:
     with (
-        mock.patch.object(serve, "find_spec", return_value=None),
+        mock.patch("nndefense.cli.serve.find_spec", return_value=None),
         pytest.raises(InputError, match=r"nndefense\[serve\]"),
     ):
-        serve.serve({}, {}, {})
+        serve_command("--database", "db")
     with pytest.raises(InputError, match="--engine ray"):
-        serve.serve({}, {}, {}, shards=2)
+        serve_command("--database", "db", "--shards", 2)
     with pytest.raises(InputError, match="--api-key-file"):
-        serve.serve({}, {"host": "0.0.0.0"}, {})
+        serve_command("--database", "db", "--host", "0.0.0.0")

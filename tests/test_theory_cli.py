@@ -118,8 +118,8 @@ def test_gap(tmp_path: Path) -> None:
 
 def test_the_laboratory_needs_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from nndefense.cli.app import app; "
-        f"app(['theory', 'directions', '--out', {str(tmp_path)!r}], standalone_mode=False); "
+        "import sys; from nndefense.cli.app import build; "
+        f"build()(['theory', 'directions', '--out', {str(tmp_path)!r}], standalone_mode=False); "
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from command import fails, nndefense
 
-from nndefense.cli.training import AttackChoice
+from nndefense.cli.train import AttackOptions
 from nndefense.datasets import open_dataset
 from nndefense.errors import InputError
 from nndefense.models import load_classifier
@@ -19,9 +19,8 @@ from nndefense.training.pseudo_job import write_pseudo_labels
 QUICK = ("train", "--dataset", "digits:train[:200]", "--device", "cpu", "--quiet", "--epochs", 2, "--batch-size", 25)
 
 
-def choice(**changes: object) -> AttackChoice:
-    given = {"kind": "pgd", "norm": "linf", "eps": 0.1, "steps": 10, "step_size": None, "start": None, "mode": "eval"}
-    return AttackChoice(**{**given, "check_steps": None, **changes})  # type: ignore[arg-type]
+def choice(**changes: object) -> AttackOptions:
+    return AttackOptions(**{"attack": "pgd", "eps": "0.1", **changes})  # type: ignore[arg-type]
 
 
 def test_an_adversarial_training(tmp_path: Path) -> None:
@@ -116,11 +115,13 @@ def test_mistakes(tmp_path: Path, words: list[str], message: str) -> None:
 def test_the_attack_that_is_made() -> None:
     assert choice().made("adversarial") == InnerAttack(eps=0.1)
     assert choice().made("rst-trades") == InnerAttack(eps=0.1, start="gaussian")
-    assert choice(start="none", mode="train").made("trades") == InnerAttack(eps=0.1, start="none", mode="train")
-    assert choice(kind="single-step", step_size=0.2).made("adversarial") == InnerAttack(eps=0.1, steps=1, step_size=0.2)
+    assert choice(start="none", attack_mode="train").made("trades") == InnerAttack(eps=0.1, start="none", mode="train")
+    assert choice(attack="single-step", step_size="0.2").made("adversarial") == InnerAttack(
+        eps=0.1, steps=1, step_size=0.2
+    )
     assert choice(eps=None).made("standard") is None
     assert choice(eps=None).made("worst-of-10") is None
-    spatial = choice(kind="spatial", eps=None, steps=7).made("adversarial")
+    spatial = choice(attack="spatial", eps=None, steps=7).made("adversarial")
     assert getattr(spatial, "draws", None) == 7
     assert choice().checking(spatial) is None
     assert choice(check_steps=50).checking(InnerAttack(eps=0.2, steps=1)) == InnerAttack(eps=0.2, steps=50)

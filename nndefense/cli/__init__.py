@@ -14,11 +14,11 @@ def main() -> None:
     Exit codes: 0 done; 1 an error of another kind; 2 wrong options or input; 3 data missing or unusable; 4 a
     classifier, 5 a database missing or unusable; 130 interrupted.
     """
-    from nndefense.cli.app import app
+    from nndefense.cli.app import build
     from nndefense.errors import NNDefenseError
 
     try:
-        code = app(prog_name="nndefense", standalone_mode=False)
+        code = build()(prog_name="nndefense", standalone_mode=False)
         # Here rather than at the end of the process, where a reader that has gone could not be handled.
         sys.stdout.flush()
         if code == INTERRUPTED:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nndefense.cli.declare import Commas
 from nndefense.cli.options import (
     EPS_GRID,
     KS,
@@ -14,35 +15,26 @@ from nndefense.cli.options import (
     SPEC_HELP,
     AdaptiveOption,
     AdaptiveStepsOption,
-    AttackName,
     AttackOption,
     AuditOption,
     BatchOption,
-    ClassesOption,
-    ClassifierOption,
-    DataDirOption,
+    ClassifierOptions,
+    Common,
     DatasetOption,
-    DebugOption,
-    Device,
-    DeviceOption,
     EpsOption,
     HeadlineOption,
-    JsonOption,
     KOption,
     KsOption,
     LayersOption,
     LimitOption,
     LossOption,
-    Norm,
     NormOption,
     OverwriteOption,
+    OwnOptions,
     PcaOption,
     PoolingsOption,
-    QuietOption,
     RestartsOption,
     RowsOption,
-    SeedOption,
-    ShapeOption,
     StepsOption,
     SurrogateOption,
     WeightingOption,
@@ -56,25 +48,19 @@ from nndefense.errors import InputError
 
 
 def attack(
+    *,
     dataset: DatasetOption,
-    classifier: ClassifierOption,
+    model: ClassifierOptions,
     out: Annotated[Path, typer.Option("--out", help="HDF5 file for the attacked images; opens as hdf5:FILE.")],
-    attack: AttackOption = AttackName.pgd,
-    norm: NormOption = Norm.linf,
+    attack: AttackOption = "pgd",
+    norm: NormOption = "linf",
     eps: Annotated[str, typer.Option("--eps", help="Budget in units of the norm; 8/255 is fine.")] = "8/255",
     steps: StepsOption = 20,
     restarts: RestartsOption = 1,
     limit: LimitOption = None,
     overwrite: OverwriteOption = False,
     batch_size: BatchOption = 128,
-    classes: ClassesOption = None,
-    input_shape: ShapeOption = None,
-    data_dir: DataDirOption = None,
-    device: DeviceOption = Device.auto,
-    seed: SeedOption = 0,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
+    common: Common,
 ) -> None:
     """Attack a classifier and keep the attacked images, unrounded."""
     from nndefense.cli import commands
@@ -82,19 +68,19 @@ def attack(
 
     commands.attack(
         dataset,
-        classifier,
+        model.classifier,
         out,
-        AttackSettings(attack.value, norm.value, (number("--eps", eps),), steps, restarts),
+        AttackSettings(attack, norm, (number("--eps", eps),), steps, restarts),
         limit=limit,
         overwrite=overwrite,
         batch_size=batch_size,
-        classes=classes,
-        input_shape=shape(input_shape),
-        data_dir=data_dir,
-        device=device.value,
-        seed=seed,
-        as_json=json,
-        progress=not quiet,
+        classes=model.classes,
+        input_shape=model.shape,
+        data_dir=common.data_dir,
+        device=common.device,
+        seed=common.seed,
+        as_json=common.json,
+        progress=common.progress,
     )
 
 
@@ -109,6 +95,7 @@ _ONLY_COMPARES = {"train_set", "only", "train"}
 
 def evaluate(
     ctx: typer.Context,
+    *,
     comparison: Annotated[
         str | None,
         typer.Argument(help="table2: compare every defence of the paper's Table 2 on a data set.", show_default=False),
@@ -135,17 +122,15 @@ def evaluate(
             "whose test split is then reported].",
         ),
     ] = None,
-    only: Annotated[
-        str | None, typer.Option("--only", help="With table2: kinds of defences, with commas [default: all].")
-    ] = None,
+    only: Annotated[str | None, Commas("--only", "With table2: kinds of defences, with commas [default: all].")] = None,
     train: Annotated[
         bool, typer.Option("--train/--no-train", help="With table2: also the defences whose nets are to be trained.")
     ] = True,
     surrogate: SurrogateOption = None,
     k: KOption = None,
     weighting: WeightingOption = None,
-    attack: AttackOption = AttackName.pgd,
-    norm: NormOption = Norm.normalized_l2,
+    attack: AttackOption = "pgd",
+    norm: NormOption = "normalized-l2",
     eps: EpsOption = EPS_GRID,
     headline: HeadlineOption = None,
     steps: StepsOption = 20,
@@ -157,14 +142,8 @@ def evaluate(
     gallery: Annotated[int, typer.Option(min=0, help="Images in the report's gallery.")] = 10,
     limit: LimitOption = None,
     batch_size: BatchOption = 128,
-    classes: ClassesOption = None,
-    input_shape: ShapeOption = None,
-    data_dir: DataDirOption = None,
-    device: DeviceOption = Device.auto,
-    seed: SeedOption = 0,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
+    own: OwnOptions,
+    common: Common,
 ) -> None:
     """Measure the classifier and the defence, clean and attacked, and write results and report.
 
@@ -179,7 +158,7 @@ def evaluate(
         if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
     }
     if comparison is not None:
-        _compare(ctx.params, given)
+        _compare(ctx.params | {"eps": eps, "only": only}, given)
         return
     if wrong := sorted(given & _ONLY_COMPARES):
         raise InputError(f"{_options(wrong)} belongs to a comparison: nndefense evaluate table2 ...")
@@ -193,35 +172,35 @@ def evaluate(
         raise InputError("give --recipe, or --dataset and --classifier")
     else:
         budgets = numbers(eps)
-        settings = AttackSettings(attack.value, norm.value, budgets, steps, restarts)
+        settings = AttackSettings(attack, norm, budgets, steps, restarts)
         models = ["gray", *(["black"] if surrogate else [])]
         models += ["white", "adaptive"] if adaptive and database is not None else []
         chosen = Recipe(
             dataset=dataset,
             classifier=classifier,
             database=str(database) if database is not None else None,
-            rungs=rungs_for(models, settings, AttackSettings("adaptive", norm.value, budgets, adaptive_steps)),
-            headline_norm=norm.value,
+            rungs=rungs_for(models, settings, AttackSettings("adaptive", norm, budgets, adaptive_steps)),
+            headline_norm=norm,
             headline_eps=number("--headline", headline) if headline else commands.headline_of(database, budgets),
             surrogate=surrogate,
-            classes=str(classes) if classes else None,
-            input_shape=shape(input_shape),
+            classes=str(own.classes) if own.classes else None,
+            input_shape=own.shape,
             limit=limit,
             k=k,
-            weighting=weighting.value if weighting else None,
+            weighting=weighting,
             sizes=sizes,
             audit=audit,
             gallery=gallery,
             batch_size=batch_size,
-            seed=seed,
+            seed=common.seed,
         )
     commands.evaluate(
         chosen,
         out,
-        data_dir=data_dir,
-        device=device.value,
-        as_json=json,
-        progress=not quiet,
+        data_dir=common.data_dir,
+        device=common.device,
+        as_json=common.json,
+        progress=common.progress,
         command=command_line(),
     )
 
@@ -241,7 +220,7 @@ def _compare(values: dict[str, Any], given: set[str]) -> None:
         # Both kinds of attackers who know the defence.
         scope["white_steps"] = values["adaptive_steps"]
     if "norm" in given:
-        scope["norm"] = values["norm"].value
+        scope["norm"] = values["norm"]
     if "eps" in given:
         scope["eps"] = numbers(values["eps"])
     if "headline" in given:
@@ -259,7 +238,7 @@ def _compare(values: dict[str, Any], given: set[str]) -> None:
         classes=values["classes"],
         input_shape=shape(values["input_shape"]),
         data_dir=values["data_dir"],
-        device=values["device"].value,
+        device=values["device"],
         seed=values["seed"],
         as_json=values["json"],
         progress=not values["quiet"],
@@ -271,6 +250,7 @@ def _options(names: list[str]) -> str:
 
 
 def demo(
+    *,
     dataset: Annotated[
         list[str] | None, typer.Option("--dataset", help=SPEC_HELP + " It fills the database [default: digits].")
     ] = None,
@@ -289,8 +269,8 @@ def demo(
     arch: Annotated[str, typer.Option(help="Architecture of the classifier that is trained.")] = "small-cnn",
     surrogate_arch: Annotated[str, typer.Option(help="Architecture of the surrogate.")] = "madry-mnist",
     epochs: Annotated[int | None, typer.Option(min=1, help="Training epochs [default: by the data's size].")] = None,
-    attack: AttackOption = AttackName.pgd,
-    norm: NormOption = Norm.normalized_l2,
+    attack: AttackOption = "pgd",
+    norm: NormOption = "normalized-l2",
     eps: EpsOption = EPS_GRID,
     headline: Annotated[str, typer.Option("--headline", help="The budget to calibrate for and to tabulate.")] = "0.2",
     steps: StepsOption = 20,
@@ -307,14 +287,8 @@ def demo(
     limit: LimitOption = 2000,
     gallery: Annotated[int, typer.Option(min=0, help="Images in the report's gallery.")] = 10,
     batch_size: BatchOption = 128,
-    classes: ClassesOption = None,
-    input_shape: ShapeOption = None,
-    data_dir: DataDirOption = None,
-    device: DeviceOption = Device.auto,
-    seed: SeedOption = 0,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
+    own: OwnOptions,
+    common: Common,
 ) -> None:
     """Do it all: train, calibrate, build the database, attack, defend, and report."""
     from nndefense.cli import commands
@@ -326,8 +300,8 @@ def demo(
             "database_sets": sets,
             "test": test or commands.test_split(sets[0]),
             "out": out,
-            "attack": AttackSettings(attack.value, norm.value, budgets, steps, restarts),
-            "adaptive": AttackSettings("adaptive", norm.value, budgets, adaptive_steps) if adaptive else None,
+            "attack": AttackSettings(attack, norm, budgets, steps, restarts),
+            "adaptive": AttackSettings("adaptive", norm, budgets, adaptive_steps) if adaptive else None,
             "headline_eps": number("--headline", headline),
             "audit": audit,
             "calibration": calibration,
@@ -336,8 +310,8 @@ def demo(
             "surrogate": surrogate,
             "arch": arch,
             "surrogate_arch": surrogate_arch,
-            "classes": classes,
-            "input_shape": shape(input_shape),
+            "classes": own.classes,
+            "input_shape": own.shape,
             "layers": words(layers),
             "poolings": words(poolings) or [],
             "ks": [int(k) for k in numbers(ks, whole=True)],
@@ -348,11 +322,11 @@ def demo(
             "limit": limit,
             "batch_size": batch_size,
             "gallery": gallery,
-            "data_dir": data_dir,
-            "device": device.value,
-            "seed": seed,
+            "data_dir": common.data_dir,
+            "device": common.device,
+            "seed": common.seed,
             "command": command_line(),
-            "progress": not quiet,
+            "progress": common.progress,
         },
-        as_json=json,
+        as_json=common.json,
     )

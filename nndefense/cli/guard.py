@@ -1,53 +1,55 @@
-"""What ``nndefense guard`` does, as functions of plain values."""
+"""``nndefense guard``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from nndefense.cli import inputs, output
+import typer
+
+from nndefense.cli.declare import Group, Only
+from nndefense.cli.options import BatchOption, Common, DatabaseOptions, DatasetsOption, LimitOption, OverwriteOption
 from nndefense.errors import InputError
-from nndefense.guard import Guard
-from nndefense.guard.percentile import FILE, check_rate
 
 # False-rejection rates whose thresholds are printed.
 _RATES = (0.01, 0.05, 0.1)
 
+guard = Group("guard", "Calibrate the guard: how far is too far from the database's images.")
 
+
+@guard.command("calibrate")
 def calibrate(
-    folder: Path,
-    specs: Sequence[str],
-    source: str | None,
     *,
-    reject_rate: float | None,
-    out: Path | None,
-    overwrite: bool,
-    limit: int | None,
-    batch_size: int,
-    classes: Path | None,
-    input_shape: tuple[int, int, int] | None,
-    data_dir: Path | None,
-    device: str,
-    seed: int,
-    as_json: bool,
+    data: DatabaseOptions,
+    dataset: DatasetsOption,
+    reject_rate: Annotated[
+        float | None, typer.Option(help="Store a rate of clean images to abstain on [default: do not abstain].")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The file [default: guard.json of the database].")] = None,
+    overwrite: OverwriteOption = False,
+    limit: LimitOption = None,
+    batch_size: BatchOption = 64,
+    common: Annotated[Common, Only("data_dir", "device", "seed", "json", "debug")],
 ) -> None:
-    """Calibrate the guard of a database on clean images and store what was found."""
+    """Measure how far clean images lie from the database: those of --dataset, which must not stand in it."""
+    from nndefense.cli.inputs import open_datasets
+    from nndefense.guard import Guard
+    from nndefense.guard.percentile import FILE, check_rate
+
     if reject_rate is not None:
         check_rate(reject_rate)
-    path = folder / FILE if out is None else out
+    path = data.database / FILE if out is None else out
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists: choose another file, or --overwrite")
-    guard = Guard.open(
-        folder, source, device=device, classes=classes, input_shape=input_shape, data_dir=data_dir, calibration=False
-    )
-    dataset = inputs.open_datasets(specs, data_dir=data_dir, like=guard.classifier, limit=limit, seed=seed)
-    found = guard.calibrate(dataset, specs=specs, reject_rate=reject_rate, batch_size=batch_size)
+    opened = Guard.open(**data.guard(common), calibration=False)
+    images = open_datasets(dataset, data_dir=common.data_dir, like=opened.classifier, limit=limit, seed=common.seed)
+    found = opened.calibrate(images, specs=dataset, reject_rate=reject_rate, batch_size=batch_size)
     found.write(path)
     rates = [rate for rate in (*_RATES, *([reject_rate] if reject_rate else [])) if rate >= 1 / (len(found) + 1)]
     thresholds = {rate: found.threshold(rate) for rate in sorted(set(rates))}
-    lines = [f"{path}: {len(found):,} images of {dataset.name}, median distance {found.distances[len(found) // 2]:.4g}"]
+    lines = [f"{path}: {len(found):,} images of {images.name}, median distance {found.distances[len(found) // 2]:.4g}"]
     lines += [f"  abstaining on {rate:.1%} of clean images: beyond {far:.4g}" for rate, far in thresholds.items()]
-    output.show(
+    common.show(
         {
             "file": str(path),
             "n": len(found),
@@ -56,5 +58,4 @@ def calibrate(
             "thresholds": [{"reject_rate": rate, "distance": far} for rate, far in thresholds.items()],
         },
         "\n".join(lines),
-        as_json,
     )

@@ -1,128 +1,331 @@
-"""What the subcommands of ``index`` do, each as one function of plain values."""
+"""``nndefense index``: a database in one go, or stage by stage."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from index_build import build_database, stages
-from nndefense.cli import inputs, output
-from nndefense.database import ImageDatabase, Manifest
+import typer
+
+from nndefense.cli.declare import Choice, Group, Only
+from nndefense.cli.options import (
+    BatchOption,
+    ClassifierOptions,
+    Common,
+    DatasetsOption,
+    LimitOption,
+    OverwriteOption,
+    PcaOption,
+    Printing,
+    RayAddressOption,
+)
 from nndefense.errors import InputError
-from nndefense.features import FeatureSpec
 
+if TYPE_CHECKING:
+    from nndefense.database import ImageDatabase
+
+index = Group(
+    "index",
+    "Build, describe and verify an image database. `build` runs all stages: extract, fit, add, merge, verify. "
+    "Killed at any moment, the same command continues.",
+)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
+FolderArgument = Annotated[Path, typer.Argument(help="Folder of the unfinished build.")]
+IndexDeviceOption = Annotated[
+    str, typer.Option("--device", help="Where the index is trained and filled: cpu, cuda, cuda:N or all-gpus.")
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory", metavar="SIZE", help="Memory for the index, such as 4G; larger inverted lists stay on disk."
+    ),
+]
+EngineOption = Annotated[
+    str, Choice("--engine", "This process, or a Ray cluster whose machines share the folder.", ("local", "ray"))
+]
+RayWorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--ray-workers", min=1, help="With ray: processes at once [default: one for each machine, or each GPU]."
+    ),
+]
 
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """Settings of a build, by the names that :func:`index_build.build_database` has for them."""
+
+    index: Annotated[
+        str, typer.Option("--index", help="FAISS factory string; Flat is exact, auto chooses and says why.")
+    ] = "Flat"
+    memory: MemoryOption = None
+    recall: Annotated[
+        float, typer.Option("--recall", help="Share of the nearest rows to find, for which the search is set.")
+    ] = 0.95
+    k: Annotated[int, typer.Option("--recall-k", min=1, help="How many nearest rows that share is of.")] = 50
+    pca_sample: Annotated[int, typer.Option(min=2, help="Images that PCA is fitted on.")] = 4096
+    storage: Annotated[str, Choice("--storage", "How features are stored.", ("float32", "float16"))] = "float32"
+    posteriors: Annotated[
+        str, typer.Option("--posteriors", help="dense, top-M, or auto: dense up to 64 classes, else top-20.")
+    ] = "auto"
+    precision: Annotated[
+        str,
+        Choice(
+            "--precision",
+            "Of the forward pass; auto measures what is faster and as good.",
+            ("auto", "float32", "bfloat16", "float16"),
+        ),
+    ] = "float32"
+    shard_rows: Annotated[
+        int | None, typer.Option("--shard-rows", min=1, help="Images per shard [default: at most 64 MiB of rows].")
+    ] = None
+    max_rejected: Annotated[
+        str | None,
+        typer.Option("--max-rejected", help="Unreadable images that are too many: a number or 5% [default: any]."),
+    ] = None
+    dedupe: Annotated[bool, typer.Option("--dedupe", help="Keep only the first of images with equal pixels.")] = False
+    exclude_eps: Annotated[
+        float | None, typer.Option("--exclude-eps", min=0, help="L2 distance that is near; 0: equal images only.")
+    ] = None
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Threads that read images [default: one per CPU].")
+    ] = None
+    engine: EngineOption = "local"
+    ray_address: RayAddressOption = None
+    ray_workers: RayWorkersOption = None
+    overwrite: OverwriteOption = False
+    batch_size: BatchOption = 128
+
+
+@index.command("build", "Build a database of images: features, posteriors, weights and the index.")
+@index.command("extract", "The first stage of `build` alone, with the same options: images to rows.")
 def build(
-    specs: Sequence[str],
-    source: str,
-    feature: FeatureSpec,
-    out: Path,
+    context: typer.Context,
     *,
-    rows_only: bool,
-    classes: Path | None,
-    input_shape: tuple[int, int, int] | None,
-    data_dir: Path | None,
-    device: str,
-    limit: int | None,
-    exclude: str | None,
-    as_json: bool,
-    options: dict[str, Any],
+    dataset: DatasetsOption,
+    model: ClassifierOptions,
+    layer: Annotated[str, typer.Option("--layer", help="Module of the net, such as layer3.5, or conv_5_1.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the database.")],
+    pooling: Annotated[str, typer.Option("--pooling", help="avg, max, rmac, gridG or flatten.")] = "avg",
+    pca: PcaOption = 256,
+    whiten: Annotated[bool, typer.Option("--whiten", help="Scale PCA coordinates to variance 1.")] = False,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale vectors to length 1.")] = False,
+    index_device: Annotated[
+        str | None,
+        typer.Option("--index-device", help="Where the index is trained [default: the GPUs that --device names]."),
+    ] = None,
+    exclude: Annotated[
+        str | None, typer.Option("--exclude", help="Data set whose images, and all near them, are kept out.")
+    ] = None,
+    limit: LimitOption = None,
+    building: BuildOptions,
+    device: Annotated[
+        str, typer.Option("--device", help="Where to compute: auto, cpu, cuda, cuda:N, or all-gpus (for the index).")
+    ] = "auto",
+    common: Annotated[Common, Only("data_dir", "seed", "json", "quiet", "debug")],
 ) -> None:
-    """Build a database and describe it; or, with ``rows_only``, extract its rows and leave it unfinished."""
-    classifier = inputs.open_classifier(
-        source, device=device, data_dir=data_dir, classes=classes, input_shape=input_shape, specs=specs
-    )
-    images = inputs.open_datasets(specs, data_dir=data_dir, like=classifier, limit=limit, seed=options["seed"])
-    kept_out = inputs.open_datasets([exclude], data_dir=data_dir, like=classifier) if exclude else None
-    reopen = {
-        "classifier": source,
-        "classes": str(classes) if classes else None,
-        "input_shape": list(input_shape) if input_shape else None,
-        "data_dir": str(data_dir) if data_dir else None,
-        "limit": limit,
-        "exclude": exclude,
+    """Run all stages, or the first."""
+    from index_build import build_database, stages
+    from nndefense.cli.inputs import open_datasets
+    from nndefense.features import FeatureSpec
+
+    feature = FeatureSpec(layer, pooling, pca, whiten, normalize)
+    settings = vars(building) | {"memory": size("--memory", building.memory)}
+    common = replace(common, device="cuda" if device == "all-gpus" else device)
+    net = model.open(common, specs=dataset)
+    images = open_datasets(dataset, data_dir=common.data_dir, like=net, limit=limit, seed=common.seed)
+    settings |= {
+        "specs": dataset,
+        "seed": common.seed,
+        "progress": common.progress,
+        "exclude": open_datasets([exclude], data_dir=common.data_dir, like=net) if exclude else None,
+        "reopen": {
+            "classifier": model.classifier,
+            "classes": str(model.classes) if model.classes else None,
+            "input_shape": list(model.shape) if model.shape else None,
+            "data_dir": str(common.data_dir) if common.data_dir else None,
+            "limit": limit,
+            "exclude": exclude,
+        },
     }
-    settings = {**options, "specs": specs, "exclude": kept_out, "reopen": reopen}
-    if not rows_only:
-        output.describe(build_database(images, classifier, feature, out, **settings), as_json)
+    if context.info_name != "extract":
+        on = index_device or ("cpu" if device in ("auto", "cpu") else device)
+        _describe(build_database(images, net, feature, out, index_device=on, **settings), common)
         return
-    settings.pop("index_device")
-    found = stages.extract(images, classifier, feature, out, **settings)
-    output.show(
+    found = stages.extract(images, net, feature, out, **settings)
+    common.show(
         {"database": str(out), "rows": found.rows, "rejected": found.rejected},
         f"{out}: {found.rows:,} rows extracted{rejections(found.rejected)}; next: nndefense index fit {out}",
-        as_json,
     )
 
 
-def fit(folder: Path, *, index: str | None, memory: int | None, device: str, as_json: bool) -> None:
-    """Fit the index of an unfinished build on its rows, as it was asked for or as another kind."""
-    found = stages.fit(folder, index=index, memory=memory, device=device)
+@index.command("fit")
+def fit(
+    folder: FolderArgument,
+    *,
+    index: Annotated[
+        str | None, typer.Option("--index", help="Another index than the build was begun with, or auto.")
+    ] = None,
+    memory: MemoryOption = None,
+    device: IndexDeviceOption = "cpu",
+    common: Printing,
+) -> None:
+    """Train the index on a sample of the rows."""
+    from index_build import stages
+
+    found = stages.fit(folder, index=index, memory=size("--memory", memory), device=device)
     why = f" ({found.why})" if found.why else ""
-    output.show(
+    common.show(
         {"database": str(folder), "factory": found.factory, "why": found.why, "mergeable": found.mergeable},
         f"{folder}: index {found.factory}{why} fitted; next: nndefense index add {folder}",
-        as_json,
     )
 
 
-def add(folder: Path, *, as_json: bool, **options: Any) -> None:
-    """Make the parts of the index; options as for :func:`index_build.stages.add`."""
-    parts = stages.add(folder, **options)
+@index.command("add")
+def add(
+    folder: FolderArgument,
+    *,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Parts made at once, each in memory.")] = 1,
+    engine: EngineOption = "local",
+    ray_address: RayAddressOption = None,
+    ray_workers: RayWorkersOption = None,
+    device: IndexDeviceOption = "cpu",
+    common: Annotated[Common, Only("json", "quiet", "debug")],
+) -> None:
+    """Add the rows to parts of the index."""
+    from index_build import stages
+
+    parts = stages.add(
+        folder,
+        workers=workers,
+        device=device,
+        engine=engine,
+        ray_address=ray_address,
+        ray_workers=ray_workers,
+        progress=common.progress,
+    )
     what = f"{parts} parts of the index made" if parts else "an index of this kind has no parts: merge adds all rows"
-    output.show(
-        {"database": str(folder), "parts": parts}, f"{folder}: {what}; next: nndefense index merge {folder}", as_json
-    )
+    common.show({"database": str(folder), "parts": parts}, f"{folder}: {what}; next: nndefense index merge {folder}")
 
 
-def merge(folder: Path, *, as_json: bool) -> None:
-    """Make one index of the parts, and the manifest."""
+@index.command("merge")
+def merge(folder: FolderArgument, *, common: Printing) -> None:
+    """Make one index of the parts, and the manifest: from then on the folder is a database."""
+    from index_build import stages
+
     manifest = stages.merge(folder)
-    output.show(
+    common.show(
         {"database": str(folder), "rows": manifest.rows, "files": len(manifest.files)},
         f"{folder}: {manifest.rows:,} rows in one index; next: nndefense index verify {folder}",
-        as_json,
     )
 
 
-def info(folder: Path, *, as_json: bool) -> None:
-    """Describe a database without reading its rows."""
-    output.describe(ImageDatabase.open(folder, verify=False), as_json)
+@index.command("info")
+def info(database: Annotated[Path, typer.Argument(help="Folder of the database.")], *, common: Printing) -> None:
+    """Describe a database."""
+    from nndefense.database import ImageDatabase
+
+    # Its rows are not read.
+    _describe(ImageDatabase.open(database, verify=False), common)
 
 
+@index.command("verify")
 def verify(
-    folder: Path,
+    database: Annotated[Path, typer.Argument(help="Folder of the database.")],
     *,
-    recall: float | None,
-    k: int | None,
-    queries: str | None,
-    limit: int,
-    data_dir: Path | None,
-    device: str,
-    as_json: bool,
+    recall: Annotated[
+        float | None, typer.Option("--recall", help="Measure the index anew, and set its search for this recall.")
+    ] = None,
+    recall_k: Annotated[int | None, typer.Option("--recall-k", min=1, help="K of that recall.")] = None,
+    queries: Annotated[
+        str | None,
+        typer.Option("--queries", help="Measure with images of this data set [default: rows, each without itself]."),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many of them, drawn at random.")] = 1000,
+    common: Annotated[Common, Only("data_dir", "device", "json", "debug")],
 ) -> None:
-    """Check a database and say that it is whole; measure its index where that is asked for."""
-    settings: dict[str, Any] = {"recall": recall, "k": k}
+    """Check every file's sha256, the row counts, that ids are unique and that the index holds every row.
+
+    An unfinished build is finished with it: recall and speed of its index are measured, and its search is set.
+    """
+    from index_build import stages
+
+    settings: dict[str, Any] = {"recall": recall, "k": recall_k}
     if queries is not None:
-        settings |= {"queries": _vectors(folder, queries, limit, data_dir, device), "queries_from": queries}
-    found = stages.verify(folder, **settings)
-    text = f"{folder} is whole: {found['rows']:,} rows, {found['files']} files with the right sha256, no id twice"
+        settings |= {"queries": _vectors(database, queries, limit, common), "queries_from": queries}
+    found = stages.verify(database, **settings)
+    text = f"{database} is whole: {found['rows']:,} rows, {found['files']} files with the right sha256, no id twice"
     if "search" in found:
-        text += f"\n{output.search_text(found['search'])}"
-    output.show({"database": str(folder), "ok": True, **found}, text, as_json)
+        text += f"\n{_search_text(found['search'])}"
+    common.show({"database": str(database), "ok": True, **found}, text)
 
 
-def _vectors(folder: Path, queries: str, limit: int, data_dir: Path | None, device: str) -> Any:
+def _describe(database: ImageDatabase, common: Common) -> None:
+    """Print what a database is."""
+    from nndefense.defenses.stored import stored_calibration
+
+    manifest = database.manifest
+    size = sum(entry.bytes for entry in manifest.files.values())
+    calibration = stored_calibration(database.path)
+    chosen = {name: calibration["chosen"][name] for name in ("k", "weighting")} if calibration else None
+    found = {
+        "database": str(database.path),
+        "rows": len(database),
+        "dimension": database.dimension,
+        "classes": len(database.classes),
+        "feature": manifest.feature,
+        "classifier": manifest.classifier,
+        "data": manifest.data,
+        "index": manifest.index,
+        "storage": manifest.storage,
+        "rejected": manifest.rejected,
+        "fingerprint": database.fingerprint,
+        "bytes": size,
+        "created": manifest.created,
+        "versions": manifest.versions,
+        "calibrated": chosen,
+    }
+    text = (
+        f"{database.path}: {len(database):,} rows x {database.dimension} dimensions, {len(database.classes)} classes\n"
+        f"feature    {database.feature}\n"
+        f"index      {manifest.index['factory']} ({manifest.index['metric']})\n"
+        f"data       {manifest.data['name']}\n"
+        f"classifier {manifest.classifier['source']} ({manifest.classifier['fingerprint'][:12]})\n"
+        f"size       {size / 1e6:.1f} MB, built {manifest.created}"
+    )
+    if "search" in manifest.index:
+        text += f"\n{_search_text(manifest.index['search'])}"
+    if manifest.rejected:
+        told = ", ".join(f"{count:,} {kind}" for kind, count in manifest.rejected.items())
+        text += f"\nleft out   {told}"
+    if chosen:
+        text += f"\ncalibrated k {chosen['k']}, weighting {chosen['weighting']}"
+    common.show(found, text)
+
+
+def _search_text(search: dict[str, Any]) -> str:
+    """What was measured of an index, as one line."""
+    setting = ", ".join(f"{name} {value}" for name, value in search["setting"].items())
+    return (
+        f"search     {f'{setting}: ' if setting else ''}recall@{search['k']} {search['recall']:.3f} "
+        f"(wanted {search['wanted']:g}), {search['queries_per_second']:,.0f} queries/s"
+    )
+
+
+def _vectors(folder: Path, queries: str, limit: int, common: Common) -> Any:
     """The feature vectors of images to look for, made with the classifier that the database names."""
-    source = Manifest.read(folder).classifier["source"]
-    classifier = inputs.open_classifier(source, device=device, data_dir=data_dir, database=folder)
-    database = ImageDatabase.open(folder, classifier=classifier, verify=False)
-    images = inputs.open_datasets([queries], data_dir=data_dir, like=classifier, limit=limit)
-    return stages.vectors_of(database, classifier, images)
+    from index_build import stages
+    from nndefense.cli.inputs import open_datasets
+    from nndefense.database import ImageDatabase, Manifest
+
+    model = ClassifierOptions(classifier=Manifest.read(folder).classifier["source"])
+    net = model.open(common, database=folder)
+    opened = ImageDatabase.open(folder, classifier=net, verify=False)
+    images = open_datasets([queries], data_dir=common.data_dir, like=net, limit=limit)
+    return stages.vectors_of(opened, net, images)
 
 
 def size(option: str, text: str | None) -> int | None:

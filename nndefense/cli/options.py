@@ -5,84 +5,37 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from enum import Enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nndefense.cli.declare import Choice, Commas, Only
 from nndefense.errors import InputError
 
+if TYPE_CHECKING:
+    from nndefense.models import Classifier
 
-class Device(str, Enum):
-    """Where to compute."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Norm(str, Enum):
-    """How an attack's budget is measured."""
-
-    linf = "linf"
-    l2 = "l2"
-    normalized_l2 = "normalized-l2"
-
-
-class AttackName(str, Enum):
-    """Which attack on a classifier."""
-
-    pgd = "pgd"
-    fgsm = "fgsm"
-    apgd = "apgd"
-    apgd_t = "apgd-t"
-    autoattack = "autoattack"
-    square = "square"
-    fab = "fab"
-    cw = "cw"
-    deepfool = "deepfool"
-
-
-class Weighting(str, Enum):
-    """How neighbours are weighted."""
-
-    uniform = "uniform"
-    cbw_e = "cbw-e"
-    cbw_d = "cbw-d"
-
-
+NORMS = ("linf", "l2", "normalized-l2")
+ATTACKS = ("pgd", "fgsm", "apgd", "apgd-t", "autoattack", "square", "fab", "cw", "deepfool")
+EPS_GRID = "0.05,0.1,0.15,0.2,0.25,0.3"
+POOLINGS = "avg,rmac,grid4,grid8"
+KS = "1,3,5,10,20,50"
 SPEC_HELP = (
     "digits, mnist, fashion-mnist, cifar10, imagefolder:PATH, images:PATH, files:LIST, hdf5:PATH, webdataset:PATH, "
     "parquet:PATH or torchvision:NAME:PATH, and a PATH may be a URL; a split and a slice may follow: mnist:test[:1000]."
 )
-ClassifierOption = Annotated[
-    str,
-    typer.Option(
-        "--classifier", help="A trained folder, torchvision:NAME:WEIGHTS, or python:FILE_OR_MODULE:FACTORY (it is run)."
-    ),
-]
-ClassesOption = Annotated[
-    Path | None, typer.Option("--classes", help="Class names of a classifier of your own: a line each, or a CSV file.")
-]
-ShapeOption = Annotated[
-    str | None, typer.Option("--input-shape", metavar="C,H,W", help="Image shape of a classifier of your own.")
-]
-DatabaseOption = Annotated[Path, typer.Option("--database", help="Folder of the image database.")]
 DatasetOption = Annotated[str, typer.Option("--dataset", help=SPEC_HELP)]
 DatasetsOption = Annotated[list[str], typer.Option("--dataset", help=SPEC_HELP + " Repeat it to join several.")]
-DataDirOption = Annotated[
-    Path | None, typer.Option("--data-dir", help="Folder of the data sets [default: $NNDEFENSE_DATA, else data].")
-]
-DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of all random draws.")]
+DatabaseOption = Annotated[Path, typer.Option("--database", help="Folder of the image database.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-NormOption = Annotated[Norm, typer.Option("--norm", help="normalized-l2: length of the change / length of the image.")]
-AttackOption = Annotated[AttackName, typer.Option("--attack", help="The attack.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use so many images, drawn at random.")]
+NormOption = Annotated[str, Choice("--norm", "normalized-l2: length of the change / length of the image.", NORMS)]
+AttackOption = Annotated[str, Choice("--attack", "The attack.", ATTACKS)]
 StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Gradient steps (queries of square).")]
 RestartsOption = Annotated[int, typer.Option("--restarts", min=1, help="Random starts; the worst counts.")]
 AdaptiveOption = Annotated[
@@ -90,18 +43,16 @@ AdaptiveOption = Annotated[
 ]
 AdaptiveStepsOption = Annotated[int, typer.Option("--adaptive-steps", min=1, help="Steps of each adaptive attack.")]
 AuditOption = Annotated[bool, typer.Option("--audit/--no-audit", help="Also make the audit's own runs.")]
+EpsOption = Annotated[str, Commas("--eps", "Budgets, with commas, in units of the norm; 8/255 is fine.")]
 KOption = Annotated[int | None, typer.Option("--k", min=1, help="Neighbours [default: as calibrated, else 50].")]
 WeightingOption = Annotated[
-    Weighting | None, typer.Option("--weighting", help="Weighting [default: as calibrated, else cbw-d].")
+    str | None, Choice("--weighting", "Weighting [default: as calibrated, else cbw-d].", ("uniform", "cbw-e", "cbw-d"))
 ]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use so many images, drawn at random.")]
 LayersOption = Annotated[
-    str | None, typer.Option("--layers", help="Layers to try, with commas [default: six, spread over the net].")
+    str | None, Commas("--layers", "Layers to try, with commas [default: six, spread over the net].")
 ]
-PoolingsOption = Annotated[
-    str, typer.Option("--poolings", help="Poolings to try, with commas: avg, max, rmac, gridG, flatten.")
-]
-KsOption = Annotated[str, typer.Option("--ks", help="Numbers of neighbours to try, with commas.")]
+PoolingsOption = Annotated[str, Commas("--poolings", "Poolings to try, with commas: avg, max, rmac, gridG, flatten.")]
+KsOption = Annotated[str, Commas("--ks", "Numbers of neighbours to try, with commas.")]
 PcaOption = Annotated[int, typer.Option("--pca", min=0, help="Dimensions kept by PCA; 0 for no PCA.")]
 LossOption = Annotated[
     float, typer.Option("--max-clean-loss", min=0, max=1, help="Clean accuracy that may be lost, as a fraction.")
@@ -109,16 +60,114 @@ LossOption = Annotated[
 RowsOption = Annotated[
     int, typer.Option("--candidate-rows", min=1, help="Database images, drawn at random, to compare settings on.")
 ]
-EpsOption = Annotated[str, typer.Option("--eps", help="Budgets, with commas, in units of the norm; 8/255 is fine.")]
 HeadlineOption = Annotated[
     str | None, typer.Option("--headline", help="The budget of the table [default: calibrated, else the largest].")
 ]
 SurrogateOption = Annotated[
     str | None, typer.Option("--surrogate", help="Classifier whose gradients the black-box attacker follows.")
 ]
-EPS_GRID = "0.05,0.1,0.15,0.2,0.25,0.3"
-POOLINGS = "avg,rmac,grid4,grid8"
-KS = "1,3,5,10,20,50"
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="With ray: the cluster to join [default: one on this machine is started]."),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What nearly every command takes: where to find and to compute, and what to print."""
+
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="Folder of the data sets [default: $NNDEFENSE_DATA, else data].")
+    ] = None
+    device: Annotated[str, Choice("--device", "Where to compute.", ("auto", "cpu", "cuda"))] = "auto"
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of all random draws.")] = 0
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
+
+    @property
+    def progress(self) -> bool:
+        """Whether progress is shown."""
+        return not self.quiet
+
+    def say(self, text: str) -> None:
+        """Tell how far the work is."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def show(self, value: Any, text: str) -> None:
+        """Print the text for people, or the value as JSON."""
+        print(dumps(value, indent=2, ensure_ascii=False) if self.json else text)
+
+
+Printing = Annotated[Common, Only("json", "debug")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnOptions:
+    """What a classifier of the user's own may have to be told."""
+
+    classes: Annotated[
+        Path | None,
+        typer.Option("--classes", help="Class names of a classifier of your own: a line each, or a CSV file."),
+    ] = None
+    input_shape: Annotated[
+        str | None, typer.Option("--input-shape", metavar="C,H,W", help="Image shape of a classifier of your own.")
+    ] = None
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """The image shape: channels, height, width."""
+        return shape(self.input_shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptions(OwnOptions):
+    """The classifier that a command works on."""
+
+    classifier: Annotated[
+        str,
+        typer.Option(
+            "--classifier",
+            help="A trained folder, torchvision:NAME:WEIGHTS, or python:FILE_OR_MODULE:FACTORY (it is run).",
+        ),
+    ]
+
+    def open(self, common: Common, *, specs: Sequence[str] = (), database: Path | None = None) -> Classifier:
+        """Load it; where it does not say its image shape, that is the one of the database or of the first data set."""
+        from nndefense.cli.inputs import open_classifier
+
+        return open_classifier(
+            self.classifier,
+            device=common.device,
+            data_dir=common.data_dir,
+            classes=self.classes,
+            input_shape=self.shape,
+            specs=specs,
+            database=database,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatabaseOptions(OwnOptions):
+    """A finished database, and the classifier that it names or another copy of it."""
+
+    database: DatabaseOption
+    classifier: Annotated[
+        str | None,
+        typer.Option("--classifier", help="As for the other commands [default: the one that the database names]."),
+    ] = None
+
+    def guard(self, common: Common) -> dict[str, Any]:
+        """Arguments of :meth:`nndefense.guard.Guard.open`."""
+        return {
+            "database": self.database,
+            "classifier": self.classifier,
+            "device": common.device,
+            "classes": self.classes,
+            "input_shape": self.shape,
+            "data_dir": common.data_dir,
+        }
 
 
 def numbers(text: str, *, whole: bool = False) -> tuple[float, ...]:

@@ -1,46 +1,86 @@
-"""What ``nndefense index patches`` and ``patches-info`` do: open, build and print."""
+"""``nndefense index patches`` and ``patches-info``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-from index_build.patches import build_patches
-from nndefense.cli import inputs, output
-from nndefense.datasets import open_dataset
-from nndefense.defenses.quilting import PatchDatabase
-from nndefense.errors import DataError
-from nndefense.images import shape_text
+import typer
+
+from nndefense.cli.declare import Choice, Only
+from nndefense.cli.index import index as index
+from nndefense.cli.options import Common, DatasetsOption, LimitOption, OverwriteOption, Printing, shape
+
+if TYPE_CHECKING:
+    from nndefense.defenses.quilting import PatchDatabase
 
 
-def build(
-    specs: Sequence[str],
-    out: Path,
+@index.command("patches")
+def patches(
     *,
-    input_shape: tuple[int, int, int] | None,
-    data_dir: Path | None,
-    limit: int | None,
-    as_json: bool,
-    options: dict[str, Any],
+    dataset: DatasetsOption,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the patch database.")],
+    patches: Annotated[
+        int, typer.Option("--patches", min=1, help="Patches to cut, at most all there are.")
+    ] = 1_000_000,
+    side: Annotated[int, typer.Option("--side", min=1, help="Side of a patch in pixels.")] = 5,
+    storage: Annotated[
+        str,
+        Choice("--storage", "auto: 8 bits where these lose nothing, else floats.", ("auto", "uint8", "float32")),
+    ] = "auto",
+    index: Annotated[
+        str, typer.Option("--index", help="FAISS factory string; auto: Flat (exact) if small, else inverted lists.")
+    ] = "auto",
+    probes: Annotated[
+        int | None, typer.Option("--probes", min=1, help="Inverted lists that a search looks into [default: 16].")
+    ] = None,
+    input_shape: Annotated[
+        str | None, typer.Option("--input-shape", metavar="C,H,W", help="Bring the images to this shape before.")
+    ] = None,
+    limit: LimitOption = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images read at a time.")] = 128,
+    overwrite: OverwriteOption = False,
+    common: Annotated[Common, Only("data_dir", "seed", "json", "quiet", "debug")],
 ) -> None:
-    """Build a patch database and describe it."""
-    if not specs:
-        raise DataError("no data set was named: give --dataset")
-    channels, size = (None, None) if input_shape is None else (input_shape[0], input_shape[1:])
-    opened = [open_dataset(spec, data_dir=data_dir, size=size, channels=channels) for spec in specs]
-    images = opened[0] if len(opened) == 1 else inputs.joined(opened)
-    if limit is not None:
-        images = inputs.drawn(images, limit, options["seed"])
-    _describe(build_patches(images, out, specs=specs, **options), as_json)
+    """Cut patches of images at random, for image quilting."""
+    from index_build.patches import build_patches
+    from nndefense.cli.inputs import drawn, joined
+    from nndefense.datasets import open_dataset
+
+    wanted = shape(input_shape)
+    channels, size = (None, None) if wanted is None else (wanted[0], wanted[1:])
+    opened = [open_dataset(spec, data_dir=common.data_dir, size=size, channels=channels) for spec in dataset]
+    images = opened[0] if len(opened) == 1 else joined(opened)
+    made = build_patches(
+        images if limit is None else drawn(images, limit, common.seed),
+        out,
+        specs=dataset,
+        patches=patches,
+        side=side,
+        storage=storage,
+        index=index,
+        probes=probes,
+        batch_size=batch_size,
+        overwrite=overwrite,
+        seed=common.seed,
+        progress=common.progress,
+    )
+    _describe(made, common)
 
 
-def info(folder: Path, *, as_json: bool) -> None:
-    """Describe a patch database; opening it compares every byte with its checksum."""
-    _describe(PatchDatabase.open(folder), as_json)
+@index.command("patches-info")
+def patches_info(
+    folder: Annotated[Path, typer.Argument(help="Folder of the patch database.")], *, common: Printing
+) -> None:
+    """Describe a patch database, and check every byte of it."""
+    from nndefense.defenses.quilting import PatchDatabase
+
+    _describe(PatchDatabase.open(folder), common)
 
 
-def _describe(patches: PatchDatabase, as_json: bool) -> None:
+def _describe(patches: PatchDatabase, common: Common) -> None:
+    from nndefense.images import shape_text
+
     manifest = patches.manifest
     size = sum(entry.bytes for entry in manifest.files.values())
     found = {
@@ -65,4 +105,4 @@ def _describe(patches: PatchDatabase, as_json: bool) -> None:
         f"data       {manifest.data['name']} ({manifest.data['images']:,} images)\n"
         f"size       {size / 1e6:.1f} MB, built {manifest.created}"
     )
-    output.show(found, text, as_json)
+    common.show(found, text)

@@ -1,33 +1,33 @@
-"""What ``nndefense racnn`` does: train RA-CNN on a database, and measure it clean and under attack."""
+"""``nndefense racnn``: train RA-CNN on a database, and measure it clean and under attack."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
+import typer
 
-from nndefense.attacks import apgd, pgd
-from nndefense.attacks.checks import checked_inputs
-from nndefense.attacks.retrieval import run_adaptive
-from nndefense.cli import inputs, output
-from nndefense.cli.options import command_line
-from nndefense.database import ImageDatabase
-from nndefense.defenses.racnn import RaCnnDefense
-from nndefense.errors import DataError, InputError, NNDefenseError
-from nndefense.files import write_json
-from nndefense.models import resolve_device
-from nndefense.statistics import wilson_interval
-from nndefense.training.launcher import leads
-from nndefense.training.neighbors import row_images
-from nndefense.training.racnn import train_racnn
-from nndefense.versions import library_versions
+from nndefense.cli.declare import Group, Only
+from nndefense.cli.options import (
+    SPEC_HELP,
+    BatchOption,
+    ClassifierOptions,
+    Common,
+    DatabaseOption,
+    DatasetOption,
+    EpsOption,
+    NormOption,
+    StepsOption,
+    command_line,
+    numbers,
+)
+from nndefense.cli.train import LoopOptions
+from nndefense.errors import InputError
 
-Attack = Callable[[Tensor, Tensor, float], Tensor]
+racnn = Group(
+    "racnn", "RA-CNN: classify an image's projection into the hull of its retrieved neighbours (Zhao and Cho 2019)."
+)
+Retriever = Annotated[ClassifierOptions, Only("classifier", "classes")]
 _WORDS = {
     "no retrieval": "PGD on the net without its neighbours",
     "held": "PGD, neighbours of the clean image held (retrieval hidden)",
@@ -40,25 +40,46 @@ _WORDS = {
 }
 
 
+@racnn.command("train")
 def train(
-    spec: str,
-    classifier: str,
-    database: Path,
-    out: Path,
     *,
-    images: str | None,
-    classes: Path | None,
-    data_dir: Path | None,
-    as_json: bool,
-    options: dict[str, Any],
+    dataset: DatasetOption,
+    model: Retriever,
+    database: DatabaseOption,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the trained net and its features of all rows.")],
+    arch: Annotated[str, typer.Option("--arch", help="Architecture of the trained features.")] = "small-cnn",
+    k: Annotated[int, typer.Option("--k", min=1, help="Neighbours; 5 or 10 in the paper.")] = 5,
+    mixup_draws: Annotated[int, typer.Option(min=1, help="Draws of local mixup a step and image.")] = 5,
+    mixup_weight: Annotated[
+        float, typer.Option(help="Weight of local mixup against the cross-entropy; unknown in the paper; 0: none.")
+    ] = 1.0,
+    images: Annotated[
+        str | None,
+        typer.Option("--images", help="Images of the database's rows [default: as recorded there]. " + SPEC_HELP),
+    ] = None,
+    loop: LoopOptions,
+    common: Common,
 ) -> None:
-    """Train RA-CNN and say where it is and how good."""
-    device = str(resolve_device(options["device"]))
-    net = inputs.open_classifier(classifier, device=device, data_dir=data_dir, classes=classes, database=database)
-    rows = ImageDatabase.open(database, classifier=net)
-    dataset = inputs.open_datasets([spec], data_dir=data_dir, like=net)
-    pictures = None if images is None else inputs.open_datasets([images], data_dir=data_dir, like=net)
-    found = train_racnn(net, rows, dataset, images=pictures, data_dir=data_dir, out=out, **options)
+    """Train features, attention and classifier on the neighbours that a database retrieves."""
+    from nndefense.cli.inputs import open_datasets
+    from nndefense.database import ImageDatabase
+    from nndefense.training.launcher import leads
+    from nndefense.training.racnn import train_racnn
+
+    net = model.open(common, database=database)
+    found = train_racnn(
+        net,
+        ImageDatabase.open(database, classifier=net),
+        open_datasets([dataset], data_dir=common.data_dir, like=net),
+        images=None if images is None else open_datasets([images], data_dir=common.data_dir, like=net),
+        data_dir=common.data_dir,
+        out=out,
+        arch=arch,
+        k=k,
+        mixup_draws=mixup_draws,
+        mixup_weight=mixup_weight,
+        **loop.settings(common),
+    )
     if not leads():
         return
     history = found.net.info["history"]
@@ -78,163 +99,76 @@ def train(
         f"{result['training_accuracy']:.3f} with each image left out of its own neighbours, "
         f"{result['seconds']:.0f} s"
     )
-    output.show(result, text, as_json)
+    common.show(result, text)
 
 
+@racnn.command("evaluate")
 def evaluate(
-    model: Path,
-    spec: str,
-    classifier: str,
-    database: Path,
     *,
-    k: int | None,
-    limit: int | None,
-    attacked: int,
-    budgets: tuple[float, ...],
-    norm: str,
-    steps: int,
-    adaptive: bool,
-    out: Path | None,
-    batch_size: int,
-    classes: Path | None,
-    data_dir: Path | None,
-    device: str,
-    seed: int,
-    as_json: bool,
-    progress: bool,
+    trained: Annotated[Path, typer.Option("--model", help="Folder of a trained RA-CNN.")],
+    dataset: DatasetOption,
+    model: Retriever,
+    database: DatabaseOption,
+    k: Annotated[int | None, typer.Option("--k", min=1, help="Neighbours [default: as in training].")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Images for the clean accuracy, drawn at random.")] = None,
+    attacked: Annotated[int, typer.Option(min=1, help="How many of them are attacked at most.")] = 500,
+    eps: EpsOption = "0.1",
+    norm: NormOption = "linf",
+    steps: StepsOption = 40,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive/--no-adaptive", help="Also the ensemble of attacks on the retrieval.")
+    ] = True,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the figures to this JSON file.")] = None,
+    batch_size: BatchOption = 100,
+    common: Common,
 ) -> None:
-    """Print the accuracy of the plain classifier and of RA-CNN, clean and under each attack."""
+    """Clean accuracy, and accuracy under attacks that ignore, hold, follow or relax the retrieval, with intervals."""
+    from tqdm import tqdm
+
+    from nndefense.cli.inputs import open_datasets
+    from nndefense.database import ImageDatabase
+    from nndefense.defenses.racnn import RaCnnDefense
+    from nndefense.evaluation.racnn import measure_racnn
+    from nndefense.files import write_json
+    from nndefense.versions import library_versions
+
+    budgets = numbers(eps)
     if out is not None and not out.parent.is_dir():
         raise InputError(f"{out.parent} is no folder: create it, or choose another --out")
-    target = resolve_device(device)
-    net = inputs.open_classifier(classifier, device=str(target), data_dir=data_dir, classes=classes, database=database)
-    defense = RaCnnDefense.load(model, net, ImageDatabase.open(database, classifier=net), k=k)
-    dataset = inputs.open_datasets([spec], data_dir=data_dir, like=net, limit=limit, seed=seed)
-    shared = set(dataset.ids).intersection(defense.database.ids(defense.database.row_numbers))
-    if shared:
-        raise DataError(
-            f"{len(shared)} images of {dataset.name} stand in the database by their ids (such as {min(shared)}), "
-            "which would hand the defence their answers: use other images"
+    net = model.open(common, database=database)
+    defense = RaCnnDefense.load(trained, net, ImageDatabase.open(database, classifier=net), k=k)
+    images = open_datasets([dataset], data_dir=common.data_dir, like=net, limit=limit, seed=common.seed)
+    hidden = None if common.progress else True
+    with tqdm(total=len(images), desc="attacking", unit=" images", disable=hidden) as bar:
+        found = measure_racnn(
+            defense,
+            images,
+            budgets,
+            norm=norm,
+            steps=steps,
+            attacked=attacked,
+            adaptive=adaptive,
+            batch_size=batch_size,
+            data_dir=common.data_dir,
+            seed=common.seed,
+            step=bar.update,
         )
-    labels = net.label_map(dataset.classes).to(target)
-    clean: dict[str, list[Tensor]] = {"classifier": [], "ra-cnn": []}
-    standing: dict[tuple[float, str], list[Tensor]] = {}
-    attacks = _attacks(defense, norm, steps, seed, adaptive, data_dir)
-    done = 0
-    bar = tqdm(total=len(dataset), desc="attacking", unit=" images", disable=None) if progress else nullcontext()
-    with bar:
-        for images, own, _ in dataset.batches(batch_size):
-            x, y = images.to(target), labels[own.to(target)]
-            for name, who in (("classifier", net), ("ra-cnn", defense)):
-                with torch.no_grad():
-                    clean[name].append((who(x).argmax(1) == y).cpu())
-            part = min(len(x), attacked - done)
-            if part > 0:
-                for eps in budgets:
-                    for name, right in _attacked(net, defense, attacks, x[:part], y[:part], eps, norm, steps, seed):
-                        standing.setdefault((eps, name), []).append(right)
-                done += part
-            if isinstance(bar, tqdm):
-                bar.update(len(x))
     result = {
-        "model": str(model),
-        "classifier": str(classifier),
+        "model": str(trained),
+        "classifier": model.classifier,
         "database": {"path": str(database), "rows": len(defense.database)},
         "defense": defense.settings(),
-        "data": {"name": dataset.name, "n": len(dataset), "fingerprint": dataset.fingerprint},
+        "data": {"name": images.name, "n": len(images), "fingerprint": images.fingerprint},
         "norm": norm,
         "steps": steps,
-        "seed": seed,
-        "clean": {name: _rate(torch.cat(found)) for name, found in clean.items()},
-        "attacked": [
-            {"eps": eps, "attack": name, **_rate(torch.cat(found))} for (eps, name), found in standing.items()
-        ],
+        "seed": common.seed,
+        **found,
         "command": command_line(),
         "versions": library_versions(),
     }
     if out is not None:
         write_json(out, result)
-    output.show(result, _text(result), as_json)
-
-
-def _attacks(
-    defense: RaCnnDefense, norm: str, steps: int, seed: int, adaptive: bool, data_dir: Path | None
-) -> dict[str, Attack]:
-    """The attacks on RA-CNN by name: (images, labels, eps) -> attacked images."""
-
-    def follow(model: Callable[[Tensor], Callable[[Tensor], Tensor]]) -> Attack:
-        def attack(x: Tensor, y: Tensor, eps: float) -> Tensor:
-            generator = torch.Generator(x.device).manual_seed(seed)
-            return pgd(model(x), x, y, eps=eps, norm=norm, steps=steps, loss="margin", generator=generator)
-
-        return attack
-
-    def stronger(x: Tensor, y: Tensor, eps: float) -> Tensor:
-        generator = torch.Generator(x.device).manual_seed(seed)
-        return apgd(through, x, y, eps=eps, norm=norm, steps=steps, loss="margin", generator=generator)
-
-    # Made once: each holds the rows of the database.
-    fresh = defense.attack_model(retrieval="fresh")
-    soft, through = (defense.attack_model(retrieval=name) for name in ("soft", "straight-through"))
-    found = {
-        "no retrieval": follow(lambda x: defense.net),
-        "held": follow(lambda x: defense.attack_model(retrieval="held", held=x)),
-        "fresh": follow(lambda x: fresh),
-        "soft": follow(lambda x: soft),
-        "straight-through": follow(lambda x: through),
-        "apgd": stronger,
-    }
-    if adaptive:
-        try:
-            pictures = row_images(defense.classifier, defense.database, data_dir=data_dir)
-        except NNDefenseError:
-            # Without them the ensemble leaves out the attacks that begin on the way to the rows' images.
-            pictures = None
-        surface = defense.surface(images=pictures)
-
-        def ensemble(x: Tensor, y: Tensor, eps: float) -> Tensor:
-            generator = torch.Generator(x.device).manual_seed(seed)
-            found = run_adaptive(surface, x, y, eps=eps, norm=norm, steps=steps, generator=generator)
-            return found.images
-
-        found["adaptive"] = ensemble
-    return found
-
-
-def _attacked(
-    net: torch.nn.Module,
-    defense: RaCnnDefense,
-    attacks: dict[str, Attack],
-    x: Tensor,
-    y: Tensor,
-    eps: float,
-    norm: str,
-    steps: int,
-    seed: int,
-) -> Iterator[tuple[str, Tensor]]:
-    """For each attack, N truth values: right on the clean image and after the attack."""
-    checked_inputs(net, x, y, eps, norm)
-    generator = torch.Generator(x.device).manual_seed(seed)
-    images = pgd(net, x, y, eps=eps, norm=norm, steps=steps, loss="margin", generator=generator)
-    with torch.no_grad():
-        yield "undefended", ((net(x).argmax(1) == y) & (net(images).argmax(1) == y)).cpu()
-        right = defense(x).argmax(1) == y
-    worst = right.clone()
-    for name, attack in attacks.items():
-        here = right.nonzero()[:, 0]
-        stands = right.clone()
-        if len(here):
-            images = attack(x[here], y[here], eps)
-            with torch.no_grad():
-                stands[here] = defense(images).argmax(1) == y[here]
-        worst &= stands
-        yield name, stands.cpu()
-    yield "worst", worst.cpu()
-
-
-def _rate(right: Tensor) -> dict[str, Any]:
-    count = int(right.sum())
-    return {"accuracy": count / len(right), "n": len(right), "interval": list(wilson_interval(count, len(right)))}
+    common.show(result, _text(result))
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -1,44 +1,74 @@
-"""``nndefense serve``: from options to a running service."""
+"""``nndefense serve``."""
 
 from __future__ import annotations
 
 import sys
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from nndefense.cli.declare import Choice, Only
+from nndefense.cli.options import Common, DatabaseOptions, KOption, WeightingOption
 from nndefense.errors import InputError
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+_MIB = 2**20
 
 
 def serve(
-    guard: dict[str, Any],
-    settings: dict[str, Any],
-    limits: dict[str, Any],
     *,
-    engine: str = "local",
-    replicas: int = 1,
-    shards: int = 1,
-    max_replicas: int | None = None,
-    ray_address: str | None = None,
+    data: DatabaseOptions,
+    host: Annotated[str, typer.Option(help="Address to bind; others than loopback need keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="API keys, a line each; admin:KEY for those that may reload.")
+    ] = None,
+    allow_open: Annotated[
+        bool, typer.Option("--allow-open", help="Serve without keys although others can reach the address.")
+    ] = False,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host", help="Name that clients may use, such as that of a reverse proxy; repeat it for more."
+        ),
+    ] = None,
+    demo_attacks: Annotated[
+        bool, typer.Option("--demo-attacks", help="Let the page attack images on this server.")
+    ] = False,
+    reject_rate: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Abstain on this share of clean images; needs a calibration.")
+    ] = None,
+    calibration_file: Annotated[
+        Path | None, typer.Option(help="The calibration [default: guard.json of the database, where there is one].")
+    ] = None,
+    k: KOption = None,
+    weighting: WeightingOption = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Images in one batch [default: 32].")] = None,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="How long a batch waits to be filled.")] = 5.0,
+    queue: Annotated[int, typer.Option(min=1, help="Images that may wait; further ones get 503.")] = 256,
+    timeout: Annotated[float, typer.Option(help="Seconds for a prediction; what takes longer gets 503.")] = 10.0,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds to finish accepted requests at the end.")] = 30.0,
+    max_body_mib: Annotated[int, typer.Option(min=1, help="Largest body, MiB.")] = 16,
+    max_images: Annotated[int, typer.Option(min=1, help="Images in one request.")] = 64,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of one image, before it is scaled.")] = 25_000_000,
+    body_seconds: Annotated[float, typer.Option(help="Seconds in which a body must have arrived.")] = 20.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the net and of the search.")] = None,
+    log_dir: Annotated[Path | None, typer.Option(help="Folder of the access log [default: none is kept].")] = None,
+    engine: Annotated[str, Choice("--engine", "One process, or Ray Serve.", ("local", "ray"))] = "local",
+    replicas: Annotated[int, typer.Option(min=1, help="With ray: copies of the application.")] = 1,
+    shards: Annotated[int, typer.Option(min=1, help="With ray: parts of the index, an actor each.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="With ray: copies under load [default: as many as --replicas].")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="With ray: HOST:PORT of a cluster [default: one on this machine is started].")
+    ] = None,
+    common: Annotated[Common, Only("data_dir", "device", "debug")],
 ) -> None:
-    """Serve until a signal ends it.
-
-    Args:
-        guard: arguments of :meth:`~nndefense.guard.Guard.open`.
-        settings: values of :class:`~nndefense.serving.http.settings.ServingSettings`, without its limits.
-        limits: values of :class:`~nndefense.serving.pictures.limits.Limits`.
-        engine: ``local`` or ``ray``.
-        replicas: with Ray, copies of the application.
-        shards: with Ray, parts of the index.
-        max_replicas: with Ray, copies at most.
-        ray_address: with Ray, the cluster to join.
-
-    Raises:
-        InputError: packages are missing, or a setting cannot be used.
-        NNDefenseError: the database or the classifier cannot be opened.
-    """
+    """Serve defended predictions over HTTP, with a page for people at /. SIGHUP loads the database again."""
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise InputError(
@@ -47,7 +77,35 @@ def serve(
     from nndefense.serving.http.settings import ServingSettings
     from nndefense.serving.pictures.limits import Limits
 
-    chosen = ServingSettings(**settings, limits=Limits(**limits))
+    guard = data.guard(common) | {
+        "k": k,
+        "weighting": weighting,
+        "reject_rate": reject_rate,
+        "calibration": True if calibration_file is None else calibration_file,
+    }
+    settings = ServingSettings(
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        allow_open=allow_open,
+        allowed_hosts=tuple(allowed_host or ()),
+        demo_attacks=demo_attacks,
+        max_batch=max_batch,
+        max_wait_ms=max_wait_ms,
+        queue=queue,
+        timeout=timeout,
+        grace=grace,
+        threads=threads,
+        log_dir=log_dir,
+        limits=Limits(
+            max_body_bytes=max_body_mib * _MIB,
+            max_image_bytes=min(8, max_body_mib) * _MIB,
+            max_images=max_images,
+            max_pixels=max_pixels,
+            max_request_pixels=max(2 * max_pixels, 50_000_000),
+            body_seconds=body_seconds,
+        ),
+    )
     if engine == "ray":
         if find_spec("ray") is None:
             raise InputError('--engine ray needs Ray: pip install "nndefense[ray]"')
@@ -55,12 +113,12 @@ def serve(
 
         deployment.serve(
             guard,
-            chosen,
+            settings,
             replicas=replicas,
             shards=shards,
             max_replicas=max_replicas,
             ray_address=ray_address,
-            started=partial(deployment.announce, guard, chosen),
+            started=partial(deployment.announce, guard, settings),
         )
         return
     if (replicas, shards, max_replicas, ray_address) != (1, 1, None, None):
@@ -69,8 +127,8 @@ def serve(
     from nndefense.serving.server import serve as run
 
     def started(addresses: list[str]) -> None:
-        print(f"nndefense: {guard['database']} on {' and '.join(addresses)}; Ctrl-C ends it", flush=True)
-        if chosen.allow_open and chosen.api_key_file is None:
+        print(f"nndefense: {data.database} on {' and '.join(addresses)}; Ctrl-C ends it", flush=True)
+        if allow_open and api_key_file is None:
             print("nndefense: warning: no keys are asked for; whoever reaches the address may use it", file=sys.stderr)
 
-    run(partial(Guard.open, **guard), chosen, started=started)
+    run(partial(Guard.open, **guard), settings, started=started)

@@ -1,201 +1,116 @@
-"""What ``nndefense theory`` does: work out, draw, write and print."""
+"""``nndefense theory``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-from matplotlib.figure import Figure
+import typer
 
-from nndefense.errors import InputError
-from nndefense.files import json_text, make_folder, read_json, write_atomically, write_json
-from nndefense.theory import (
-    Intervals,
-    RobustFeature,
-    Staircase,
-    boundaries,
-    error_against_size,
-    figures,
-    harm_by_condition,
-    harmless_share,
-    rst_guarantees,
-)
-from nndefense.theory import decompose as decompose_problem
-from nndefense.versions import library_versions
+from nndefense.cli.declare import Choice, Commas, Group, Only
+from nndefense.cli.options import Common, numbers
 
-# Two axes that nobody has labelled and the labelled third; errors along the second are 25 times as expensive.
-EXAMPLE = {
-    "x_std": [[0.0, 0.0, 1.0]],
-    "x_ext": [[1.0, 1.0, 0.0]],
-    "theta_star": [1.0, 0.2, 1.0],
-    "sigma": [[1.0, 0.0, 0.0], [0.0, 25.0, 0.0], [0.0, 0.0, 1.0]],
-}
-_DPI = 144
+if TYPE_CHECKING:
+    from nndefense.theory.studies import Study
+
+theory = Group("theory", "Why robustness can cost accuracy, and how self-training mends it: figures and JSON.")
+
+OutOption = Annotated[Path, typer.Option("--out", help="Folder for the figures (PNG and SVG) and the JSON.")]
+NoiseOption = Annotated[float, typer.Option("--x-noise", help="Weight of the half-points in the standard error.")]
+KnotsOption = Annotated[
+    str, Choice("--left-knots", "Outer knots on the left; the sources differ.", ("-4..-2", "-3..-1"))
+]
+Drawn = Annotated[Common, Only("seed", "json", "debug")]
+OUT = Path("runs/theory")
 
 
-def decompose(problem: Path | None, draws: int, out: Path, *, seed: int, as_json: bool) -> None:
-    """Decompose one problem, and count harm and broken guarantees in random ones."""
-    given = EXAMPLE if problem is None else _read_problem(problem)
-    found = decompose_problem(**given)
-    counts = harm_by_condition(draws, seed=seed) if draws else []
-    guarantees = rst_guarantees(draws, seed=seed) if draws else []
-    value = {
-        "problem": given,
-        "decomposition": found.to_json(),
-        "augmentation_hurts": [count.to_json() for count in counts],
-        "robust_self_training": [count.to_json() for count in guarantees],
-        "seed": seed,
-    }
-    text = (
-        f"benefit v'Sv {found.benefit:.6g}, cost -2w'Sv {found.cost:.6g}: augmentation "
-        f"{'hurts' if found.hurts else 'does not hurt'}; "
-        f"L_std(std) {found.loss_std:.6g} -> L_std(aug) {found.loss_aug:.6g}"
-    )
-    for title, rows in (("augmentation hurts", counts), ("fails", guarantees)):
-        text += "".join(f"\n{title} in {row.hits:>5,} of {row.draws:,}: {row.name}" for row in rows)
-    _finish(out, "decompose", value, {"decompose": figures.decomposition(found, counts)}, text, as_json)
+@theory.command("decompose")
+def decompose(
+    *,
+    problem: Annotated[
+        Path | None,
+        typer.Option(help="JSON with x_std, x_ext, theta_star, sigma and perhaps norm [default: a 3-D example]."),
+    ] = None,
+    draws: Annotated[int, typer.Option(min=0, help="Random problems for each condition; 0 for none.")] = 2000,
+    out: OutOption = OUT,
+    common: Drawn,
+) -> None:
+    """Split the effect of augmentation on the standard error into benefit and cost."""
+    from nndefense.theory import studies
+
+    _show(studies.decomposition(problem, draws, seed=common.seed), out, common)
 
 
+@theory.command("spline")
 def spline(
-    stairs: int,
-    labelled: Sequence[float],
     *,
-    x_noise: float,
-    left_knots: str,
-    teacher: str,
-    out: Path,
-    as_json: bool,
+    stairs: Annotated[int, typer.Option(min=2, help="Stairs of the staircase.")] = 7,
+    labelled: Annotated[str, Commas("--labelled", "Labelled points, with commas: 0, 0.5, 1, ...")] = "0,1,2,3",
+    x_noise: NoiseOption = 0.1,
+    left_knots: KnotsOption = "-4..-2",
+    teacher: Annotated[str, Choice("--teacher", "Whose predictions are the pseudo-labels.", ("std", "aug"))] = "std",
+    out: OutOption = OUT,
+    common: Annotated[Common, Only("json", "debug")],
 ) -> None:
-    """Fit the staircase, and add every single point of it in turn."""
-    staircase = Staircase(stairs, x_noise, left_knots)
-    fits = staircase.fit(labelled, teacher=teacher)
-    support = np.arange(2 * stairs) / 2
-    extra = np.setdiff1d(support, labelled)
-    changes = staircase.one_extra_point(labelled, extra)
-    thetas = {"std": fits.std, "aug": fits.aug, "rst": fits.rst}
-    value = {
-        "stairs": stairs,
-        "labelled": list(labelled),
-        "x_noise": x_noise,
-        "left_knots": left_knots,
-        "teacher": teacher,
-        "L_std": fits.standard,
-        "L_rob": fits.robust,
-        "penalty": {name: staircase.roughness(theta) for name, theta in thetas.items()},
-        "t": support.tolist(),
-        "predictions": {name: staircase.predict(theta, support).tolist() for name, theta in thetas.items()},
-        "one_extra_point": {"t": extra.tolist(), "change_of_L_std": changes.tolist()},
-    }
-    lines = [f"{'':<4}  {'L_std':>10}  {'L_rob':>10}  {'penalty':>9}"]
-    lines += [
-        f"{name:<4}  {fits.standard[name]:>10.6f}  {fits.robust[name]:>10.6f}  {staircase.roughness(theta):>9.3f}"
-        for name, theta in thetas.items()
-    ]
-    drawn = {"spline": figures.staircase_fits(staircase, labelled, fits)}
-    if len(extra):
-        worst = int(changes.argmax())
-        lines.append(f"worst single point to add: t = {extra[worst]:g}, L_std {changes[worst]:+.4f}")
-        drawn["extra-point"] = figures.extra_point(extra, changes)
-    _finish(out, "spline", value, drawn, "\n".join(lines), as_json)
+    """Fit the spline staircase by the three estimators, and try every single point that could be added."""
+    from nndefense.theory import Staircase, studies
+
+    _show(studies.spline(Staircase(stairs, x_noise, left_knots), numbers(labelled), teacher=teacher), out, common)
 
 
-def directions(theta: Sequence[float], variances: Sequence[Sequence[float]], out: Path, *, as_json: bool) -> None:
-    """The share of harmless directions for each covariance, and the picture."""
-    if any(len(pair) != 2 for pair in [theta, *variances]):
-        raise InputError("the picture of directions is one of two dimensions: give two numbers for theta and variances")
-    star, sigmas = np.array(theta), [np.diag(pair) for pair in variances]
-    shares = [harmless_share(star, sigma) for sigma in sigmas]
-    rows = [
-        {"sigma": sigma.tolist(), "harmless_share": share, "boundaries": boundaries(star, sigma).tolist()}
-        for sigma, share in zip(sigmas, shares, strict=True)
-    ]
-    text = "\n".join(
-        f"Sigma = diag({pair[0]:g}, {pair[1]:g}): {100 * share:.1f} % of directions do not hurt"
-        for pair, share in zip(variances, shares, strict=True)
-    )
-    value = {"theta_star": list(theta), "covariances": rows}
-    _finish(out, "directions", value, {"directions": figures.directions(star, sigmas)}, text, as_json)
+@theory.command("directions")
+def directions(
+    *,
+    theta: Annotated[str, Commas("--theta", "theta*, two numbers.")] = "1,0.2",
+    variances: Annotated[
+        list[str] | None, typer.Option(help="Diagonal of Sigma, two numbers; repeat it [default: 1,1  1,4  1,25].")
+    ] = None,
+    out: OutOption = OUT,
+    common: Annotated[Common, Only("json", "debug")],
+) -> None:
+    """Draw which directions of one augmented point hurt, in two dimensions."""
+    from nndefense.theory import studies
+
+    diagonals = [numbers(text) for text in variances or ["1,1", "1,4", "1,25"]]
+    _show(studies.directions(numbers(theta), diagonals), out, common)
 
 
+@theory.command("gap")
 def gap(
-    staircase: Staircase,
-    sizes: tuple[int, ...],
-    feature: RobustFeature,
-    intervals: Intervals,
     *,
-    trials: int,
-    unlabelled: int | None,
-    out: Path,
-    seed: int,
-    as_json: bool,
+    trials: Annotated[int, typer.Option(min=2, help="Draws of labelled points for each size.")] = 2000,
+    sizes: Annotated[
+        str, Commas("--sizes", "Numbers of labelled points, with commas.")
+    ] = "22,30,35,40,50,80,100,200,300,400,500,1000",
+    unlabelled: Annotated[
+        int, typer.Option(min=0, help="Unlabelled points of each self-training; 0 for the whole population.")
+    ] = 0,
+    stairs: Annotated[int, typer.Option(min=2, help="Stairs of the staircase.")] = 10,
+    x_noise: NoiseOption = 0.01,
+    left_knots: KnotsOption = "-3..-1",
+    p: Annotated[float, typer.Option(help="Tsipras' toy: reliability of the robust feature.")] = 0.95,
+    eta: Annotated[float, typer.Option(help="Tsipras' toy: mean of the weak features.")] = 0.3,
+    d: Annotated[int, typer.Option(min=1, help="Tsipras' toy: number of weak features.")] = 100,
+    intervals: Annotated[int, typer.Option(min=2, max=16, help="TRADES' toy: number of intervals.")] = 10,
+    out: OutOption = OUT,
+    common: Drawn,
 ) -> None:
-    """Monte Carlo of the staircase, and the two toys' exact figures."""
-    curve = error_against_size(staircase, sizes, trials=trials, unlabelled=unlabelled, seed=seed)
-    eps = 2 * feature.eta
-    rules = {"bayes": intervals.labels, "constant": 0 * intervals.labels}
-    errors = {name: intervals.errors(rule, intervals.eps) for name, rule in rules.items()}
-    classifiers = {"averaging": (0.0, 1.0), "most_accurate": feature.optimal_weights, "first_feature": (1.0, 0.0)}
-    value = {
-        "staircase": {
-            "stairs": staircase.stairs,
-            "x_noise": staircase.x_noise,
-            "train_noise": staircase.noise_in_training,
-            "left_knots": staircase.left_knots,
-            "unlabelled": unlabelled,
-            "seed": seed,
-        },
-        "curve": curve.to_json(),
-        "tsipras": {
-            "p": feature.p,
-            "eta": feature.eta,
-            "d": feature.d,
-            "eps": eps,
-            "accuracy": {
-                name: {"standard": feature.accuracy(*w), "robust": feature.accuracy(*w, eps=eps)}
-                for name, w in classifiers.items()
-            },
-        },
-        "trades": {
-            "intervals": intervals.count,
-            "radius": intervals.eps,
-            "errors": {name: {"natural": float(n), "robust": float(r)} for name, (n, r) in errors.items()},
-        },
-    }
-    lines = [f"mean L_std of {trials:,} trials (standard error)"]
-    lines.append(f"{'n':>5}" + "".join(f"  {name:>18}" for name in curve.standard))
-    means = {name: curve.mean_and_error(errors) for name, errors in curve.standard.items()}
-    lines += [
-        f"{n:>5}" + "".join(f"  {f'{mean[i]:.4f} ({error[i]:.4f})':>18}" for mean, error in means.values())
-        for i, n in enumerate(curve.sizes)
-    ]
-    drawn = {
-        "gap": figures.gap(curve, 33 if max(sizes) > 33 else 1),
-        "toys": figures.toys(feature, intervals),
-    }
-    _finish(out, "gap", value, drawn, "\n".join(lines), as_json)
+    """Measure how the gap closes with data on the staircase, and two toys in which it never does."""
+    from nndefense.theory import Intervals, RobustFeature, Staircase, studies
+
+    found = studies.gap(
+        Staircase(stairs, x_noise, left_knots),
+        RobustFeature(p, eta, d),
+        Intervals(intervals),
+        tuple(int(n) for n in numbers(sizes, whole=True)),
+        trials=trials,
+        unlabelled=unlabelled or None,
+        seed=common.seed,
+    )
+    _show(found, out, common)
 
 
-def _read_problem(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    names = {"x_std", "x_ext", "theta_star", "sigma"}
-    if not isinstance(value, dict) or not names <= set(value) <= names | {"norm"}:
-        raise InputError(f"{path} must hold x_std, x_ext, theta_star and sigma, perhaps norm, and nothing else")
-    return value
-
-
-def _finish(out: Path, name: str, value: dict[str, Any], drawn: dict[str, Figure], text: str, as_json: bool) -> None:
-    """Write ``NAME.json`` and each figure as PNG and SVG, and print the text or the JSON."""
-    make_folder(out)
-    value = {"format": f"nndefense-theory-{name}", "version": 1, **value, "versions": library_versions()}
-    write_json(out / f"{name}.json", value)
-    for title, figure in drawn.items():
-        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-
-            def save(part: Path, figure: Figure = figure, suffix: str = suffix, metadata: Any = metadata) -> None:
-                figure.savefig(part, format=suffix[1:], dpi=_DPI, metadata=metadata)
-
-            write_atomically(out / f"{title}{suffix}", save)
-    files = ", ".join(str(out / f"{title}.png") for title in drawn)
-    print(json_text(value).rstrip() if as_json else f"{text}\n{files}; numbers in {out / f'{name}.json'}")
+def _show(found: Study, out: Path, common: Common) -> None:
+    """Write the study and print it."""
+    file, *figures = found.write(out)
+    common.show(found.value, f"{found.text}\n{', '.join(map(str, figures))}; numbers in {file}")

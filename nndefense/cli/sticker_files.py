@@ -1,4 +1,4 @@
-"""What ``nndefense rp2`` reads and writes: photos, masks, corner points, palettes, stickers, pictures."""
+"""What stickers are read from and written to: photos, masks, corner points, palettes, stickers, pictures."""
 
 from __future__ import annotations
 

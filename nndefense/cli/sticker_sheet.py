@@ -1,4 +1,4 @@
-"""How ``nndefense rp2`` shows its results: the sheet of photos, the search's picture, and a rate as a line of text."""
+"""Pictures of what a sticker does: the sheet of photos, and the search for its place."""
 
 from __future__ import annotations
 
@@ -80,19 +80,6 @@ def search_picture(reference: Tensor, saliency: Tensor, mask: Tensor) -> Figure:
         axes.set_title(title, fontsize=9)
         axes.axis("off")
     return figure
-
-
-def rate_line(row: dict[str, Any]) -> str:
-    """One rate of a results file as a line of text."""
-    name = f"{row['photos']} photos, {row['views']}"
-    name += f", {row['colours']}" if "colours" in row else ""
-    if row["rate"] is None:
-        return f"{name}: none of {row['shown']} views is classified correctly without the sticker"
-    low, high = row["interval"]
-    return (
-        f"{name}: {100 * row['rate']:.1f} % ({row['hits']} of {row['right_without']}; 95 % interval "
-        f"{100 * low:.0f} to {100 * high:.0f} %, {row['photos_counted']} photos)"
-    )
 
 
 def write_figure(path: Path, figure: Figure) -> None:

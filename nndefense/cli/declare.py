@@ -1,0 +1,152 @@
+"""How commands declare their options: records of options that many share, choices, lists, and groups of commands.
+
+A command is one function with keyword parameters, of which some may be records: frozen dataclasses whose fields are
+options. Typer is shown a function that has an option for every field; the command gets the record.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from inspect import Parameter
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import typer
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+class Only:
+    """Beside a record: the fields that the command offers; the others keep their defaults."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+
+@dataclass(frozen=True)
+class Choice:
+    """In the place of ``typer.Option``: a text option that takes one of some words.
+
+    Attributes:
+        flag, help: of the option.
+        words: that can be chosen, or what gives them. It is asked each time the command is made, so that whatever was
+            registered until then is among them.
+        python: whether ``python:FILE:NAME`` is taken, too.
+    """
+
+    flag: str
+    help: str
+    words: Sequence[str] | Callable[[], Sequence[str]]
+    python: bool = False
+
+    def option(self) -> Any:
+        """What Typer declares."""
+        words = [*(self.words() if callable(self.words) else self.words)]
+        shown = [*words, "python:FILE:NAME"] if self.python else words
+
+        def check(value: str | None) -> str | None:
+            if value is None or value in words or (self.python and value.startswith("python:")):
+                return value
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(map(repr, shown))}.")
+
+        return typer.Option(
+            self.flag, help=self.help, metavar="|".join(shown), callback=check, autocompletion=lambda: words
+        )
+
+
+@dataclass(frozen=True)
+class Commas:
+    """In the place of ``typer.Option``: a list with commas, which may be given several times; the command gets one."""
+
+    flag: str
+    help: str
+
+    def option(self) -> Any:
+        """What Typer declares."""
+        return typer.Option(self.flag, help=self.help, metavar="A,B,...")
+
+
+def spread(function: Callable[..., None]) -> Callable[..., None]:
+    """The function as Typer takes it: with one option for every field of its records.
+
+    A default of a record's parameter stands before those of its fields. Options without a default come first.
+    """
+    offered: list[Parameter] = []
+    records: list[tuple[str, Any, list[str]]] = []
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        hint, *extras = get_args(parameter.annotation) if _annotated(parameter.annotation) else [parameter.annotation]
+        if not is_dataclass(hint):
+            offered.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
+            continue
+        only = next((extra.names for extra in extras if isinstance(extra, Only)), None)
+        hints = get_type_hints(hint, include_extras=True)
+        chosen = [field for field in fields(hint) if only is None or field.name in only]
+        for field in chosen:
+            default = Parameter.empty if field.default is MISSING else field.default
+            if parameter.default is not Parameter.empty:
+                default = getattr(parameter.default, field.name)
+            offered.append(Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]))
+        records.append((parameter.name, hint, [field.name for field in chosen]))
+    joined = {p.name: p.default for p in offered if _has(p, Commas)}
+
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        for name, default in joined.items():
+            values[name] = ",".join(values[name]) if values[name] else default
+        for name, record, taken in records:
+            values[name] = record(**{field: values.pop(field) for field in taken})
+        function(**values)
+
+    del command.__wrapped__
+    shown = sorted(map(_typed, offered), key=lambda parameter: parameter.default is not Parameter.empty)
+    command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    return command
+
+
+def _annotated(annotation: Any) -> bool:
+    return get_origin(annotation) is Annotated
+
+
+def _has(parameter: Parameter, kind: type) -> bool:
+    return _annotated(parameter.annotation) and any(isinstance(x, kind) for x in get_args(parameter.annotation)[1:])
+
+
+def _typed(parameter: Parameter) -> Parameter:
+    """A parameter with Typer's own declaration in the place of ours."""
+    if not _annotated(parameter.annotation):
+        return parameter
+    own = next((extra for extra in get_args(parameter.annotation) if isinstance(extra, Choice | Commas)), None)
+    if own is None:
+        return parameter
+    hint: Any = str | None
+    default = parameter.default
+    if isinstance(own, Commas):
+        hint, default = list[str] | None, [default] if isinstance(default, str) else default
+    return parameter.replace(annotation=Annotated[hint, own.option()], default=default)
+
+
+class Group:
+    """Commands under one name, such as ``nndefense index build``."""
+
+    def __init__(self, name: str, help: str) -> None:
+        self.name, self.help = name, help
+        self.commands: list[tuple[str, Callable[..., None], str | None]] = []
+
+    def command(self, name: str, help: str | None = None) -> Callable[[Command], Command]:
+        """Add the function below under this name; its docstring is the help, unless one is given."""
+
+        def add(function: Command) -> Command:
+            self.commands.append((name, function, help))
+            return function
+
+        return add
+
+    def typer(self) -> typer.Typer:
+        """The group as Typer takes it."""
+        made = typer.Typer(no_args_is_help=True, help=self.help)
+        for name, function, text in self.commands:
+            made.command(name, help=text)(spread(function))
+        return made

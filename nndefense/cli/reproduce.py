@@ -1,0 +1,135 @@
+"""``nndefense reproduce``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nndefense.cli.declare import Choice, Only
+from nndefense.cli.options import SPEC_HELP, Common, command_line
+from nndefense.errors import InputError
+
+if TYPE_CHECKING:
+    from nndefense.experiments import Recipe
+
+# What stands in for a number of steps where an attack counts otherwise.
+_ADDED: dict[str, dict[str, Any]] = {
+    "apgd": {"steps": 100, "loss": "dlr"},
+    "apgd-t": {"steps": 100},
+    "square": {"steps": 5000},
+    "autoattack": {"steps": 100},
+}
+
+
+def reproduce(
+    *,
+    name: Annotated[str | None, typer.Argument(help="A shipped recipe; --list names them.", show_default=False)] = None,
+    scale: Annotated[
+        str, Choice("--scale", "full: as the papers, for a GPU; small: for two cores.", ("full", "small"))
+    ] = "full",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for everything [default: runs/reproduce/NAME-SCALE].")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="How many seeds [default: the recipe's].")] = None,
+    arch: Annotated[str | None, typer.Option("--arch", help="Another architecture than the recipe's.")] = None,
+    unlabelled: Annotated[
+        str | None,
+        typer.Option(
+            "--unlabelled",
+            help="Pool of unlabelled images for self-training; then all others are labelled. " + SPEC_HELP,
+        ),
+    ] = None,
+    attack: Annotated[
+        str | None, typer.Option("--attack", help="Add an attack to the report: apgd, apgd-t, square or autoattack.")
+    ] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Only list the recipes.")] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Write table, figure and page again from OUT/results.json.")
+    ] = False,
+    common: Annotated[Common, Only("data_dir", "device", "json", "quiet", "debug")],
+) -> None:
+    """Run a published experiment from a recipe: train, attack, write table, figure and page.
+
+    The same command continues a run that was stopped.
+    """
+    from nndefense import experiments
+
+    if listed:
+        _list_recipes(common)
+        return
+    if name is None:
+        raise InputError(f"name a recipe: {', '.join(experiments.recipe_names())} (--list says more)")
+    shipped = experiments.shipped_recipe(name, scale)
+    recipe = changed(shipped, seeds=seeds, arch=arch, unlabelled=unlabelled, attack=attack)
+    folder = Path("runs/reproduce") / f"{name}-{scale}" if out is None else out.expanduser()
+    if report_only:
+        results = experiments.read_results(folder / "results.json")
+    else:
+        results = experiments.run(
+            recipe,
+            experiments.open_images(recipe, common.data_dir, unlabelled),
+            folder,
+            device=common.device,
+            progress=common.progress,
+            command=command_line(),
+            say=common.say,
+        )
+    paths = experiments.write_outputs(results, folder)
+    tables = "\n\n".join(f"{table.text()}\n{table.note}".rstrip() for table in experiments.tables_of(results)[:-1])
+    files = ", ".join(str(path) for path in (folder / "results.json", *paths))
+    common.show(results, f"{tables}\n\n{files}")
+
+
+def _list_recipes(common: Common) -> None:
+    """Print every shipped recipe with its number of trainings at each scale."""
+    from nndefense.experiments import recipe_names, shipped_recipe
+
+    rows = []
+    for name in recipe_names():
+        full, small = (shipped_recipe(name, scale) for scale in ("full", "small"))
+        rows.append(
+            {"name": name, "title": full.title, "full": _size(full), "small": _size(small), "sources": full.sources}
+        )
+    width = max(len(str(row["name"])) for row in rows)
+    lines = [f"{row['name']:<{width}}  {row['title']}" for row in rows]
+    lines += ["", "nndefense reproduce NAME --scale small    on two cores; --scale full needs a GPU"]
+    common.show(rows, "\n".join(lines))
+
+
+def _size(recipe: Recipe) -> dict[str, Any]:
+    from nndefense.experiments import runs_of
+
+    return {"trainings": len(runs_of(recipe)), "train": recipe.train, "architecture": recipe.architecture}
+
+
+def changed(
+    recipe: Recipe,
+    *,
+    seeds: int | None = None,
+    arch: str | None = None,
+    unlabelled: str | None = None,
+    attack: str | None = None,
+) -> Recipe:
+    """The recipe with what the options change; the results say so.
+
+    Raises:
+        InputError: an option that does not fit the recipe.
+    """
+    from nndefense.experiments.recipe import evaluation_attack
+
+    if seeds is not None:
+        recipe = replace(recipe, seeds=seeds)
+    if arch is not None:
+        recipe = replace(recipe, architecture=arch)
+    if unlabelled is not None:
+        if not any(method.unlabelled for method in recipe.methods):
+            raise InputError(f"the recipe {recipe.name} uses no unlabelled images: leave --unlabelled out")
+        recipe = replace(recipe, labels=(0,))
+    if attack is not None:
+        if attack not in _ADDED:
+            raise InputError(f"--attack is {attack}, but must be one of {', '.join(_ADDED)}")
+        recipe = replace(recipe, evaluation=(*recipe.evaluation, evaluation_attack(attack, **_ADDED[attack])))
+    return recipe

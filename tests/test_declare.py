@@ -1,0 +1,181 @@
+"""How commands declare their options: records, choices that are asked for, lists given several times; and the help."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pytest
+import typer
+from command import fails, nndefense
+from typer.testing import CliRunner
+
+import nndefense as package
+from nndefense.cli.app import build
+from nndefense.cli.declare import Choice, Commas, Group, Only, spread
+from nndefense.cli.options import Common
+
+SAID: list[Any] = []
+WORDS = ["mild", "strong"]
+
+
+def words() -> list[str]:
+    return WORDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A record with a field that must be given, and with every kind of option."""
+
+    name: Annotated[str, typer.Option("--name", help="Of the place [default: none].")]
+    kind: Annotated[str, Choice("--kind", "What kind.", words, python=True)] = "mild"
+    sizes: Annotated[str | None, Commas("--sizes", "Sizes, with commas.")] = None
+    far: Annotated[int, typer.Option("--far", min=0)] = 3
+
+
+FAR = Place(name="there", far=9)
+
+
+def records_first(
+    place: Place,
+    count: Annotated[int, typer.Argument()] = 1,
+    eps: Annotated[str, Commas("--eps", "Budgets.")] = "1,2",
+    *,
+    common: Annotated[Common, Only("json", "debug")],
+) -> None:
+    """Do it."""
+    SAID.append((place, count, eps, common))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coloured(Common):
+    """A record of a record."""
+
+    colour: str = "red"
+
+
+def records_last(
+    count: Annotated[int, typer.Argument()],
+    *,
+    place: Place = FAR,
+    coloured: Annotated[Coloured, Only("seed", "colour")],
+) -> None:
+    SAID.append((count, place, coloured))
+
+
+def plain(text: str) -> str:
+    """Text without the frames and line breaks of its table."""
+    return " ".join(text.replace("│", "").split())
+
+
+def run(function: Any, *words: str) -> Any:
+    app = typer.Typer(rich_markup_mode="markdown")
+    app.command()(spread(function))
+    done = CliRunner().invoke(app, words)
+    return SAID.pop() if done.exit_code == 0 and SAID else done
+
+
+def test_the_command_gets_records_and_typer_their_fields() -> None:
+    assert run(records_first, "--name", "x") == (Place(name="x"), 1, "1,2", Common())
+    said = run(records_first, "7", "--name", "x", "--kind", "strong", "--sizes", "3", "--far", "0", "--json")
+    assert said == (Place(name="x", kind="strong", sizes="3", far=0), 7, "1,2", Common(json=True))
+    # Only the fields that are named are options.
+    assert "No such option" in run(records_first, "--name", "x", "--seed", "1").output
+    assert run(records_first).exit_code == 2
+    assert run(records_first, "--name", "x", "--far", "-1").exit_code == 2
+
+
+def test_a_default_of_the_command_stands_before_those_of_the_record() -> None:
+    assert run(records_last, "2") == (2, FAR, Coloured())
+    said = run(records_last, "2", "--far", "1", "--colour", "blue", "--seed", "4")
+    assert said == (2, Place(name="there", far=1), Coloured(colour="blue", seed=4))
+
+
+def test_lists_may_be_given_several_times() -> None:
+    assert run(records_first, "--name", "x", "--eps", "1,8/255", "--eps", "3")[2] == "1,8/255,3"
+    assert run(records_first, "--name", "x", "--sizes", "a", "--sizes", "b,c")[0].sizes == "a,b,c"
+    # Said and empty is not the default.
+    assert run(records_first, "--name", "x", "--eps", "")[2] == ""
+
+
+def test_choices_are_asked_for_when_the_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = run(records_first, "--name", "x", "--kind", "late")
+    assert wrong.exit_code == 2
+    assert "'late' is not one of 'mild', 'strong', 'python:FILE:NAME'" in plain(wrong.output)
+    assert run(records_first, "--name", "x", "--kind", "python:mine.py:f")[0].kind == "python:mine.py:f"
+    monkeypatch.setattr(sys.modules[__name__], "WORDS", [*WORDS, "late"])
+    assert run(records_first, "--name", "x", "--kind", "late")[0].kind == "late"
+    assert "late" in run(records_first, "--help").output
+
+
+def test_help_shows_what_stands_in_brackets() -> None:
+    assert "[default: none]" in plain(run(records_first, "--help").output)
+    assert "[default: any]" in plain(nndefense("index", "build", "--help").out)
+
+
+def test_a_group() -> None:
+    group = Group("places", "Of places.")
+
+    @group.command("one")
+    @group.command("two", "Another help.")
+    def one(*, common: Annotated[Common, Only("json")]) -> None:
+        """The help."""
+        SAID.append(common)
+
+    app = typer.Typer()
+    app.add_typer(group.typer(), name=group.name)
+    assert CliRunner().invoke(app, ["places", "two", "--json"]).exit_code == 0
+    assert SAID.pop() == Common(json=True)
+    shown = CliRunner().invoke(app, ["places", "--help"]).output
+    assert "The help." in shown
+    assert "Another help." in shown
+
+
+# -- the whole command ------------------------------------------------------------------------------------------------
+
+
+def test_version_and_short_help() -> None:
+    assert nndefense("--version").out == f"nndefense {package.__version__}\n"
+    for words in ([], ["train"], ["index"], ["index", "build"]):
+        assert nndefense(*words, "-h").out == nndefense(*words, "--help").out != ""
+
+
+def test_help_has_four_groups() -> None:
+    text = nndefense("--help").out
+    places = [text.index(title) for title in ("Use it", "Measure", "Train", "Learn")]
+    assert places == sorted(places)
+    use, measure, train, learn = (text[a:b] for a, b in zip(places, [*places[1:], None], strict=True))
+    for panel, names in (
+        (use, ("demo", "index", "calibrate", "classify", "guard", "serve")),
+        (measure, ("evaluate", "attack", "reproduce", "rp2")),
+        (train, ("train", "pseudo-label", "racnn")),
+        (learn, ("theory",)),
+    ):
+        assert all(f"│ {name} " in panel for name in names)
+
+
+def test_shell_completion(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--show-completion" in nndefense("--help").out
+    assert "--show-completion" not in nndefense("train", "--help").out
+    monkeypatch.setenv("_NNDEFENSE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "nndefense train --norm l")
+    monkeypatch.setenv("COMP_CWORD", "3")
+    assert nndefense().out.split() == ["linf", "l2"]
+
+
+def test_a_wrong_choice_is_told_in_one_line() -> None:
+    fails(2, "'l0' is not one of 'linf', 'l2', 'normalized-l2'", "train", "--norm", "l0")
+
+
+def test_every_command_can_be_made() -> None:
+    # Each has a way to show an error's traceback, and none has an option twice.
+    def commands(found: Any, path: str) -> None:
+        for name, command in getattr(found, "commands", {}).items():
+            commands(command, f"{path} {name}")
+        if not hasattr(found, "commands"):
+            flags = [flag for option in found.params for flag in option.opts]
+            assert len(flags) == len(set(flags)), path
+            assert "--debug" in flags, path
+
+    commands(typer.main.get_command(build()), "nndefense")
