@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import nndefense as package
 from nndefense.cli.app import build
-from nndefense.cli.declare import Choice, Commas, Group, Only, spread
+from nndefense.cli.declare import Commas, Group, OneOf, Only, spread
 from nndefense.cli.options import Common
 
 SAID: list[Any] = []
@@ -29,7 +29,7 @@ class Place:
     """A record with a field that must be given, and with every kind of option."""
 
     name: Annotated[str, typer.Option("--name", help="Of the place [default: none].")]
-    kind: Annotated[str, Choice("--kind", "What kind.", words, python=True)] = "mild"
+    kind: Annotated[str, OneOf("--kind", "What kind.", words, python=True)] = "mild"
     sizes: Annotated[str | None, Commas("--sizes", "Sizes, with commas.")] = None
     far: Annotated[int, typer.Option("--far", min=0)] = 3
 

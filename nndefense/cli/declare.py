@@ -26,7 +26,7 @@ class Only:
 
 
 @dataclass(frozen=True)
-class Choice:
+class OneOf:
     """In the place of ``typer.Option``: a text option that takes one of some words.
 
     Attributes:
@@ -118,7 +118,7 @@ def _typed(parameter: Parameter) -> Parameter:
     """A parameter with Typer's own declaration in the place of ours."""
     if not _annotated(parameter.annotation):
         return parameter
-    own = next((extra for extra in get_args(parameter.annotation) if isinstance(extra, Choice | Commas)), None)
+    own = next((extra for extra in get_args(parameter.annotation) if isinstance(extra, OneOf | Commas)), None)
     if own is None:
         return parameter
     hint: Any = str | None

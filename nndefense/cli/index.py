@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nndefense.cli.declare import Choice, Group, Only
+from nndefense.cli.declare import Group, OneOf, Only
 from nndefense.cli.options import (
     BatchOption,
     ClassifierOptions,
@@ -44,7 +44,7 @@ MemoryOption = Annotated[
     ),
 ]
 EngineOption = Annotated[
-    str, Choice("--engine", "This process, or a Ray cluster whose machines share the folder.", ("local", "ray"))
+    str, OneOf("--engine", "This process, or a Ray cluster whose machines share the folder.", ("local", "ray"))
 ]
 RayWorkersOption = Annotated[
     int | None,
@@ -67,13 +67,13 @@ class BuildOptions:
     ] = 0.95
     k: Annotated[int, typer.Option("--recall-k", min=1, help="How many nearest rows that share is of.")] = 50
     pca_sample: Annotated[int, typer.Option(min=2, help="Images that PCA is fitted on.")] = 4096
-    storage: Annotated[str, Choice("--storage", "How features are stored.", ("float32", "float16"))] = "float32"
+    storage: Annotated[str, OneOf("--storage", "How features are stored.", ("float32", "float16"))] = "float32"
     posteriors: Annotated[
         str, typer.Option("--posteriors", help="dense, top-M, or auto: dense up to 64 classes, else top-20.")
     ] = "auto"
     precision: Annotated[
         str,
-        Choice(
+        OneOf(
             "--precision",
             "Of the forward pass; auto measures what is faster and as good.",
             ("auto", "float32", "bfloat16", "float16"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nndefense.cli.declare import Choice, Commas, Only
+from nndefense.cli.declare import Commas, OneOf, Only
 from nndefense.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ DatabaseOption = Annotated[Path, typer.Option("--database", help="Folder of the 
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use so many images, drawn at random.")]
-NormOption = Annotated[str, Choice("--norm", "normalized-l2: length of the change / length of the image.", NORMS)]
-AttackOption = Annotated[str, Choice("--attack", "The attack.", ATTACKS)]
+NormOption = Annotated[str, OneOf("--norm", "normalized-l2: length of the change / length of the image.", NORMS)]
+AttackOption = Annotated[str, OneOf("--attack", "The attack.", ATTACKS)]
 StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Gradient steps (queries of square).")]
 RestartsOption = Annotated[int, typer.Option("--restarts", min=1, help="Random starts; the worst counts.")]
 AdaptiveOption = Annotated[
@@ -46,7 +46,7 @@ AuditOption = Annotated[bool, typer.Option("--audit/--no-audit", help="Also make
 EpsOption = Annotated[str, Commas("--eps", "Budgets, with commas, in units of the norm; 8/255 is fine.")]
 KOption = Annotated[int | None, typer.Option("--k", min=1, help="Neighbours [default: as calibrated, else 50].")]
 WeightingOption = Annotated[
-    str | None, Choice("--weighting", "Weighting [default: as calibrated, else cbw-d].", ("uniform", "cbw-e", "cbw-d"))
+    str | None, OneOf("--weighting", "Weighting [default: as calibrated, else cbw-d].", ("uniform", "cbw-e", "cbw-d"))
 ]
 LayersOption = Annotated[
     str | None, Commas("--layers", "Layers to try, with commas [default: six, spread over the net].")
@@ -79,7 +79,7 @@ class Common:
     data_dir: Annotated[
         Path | None, typer.Option("--data-dir", help="Folder of the data sets [default: $NNDEFENSE_DATA, else data].")
     ] = None
-    device: Annotated[str, Choice("--device", "Where to compute.", ("auto", "cpu", "cuda"))] = "auto"
+    device: Annotated[str, OneOf("--device", "Where to compute.", ("auto", "cpu", "cuda"))] = "auto"
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of all random draws.")] = 0
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nndefense.cli.declare import Choice, Only
+from nndefense.cli.declare import OneOf, Only
 from nndefense.cli.index import index as index
 from nndefense.cli.options import Common, DatasetsOption, LimitOption, OverwriteOption, Printing, shape
 
@@ -26,7 +26,7 @@ def patches(
     side: Annotated[int, typer.Option("--side", min=1, help="Side of a patch in pixels.")] = 5,
     storage: Annotated[
         str,
-        Choice("--storage", "auto: 8 bits where these lose nothing, else floats.", ("auto", "uint8", "float32")),
+        OneOf("--storage", "auto: 8 bits where these lose nothing, else floats.", ("auto", "uint8", "float32")),
     ] = "auto",
     index: Annotated[
         str, typer.Option("--index", help="FAISS factory string; auto: Flat (exact) if small, else inverted lists.")

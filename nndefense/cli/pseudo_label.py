@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nndefense.cli.declare import Choice, Group, Only
+from nndefense.cli.declare import Group, OneOf, Only
 from nndefense.cli.options import (
     BatchOption,
     ClassifierOptions,
@@ -46,14 +46,14 @@ def write(
     dataset: DatasetsOption,
     model: ClassifierOptions,
     out: Annotated[Path, typer.Option("--out", help="HDF5 file for the pseudo-labels.")],
-    by: Annotated[str, Choice("--by", "Who labels.", ("teacher", "retrieval", "product", "agreement"))] = "teacher",
+    by: Annotated[str, OneOf("--by", "Who labels.", ("teacher", "retrieval", "product", "agreement"))] = "teacher",
     confidence: Annotated[
-        str, Choice("--confidence", "Of the teacher: softmax, or lead over the second.", ("probability", "margin"))
+        str, OneOf("--confidence", "Of the teacher: softmax, or lead over the second.", ("probability", "margin"))
     ] = "probability",
     database: Annotated[Path | None, typer.Option("--database", help="Database of labelled images.")] = None,
     k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 10,
     votes: Annotated[
-        str, Choice("--votes", "What a vote weighs.", ("distance", "uniform", "cbw-e", "cbw-d"))
+        str, OneOf("--votes", "What a vote weighs.", ("distance", "uniform", "cbw-e", "cbw-d"))
     ] = "distance",
     labelled: Annotated[
         str | None, typer.Option("--labelled", help="Data set: of the database, only its images vote.")
@@ -125,7 +125,7 @@ def select(
     min_confidence: Annotated[float, typer.Option(min=0, max=1, help="Only images of at least this confidence.")] = 0.0,
     short: Annotated[
         str,
-        Choice("--short", "Where classes have too few: keep these, or take as few of all.", ("keep", "equalize")),
+        OneOf("--short", "Where classes have too few: keep these, or take as few of all.", ("keep", "equalize")),
     ] = "keep",
     overwrite: OverwriteOption = False,
     common: Annotated[Common, Only("seed", "json", "debug")],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nndefense.cli.declare import Choice, Only
+from nndefense.cli.declare import OneOf, Only
 from nndefense.cli.options import SPEC_HELP, Common, command_line
 from nndefense.errors import InputError
 
@@ -28,7 +28,7 @@ def reproduce(
     *,
     name: Annotated[str | None, typer.Argument(help="A shipped recipe; --list names them.", show_default=False)] = None,
     scale: Annotated[
-        str, Choice("--scale", "full: as the papers, for a GPU; small: for two cores.", ("full", "small"))
+        str, OneOf("--scale", "full: as the papers, for a GPU; small: for two cores.", ("full", "small"))
     ] = "full",
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for everything [default: runs/reproduce/NAME-SCALE].")

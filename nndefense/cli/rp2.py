@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nndefense.cli.declare import Choice, Commas, Group, Only
+from nndefense.cli.declare import Commas, Group, OneOf, Only
 from nndefense.cli.options import ClassifierOptions, Common, numbers
 from nndefense.errors import InputError
 
@@ -24,7 +24,7 @@ Shown = Annotated[Common, Only("device", "seed", "json", "debug")]
 HoldOutOption = Annotated[
     float, typer.Option("--hold-out", min=0, max=0.95, help="Share of the photos set apart, drawn by the seed.")
 ]
-ModeOption = Annotated["Mode", Choice("--mode", "replace what is under the sticker, or add to it.", ("replace", "add"))]
+ModeOption = Annotated["Mode", OneOf("--mode", "replace what is under the sticker, or add to it.", ("replace", "add"))]
 StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Steps of Adam.")]
 RateOption = Annotated[float, typer.Option("--learning-rate", help="Adam's, at the start.")]
 BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Photos per step [default: all].")]

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from nndefense.cli.declare import Choice, Only
+from nndefense.cli.declare import OneOf, Only
 from nndefense.cli.options import Common, DatabaseOptions, KOption, WeightingOption
 from nndefense.errors import InputError
 
@@ -57,7 +57,7 @@ def serve(
     body_seconds: Annotated[float, typer.Option(help="Seconds in which a body must have arrived.")] = 20.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the net and of the search.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Folder of the access log [default: none is kept].")] = None,
-    engine: Annotated[str, Choice("--engine", "One process, or Ray Serve.", ("local", "ray"))] = "local",
+    engine: Annotated[str, OneOf("--engine", "One process, or Ray Serve.", ("local", "ray"))] = "local",
     replicas: Annotated[int, typer.Option(min=1, help="With ray: copies of the application.")] = 1,
     shards: Annotated[int, typer.Option(min=1, help="With ray: parts of the index, an actor each.")] = 1,
     max_replicas: Annotated[

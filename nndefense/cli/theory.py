@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nndefense.cli.declare import Choice, Commas, Group, Only
+from nndefense.cli.declare import Commas, Group, OneOf, Only
 from nndefense.cli.options import Common, numbers
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ theory = Group("theory", "Why robustness can cost accuracy, and how self-trainin
 OutOption = Annotated[Path, typer.Option("--out", help="Folder for the figures (PNG and SVG) and the JSON.")]
 NoiseOption = Annotated[float, typer.Option("--x-noise", help="Weight of the half-points in the standard error.")]
 KnotsOption = Annotated[
-    str, Choice("--left-knots", "Outer knots on the left; the sources differ.", ("-4..-2", "-3..-1"))
+    str, OneOf("--left-knots", "Outer knots on the left; the sources differ.", ("-4..-2", "-3..-1"))
 ]
 Drawn = Annotated[Common, Only("seed", "json", "debug")]
 OUT = Path("runs/theory")
@@ -48,7 +48,7 @@ def spline(
     labelled: Annotated[str, Commas("--labelled", "Labelled points, with commas: 0, 0.5, 1, ...")] = "0,1,2,3",
     x_noise: NoiseOption = 0.1,
     left_knots: KnotsOption = "-4..-2",
-    teacher: Annotated[str, Choice("--teacher", "Whose predictions are the pseudo-labels.", ("std", "aug"))] = "std",
+    teacher: Annotated[str, OneOf("--teacher", "Whose predictions are the pseudo-labels.", ("std", "aug"))] = "std",
     out: OutOption = OUT,
     common: Annotated[Common, Only("json", "debug")],
 ) -> None:

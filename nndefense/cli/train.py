@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nndefense.cli.declare import Choice, Commas
+from nndefense.cli.declare import Commas, OneOf
 from nndefense.cli.options import NORMS, SPEC_HELP, Common, DatasetOption, OverwriteOption, number, numbers
 from nndefense.errors import InputError
 
@@ -89,13 +89,13 @@ class AttackOptions:
 
     attack: Annotated[
         str | None,
-        Choice(
+        OneOf(
             "--attack",
             "What attacks [default: fgsm for ensemble-adversarial, else pgd].",
             ("pgd", "single-step", "fgsm", "r-fgsm", "spatial"),
         ),
     ] = None
-    norm: Annotated[str, Choice("--norm", "Of the attack; normalized-l2 is relative to the image's length.", NORMS)] = (
+    norm: Annotated[str, OneOf("--norm", "Of the attack; normalized-l2 is relative to the image's length.", NORMS)] = (
         "linf"
     )
     eps: Annotated[str | None, typer.Option(help="Budget of the attack, such as 0.3 or 8/255.")] = None
@@ -103,7 +103,7 @@ class AttackOptions:
     step_size: Annotated[str | None, typer.Option(help="Length of a step [default: 2.5 eps / steps].")] = None
     start: Annotated[
         str | None,
-        Choice(
+        OneOf(
             "--start",
             "Where the attack begins [default: gaussian for trades, else uniform].",
             ("uniform", "gaussian", "sign", "none"),
@@ -114,7 +114,7 @@ class AttackOptions:
     ] = None
     target: Annotated[
         str | None,
-        Choice(
+        OneOf(
             "--target",
             "Step away from the label or from the predicted class, or towards the least likely one [default: "
             "least-likely for alp, predicted for fgsm, r-fgsm and ensemble-adversarial, else label].",
@@ -129,7 +129,7 @@ class AttackOptions:
         Path | None,
         typer.Option("--source-cache", help="Folder to keep what the static sources attack [default: do it anew]."),
     ] = None
-    attack_mode: Annotated[str, Choice("--attack-mode", "The net's mode while it is attacked.", ("eval", "train"))] = (
+    attack_mode: Annotated[str, OneOf("--attack-mode", "The net's mode while it is attacked.", ("eval", "train"))] = (
         "eval"
     )
     check_steps: Annotated[
