@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING
 from nndefense.faces import importing
 
 if TYPE_CHECKING:
-    from nndefense import attacks, database, datasets, defenses, evaluation, features, models, theory, training
+    from nndefense import (
+        attacks,
+        database,
+        datasets,
+        defenses,
+        evaluation,
+        features,
+        models,
+        pipeline,
+        theory,
+        training,
+    )
     from nndefense.database import ImageDatabase
     from nndefense.datasets import open_dataset
     from nndefense.defenses import NearestNeighborDefense
@@ -35,7 +46,8 @@ _HOMES = {
     **{
         room: f"nndefense.{room}"
         for room in (
-            "attacks", "database", "datasets", "defenses", "evaluation", "features", "models", "theory", "training",
+            "attacks", "database", "datasets", "defenses", "evaluation", "features", "models", "pipeline", "theory",
+            "training",
         )
     },
 }  # fmt: skip
@@ -59,6 +71,7 @@ __all__ = [
     "load_classifier",
     "models",
     "open_dataset",
+    "pipeline",
     "save_classifier",
     "theory",
     "training",

@@ -16,7 +16,6 @@ from nndefense.comparison import (
     CAVEATS,
     KINDS,
     PUBLISHED,
-    Materials,
     RowSpec,
     TableRow,
     changed,
@@ -34,6 +33,7 @@ from nndefense.comparison.row import InClassesOf
 from nndefense.comparison.table import weaker_than_ignorant
 from nndefense.datasets import open_dataset
 from nndefense.errors import DataError, InputError, NNDefenseError
+from nndefense.pipeline import Materials
 
 SMALL = {
     "title": "small",
@@ -58,19 +58,19 @@ SMALL = {
 def materials(out: Path, values: dict[str, Any] | None = None) -> Materials:
     recipe = comparison_from(values or SMALL, "small", "digits")
     return Materials(
-        recipe,
-        open_dataset("digits:train[:600]"),
-        open_dataset("digits:test[:40]"),
-        out,
-        torch.device("cpu"),
-        progress=False,
+        recipe.scope, open_dataset("digits:train[:600]"), out, torch.device("cpu"), recipe.seed, progress=False
     )
+
+
+def run_small(out: Path, command: str = "") -> dict[str, Any]:
+    recipe = comparison_from(SMALL, "small", "digits")
+    return run_comparison(recipe, materials(out), open_dataset("digits:test[:40]"), command)
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("comparison")
-    return out, run_comparison(materials(out), "nndefense evaluate small")
+    return out, run_small(out, "nndefense evaluate small")
 
 
 def test_shipped_recipes_have_every_kind_of_defence() -> None:
@@ -172,15 +172,15 @@ def test_a_second_run_makes_nothing_again(done: tuple[Path, dict[str, Any]], mon
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("made again")
 
-    monkeypatch.setattr("nndefense.comparison.materials.build_databases", refuse)
+    monkeypatch.setattr("nndefense.pipeline.finished.build_databases", refuse)
     monkeypatch.setattr(importlib.import_module("nndefense.evaluation.evaluate"), "_measure", refuse)
-    again = run_comparison(materials(out), "nndefense evaluate small")
+    again = run_small(out, "nndefense evaluate small")
     assert again["records"] == results["records"]
 
 
 def test_outcomes_repeat(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     _, results = done
-    again = run_comparison(materials(tmp_path))
+    again = run_small(tmp_path)
     assert [r["correct"] for r in again["records"]] == [r["correct"] for r in results["records"]]
 
 

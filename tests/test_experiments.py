@@ -245,7 +245,7 @@ def test_images_are_kept_apart() -> None:
 
 def test_overlapping_or_too_few_images_are_refused() -> None:
     recipe = tiny(shipped_recipe("madry-mnist", "small"))
-    with pytest.raises(DataError, match="in common"):
+    with pytest.raises(DataError, match="stand in"):
         open_images(replace(recipe, test="digits:train[180:240]"))
     with pytest.raises(InputError, match="label fewer"):
         open_images(replace(recipe, labels=(190,)))

@@ -36,6 +36,7 @@ FLOORS = (
     ("nndefense.database",),
     ("nndefense.defenses", "nndefense.training"),
     ("index_build", "nndefense.evaluation", "nndefense.guard"),
+    ("nndefense.pipeline",),
     ("nndefense.comparison", "nndefense.experiments", "nndefense.serving"),
     ("nndefense.cli",),
 )
@@ -67,6 +68,7 @@ PUBLIC = (
     "nndefense.features",
     "nndefense.guard",
     "nndefense.models",
+    "nndefense.pipeline",
     "nndefense.reporting",
     "nndefense.serving",
     "nndefense.serving.cluster",
@@ -215,7 +217,7 @@ def test_rooms_import_only_downward(path: Path) -> None:
         ("nndefense/models/load.py", "import nndefense.features"),
         ("nndefense/database/rows.py", "def f():\n    from nndefense.defenses import calibrate"),
         ("index_build/reader.py", "from nndefense.evaluation import evaluate"),
-        ("nndefense/training/loop.py", "from nndefense.cli import workflow"),
+        ("nndefense/training/loop.py", "from nndefense.cli import options"),
         ("nndefense/theory/solve.py", "from nndefense import attacks"),
     ],
 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,9 +28,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_readme_in_python(made: Path) -> None:
-    classifier = nnd.load_classifier(made / "classifier")
-    database = nnd.ImageDatabase.open(made / "database", classifier=classifier)
-    defense = nnd.NearestNeighborDefense(classifier, database, k=50, weighting="cbw-d")
+    defense = nnd.NearestNeighborDefense.open(made / "database")
+    classifier = defense.classifier
+    assert (defense.k, defense.weighting) == (50, "cbw-d")
     test = nnd.open_dataset("digits:test")
     images, labels = test.batch(range(64))
     assert images.shape == (64, 1, 8, 8)
@@ -57,6 +60,52 @@ def test_the_readme_in_python(made: Path) -> None:
     assert clean > 0.5
     assert bare[0] > 0.5
     assert bare[1] < bare[0]
+
+
+def test_a_defence_opens_with_its_setting(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "all" / "database"
+    shutil.copytree(made, tmp_path / "all")
+    (folder / "calibration.json").write_text(json.dumps({"chosen": {"k": 7, "weighting": "uniform"}, "ids": []}))
+    open_it = nnd.NearestNeighborDefense.open
+    found = [open_it(folder), open_it(folder, k=3), open_it(folder, made / "classifier", weighting="cbw-e")]
+    assert [(one.k, one.weighting) for one in found] == [(7, "uniform"), (3, "uniform"), (7, "cbw-e")]
+    with pytest.raises(nnd.NNDefenseError, match="k is 321"):
+        open_it(folder, k=321)
+    few = nnd.NearestNeighborDefense(found[0].classifier, found[0].database.subset(np.arange(20)))
+    assert (few.k, few.weighting) == (20, "cbw-d")
+
+
+def test_python_code_runs_only_if_it_is_named(made: Path, tmp_path: Path) -> None:
+    """One rule, for the defence as for the pipeline: a manifest is data, and does not make code run."""
+    folder = tmp_path / "all" / "database"
+    shutil.copytree(made, tmp_path / "all")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["classifier"]["source"] = "python:evil.py:make"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(nnd.NNDefenseError, match="runs only if you name it"):
+        nnd.NearestNeighborDefense.open(folder)
+    with pytest.raises(nnd.NNDefenseError, match="runs only if you name it"):
+        nnd.pipeline.open_classifier(None, database=folder)
+    assert nnd.NearestNeighborDefense.open(folder, made / "classifier").k == 50
+
+
+def test_the_checks_are_on_in_python(made: Path, tmp_path: Path) -> None:
+    """What stands in the database is refused, without any option."""
+    recipe = nnd.evaluation.Recipe(
+        dataset="digits:train[300:340]",
+        classifier=str(made / "classifier"),
+        database=str(made / "database"),
+        rungs=nnd.evaluation.rungs_for(["gray"], nnd.evaluation.AttackSettings(eps=(0.1,), steps=1)),
+        headline_norm="normalized-l2",
+        headline_eps=0.1,
+    )
+    with pytest.raises(nnd.NNDefenseError, match="stand in the database"):
+        nnd.pipeline.evaluate(recipe, tmp_path / "out", progress=False)
+    images = nnd.open_dataset("digits:train[:320]")
+    attack = nnd.evaluation.AttackSettings(eps=(0.1,), steps=1)
+    classifier = nnd.load_classifier(made / "classifier")
+    with pytest.raises(nnd.NNDefenseError, match="stand in"):
+        nnd.pipeline.choose(classifier, images, images.subset([1, 2]), attack, 0.1, progress=False)
 
 
 def test_a_database_of_another_classifier_is_refused(made: Path) -> None:

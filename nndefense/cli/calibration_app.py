@@ -62,6 +62,7 @@ def calibrate(
     """Choose layer, pooling, K and weighting on held-out images, and build the database with them."""
     from nndefense.cli import commands
     from nndefense.evaluation import AttackSettings
+    from nndefense.pipeline import Candidates
 
     commands.calibrate(
         dataset,
@@ -70,12 +71,14 @@ def calibrate(
         AttackSettings(attack, norm, (number("--eps", eps),), steps, restarts),
         calibration=calibration,
         n_holdout=holdout,
-        layers=words(layers),
-        poolings=words(poolings) or [],
-        ks=[int(k) for k in numbers(ks, whole=True)],
-        pca=pca,
-        max_clean_loss=max_clean_loss,
-        candidate_rows=candidate_rows,
+        candidates=Candidates(
+            layers=words(layers),
+            poolings=words(poolings) or [],
+            ks=[int(k) for k in numbers(ks, whole=True)],
+            pca=pca,
+            max_clean_loss=max_clean_loss,
+            rows=candidate_rows,
+        ),
         overwrite=overwrite,
         batch_size=batch_size,
         classes=model.classes,

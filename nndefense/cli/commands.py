@@ -5,20 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from index_build import build_database
-from nndefense.cli import inputs, output, workflow
-from nndefense.cli.demo import DemoSettings, run_demo
-from nndefense.database import WEIGHTINGS, check_vacant
-from nndefense.datasets import image_channels, write_hdf5
-from nndefense.errors import DataError, InputError
-from nndefense.evaluation import AttackSettings, Recipe, calibration_text, run_attack, wilson_interval
-from nndefense.features import FeatureSpec
-from nndefense.files import make_folder
+from nndefense import pipeline
+from nndefense.cli import output
+from nndefense.datasets import image_channels
+from nndefense.errors import InputError
+from nndefense.evaluation import AttackSettings, Recipe, calibration_text
 from nndefense.guard import Guard
 
 
@@ -30,12 +22,7 @@ def calibrate(
     *,
     calibration: str | None,
     n_holdout: int,
-    layers: Sequence[str] | None,
-    poolings: Sequence[str],
-    ks: Sequence[int],
-    pca: int,
-    max_clean_loss: float,
-    candidate_rows: int,
+    candidates: pipeline.Candidates,
     overwrite: bool,
     batch_size: int,
     classes: Path | None,
@@ -47,44 +34,24 @@ def calibrate(
     progress: bool,
 ) -> None:
     """Choose a setting on held-out images, print the table, and build the database of all images with it."""
-    classifier = inputs.open_classifier(
+    classifier = pipeline.open_classifier(
         source, device=device, data_dir=data_dir, classes=classes, input_shape=input_shape, specs=specs
     )
-    rows, rest, held = inputs.split(specs, calibration, n_holdout, data_dir=data_dir, like=classifier, seed=seed)
-    # A folder that cannot be used is told before the work, not after it.
-    make_folder(out)
-    check_vacant(out, overwrite=overwrite)
-    found = workflow.calibrate_on(
+    database, chosen = pipeline.build_calibrated(
         classifier,
-        inputs.drawn(rest, candidate_rows, seed),
-        held,
-        workflow.candidate_features(classifier, layers, poolings, pca),
-        attack,
-        attack.eps[0],
-        ks=ks,
-        weightings=WEIGHTINGS,
-        max_clean_loss=max_clean_loss,
-        batch_size=batch_size,
-        seed=seed + 1,
-        progress=progress,
-    )
-    chosen = found["chosen"]
-    feature = FeatureSpec(chosen["layer"], chosen["pooling"], pca=pca)
-    database = build_database(
-        rows,
-        classifier,
-        feature,
+        pipeline.split(specs, calibration, n_holdout, data_dir=data_dir, like=classifier, seed=seed),
         out,
+        attack,
+        candidates,
         specs=specs,
+        overwrite=overwrite,
         batch_size=batch_size,
         seed=seed,
-        overwrite=overwrite,
         progress=progress,
     )
-    inputs.store_calibration(out, found)
     output.show(
-        {"database": str(out), "rows": len(database), "calibration": found},
-        f"{calibration_text(found)}\nbuilt {out}: {len(database):,} rows of {feature}",
+        {"database": str(out), "rows": len(database), "calibration": chosen.calibration},
+        f"{calibration_text(chosen.calibration)}\nbuilt {out}: {len(database):,} rows of {chosen.feature}",
         as_json,
     )
 
@@ -109,48 +76,25 @@ def attack(
     """Attack a data set's images and keep them as float32, with the ids of their originals."""
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists: choose another file, or --overwrite")
-    classifier = inputs.open_classifier(
+    classifier = pipeline.open_classifier(
         source, device=device, data_dir=data_dir, classes=classes, input_shape=input_shape, specs=[spec]
     )
-    dataset = inputs.open_datasets([spec], data_dir=data_dir, like=classifier, limit=limit, seed=seed)
-    if len(dataset) == 0 or (dataset.labels < 0).any():
-        raise DataError(f"{dataset.name} has no images, or some without a label: an attack needs the right answers")
-    make_folder(out.parent)
-    maps, where = classifier.label_map(dataset.classes), classifier.device
-    generator = torch.Generator().manual_seed(seed)
-    attacked, right = [], [0, 0]
-    for images, labels, _ in tqdm(
-        dataset.batches(batch_size),
-        total=-(-len(dataset) // batch_size),
-        desc="attacking",
-        unit=" batches",
-        delay=1,
-        disable=workflow.hidden(progress),
-    ):
-        images, truth = images.to(where), maps[labels].to(where)
-        moved = run_attack(settings, classifier, images, truth, settings.eps[0], generator).images
-        with torch.no_grad():
-            for side, shown in enumerate((images, moved)):
-                right[side] += int((classifier(shown).argmax(1) == truth).sum())
-        attacked.append(moved.cpu())
-    write_hdf5(out, torch.cat(attacked), dataset.labels, list(dataset.ids), dataset.classes)
-    n = len(dataset)
-    intervals = [wilson_interval(count, n) for count in right]
-    found = {
-        "file": str(out),
-        "dataset": dataset.name,
-        "n": n,
-        "attack": settings.to_json(),
-        "seed": seed,
-        "classifier": classifier.fingerprint,
-        "clean": {"accuracy": right[0] / n, "ci_low": intervals[0][0], "ci_high": intervals[0][1]},
-        "attacked": {"accuracy": right[1] / n, "ci_low": intervals[1][0], "ci_high": intervals[1][1]},
-    }
-    text = [
-        f"{name} accuracy {count / n:.3f} [{low:.3f}, {high:.3f}]"
-        for name, count, (low, high) in zip(("clean", "attacked"), right, intervals, strict=True)
-    ]
-    output.show(found, f"{out}: {n:,} images of {dataset.name}; {'; '.join(text)}", as_json)
+    dataset = pipeline.open_datasets([spec], data_dir=data_dir, like=classifier, limit=limit, seed=seed)
+    found = pipeline.write_attacked(
+        settings,
+        classifier,
+        dataset,
+        out,
+        overwrite=overwrite,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+    text = "; ".join(
+        f"{name} accuracy {found[name]['accuracy']:.3f} [{found[name]['ci_low']:.3f}, {found[name]['ci_high']:.3f}]"
+        for name in ("clean", "attacked")
+    )
+    output.show(found, f"{out}: {found['n']:,} images of {dataset.name}; {text}", as_json)
 
 
 def classify(
@@ -213,60 +157,11 @@ def evaluate(
     command: str,
 ) -> None:
     """Evaluate a classifier and, with a database, its defence; write results, report and finished cells."""
-    folder = Path(recipe.database) if recipe.database else None
-    classifier, other = (
-        inputs.open_classifier(
-            name,
-            device=device,
-            data_dir=data_dir,
-            classes=Path(recipe.classes) if recipe.classes else None,
-            input_shape=recipe.input_shape,
-            specs=() if folder else (recipe.dataset,),
-            database=folder,
-        )
-        if name
-        else None
-        for name in (recipe.classifier, recipe.surrogate)
-    )
-    assert classifier is not None
-    dataset = inputs.open_datasets([recipe.dataset], data_dir=data_dir, like=classifier)
-    defense = calibration = pictures = None
-    if folder is not None:
-        defense, calibration = inputs.open_defense(classifier, folder, recipe.k, recipe.weighting)
-        pictures = inputs.neighbor_pictures(defense.database, data_dir, classifier)
-        if pictures is not None:
-            inputs.check_disjoint(dataset, pictures)
-        else:
-            inputs.check_not_in_database(dataset, defense)
-        inputs.check_not_calibrated_on(dataset, calibration, folder)
-    dataset = dataset if recipe.limit is None else inputs.drawn(dataset, recipe.limit, recipe.seed)
-    if other is not None:
-        inputs.check_surrogate(other, classifier)
-    make_folder(out)
-    evaluated = workflow.evaluated(
-        recipe, dataset, classifier, defense, other, out, pictures=pictures, progress=progress
-    )
-    results = workflow.results_of(evaluated, recipe, dataset, classifier, defense, other, calibration, command)
-    output.write(out, results, evaluated, as_json)
+    results = pipeline.evaluate(recipe, out, data_dir=data_dir, device=device, progress=progress, command=command)
+    output.show_results(out, results, as_json)
 
 
-def headline_of(database: Path | None, budgets: Sequence[float]) -> float:
-    """The budget to tabulate where none is named: the calibrated one where it is run, else the largest."""
-    calibration = inputs.stored_calibration(database) if database is not None else None
-    calibrated = float(calibration["attack"]["eps"][0]) if calibration else None
-    return calibrated if calibrated is not None and calibrated in budgets else max(budgets)
-
-
-def demo(values: dict[str, Any], *, as_json: bool) -> None:
-    """Run the whole path; see :func:`nndefense.cli.demo.run_demo`."""
-    settings = DemoSettings(**values)
-    results, evaluated = run_demo(settings, lambda text: print(text, file=sys.stderr))
-    output.write(settings.out, results, evaluated, as_json)
-
-
-def test_split(spec: str) -> str:
-    """The data set that is reported on unless another is named: the same one's test split."""
-    name = spec.split(":", 1)[0]
-    if name in ("imagefolder", "images", "files", "hdf5", "webdataset", "parquet", "torchvision"):
-        raise InputError(f"which images of {spec} are the test images cannot be guessed: give --test")
-    return f"{name}:test"
+def demo(settings: pipeline.DemoSettings, *, as_json: bool) -> None:
+    """Run the whole path; see :func:`nndefense.pipeline.run_demo`."""
+    results = pipeline.run_demo(settings, lambda text: print(text, file=sys.stderr))
+    output.show_results(settings.out, results, as_json)

@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nndefense.cli import commands, inputs
+from nndefense import pipeline
 from nndefense.cli.options import command_line
 from nndefense.cli.output import show
 from nndefense.comparison import (
     KINDS,
     ComparisonRecipe,
-    Materials,
     changed,
     run_comparison,
     shipped_comparison,
@@ -63,37 +62,37 @@ def compare(
     """
     recipe = _recipe(name, dataset, kinds, train, scope, seed)
     sources = list(train_sets) or [dataset]
-    reported = dataset if train_sets else commands.test_split(dataset)
+    reported = dataset if train_sets else pipeline.reported_split(dataset, "give the others by --train-set")
     target = resolve_device(device)
 
     def opened(source: str | None) -> Any:
         if source is None:
             return None
-        return inputs.open_classifier(
+        return pipeline.open_classifier(
             source, device=device, data_dir=data_dir, classes=classes, input_shape=input_shape, specs=sources
         )
 
     model, other = opened(classifier), opened(surrogate)
-    if model is not None and other is not None:
-        inputs.check_surrogate(other, model)
-    images = inputs.open_datasets(sources, data_dir=data_dir, like=model)
-    test = inputs.open_datasets([reported], data_dir=data_dir, like=model)
-    inputs.check_disjoint(test, images)
-    test = test if recipe.scope.limit is None else inputs.drawn(test, recipe.scope.limit, seed)
+    if model is not None:
+        pipeline.check_surrogate(other, model)
+    images = pipeline.open_datasets(sources, data_dir=data_dir, like=model)
+    test = pipeline.open_datasets([reported], data_dir=data_dir, like=model)
+    pipeline.check_disjoint(test, images)
+    test = pipeline.drawn(test, recipe.scope.limit, seed)
     folder = Path("runs") / f"{name}-{dataset.partition(':')[0]}" if out is None else out.expanduser()
-    materials = Materials(
-        recipe,
+    materials = pipeline.Materials(
+        recipe.scope,
         images,
-        test,
         folder,
         target,
+        seed,
         given=model,
         given_surrogate=other,
         specs=tuple(sources),
         say=lambda text: print(text, file=sys.stderr, flush=True) if progress else None,
         progress=progress,
     )
-    results = run_comparison(materials, command_line())
+    results = run_comparison(recipe, materials, test, command_line())
     paths = ", ".join(str(path) for path in (folder / "results.json", *write_comparison(results, folder)))
     show(results, f"{summary_of(results)}\n\n{paths}", as_json)
 

@@ -151,6 +151,7 @@ def evaluate(
     """
     from nndefense.cli import commands
     from nndefense.evaluation import AttackSettings, Recipe, read_recipe, rungs_for
+    from nndefense.pipeline import headline_of
 
     given = {
         name
@@ -181,7 +182,7 @@ def evaluate(
             database=str(database) if database is not None else None,
             rungs=rungs_for(models, settings, AttackSettings("adaptive", norm, budgets, adaptive_steps)),
             headline_norm=norm,
-            headline_eps=number("--headline", headline) if headline else commands.headline_of(database, budgets),
+            headline_eps=number("--headline", headline) if headline else headline_of(database, budgets),
             surrogate=surrogate,
             classes=str(own.classes) if own.classes else None,
             input_shape=own.shape,
@@ -293,40 +294,41 @@ def demo(
     """Do it all: train, calibrate, build the database, attack, defend, and report."""
     from nndefense.cli import commands
     from nndefense.evaluation import AttackSettings
+    from nndefense.pipeline import Candidates, DemoSettings, reported_split
 
     sets, budgets = dataset or ["digits"], numbers(eps)
-    commands.demo(
-        {
-            "database_sets": sets,
-            "test": test or commands.test_split(sets[0]),
-            "out": out,
-            "attack": AttackSettings(attack, norm, budgets, steps, restarts),
-            "adaptive": AttackSettings("adaptive", norm, budgets, adaptive_steps) if adaptive else None,
-            "headline_eps": number("--headline", headline),
-            "audit": audit,
-            "calibration": calibration,
-            "holdout": holdout,
-            "classifier": classifier,
-            "surrogate": surrogate,
-            "arch": arch,
-            "surrogate_arch": surrogate_arch,
-            "classes": own.classes,
-            "input_shape": own.shape,
-            "layers": words(layers),
-            "poolings": words(poolings) or [],
-            "ks": [int(k) for k in numbers(ks, whole=True)],
-            "pca": pca,
-            "max_clean_loss": max_clean_loss,
-            "candidate_rows": candidate_rows,
-            "epochs": epochs,
-            "limit": limit,
-            "batch_size": batch_size,
-            "gallery": gallery,
-            "data_dir": common.data_dir,
-            "device": common.device,
-            "seed": common.seed,
-            "command": command_line(),
-            "progress": common.progress,
-        },
-        as_json=common.json,
+    settings = DemoSettings(
+        database_sets=sets,
+        test=test or reported_split(sets[0]),
+        out=out,
+        attack=AttackSettings(attack, norm, budgets, steps, restarts),
+        adaptive=AttackSettings("adaptive", norm, budgets, adaptive_steps) if adaptive else None,
+        headline_eps=number("--headline", headline),
+        audit=audit,
+        calibration=calibration,
+        holdout=holdout,
+        classifier=classifier,
+        surrogate=surrogate,
+        arch=arch,
+        surrogate_arch=surrogate_arch,
+        classes=own.classes,
+        input_shape=own.shape,
+        candidates=Candidates(
+            layers=words(layers),
+            poolings=words(poolings) or [],
+            ks=[int(k) for k in numbers(ks, whole=True)],
+            pca=pca,
+            max_clean_loss=max_clean_loss,
+            rows=candidate_rows,
+        ),
+        epochs=epochs,
+        limit=limit,
+        batch_size=batch_size,
+        gallery=gallery,
+        data_dir=common.data_dir,
+        device=common.device,
+        seed=common.seed,
+        command=command_line(),
+        progress=common.progress,
     )
+    commands.demo(settings, as_json=common.json)

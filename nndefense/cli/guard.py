@@ -32,9 +32,9 @@ def calibrate(
     common: Annotated[Common, Only("data_dir", "device", "seed", "json", "debug")],
 ) -> None:
     """Measure how far clean images lie from the database: those of --dataset, which must not stand in it."""
-    from nndefense.cli.inputs import open_datasets
     from nndefense.guard import Guard
     from nndefense.guard.percentile import FILE, check_rate
+    from nndefense.pipeline import open_datasets
 
     if reject_rate is not None:
         check_rate(reject_rate)

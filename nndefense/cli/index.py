@@ -129,8 +129,8 @@ def build(
 ) -> None:
     """Run all stages, or the first."""
     from index_build import build_database, stages
-    from nndefense.cli.inputs import open_datasets
     from nndefense.features import FeatureSpec
+    from nndefense.pipeline import open_datasets
 
     feature = FeatureSpec(layer, pooling, pca, whiten, normalize)
     settings = vars(building) | {"memory": size("--memory", building.memory)}
@@ -244,6 +244,10 @@ def verify(
         str | None,
         typer.Option("--queries", help="Measure with images of this data set [default: rows, each without itself]."),
     ] = None,
+    classifier: Annotated[
+        str | None,
+        typer.Option("--classifier", help="What makes their vectors [default: the one that the database names]."),
+    ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="How many of them, drawn at random.")] = 1000,
     common: Annotated[Common, Only("data_dir", "device", "json", "debug")],
 ) -> None:
@@ -255,7 +259,7 @@ def verify(
 
     settings: dict[str, Any] = {"recall": recall, "k": recall_k}
     if queries is not None:
-        settings |= {"queries": _vectors(database, queries, limit, common), "queries_from": queries}
+        settings |= {"queries": _vectors(database, queries, classifier, limit, common), "queries_from": queries}
     found = stages.verify(database, **settings)
     text = f"{database} is whole: {found['rows']:,} rows, {found['files']} files with the right sha256, no id twice"
     if "search" in found:
@@ -315,14 +319,13 @@ def _search_text(search: dict[str, Any]) -> str:
     )
 
 
-def _vectors(folder: Path, queries: str, limit: int, common: Common) -> Any:
-    """The feature vectors of images to look for, made with the classifier that the database names."""
+def _vectors(folder: Path, queries: str, source: str | None, limit: int, common: Common) -> Any:
+    """The feature vectors of images to look for, made with the database's classifier."""
     from index_build import stages
-    from nndefense.cli.inputs import open_datasets
-    from nndefense.database import ImageDatabase, Manifest
+    from nndefense.database import ImageDatabase
+    from nndefense.pipeline import open_classifier, open_datasets
 
-    model = ClassifierOptions(classifier=Manifest.read(folder).classifier["source"])
-    net = model.open(common, database=folder)
+    net = open_classifier(source, device=common.device, data_dir=common.data_dir, database=folder)
     opened = ImageDatabase.open(folder, classifier=net, verify=False)
     images = open_datasets([queries], data_dir=common.data_dir, like=net, limit=limit)
     return stages.vectors_of(opened, net, images)

@@ -135,7 +135,7 @@ class ClassifierOptions(OwnOptions):
 
     def open(self, common: Common, *, specs: Sequence[str] = (), database: Path | None = None) -> Classifier:
         """Load it; where it does not say its image shape, that is the one of the database or of the first data set."""
-        from nndefense.cli.inputs import open_classifier
+        from nndefense.pipeline import open_classifier
 
         return open_classifier(
             self.classifier,

@@ -44,15 +44,11 @@ def patches(
 ) -> None:
     """Cut patches of images at random, for image quilting."""
     from index_build.patches import build_patches
-    from nndefense.cli.inputs import drawn, joined
-    from nndefense.datasets import open_dataset
+    from nndefense.pipeline import open_datasets
 
-    wanted = shape(input_shape)
-    channels, size = (None, None) if wanted is None else (wanted[0], wanted[1:])
-    opened = [open_dataset(spec, data_dir=common.data_dir, size=size, channels=channels) for spec in dataset]
-    images = opened[0] if len(opened) == 1 else joined(opened)
+    images = open_datasets(dataset, data_dir=common.data_dir, like=shape(input_shape), limit=limit, seed=common.seed)
     made = build_patches(
-        images if limit is None else drawn(images, limit, common.seed),
+        images,
         out,
         specs=dataset,
         patches=patches,

@@ -74,9 +74,9 @@ def write(
     common: Common,
 ) -> None:
     """Label a pool; killed and started again, it goes on where it stood."""
-    from nndefense.cli.inputs import open_datasets
     from nndefense.database import ImageDatabase
     from nndefense.database.near_images import NearSearch
+    from nndefense.pipeline import open_datasets
     from nndefense.training.labellers import Combined, Retrieval, Teacher
     from nndefense.training.pools import complement
     from nndefense.training.pseudo_job import write_pseudo_labels
@@ -161,17 +161,14 @@ def check(
     """Compare the labels with the true ones, where the pool has them; for experiments only."""
     import numpy as np
 
-    from nndefense.cli.inputs import joined
-    from nndefense.datasets import open_dataset
+    from nndefense.pipeline import open_datasets
     from nndefense.statistics import wilson_interval
     from nndefense.training.pools import balanced_rows
     from nndefense.training.pseudo_labels import PseudoLabels, label_accuracy
 
     found = PseudoLabels.open(file)
     channels, height, width = found.job["pool"]["shape"]
-    true = joined(
-        [open_dataset(spec, data_dir=common.data_dir, size=(height, width), channels=channels) for spec in dataset]
-    )
+    true = open_datasets(dataset, data_dir=common.data_dir, like=(channels, height, width))
     if labels is not None:
         true = true.subset(np.setdiff1d(np.arange(len(true)), balanced_rows(true.labels, labels, common.seed)))
     measured = label_accuracy(found, true)

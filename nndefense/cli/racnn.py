@@ -61,8 +61,8 @@ def train(
     common: Common,
 ) -> None:
     """Train features, attention and classifier on the neighbours that a database retrieves."""
-    from nndefense.cli.inputs import open_datasets
     from nndefense.database import ImageDatabase
+    from nndefense.pipeline import open_datasets
     from nndefense.training.launcher import leads
     from nndefense.training.racnn import train_racnn
 
@@ -125,11 +125,11 @@ def evaluate(
     """Clean accuracy, and accuracy under attacks that ignore, hold, follow or relax the retrieval, with intervals."""
     from tqdm import tqdm
 
-    from nndefense.cli.inputs import open_datasets
     from nndefense.database import ImageDatabase
     from nndefense.defenses.racnn import RaCnnDefense
     from nndefense.evaluation.racnn import measure_racnn
     from nndefense.files import write_json
+    from nndefense.pipeline import open_datasets
     from nndefense.versions import library_versions
 
     budgets = numbers(eps)

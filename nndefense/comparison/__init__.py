@@ -1,6 +1,5 @@
 """The comparison: every defence of a published table on the same images, each met by an attacker who knows it."""
 
-from nndefense.comparison.materials import Materials
 from nndefense.comparison.published import CAVEATS, PUBLISHED, PrintedRow
 from nndefense.comparison.recipe import (
     KINDS,
@@ -23,7 +22,6 @@ __all__ = [
     "KINDS",
     "PUBLISHED",
     "ComparisonRecipe",
-    "Materials",
     "PrintedRow",
     "Row",
     "RowSpec",

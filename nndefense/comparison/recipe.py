@@ -10,6 +10,7 @@ from typing import Any
 from nndefense import attacks, recipes
 from nndefense.comparison.published import PUBLISHED
 from nndefense.errors import InputError
+from nndefense.pipeline.materials import MaterialSettings
 
 #: The defences that a row can be.
 KINDS = (
@@ -54,50 +55,24 @@ class RowSpec:
 
 
 @dataclass(frozen=True)
-class Scope:
+class Scope(MaterialSettings):
     """How much is done, which differs between data sets.
 
     Attributes:
-        norm, eps, headline: budgets of the attacks; the table shows the headline.
+        eps: budgets of the attacks, in units of ``norm``; the table shows the headline.
         limit: images to report on, drawn at random; None for all.
-        steps, restarts: of PGD on the classifier and on the surrogate.
-        white_steps, draws: of PGD on a defence itself, and the draws averaged at every step where it is random.
+        restarts: of PGD on the classifier and on the surrogate, beside ``steps``.
+        white_steps: of PGD on a defence itself.
         adaptive_steps: of the attacks on retrieval.
         informed_eps: budgets of these two; None for all.
-        classifier, surrogate: training settings of the nets, where none are given; ``arch`` and options of
-            :func:`~nndefense.training.train_classifier`.
-        training: settings of the trained defences: ``eps`` and ``norm`` of their attacks, ``steps``, ``epochs``, ...;
-            empty: they are not trained.
-        layers: candidate layers of the nearest-neighbour defence, spread over the net.
-        holdout: images to calibrate on, held out of the training set.
-        candidate_rows: rows that settings are compared on.
-        pca: dimensions of stored features.
-        crop: side of the crop ensemble's crops as a share of the image's; nets for small images that were not trained
-            on crops know nothing of 90/224 of them.
-        patches: patches for quilting.
-        batch_size: images per forward pass.
     """
 
-    norm: str = "normalized-l2"
     eps: tuple[float, ...] = (0.03, 0.06)
-    headline: float = 0.06
     limit: int | None = 500
-    steps: int = 20
     restarts: int = 1
     white_steps: int = 20
-    draws: int = 10
     adaptive_steps: int = 20
     informed_eps: tuple[float, ...] | None = None
-    classifier: Mapping[str, Any] = field(default_factory=dict)
-    surrogate: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    layers: int = 4
-    holdout: int = 300
-    candidate_rows: int = 5000
-    pca: int = 256
-    crop: float = 90 / 224
-    patches: int = 100_000
-    batch_size: int = 64
 
     def __post_init__(self) -> None:
         if self.norm not in attacks.NORMS:

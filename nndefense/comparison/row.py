@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nndefense.attacks.retrieval import RetrievalSurface
-from nndefense.comparison.materials import Materials
 from nndefense.comparison.recipe import RowSpec
 from nndefense.models import Classifier
+from nndefense.pipeline.materials import Materials
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import numpy as np
 
 from nndefense.attacks.retrieval import Knowledge
-from nndefense.comparison.materials import Materials
 from nndefense.comparison.recipe import TRAINED, RowSpec
 from nndefense.comparison.row import Row
 from nndefense.comparison.trained import alp, ensemble_adversarial, ra_cnn
 from nndefense.comparison.transforms import quilted, transformed
 from nndefense.defenses import NearestNeighborDefense, RelaxedDefense
+from nndefense.pipeline.materials import Materials
 
 Maker = Callable[[Materials, RowSpec], Row]
 
@@ -32,14 +32,13 @@ def _bare(materials: Materials, spec: RowSpec) -> Row:
 def _nearest(materials: Materials, spec: RowSpec) -> Row:
     options = dict(spec.options)
     pooling, share = str(options.pop("pooling", "avg")), float(options.pop("share", 1.0))
-    feature, calibration = materials.chosen(pooling)
-    whole = materials.database(feature, pooling)
+    chosen = materials.chosen(pooling)
+    whole = materials.database(chosen.feature, pooling)
     database = whole
     if share < 1:
         count = max(round(share * len(whole)), 1)
         # One order for all sizes, so that a smaller database is a part of every larger one.
         database = whole.subset(np.random.default_rng(materials.seed).permutation(len(whole))[:count])
-    chosen = calibration.chosen
     k, weighting = min(int(options.get("k", chosen.k)), len(database)), str(options.get("weighting", chosen.weighting))
     defense = NearestNeighborDefense(materials.classifier, database, k, weighting)
     surface = defense.surface(Knowledge.WHITE, images=materials.rows) if spec.informed else None
@@ -47,14 +46,14 @@ def _nearest(materials: Materials, spec: RowSpec) -> Row:
         spec,
         defense,
         facts={
-            "layer": feature.layer,
-            "pooling": feature.pooling,
+            "layer": chosen.feature.layer,
+            "pooling": chosen.feature.pooling,
             "dimensions": database.dimension,
             "rows": len(database),
             "k": k,
             "weighting": weighting,
-            "calibrated on": calibration.n,
-            "within the bound on clean accuracy": calibration.within_bound,
+            "calibrated on": chosen.calibration["n"],
+            "within the bound on clean accuracy": chosen.calibration["within_bound"],
         },
         white=RelaxedDefense(surface) if surface is not None else None,
         surface=surface,

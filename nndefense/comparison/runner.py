@@ -9,29 +9,35 @@ from typing import Any
 from tqdm import tqdm
 
 from nndefense.attacks.retrieval import Knowledge
-from nndefense.comparison.materials import Materials
 from nndefense.comparison.published import CAVEATS, PUBLISHED, SETTING, TITLE
+from nndefense.comparison.recipe import ComparisonRecipe
 from nndefense.comparison.row import Row
 from nndefense.comparison.rows import make_row
+from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError
 from nndefense.evaluation import AttackSettings, CellStore, Subject, ThreatModel, evaluate, worst_cases
 from nndefense.evaluation.ladder import BARE
 from nndefense.evaluation.results import identity
 from nndefense.files import make_folder, read_json, write_json
+from nndefense.pipeline.materials import Materials
 from nndefense.versions import library_versions
 
 FORMAT, VERSION = "nndefense-comparison", 1
 NAME = "results.json"
 
 
-def run_comparison(materials: Materials, command: str = "") -> dict[str, Any]:
+def run_comparison(
+    recipe: ComparisonRecipe, materials: Materials, test: ImageDataset, command: str = ""
+) -> dict[str, Any]:
     """Measure every row clean, under the black and the gray box, and under attackers who know it.
 
     What is finished in ``materials.out`` (nets, databases, cells) is not made again, so a run that was killed is
     continued by the same call.
 
     Args:
-        materials: opened images and nets, and where to put what is made.
+        recipe: the rows and how they are attacked.
+        materials: opened images and nets, of the recipe's scope and seed, and where to put what is made.
+        test: labelled images to report on.
         command: recorded.
 
     Returns:
@@ -43,22 +49,22 @@ def run_comparison(materials: Materials, command: str = "") -> dict[str, Any]:
     make_folder(materials.out)
     begun = time.perf_counter()
     rows = []
-    for spec in materials.recipe.rows:
+    for spec in recipe.rows:
         started = time.perf_counter()
         row = make_row(materials, spec)
         row.facts["seconds to make"] = round(time.perf_counter() - started, 1)
         rows.append(row)
-    records = _measure(materials, rows)
+    records = _measure(recipe, materials, test, rows)
     plain = [record.to_json() for record in records]
     plain += worst_cases(plain)
-    classifier, surrogate, scope = materials.classifier, materials.surrogate, materials.scope
+    classifier, surrogate, scope = materials.classifier, materials.surrogate, recipe.scope
     results: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
-        "recipe": {"sha256": materials.recipe.sha256, **materials.recipe.to_json()},
-        "dataset": _images(materials.test),
+        "recipe": {"sha256": recipe.sha256, **recipe.to_json()},
+        "dataset": _images(test),
         "training_set": _images(materials.train),
         "classifier": identity(classifier),
         "surrogate": identity(surrogate) if surrogate is not None else None,
@@ -98,8 +104,8 @@ def name_of(row: Row) -> str:
     return BARE if row.spec.kind == "none" else row.spec.name
 
 
-def _measure(materials: Materials, rows: list[Row]) -> list[Any]:
-    scope, test, classifier = materials.scope, materials.test, materials.classifier
+def _measure(recipe: ComparisonRecipe, materials: Materials, test: ImageDataset, rows: list[Row]) -> list[Any]:
+    scope, classifier = recipe.scope, materials.classifier
     present = [row for row in rows if row.model is not None]
     subjects = [
         Subject(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from nndefense.comparison.materials import Materials
 from nndefense.comparison.recipe import RowSpec
 from nndefense.comparison.row import Row, in_classes_of
 from nndefense.defenses import RaCnnDefense
 from nndefense.errors import InputError
 from nndefense.models import Classifier
 from nndefense.models.racnn import DESCRIPTION_FILE, NET_FOLDER, RaCnn, load_racnn
+from nndefense.pipeline.materials import Materials
 from nndefense.training import EnsembleAttack, InnerAttack
 from nndefense.training.progress import TrainingFolder
 from nndefense.training.racnn import train_racnn
@@ -44,7 +44,7 @@ def alp(materials: Materials, spec: RowSpec) -> Row:
 
 def ra_cnn(materials: Materials, spec: RowSpec) -> Row:
     """RA-CNN over the database of the nearest-neighbour defence (Zhao and Cho 2019)."""
-    feature, _ = materials.chosen("avg")
+    feature = materials.chosen("avg").feature
     database = materials.database(feature, "avg")
     found = _racnn(materials, spec, database)
     defense = RaCnnDefense(materials.classifier, database, found)

@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 from index_build.patches import build_patches
-from nndefense.comparison.materials import Materials
 from nndefense.comparison.recipe import RowSpec
 from nndefense.comparison.row import Row
 from nndefense.defenses.quilting import PatchDatabase, quilting
 from nndefense.defenses.transforms import bit_depth_reduction, crop_ensemble, jpeg_compression, tv_minimization
 from nndefense.errors import DatabaseError
+from nndefense.pipeline.materials import Materials
 
 _FACTORIES: dict[str, Callable[..., Any]] = {
     "crop-ensemble": crop_ensemble,

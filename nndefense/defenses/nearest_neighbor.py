@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from nndefense.attacks.retrieval import Knowledge, RetrievalSurface
 from nndefense.database import ImageDatabase, combine, weight_shares
 from nndefense.database.weighting import CBW_D_POWER, CBW_D_TERMS, check_weighting
 from nndefense.defenses.calibration import Calibration, calibrate
+from nndefense.defenses.stored import DEFAULT_WEIGHTING, default_k, open_stored
 from nndefense.defenses.surface import retrieval_surface
 from nndefense.errors import InputError
 from nndefense.images import check_images
@@ -58,8 +60,8 @@ class NearestNeighborDefense(nn.Module):
         self,
         classifier: Classifier,
         database: ImageDatabase,
-        k: int = 50,
-        weighting: str = "cbw-d",
+        k: int | None = None,
+        weighting: str = DEFAULT_WEIGHTING,
         *,
         power: float = CBW_D_POWER,
         terms: int = CBW_D_TERMS,
@@ -68,7 +70,7 @@ class NearestNeighborDefense(nn.Module):
         Args:
             classifier: the classifier that the database was made with.
             database: where neighbours are found.
-            k: number of neighbours, 1 to the number of rows.
+            k: number of neighbours, 1 to the number of rows; by default 50, or all rows where there are fewer.
             weighting: ``uniform``, ``cbw-e`` or ``cbw-d``.
             power: P of ``cbw-d``.
             terms: M of ``cbw-d``; with fewer than M + 1 classes, C - 1 is used.
@@ -79,6 +81,7 @@ class NearestNeighborDefense(nn.Module):
         """
         super().__init__()
         check_weighting(weighting, power, terms)
+        k = default_k(len(database)) if k is None else k
         if not 1 <= k <= len(database):
             raise InputError(f"k is {k}, but must be from 1 to the database's {len(database):,} rows: lower k")
         self.classifier, self.database = classifier, database
@@ -86,6 +89,22 @@ class NearestNeighborDefense(nn.Module):
         self.k, self.weighting, self.power, self.terms = k, weighting, power, terms
         # A defence is used, not trained: batch norm must run on its stored statistics.
         self.eval()
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, classifier: str | Path | Classifier | None = None, **options: Any
+    ) -> NearestNeighborDefense:
+        """The defence of a database's folder, with its classifier and its calibrated setting.
+
+        Args:
+            folder: of the database.
+            classifier: the classifier or where it comes from. None: the one that the database names, unless that is
+                Python code, which runs only if you name it.
+            **options: ``k``, ``weighting``, ``device``, ``classes``, ``input_shape`` and ``verify``, and errors, as for
+                :func:`~nndefense.defenses.stored.open_stored`.
+        """
+        found = open_stored(folder, classifier, **options)
+        return cls(found.classifier, found.database, found.k, found.weighting)
 
     @classmethod
     def calibrate(

@@ -12,6 +12,7 @@ from nndefense.datasets import ImageDataset, holdout, open_dataset
 from nndefense.datasets.base import stratified_rows
 from nndefense.errors import DataError, InputError
 from nndefense.experiments.recipe import Recipe
+from nndefense.pipeline.checks import check_disjoint
 from nndefense.training.identity import described
 from nndefense.training.pools import complement
 
@@ -86,8 +87,7 @@ def open_images(
     train, test = (open_dataset(spec, data_dir=data_dir, download=download) for spec in (recipe.train, recipe.test))
     if train.classes != test.classes or train.shape != test.shape:
         raise DataError(f"{train.name} and {test.name} differ in classes or shape: give two splits of one data set")
-    if set(train.ids) & set(test.ids):
-        raise DataError(f"{train.name} and {test.name} have images in common: report on others")
+    check_disjoint(test, train)
     validation = None
     if recipe.validation:
         rest, held = holdout(train, recipe.validation, _SPLIT_SEED)

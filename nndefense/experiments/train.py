@@ -15,10 +15,10 @@ from nndefense.experiments.data import Images
 from nndefense.experiments.plan import Run
 from nndefense.experiments.recipe import Recipe
 from nndefense.models import Classifier, build_classifier, load_classifier
-from nndefense.training import make_objective, train_classifier
+from nndefense.pipeline.finished import find_or_train
+from nndefense.training import make_objective
 from nndefense.training.batch import Attack
 from nndefense.training.labellers import Teacher
-from nndefense.training.progress import TrainingFolder
 from nndefense.training.pseudo_job import write_pseudo_labels
 from nndefense.training.pseudo_labels import label_accuracy
 from nndefense.training.validation import CatastrophicOverfitting
@@ -123,21 +123,19 @@ class Workshop:
         )
         if initial is not None:
             classifier.load_state_dict(initial.state_dict())
-        folder = TrainingFolder(self.folder(name))
         with warnings.catch_warnings():
             # It is told in the results.
             warnings.simplefilter("ignore", CatastrophicOverfitting)
-            return train_classifier(
+            return find_or_train(
                 classifier,
                 labelled,
+                self.folder(name),
                 objective=make_objective(run.method.objective, **run.method.weights),
                 attack=attack,
                 unlabelled=unlabelled,
                 validation=self.images.validation if chosen else None,
                 validation_attack=self.recipe.check_attack(run.threat) if chosen and run.threat is not None else None,
                 device=self.device,
-                out=folder.folder,
-                resume=folder.is_unfinished() or folder.is_finished(),
                 progress=self.progress,
                 **{**options, "seed": run.seed},
             )

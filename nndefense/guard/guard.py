@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from nndefense.database import ImageDatabase, Manifest, classifier_of
+from nndefense.database import ImageDatabase
 from nndefense.database.weighting import check_weighting
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
-from nndefense.defenses.stored import stored_calibration
+from nndefense.defenses.stored import open_stored
 from nndefense.errors import DatabaseError, InputError
 from nndefense.files import sha256_of
 from nndefense.guard.batch_invariant import SteadyForward
@@ -146,24 +146,25 @@ class Guard:
         """
         if reject_rate is not None:
             check_rate(reject_rate)
-        folder = database.path if isinstance(database, ImageDatabase) else Path(database)
-        manifest = database.manifest if isinstance(database, ImageDatabase) else Manifest.read(folder)
-        if not isinstance(classifier, Classifier):
-            classifier = classifier_of(
-                folder, manifest, classifier, device=device, classes=classes, input_shape=input_shape
-            )
-        if not isinstance(database, ImageDatabase):
-            database = ImageDatabase.open(folder, classifier=classifier, verify=verify)
-            # What was verified is what is used: files that change while it is in use must not change its answers.
-            if not database.hold_rows(HELD_BYTES):
-                _log.warning("%s is too large to be held in memory: replace its files, never write into them", folder)
-        stored = None if k is not None and weighting is not None else stored_calibration(folder)
-        chosen: dict[str, Any] = stored["chosen"] if stored else {"k": min(50, len(database)), "weighting": "cbw-d"}
-        return cls(
-            classifier,
+        found = open_stored(
             database,
-            k or chosen["k"],
-            weighting or chosen["weighting"],
+            classifier,
+            k=k,
+            weighting=weighting,
+            device=device,
+            classes=classes,
+            input_shape=input_shape,
+            verify=verify,
+        )
+        folder = found.database.path
+        # What was verified is what is used: files that change under a running service must not change its answers.
+        if not isinstance(database, ImageDatabase) and not found.database.hold_rows(HELD_BYTES):
+            _log.warning("%s is too large to be held in memory: replace its files, never write into them", folder)
+        return cls(
+            found.classifier,
+            found.database,
+            found.k,
+            found.weighting,
             calibration=_calibration(folder, calibration),
             reject_rate=reject_rate,
             data_dir=None if data_dir is None else Path(data_dir),

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from index_build import build_databases
-from nndefense.cli import inputs, workflow
 from nndefense.database import ImageDatabase
 from nndefense.datasets import ImageDataset, holdout
 from nndefense.defenses import NearestNeighborDefense
-from nndefense.evaluation import AttackSettings, Evaluated, Recipe, calibration_text, layer_subject, rungs_for
+from nndefense.defenses.stored import store_calibration
+from nndefense.evaluation import AttackSettings, Recipe, calibration_text, layer_subject, rungs_for
 from nndefense.features import FeatureSpec
 from nndefense.files import make_folder
 from nndefense.guard import Guard
 from nndefense.guard.percentile import FILE as GUARD_FILE
 from nndefense.models import Classifier, build_classifier
+from nndefense.pipeline.calibrating import Candidates, Chosen, choose
+from nndefense.pipeline.checks import check_disjoint, check_surrogate
+from nndefense.pipeline.evaluating import Opened, measure
+from nndefense.pipeline.opening import drawn, open_classifier, open_datasets, split
 from nndefense.training import train_classifier
 
 
@@ -37,8 +41,7 @@ class DemoSettings:
         arch, surrogate_arch: architectures for the nets that are trained.
         classes: file of class names for classifiers of one's own, or None.
         input_shape: C, H, W for classifiers that do not say it, or None for that of the images.
-        layers: candidate layers, or None for six that are spread over the net.
-        candidate_rows: how many database images, drawn at random, the candidates are compared on.
+        candidates: the settings that are compared.
         limit: how many test images, drawn at random, or None for all.
         adaptive: the adaptive attack; None for neither that nor the white box.
     """
@@ -58,13 +61,7 @@ class DemoSettings:
     surrogate_arch: str = "madry-mnist"
     classes: Path | None = None
     input_shape: tuple[int, int, int] | None = None
-    layers: Sequence[str] | None = None
-    poolings: Sequence[str] = workflow.POOLINGS
-    ks: Sequence[int] = (1, 3, 5, 10, 20, 50)
-    weightings: Sequence[str] = ("uniform", "cbw-e", "cbw-d")
-    pca: int = 256
-    max_clean_loss: float = 0.02
-    candidate_rows: int = 20_000
+    candidates: Candidates = field(default_factory=Candidates)
     epochs: int | None = None
     limit: int | None = None
     batch_size: int = 128
@@ -76,25 +73,27 @@ class DemoSettings:
     progress: bool = True
 
 
-def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> tuple[dict[str, Any], Evaluated]:
-    """Run all steps, writing ``classifier/``, ``surrogate/`` and ``database/`` under ``out``.
+def run_demo(settings: DemoSettings, say: Callable[[str], object] = lambda text: None) -> dict[str, Any]:
+    """Run all steps, writing ``classifier/``, ``surrogate/``, ``database/``, results and report under ``out``.
+
+    Args:
+        settings: what it runs on.
+        say: called with a line for people before every step.
 
     Returns:
-        The results, as for ``results.json``, and the records and gallery for the report.
+        The results, as in ``results.json``.
     """
     s = settings
     # What can be found wrong before the hours of work is found before them.
     recipe = _recipe(s)
     model = _load(s, s.classifier) if s.classifier else None
     surrogate = _load(s, s.surrogate) if s.surrogate else None
-    rows, rest, held = inputs.split(
-        s.database_sets, s.calibration, s.holdout, data_dir=s.data_dir, like=model, seed=s.seed
-    )
-    test = inputs.open_datasets([s.test], data_dir=s.data_dir, like=model)
-    inputs.check_disjoint(test, rows)
-    inputs.check_disjoint(test, held)
+    rows, rest, held = split(s.database_sets, s.calibration, s.holdout, data_dir=s.data_dir, like=model, seed=s.seed)
+    test = open_datasets([s.test], data_dir=s.data_dir, like=model)
+    check_disjoint(test, rows)
+    check_disjoint(test, held)
     rows, guarded = _for_the_guard(s, rows, held)
-    test = test if s.limit is None else inputs.drawn(test, s.limit, s.seed)
+    test = drawn(test, s.limit, s.seed)
     make_folder(s.out)
     say(f"data: {len(rows):,} database images, {len(held):,} to calibrate on, {len(test):,} to report on")
 
@@ -104,56 +103,30 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> tuple[dict[s
     if surrogate is None:
         say(f"training the surrogate ({s.surrogate_arch})")
         surrogate = _train(s, s.surrogate_arch, rest, "surrogate", s.seed + 1)
-    inputs.check_surrogate(surrogate, model)
+    check_surrogate(surrogate, model)
 
-    features = workflow.candidate_features(model, s.layers, s.poolings, s.pca)
-    candidates = inputs.drawn(rest, s.candidate_rows, s.seed)
-    say(f"calibrating: {len(features)} layers and poolings, {len(candidates):,} candidate rows")
-    calibration = workflow.calibrate_on(
-        model,
-        candidates,
-        held,
-        features,
-        s.attack,
-        s.headline_eps,
-        ks=s.ks,
-        weightings=s.weightings,
-        max_clean_loss=s.max_clean_loss,
-        batch_size=s.batch_size,
-        seed=s.seed + 1,
-        progress=s.progress,
-    )
-    say(calibration_text(calibration))
+    options: dict[str, Any] = {"batch_size": s.batch_size, "seed": s.seed, "progress": s.progress}
+    tried, drawn_rows = len(s.candidates.features(model)), min(s.candidates.rows, len(rest))
+    say(f"calibrating: {tried} layers and poolings, {drawn_rows:,} candidate rows")
+    chosen = choose(model, rest, held, s.attack, s.headline_eps, s.candidates, **options)
+    say(calibration_text(chosen.calibration))
 
-    chosen = calibration["chosen"]
-    feature = FeatureSpec(chosen["layer"], chosen["pooling"], pca=s.pca)
     # The last map, averaged: what one would take without calibrating.
-    deep = FeatureSpec(features[-1].layer, "avg", pca=s.pca)
-    say(f"building the database: {len(rows):,} rows of {feature}")
+    deep = FeatureSpec(chosen.features[-1].layer, "avg", pca=s.candidates.pca)
+    say(f"building the database: {len(rows):,} rows of {chosen.feature}")
     with tempfile.TemporaryDirectory(prefix="nndefense-") as folder:
-        places = {s.out / "database": feature} | ({Path(folder) / "deep": deep} if deep != feature else {})
-        databases = build_databases(
-            rows,
-            model,
-            places,
-            specs=list(s.database_sets),
-            batch_size=s.batch_size,
-            seed=s.seed,
-            overwrite=True,
-            progress=s.progress,
-        )
-        inputs.store_calibration(s.out / "database", calibration)
+        places = {s.out / "database": chosen.feature}
+        if deep != chosen.feature:
+            places[Path(folder) / "deep"] = deep
+        databases = build_databases(rows, model, places, specs=list(s.database_sets), overwrite=True, **options)
+        store_calibration(s.out / "database", chosen.calibration)
         _calibrate_guard(s, model, databases[0], chosen, guarded, say)
-        defense = NearestNeighborDefense(model, databases[0], chosen["k"], chosen["weighting"])
-        others = [
-            layer_subject(NearestNeighborDefense(model, database, chosen["k"], chosen["weighting"]))
-            for database in databases[1:]
-        ]
+        defense, *others = (NearestNeighborDefense(model, built, chosen.k, chosen.weighting) for built in databases)
         say("attacking and evaluating")
-        found = workflow.evaluated(
-            recipe, test, model, defense, surrogate, s.out, others=others, pictures=rows, progress=s.progress
+        opened = Opened(
+            test, model, defense, surrogate, chosen.calibration, rows, [layer_subject(other) for other in others]
         )
-    return workflow.results_of(found, recipe, test, model, defense, surrogate, calibration, s.command), found
+        return measure(recipe, opened, s.out, progress=s.progress, command=s.command)
 
 
 def _for_the_guard(s: DemoSettings, rows: ImageDataset, held: ImageDataset) -> tuple[ImageDataset, ImageDataset | None]:
@@ -171,13 +144,13 @@ def _calibrate_guard(
     s: DemoSettings,
     model: Classifier,
     database: ImageDatabase,
-    chosen: dict[str, Any],
+    chosen: Chosen,
     guarded: ImageDataset | None,
-    say: Callable[[str], None],
+    say: Callable[[str], object],
 ) -> None:
     if guarded is not None:
         say(f"calibrating the guard: {len(guarded):,} images that stand in no database")
-        guard = Guard(model, database, chosen["k"], chosen["weighting"])
+        guard = Guard(model, database, chosen.k, chosen.weighting)
         specs = [s.calibration] if s.calibration is not None else list(s.database_sets[:1])
         guard.calibrate(guarded, specs=specs, batch_size=s.batch_size).write(database.path / GUARD_FILE)
 
@@ -203,7 +176,7 @@ def _recipe(s: DemoSettings) -> Recipe:
 
 
 def _load(s: DemoSettings, source: str) -> Classifier:
-    return inputs.open_classifier(
+    return open_classifier(
         source,
         device=s.device,
         data_dir=s.data_dir,

@@ -1,0 +1,233 @@
+"""Choosing a setting of the nearest-neighbour defence from images, and building the database with it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from index_build import build_database
+from nndefense.database import WEIGHTINGS, ImageDatabase, check_vacant
+from nndefense.datasets import ImageDataset
+from nndefense.defenses import DEFAULT_KS, calibrate
+from nndefense.defenses.stored import store_calibration
+from nndefense.errors import InputError
+from nndefense.evaluation import AttackSettings, attack_all
+from nndefense.features import WIDEST, FeatureSpec, spatial_layers, spread, vector_widths
+from nndefense.files import make_folder
+from nndefense.models import Classifier
+from nndefense.pipeline.checks import check_disjoint
+from nndefense.pipeline.finished import find_or_build
+from nndefense.pipeline.opening import drawn
+
+DEFAULT_POOLINGS = ("avg", "rmac", "grid4", "grid8")
+# Candidates are compared, not kept: half of a database's own sample serves their PCA.
+_PCA_SAMPLE = 2048
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Which settings are compared.
+
+    Attributes:
+        layers: by name, or None for ``count`` that are spread over the depth of the net.
+        poolings, ks, weightings: to be tried with each of them.
+        pca: dimensions kept of each vector, 0 for all.
+        max_clean_loss: clean accuracy that may be lost, as a fraction.
+        rows: how many database images, drawn at random, they are compared on.
+        count: of the layers.
+    """
+
+    layers: Sequence[str] | None = None
+    poolings: Sequence[str] = DEFAULT_POOLINGS
+    ks: Sequence[int] = DEFAULT_KS
+    weightings: Sequence[str] = field(default=WEIGHTINGS)
+    pca: int = 256
+    max_clean_loss: float = 0.02
+    rows: int = 20_000
+    count: int = 6
+
+    def features(self, classifier: Classifier) -> list[FeatureSpec]:
+        """The layers and poolings worth trying.
+
+        Left out: a finer grid than the layer's map (it equals a coarser one), and raw vectors of over 8,192 dimensions.
+
+        Raises:
+            InputError: nothing is left.
+        """
+        example = torch.full((1, *classifier.input_shape), 0.5, device=classifier.device)
+        names = list(self.layers) if self.layers else spread(spatial_layers(classifier.net, example), self.count)
+        features = []
+        for name, widths in zip(names, vector_widths(classifier, names, self.poolings, example), strict=True):
+            seen = set()
+            for pooling, width in zip(self.poolings, widths, strict=True):
+                kind = width if pooling.startswith("grid") else pooling
+                if kind not in seen and width <= WIDEST:
+                    features.append(FeatureSpec(name, pooling, pca=self.pca))
+                seen.add(kind)
+        if not features:
+            raise InputError("no layer gives vectors of a usable length: name layers and poolings yourself")
+        return features
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A setting and what it was chosen from.
+
+    Attributes:
+        feature: layer and pooling.
+        k, weighting: of the defence.
+        calibration: plain values: the table, the images it was made on, the attack and the number of candidate rows.
+        features: all that were compared, from the front of the net to its end.
+    """
+
+    feature: FeatureSpec
+    k: int
+    weighting: str
+    calibration: dict[str, Any]
+    features: Sequence[FeatureSpec]
+
+
+def attacked_images(
+    classifier: Classifier,
+    held: ImageDataset,
+    attack: AttackSettings,
+    eps: float,
+    *,
+    batch_size: int,
+    seed: int,
+    progress: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The calibration images, the same attacked (gray box), and their classes, as for ``attack_all``, with a bar."""
+    hidden = None if progress else True
+    with tqdm(total=len(held), desc="attacking calibration images", unit=" images", delay=1, disable=hidden) as bar:
+        return attack_all(
+            attack,
+            classifier,
+            held,
+            eps,
+            batch_size=batch_size,
+            seed=seed,
+            device=classifier.device,
+            progress=bar.update,
+        )
+
+
+def choose(
+    classifier: Classifier,
+    images: ImageDataset,
+    held: ImageDataset,
+    attack: AttackSettings,
+    eps: float,
+    candidates: Candidates | None = None,
+    *,
+    attacked: tuple[Tensor, Tensor, Tensor] | None = None,
+    folder: Path | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: bool = True,
+) -> Chosen:
+    """Compare settings on held-out images, in databases of candidate rows that do not hold them.
+
+    Args:
+        classifier: what the defence is for.
+        images: candidate rows are drawn from them, under ``seed``.
+        held: labelled images to calibrate on.
+        attack, eps: what the defence is chosen for; the attack sees the classifier alone.
+        candidates: the settings to compare; by default the usual ones.
+        attacked: ``held`` as :func:`attacked_images` gave it, where that was done.
+        folder: where candidate databases are kept and found again; None for nowhere.
+        batch_size: images per forward pass.
+        seed: of the rows; one more is that of the attack and of the databases.
+        progress: whether to show bars.
+
+    Raises:
+        DataError: held-out images stand among the candidate rows.
+        InputError: no usable layer, or no setting to compare.
+    """
+    wanted = candidates or Candidates()
+    check_disjoint(held, images)
+    rows, features = drawn(images, wanted.rows, seed), wanted.features(classifier)
+    if attacked is None:
+        attacked = attacked_images(
+            classifier, held, attack, eps, batch_size=batch_size, seed=seed + 1, progress=progress
+        )
+
+    def bar(found: Iterable[ImageDatabase]) -> Iterable[ImageDatabase]:
+        hidden = None if progress else True
+        yield from tqdm(found, desc="comparing settings", unit=" layers", delay=1, disable=hidden)
+
+    with tempfile.TemporaryDirectory(prefix="nndefense-") as passing:
+        places = {(folder or Path(passing)) / f"candidate-{i:02d}": feature for i, feature in enumerate(features)}
+        found = calibrate(
+            classifier,
+            find_or_build(
+                rows,
+                classifier,
+                places,
+                batch_size=batch_size,
+                pca_sample=_PCA_SAMPLE,
+                seed=seed + 1,
+                progress=progress,
+            ),
+            *attacked,
+            ks=wanted.ks,
+            weightings=wanted.weightings,
+            max_clean_loss=wanted.max_clean_loss,
+            batch_size=batch_size,
+            progress=bar,
+        )
+    calibration = {
+        **found.to_json(),
+        "dataset": held.name,
+        "ids": list(held.ids),
+        "candidate_rows": len(rows),
+        "attack": {**attack.to_json(), "eps": [eps]},
+        "seed": seed + 1,
+    }
+    return Chosen(features[found.candidate], found.chosen.k, found.chosen.weighting, calibration, features)
+
+
+def build_calibrated(
+    classifier: Classifier,
+    sets: tuple[ImageDataset, ImageDataset, ImageDataset],
+    out: Path,
+    attack: AttackSettings,
+    candidates: Candidates | None = None,
+    *,
+    specs: Sequence[str] = (),
+    overwrite: bool = False,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[ImageDatabase, Chosen]:
+    """Choose a setting on held-out images, and build the database of all images with it.
+
+    Args:
+        classifier, candidates, batch_size, seed, progress: as for :func:`choose`.
+        sets: all database images, those to draw candidates from, and those to calibrate on, as
+            :func:`~nndefense.pipeline.split` gives them.
+        out: the database's folder; the calibration is stored with it.
+        attack: what the setting is chosen for, at the first of its budgets.
+        specs: of the database images, so that they can be opened again.
+        overwrite: replace what is there.
+
+    Raises:
+        DataError, InputError: as for :func:`choose`.
+        DatabaseError: the folder cannot be used.
+    """
+    rows, rest, held = sets
+    # A folder that cannot be used is told before the work, not after it.
+    make_folder(out)
+    check_vacant(out, overwrite=overwrite)
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
+    chosen = choose(classifier, rest, held, attack, attack.eps[0], candidates, **options)
+    database = build_database(rows, classifier, chosen.feature, out, specs=specs, overwrite=overwrite, **options)
+    store_calibration(out, chosen.calibration)
+    return database, chosen

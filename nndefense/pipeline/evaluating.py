@@ -1,0 +1,152 @@
+"""Measuring what a recipe names: opened, checked, attacked, and written down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nndefense.datasets import ImageDataset
+from nndefense.defenses import NearestNeighborDefense
+from nndefense.defenses.stored import open_stored, stored_calibration
+from nndefense.evaluation import Recipe, Subject, assemble, run, write_report
+from nndefense.files import make_folder, write_json
+from nndefense.models import Classifier
+from nndefense.pipeline.checks import check_not_calibrated_on, check_not_in_database, check_surrogate
+from nndefense.pipeline.opening import drawn, neighbor_pictures, open_classifier, open_datasets
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a recipe names, opened and checked.
+
+    Attributes:
+        dataset: the images to report on, cut to the recipe's limit.
+        classifier: that is defended.
+        defense: over the recipe's database, or None.
+        surrogate: of the black-box attacker, or None.
+        calibration: what the defence's setting was chosen from, or None.
+        pictures: the images of the database, where they are at hand.
+        others: more defences to compare.
+    """
+
+    dataset: ImageDataset
+    classifier: Classifier
+    defense: NearestNeighborDefense | None = None
+    surrogate: Classifier | None = None
+    calibration: dict[str, Any] | None = None
+    pictures: ImageDataset | None = None
+    others: Sequence[Subject] = ()
+
+
+def evaluate(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    data_dir: Path | None = None,
+    device: str = "auto",
+    progress: bool = True,
+    command: str = "",
+) -> dict[str, Any]:
+    """Evaluate what a recipe names: clean accuracy, and accuracy under each of its attacks.
+
+    Images that stand in the database, or that its setting was calibrated on, are refused.
+
+    Args:
+        recipe: names of all that is needed.
+        out: folder for ``results.json``, ``report.html`` and finished cells, which are not run again.
+        data_dir: the folder of the data sets.
+        device: where the nets run.
+        progress: whether to show a bar.
+        command: recorded.
+
+    Returns:
+        The results, as in ``results.json``.
+
+    Raises:
+        NNDefenseError: something cannot be opened, or does not fit together.
+    """
+    opened = open_recipe(recipe, data_dir=data_dir, device=device)
+    return measure(recipe, opened, Path(out), progress=progress, command=command)
+
+
+def open_recipe(recipe: Recipe, *, data_dir: Path | None = None, device: str = "auto") -> Opened:
+    """Open what a recipe names, and check that it fits together; arguments and errors as for :func:`evaluate`."""
+    folder = Path(recipe.database) if recipe.database else None
+
+    def load(source: str) -> Classifier:
+        return open_classifier(
+            source,
+            device=device,
+            data_dir=data_dir,
+            classes=Path(recipe.classes) if recipe.classes else None,
+            input_shape=recipe.input_shape,
+            specs=(recipe.dataset,),
+            database=folder,
+        )
+
+    classifier = load(recipe.classifier)
+    surrogate = load(recipe.surrogate) if recipe.surrogate else None
+    dataset = open_datasets([recipe.dataset], data_dir=data_dir, like=classifier)
+    defense = calibration = pictures = None
+    if folder is not None:
+        stored = open_stored(folder, classifier, k=recipe.k, weighting=recipe.weighting)
+        calibration = stored.calibration
+        defense = NearestNeighborDefense(classifier, stored.database, stored.k, stored.weighting)
+        pictures = neighbor_pictures(stored.database, data_dir, classifier)
+        check_not_in_database(dataset, defense, pictures)
+        check_not_calibrated_on(dataset, calibration, folder)
+    check_surrogate(surrogate, classifier)
+    dataset = drawn(dataset, recipe.limit, recipe.seed)
+    return Opened(dataset, classifier, defense, surrogate, calibration, pictures)
+
+
+def measure(recipe: Recipe, opened: Opened, out: Path, *, progress: bool = True, command: str = "") -> dict[str, Any]:
+    """Run a recipe on what was opened for it, and write ``results.json`` and ``report.html``.
+
+    Arguments, result and errors are those of :func:`evaluate`, which opens and checks, too.
+    """
+    make_folder(out)
+    with tqdm(desc="evaluating", unit=" images", delay=1, disable=None if progress else True) as bar:
+
+        def step(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        found = run(
+            recipe,
+            opened.dataset,
+            opened.classifier,
+            opened.defense,
+            opened.surrogate,
+            others=opened.others,
+            pictures=opened.pictures,
+            cells=out / "cells",
+            progress=step,
+        )
+    calibration = opened.calibration
+    results = assemble(
+        found.records,
+        recipe=recipe,
+        dataset=opened.dataset,
+        classifier=opened.classifier,
+        surrogate=opened.surrogate,
+        defense=opened.defense,
+        # The ids serve to keep these images out of the test set; a reader of the results needs their number.
+        calibration={k: v for k, v in calibration.items() if k != "ids"} if calibration else None,
+        audit=found.audit,
+        command=command,
+    )
+    write_json(out / "results.json", results)
+    write_report(results, found.gallery, out / "report.html")
+    return results
+
+
+def headline_of(database: Path | None, budgets: Sequence[float]) -> float:
+    """The budget to tabulate where none is named: the calibrated one where it is run, else the largest."""
+    calibration = stored_calibration(database) if database is not None else None
+    calibrated = float(calibration["attack"]["eps"][0]) if calibration else None
+    return calibrated if calibrated is not None and calibrated in budgets else max(budgets)

@@ -1,0 +1,203 @@
+"""What defences are made of: images, nets, and databases, made once and found again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nndefense.database import ImageDatabase
+from nndefense.datasets import ImageDataset
+from nndefense.errors import InputError
+from nndefense.evaluation import AttackSettings
+from nndefense.features import FeatureSpec
+from nndefense.models import Classifier, build_classifier
+from nndefense.pipeline.calibrating import Candidates, Chosen, attacked_images, choose
+from nndefense.pipeline.finished import find_or_build, find_or_train
+from nndefense.training.progress import TrainingFolder
+
+Say = Callable[[str], object]
+
+
+def _silent(text: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class MaterialSettings:
+    """How much is made, which differs between data sets.
+
+    Attributes:
+        norm, headline, steps: of the attack that settings are chosen for.
+        draws: averaged at every step of an attack on a defence that is random.
+        classifier, surrogate: training settings of the nets, where none are given; ``arch`` and options of
+            :func:`~nndefense.training.train_classifier`.
+        training: settings of the trained defences: ``eps`` and ``norm`` of their attacks, ``steps``, ``epochs``, ...;
+            empty: they are not trained.
+        layers: candidate layers of the nearest-neighbour defence, spread over the net.
+        holdout: images to calibrate on, held out of the training set.
+        candidate_rows: rows that settings are compared on.
+        pca: dimensions of stored features.
+        crop: side of the crop ensemble's crops as a share of the image's; nets for small images that were not trained
+            on crops know nothing of 90/224 of them.
+        patches: patches for quilting.
+        batch_size: images per forward pass.
+    """
+
+    norm: str = "normalized-l2"
+    headline: float = 0.06
+    steps: int = 20
+    draws: int = 10
+    classifier: Mapping[str, Any] = field(default_factory=dict)
+    surrogate: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    layers: int = 4
+    holdout: int = 300
+    candidate_rows: int = 5000
+    pca: int = 256
+    crop: float = 90 / 224
+    patches: int = 100_000
+    batch_size: int = 64
+
+
+@dataclass
+class Materials:
+    """Everything that defences are made from.
+
+    Attributes:
+        scope: how much is made.
+        train: labelled images; they fill databases, train nets and give patches. None of them is reported.
+        out: folder of what is made.
+        device: where to compute.
+        seed: of everything drawn.
+        given: a ready classifier, or None to train one.
+        given_surrogate: a ready surrogate of the black-box attacker, or None to train one.
+        specs: names of the training images, recorded with databases.
+        say: called with a line for people before everything that takes long.
+        progress: whether to show bars.
+    """
+
+    scope: MaterialSettings
+    train: ImageDataset
+    out: Path
+    device: torch.device
+    seed: int = 0
+    given: Classifier | None = None
+    given_surrogate: Classifier | None = None
+    specs: tuple[str, ...] = ()
+    say: Say = field(default_factory=lambda: _silent)
+    progress: bool = True
+    _choices: dict[str, Chosen] = field(default_factory=dict)
+
+    @cached_property
+    def held(self) -> ImageDataset:
+        """Images to calibrate on: they train nothing and stand in no database."""
+        return self.train.subset(self._order[: self.scope.holdout])
+
+    @cached_property
+    def rows(self) -> ImageDataset:
+        """The training images without those to calibrate on."""
+        return self.train.subset(np.sort(self._order[self.scope.holdout :]))
+
+    @cached_property
+    def _order(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        if len(self.train) < 2 * self.scope.holdout:
+            raise InputError(
+                f"{self.train.name} has {len(self.train):,} images, but {self.scope.holdout} are to be held out to "
+                "calibrate on: lower holdout, or give more images"
+            )
+        return np.random.default_rng(self.seed).permutation(len(self.train))
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """The net that is defended."""
+        if self.given is not None:
+            return self.given
+        return self.net("classifier", self.scope.classifier, seed=self.seed)
+
+    @cached_property
+    def surrogate(self) -> Classifier | None:
+        """The net that the black-box attacker follows, trained apart; None where there is none."""
+        if self.given_surrogate is not None:
+            return self.given_surrogate
+        if self.given is not None or not self.scope.surrogate:
+            return None
+        return self.net("surrogate", self.scope.surrogate, seed=self.seed + 1)
+
+    def net(self, name: str, settings: Mapping[str, Any], *, seed: int, **options: Any) -> Classifier:
+        """A net with the architecture ``settings["arch"]``, trained on :attr:`rows`; opened where that was done.
+
+        Args:
+            name: of its folder under ``out/nets``.
+            settings: ``arch``, and training settings.
+            seed: of its weights and batches.
+            **options: more arguments of the training, such as its objective.
+        """
+        if "arch" not in settings:
+            raise InputError(f"{self.train.name} has no settings to train a net with: give --classifier")
+        chosen = {"lr": 2e-3, **settings, "seed": seed, **options}
+        net = build_classifier(
+            str(chosen.pop("arch")), input_shape=self.rows.shape, classes=self.rows.classes, seed=seed
+        )
+        folder = self.out / "nets" / name
+        if not TrainingFolder(folder).is_finished():
+            self.say(f"training {name} ({settings['arch']})")
+        return find_or_train(net, self.rows, folder, device=self.device, progress=self.progress, **chosen)
+
+    @cached_property
+    def attacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The held-out images, the same under the gray-box attack at the headline budget, and their classes."""
+        return attacked_images(
+            self.classifier,
+            self.held,
+            self._attack,
+            self.scope.headline,
+            batch_size=self.scope.batch_size,
+            seed=self.seed + 1,
+            progress=self.progress,
+        )
+
+    @property
+    def _attack(self) -> AttackSettings:
+        return AttackSettings("pgd", self.scope.norm, (self.scope.headline,), self.scope.steps)
+
+    def chosen(self, pooling: str) -> Chosen:
+        """Layer, K and weighting for a pooling, chosen once on the held-out images."""
+        if pooling not in self._choices:
+            scope = self.scope
+            self.say(f"calibrating nearest neighbours, {pooling}: {scope.layers} layers")
+            self._choices[pooling] = choose(
+                self.classifier,
+                self.rows,
+                self.held,
+                self._attack,
+                scope.headline,
+                Candidates(poolings=(pooling,), pca=scope.pca, rows=scope.candidate_rows, count=scope.layers),
+                attacked=self.attacked,
+                folder=self.out / "candidates" / pooling,
+                batch_size=scope.batch_size,
+                seed=self.seed,
+                progress=self.progress,
+            )
+        return self._choices[pooling]
+
+    def database(self, feature: FeatureSpec, name: str) -> ImageDatabase:
+        """The database of all rows for one feature."""
+        folder = self.out / "databases" / name
+        if not folder.exists():
+            self.say(f"building the database {name}: {len(self.rows):,} rows of {feature}")
+        return find_or_build(
+            self.rows,
+            self.classifier,
+            {folder: feature},
+            specs=list(self.specs),
+            batch_size=self.scope.batch_size,
+            seed=self.seed,
+            progress=self.progress,
+        )[0]

@@ -1,0 +1,154 @@
+"""Opening what a job works on: data sets as one, and the classifier of a source or of a database."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nndefense.database import ImageDatabase, Manifest, classifier_of
+from nndefense.datasets import ImageDataset, concatenate, holdout, open_dataset, open_recorded
+from nndefense.errors import DataError, InputError, NNDefenseError
+from nndefense.models import Classifier, load_classifier
+from nndefense.pipeline.checks import check_disjoint
+
+_PYTHON = "python:"
+# Whoever wrote these decides which of their images are test images.
+_WITHOUT_SPLITS = ("imagefolder", "images", "files", "hdf5", "webdataset", "parquet", "torchvision")
+
+
+def open_classifier(
+    source: str | Path | None,
+    *,
+    device: str = "auto",
+    data_dir: Path | None = None,
+    classes: Path | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    specs: Sequence[str] = (),
+    database: Path | None = None,
+) -> Classifier:
+    """Load a classifier.
+
+    Args:
+        source: where it comes from, as for :func:`~nndefense.models.load_classifier`. With a database it may be None:
+            then it is the one that the manifest names, unless that is Python code.
+        device, classes: as for :func:`~nndefense.models.load_classifier`.
+        data_dir: the folder of the data sets.
+        input_shape: C, H, W of its images. None: those that the database was made with, where the net can take them;
+            of a classifier of one's own, where there is no database, those of the first data set of ``specs``.
+        specs: the data sets that it is for.
+        database: the folder of the database that it is for.
+
+    Raises:
+        ModelError: it cannot be found or read, or is Python code that nobody named.
+        InputError: neither a source nor a database is named.
+    """
+    if database is not None:
+        manifest = Manifest.read(database)
+        return classifier_of(database, manifest, source, device=device, classes=classes, input_shape=input_shape)
+    if source is None:
+        raise InputError("no classifier was named: give --classifier")
+    if str(source).startswith(_PYTHON) and input_shape is None and specs:
+        input_shape = open_dataset(specs[0], data_dir=data_dir).shape
+    return load_classifier(source, device=device, input_shape=input_shape, classes=classes)
+
+
+def open_datasets(
+    specs: Sequence[str],
+    *,
+    data_dir: Path | None = None,
+    like: Classifier | tuple[int, int, int] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> ImageDataset:
+    """Open one or several data sets as one.
+
+    Args:
+        specs: what to open.
+        data_dir: the folder of the data sets.
+        like: the classifier whose images they shall be, or C, H, W; None leaves them as they are.
+        limit: keep that many images, drawn at random.
+        seed: of that draw.
+
+    Raises:
+        DataError: a data set that cannot be opened, none, or two images of one id.
+    """
+    if not specs:
+        raise DataError("no data set was named: give --dataset")
+    shape = like.input_shape if isinstance(like, Classifier) else like
+    channels, size = (None, None) if shape is None else (shape[0], shape[1:])
+    opened = [open_dataset(spec, data_dir=data_dir, size=size, channels=channels) for spec in specs]
+    dataset = opened[0] if len(opened) == 1 else joined(opened)
+    return dataset if limit is None else drawn(dataset, limit, seed)
+
+
+def joined(datasets: Sequence[ImageDataset]) -> ImageDataset:
+    """Several data sets as one; their ids must not collide, or a row of a database could not be told from another."""
+    dataset = concatenate(list(datasets))
+    if len(set(dataset.ids)) != len(dataset):
+        raise DataError(
+            f"two of {dataset.name} hold images with the same id: open folders that are laid out alike as splits of "
+            "one folder (imagefolder:PATH:SPLIT)"
+        )
+    return dataset
+
+
+def drawn(dataset: ImageDataset, limit: int | None, seed: int) -> ImageDataset:
+    """At most ``limit`` images, drawn at random without replacement, in their own order; None for all."""
+    if limit is not None and limit < 1:
+        raise InputError(f"the limit is {limit}, but must be at least 1")
+    if limit is None or limit >= len(dataset):
+        return dataset
+    return dataset.subset(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:limit]))
+
+
+def split(
+    specs: Sequence[str],
+    calibration: str | None = None,
+    n_holdout: int = 300,
+    *,
+    data_dir: Path | None = None,
+    like: Classifier | None = None,
+    seed: int = 0,
+) -> tuple[ImageDataset, ImageDataset, ImageDataset]:
+    """Open the database's images and set apart those to calibrate on.
+
+    Returns:
+        All database images; those of them that candidates are built from; the calibration images: a data set of
+        their own where ``calibration`` names one, else ``n_holdout`` of the first set, held out.
+    """
+    first, others = open_datasets(specs[:1], data_dir=data_dir, like=like), None
+    if len(specs) > 1:
+        others = open_datasets(specs[1:], data_dir=data_dir, like=like)
+    rows = first if others is None else joined([first, others])
+    if calibration is not None:
+        held = open_datasets([calibration], data_dir=data_dir, like=like)
+        check_disjoint(held, rows)
+        return rows, rows, held
+    kept, held_out = holdout(first, n_holdout, seed)
+    rest = first.subset(kept) if others is None else joined([first.subset(kept), others])
+    return rows, rest, first.subset(held_out)
+
+
+def neighbor_pictures(database: ImageDatabase, data_dir: Path | None, like: Classifier) -> ImageDataset | None:
+    """The images that a database was built from, where they can be opened again; otherwise None."""
+    try:
+        return open_recorded(
+            database.manifest.data, lambda: database.ids(database.row_numbers), like.input_shape, data_dir
+        )
+    except NNDefenseError:
+        # The pictures only illustrate; the report says that they are not at hand.
+        return None
+
+
+def reported_split(spec: str, remedy: str = "give --test") -> str:
+    """The data set that is reported on unless another is named: the same one's test split.
+
+    Raises:
+        InputError: a data set without splits of its own; ``remedy`` says what to do.
+    """
+    name = spec.split(":", 1)[0]
+    if name in _WITHOUT_SPLITS:
+        raise InputError(f"which images of {spec} are the test images cannot be guessed: {remedy}")
+    return f"{name}:test"
