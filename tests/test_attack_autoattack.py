@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nndefense.attacks import NORMS, WorstCase, apgd, autoattack, distance, pgd, radius, square
-from nndefense.attacks.apgd import checkpoints
+from nndefense.attacks.auto_pgd import checkpoints
 from nndefense.errors import InputError
 
 

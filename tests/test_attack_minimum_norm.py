@@ -14,7 +14,7 @@ from scipy.optimize import linprog, minimize
 from torch import Tensor, nn
 
 from nndefense.attacks import carlini_wagner, deepfool, distance, fab
-from nndefense.attacks.fab import to_hyperplane
+from nndefense.attacks.fast_boundary import to_hyperplane
 from nndefense.errors import InputError
 
 

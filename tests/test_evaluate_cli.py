@@ -172,7 +172,7 @@ def test_recipes_and_options_do_not_mix(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text(
         (folder / "recipe.toml").read_text().replace("steps = 8\nloss", "stepz = 8\nloss")
     )
-    fails(2, "no entry stepz", "evaluate", "--recipe", tmp_path / "bad.toml", "--out", tmp_path)
+    fails(2, "no entry attack.stepz", "evaluate", "--recipe", tmp_path / "bad.toml", "--out", tmp_path)
 
 
 def test_a_classifier_alone(folder: Path, tmp_path: Path) -> None:
@@ -192,7 +192,8 @@ def test_a_classifier_alone(folder: Path, tmp_path: Path) -> None:
 def test_attack_by_name(folder: Path, tmp_path: Path, attack: str) -> None:
     norm, eps = ("l2", "0.6") if attack == "deepfool" else ("linf", "0.15")
     words = ["attack", "--dataset", "digits:test", "--classifier", folder / "classifier", "--limit", 20, "--quiet"]
-    words += ["--attack", attack, "--norm", norm, "--eps", eps, "--steps", 20, "--out", tmp_path / "a.h5"]
+    words += ["--attack", attack, "--norm", norm, "--eps", eps, "--out", tmp_path / "a.h5"]
+    words += ["--queries" if attack == "square" else "--steps", 20]
     said = nndefense(*words, "--json").json
     assert said["attacked"]["accuracy"] < said["clean"]["accuracy"]
     assert said["attack"]["name"] == attack

@@ -170,6 +170,16 @@ def test_wilson_interval_refuses_what_is_no_count(successes: int, n: int) -> Non
         ({"steps": 0}, "at least 1 step"),
         ({"restarts": 0}, "1 restart"),
         ({"loss": "hinge"}, "cross-entropy, margin, dlr"),
+        ({"queries": 0}, "at least 1 step or query"),
+        ({"name": "fgsm", "steps": 50}, "fgsm has one effort, the standard one: leave steps out"),
+        ({"name": "autoattack", "steps": 20}, "such as pgd, apgd, apgd-t, square"),
+        ({"name": "autoattack", "queries": 20}, "leave queries out"),
+        ({"name": "square", "steps": 20}, "square counts queries, not steps: give queries instead"),
+        ({"queries": 20}, "pgd counts steps, not queries"),
+        ({"name": "fgsm", "restarts": 2}, "fgsm takes no restarts, and they would change nothing"),
+        ({"name": "square", "restarts": 2}, "leave them out, or give more queries"),
+        ({"name": "deepfool", "loss": "dlr"}, "objective of its own"),
+        ({"name": "cw", "norm": "linf"}, "looks for the least change in l2 and normalized-l2"),
     ],
 )
 def test_attack_settings_refuse(options: dict[str, Any], message: str) -> None:
@@ -187,12 +197,12 @@ def test_attack_settings_run_what_they_say(classifier: Classifier, data: ImageDa
     assert torch.equal(given.images, direct)
     # The second start is for images that still stand alone.
     assert 8 * 4 <= given.backwards < 8 * 4 * 2
-    fast = AttackSettings("fgsm", "l2", (0.1,), steps=50)
+    fast = AttackSettings("fgsm", "l2", (0.1,))
     assert torch.equal(
         run_attack(fast, classifier, x, y, 0.5, torch.Generator()).images,
         attacks.fgsm(classifier, x, y, eps=0.5, norm="l2"),
     )
-    # FGSM has one step whatever the settings hold, and a record says so.
+    # FGSM has one step, and a record says so.
     assert fast.to_json() == {"name": "fgsm", "norm": "l2", "eps": [0.1], "steps": 1, "restarts": 1}
     assert json.loads(json.dumps(settings.to_json()))["steps"] == 4
 
@@ -239,6 +249,7 @@ def test_records_are_complete(
     assert {field.name for field in fields(Record)} == REQUIRED | {
         "variant", "steps", "restarts", "attack_seconds", "database_rows", "surrogate", "loss", "knowledge",
         "budget_excess", "correct", "accuracy_8bit", "forwards", "backwards", "queries", "peak_memory_mb",
+        "query_limit", "attack_sha256",
     }  # fmt: skip
     assert len(records) == 2 * (1 + 2 * 2)
     norms = torch.linalg.vector_norm(data.batch(range(50))[0].flatten(1), dim=1)

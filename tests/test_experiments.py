@@ -540,7 +540,7 @@ def test_the_command_lists_the_recipes() -> None:
 
 def test_the_command_runs_resumes_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nndefense.experiments.shipped_recipe", lambda name, scale: tiny(shipped_recipe(name, scale)))
-    monkeypatch.setitem(reproduce_command._ADDED, "square", {"steps": 5})
+    monkeypatch.setitem(reproduce_command._ADDED, "square", {"queries": 5})
     words = ["reproduce", "madry-cifar10", "--scale", "small", "--out", tmp_path, "--device", "cpu", "--quiet"]
     first = nndefense(*words, "--json").json
     assert first["command"].startswith("nndefense reproduce madry-cifar10 --scale small")

@@ -1,25 +1,59 @@
-"""Attacks: functions of a callable from images to logits; they know nothing of classifiers or defences."""
+"""Attacks: functions of a callable from images to logits; they know nothing of classifiers or defences.
 
-from nndefense.attacks.apgd import apgd
-from nndefense.attacks.autoattack import ATTACKS, WorstCase, autoattack
-from nndefense.attacks.carlini_wagner import carlini_wagner
-from nndefense.attacks.checks import check_labels, check_logits, check_model
-from nndefense.attacks.counting import Counted
-from nndefense.attacks.deepfool import deepfool
-from nndefense.attacks.fab import fab
-from nndefense.attacks.gradient import fgsm, pgd
-from nndefense.attacks.losses import LOSSES, Loss, cross_entropy, dlr, kl, margin, targeted_dlr
-from nndefense.attacks.norms import NORMS, Norm, distance, radius
-from nndefense.attacks.objective import Model
-from nndefense.attacks.result import Result, run
-from nndefense.attacks.spatial import SpatialAttack, rotated_and_shifted, spatial_grid
-from nndefense.attacks.square import square
-from nndefense.attacks.wrappers import Bpda, Eot
+The names are imported when they are first used, so that :mod:`nndefense.attacks.registry` can list the attacks at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nndefense.faces import importing
+
+if TYPE_CHECKING:
+    from nndefense.attacks.auto_pgd import apgd
+    from nndefense.attacks.carlini_wagner_l2 import carlini_wagner
+    from nndefense.attacks.checks import check_labels, check_logits, check_model
+    from nndefense.attacks.counting import Counted
+    from nndefense.attacks.deepfool_l2 import deepfool
+    from nndefense.attacks.fast_boundary import fab
+    from nndefense.attacks.gradient import fgsm, pgd
+    from nndefense.attacks.losses import LOSSES, Loss, cross_entropy, dlr, kl, margin, targeted_dlr
+    from nndefense.attacks.norms import distance, radius
+    from nndefense.attacks.objective import Model
+    from nndefense.attacks.random_squares import square
+    from nndefense.attacks.registry import NORMS, Attack, Norm, register
+    from nndefense.attacks.result import Result, run
+    from nndefense.attacks.spatial import SpatialAttack, rotated_and_shifted, spatial_grid
+    from nndefense.attacks.standard_sequence import ATTACKS, WorstCase, autoattack
+    from nndefense.attacks.wrappers import Bpda, Eot
+
+_NAMES = {
+    "auto_pgd": "apgd",
+    "carlini_wagner_l2": "carlini_wagner",
+    "checks": "check_labels check_logits check_model",
+    "counting": "Counted",
+    "deepfool_l2": "deepfool",
+    "fast_boundary": "fab",
+    "gradient": "fgsm pgd",
+    "losses": "LOSSES Loss cross_entropy dlr kl margin targeted_dlr",
+    "norms": "distance radius",
+    "objective": "Model",
+    "random_squares": "square",
+    "registry": "NORMS Attack Norm register",
+    "result": "Result run",
+    "spatial": "SpatialAttack rotated_and_shifted spatial_grid",
+    "standard_sequence": "ATTACKS WorstCase autoattack",
+    "wrappers": "Bpda Eot",
+}
+__getattr__ = importing(
+    __name__, {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()}
+)
 
 __all__ = [
     "ATTACKS",
     "LOSSES",
     "NORMS",
+    "Attack",
     "Bpda",
     "Counted",
     "Eot",
@@ -45,6 +79,7 @@ __all__ = [
     "margin",
     "pgd",
     "radius",
+    "register",
     "rotated_and_shifted",
     "run",
     "spatial_grid",

@@ -8,15 +8,12 @@ pixels in [0, 1] before any normalisation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from nndefense.attacks.registry import NORMS
 from nndefense.errors import InputError
-
-Norm = Literal["linf", "l2", "normalized-l2"]
-NORMS: tuple[Norm, ...] = ("linf", "l2", "normalized-l2")
 
 Projector = Callable[[Tensor], Tensor]
 
@@ -31,7 +28,7 @@ def radius(images: Tensor, eps: float | Tensor, norm: str) -> Tensor:
     Args:
         images: N x C x H x W in [0, 1].
         eps: one number, or one per image (N); in units of the norm.
-        norm: one of :data:`NORMS`.
+        norm: one of :data:`nndefense.attacks.NORMS`.
 
     Returns:
         N radii: per entry for ``linf``, absolute lengths for both l2 norms.

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nndefense.attacks.autoattack import WorstCase
 from nndefense.attacks.counting import Counted
 from nndefense.attacks.objective import Model, fooled_by
+from nndefense.attacks.standard_sequence import WorstCase
 
 Attack = Callable[..., Tensor | WorstCase]
 

@@ -51,9 +51,11 @@ class OneOf:
                 return value
             raise typer.BadParameter(f"{value!r} is not one of {', '.join(map(repr, shown))}.")
 
-        return typer.Option(
-            self.flag, help=self.help, metavar="|".join(shown), callback=check, autocompletion=lambda: words
-        )
+        # A long list is read in the help, where lines break between its words.
+        few = len(shown) <= 6
+        text = self.help if few else f"{self.help} One of {', '.join(shown)}."
+        metavar = "|".join(shown) if few else "NAME"
+        return typer.Option(self.flag, help=text, metavar=metavar, callback=check, autocompletion=lambda: words)
 
 
 @dataclass(frozen=True)

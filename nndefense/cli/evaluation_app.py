@@ -25,6 +25,7 @@ from nndefense.cli.options import (
     HeadlineOption,
     KOption,
     KsOption,
+    LadderAttackOption,
     LayersOption,
     LimitOption,
     LossOption,
@@ -33,6 +34,7 @@ from nndefense.cli.options import (
     OwnOptions,
     PcaOption,
     PoolingsOption,
+    QueriesOption,
     RestartsOption,
     RowsOption,
     StepsOption,
@@ -55,7 +57,8 @@ def attack(
     attack: AttackOption = "pgd",
     norm: NormOption = "linf",
     eps: Annotated[str, typer.Option("--eps", help="Budget in units of the norm; 8/255 is fine.")] = "8/255",
-    steps: StepsOption = 20,
+    steps: StepsOption = None,
+    queries: QueriesOption = None,
     restarts: RestartsOption = 1,
     limit: LimitOption = None,
     overwrite: OverwriteOption = False,
@@ -70,7 +73,7 @@ def attack(
         dataset,
         model.classifier,
         out,
-        AttackSettings(attack, norm, (number("--eps", eps),), steps, restarts),
+        AttackSettings(attack, norm, (number("--eps", eps),), steps, restarts, queries=queries),
         limit=limit,
         overwrite=overwrite,
         batch_size=batch_size,
@@ -129,11 +132,12 @@ def evaluate(
     surrogate: SurrogateOption = None,
     k: KOption = None,
     weighting: WeightingOption = None,
-    attack: AttackOption = "pgd",
+    attack: LadderAttackOption = "pgd",
     norm: NormOption = "normalized-l2",
     eps: EpsOption = EPS_GRID,
     headline: HeadlineOption = None,
-    steps: StepsOption = 20,
+    steps: StepsOption = None,
+    queries: QueriesOption = None,
     restarts: RestartsOption = 1,
     adaptive: AdaptiveOption = True,
     adaptive_steps: AdaptiveStepsOption = 40,
@@ -173,7 +177,7 @@ def evaluate(
         raise InputError("give --recipe, or --dataset and --classifier")
     else:
         budgets = numbers(eps)
-        settings = AttackSettings(attack, norm, budgets, steps, restarts)
+        settings = AttackSettings(attack, norm, budgets, steps, restarts, queries=queries)
         models = ["gray", *(["black"] if surrogate else [])]
         models += ["white", "adaptive"] if adaptive and database is not None else []
         chosen = Recipe(
@@ -270,11 +274,12 @@ def demo(
     arch: Annotated[str, typer.Option(help="Architecture of the classifier that is trained.")] = "small-cnn",
     surrogate_arch: Annotated[str, typer.Option(help="Architecture of the surrogate.")] = "madry-mnist",
     epochs: Annotated[int | None, typer.Option(min=1, help="Training epochs [default: by the data's size].")] = None,
-    attack: AttackOption = "pgd",
+    attack: LadderAttackOption = "pgd",
     norm: NormOption = "normalized-l2",
     eps: EpsOption = EPS_GRID,
     headline: Annotated[str, typer.Option("--headline", help="The budget to calibrate for and to tabulate.")] = "0.2",
-    steps: StepsOption = 20,
+    steps: StepsOption = None,
+    queries: QueriesOption = None,
     restarts: RestartsOption = 1,
     adaptive: AdaptiveOption = True,
     adaptive_steps: AdaptiveStepsOption = 20,
@@ -301,7 +306,7 @@ def demo(
         database_sets=sets,
         test=test or reported_split(sets[0]),
         out=out,
-        attack=AttackSettings(attack, norm, budgets, steps, restarts),
+        attack=AttackSettings(attack, norm, budgets, steps, restarts, queries=queries),
         adaptive=AttackSettings("adaptive", norm, budgets, adaptive_steps) if adaptive else None,
         headline_eps=number("--headline", headline),
         audit=audit,

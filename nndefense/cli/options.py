@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nndefense.attacks import registry
 from nndefense.cli.declare import Commas, OneOf, Only
 from nndefense.errors import InputError
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from nndefense.models import Classifier
 
 NORMS = ("linf", "l2", "normalized-l2")
-ATTACKS = ("pgd", "fgsm", "apgd", "apgd-t", "autoattack", "square", "fab", "cw", "deepfool")
 EPS_GRID = "0.05,0.1,0.15,0.2,0.25,0.3"
 POOLINGS = "avg,rmac,grid4,grid8"
 KS = "1,3,5,10,20,50"
@@ -35,9 +35,19 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use so many images, drawn at random.")]
 NormOption = Annotated[str, OneOf("--norm", "normalized-l2: length of the change / length of the image.", NORMS)]
-AttackOption = Annotated[str, OneOf("--attack", "The attack.", ATTACKS)]
-StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Gradient steps (queries of square).")]
-RestartsOption = Annotated[int, typer.Option("--restarts", min=1, help="Random starts; the worst counts.")]
+_OWN = "The last is your own f(model, x, y, eps=, norm=, generator=) -> images, which is run."
+_LADDER = "Threat models that cannot use it run pgd instead; those from adaptive to pgd-fs need --database."
+AttackOption = Annotated[str, OneOf("--attack", f"The attack. {_OWN}", lambda: registry.names("gray"), python=True)]
+LadderAttackOption = Annotated[str, OneOf("--attack", f"The attack. {_LADDER} {_OWN}", registry.names, python=True)]
+StepsOption = Annotated[
+    int | None, typer.Option("--steps", min=1, help="Gradient steps of each start [default: the attack's standard].")
+]
+QueriesOption = Annotated[
+    int | None, typer.Option("--queries", min=1, help="Queries for each image, for square [default: its standard].")
+]
+RestartsOption = Annotated[
+    int, typer.Option("--restarts", min=1, help="Random starts, where the attack has any; the worst counts.")
+]
 AdaptiveOption = Annotated[
     bool, typer.Option("--adaptive/--no-adaptive", help="Also attack the retrieval itself, with full knowledge of it.")
 ]

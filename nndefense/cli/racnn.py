@@ -17,7 +17,6 @@ from nndefense.cli.options import (
     DatasetOption,
     EpsOption,
     NormOption,
-    StepsOption,
     command_line,
     numbers,
 )
@@ -114,7 +113,7 @@ def evaluate(
     attacked: Annotated[int, typer.Option(min=1, help="How many of them are attacked at most.")] = 500,
     eps: EpsOption = "0.1",
     norm: NormOption = "linf",
-    steps: StepsOption = 40,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Gradient steps.")] = 40,
     adaptive: Annotated[
         bool, typer.Option("--adaptive/--no-adaptive", help="Also the ensemble of attacks on the retrieval.")
     ] = True,

@@ -15,13 +15,8 @@ from nndefense.errors import InputError
 if TYPE_CHECKING:
     from nndefense.experiments import Recipe
 
-# What stands in for a number of steps where an attack counts otherwise.
-_ADDED: dict[str, dict[str, Any]] = {
-    "apgd": {"steps": 100, "loss": "dlr"},
-    "apgd-t": {"steps": 100},
-    "square": {"steps": 5000},
-    "autoattack": {"steps": 100},
-}
+# Each at its standard effort.
+_ADDED: dict[str, dict[str, Any]] = {"apgd": {"loss": "dlr"}, "apgd-t": {}, "square": {}, "autoattack": {}}
 
 
 def reproduce(

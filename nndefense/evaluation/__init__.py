@@ -1,5 +1,6 @@
 """Evaluation: accuracies under attack with intervals, a results file, and a report to look at."""
 
+from nndefense.attacks.registry import THREAT_MODELS
 from nndefense.evaluation.audit import AuditLine
 from nndefense.evaluation.evaluate import Record, Subject, evaluate
 from nndefense.evaluation.illustrate import illustrate
@@ -11,7 +12,7 @@ from nndefense.evaluation.runner import Evaluated, run
 from nndefense.evaluation.store import CellStore
 from nndefense.evaluation.subjects import layer_subject, subjects_of
 from nndefense.evaluation.suite import attack_all, run_attack
-from nndefense.evaluation.threats import THREAT_MODELS, AttackSettings, ThreatModel, attacks_for
+from nndefense.evaluation.threats import AttackSettings, ThreatModel
 from nndefense.statistics import mcnemar_p, wilson_interval
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "ThreatModel",
     "assemble",
     "attack_all",
-    "attacks_for",
     "calibration_text",
     "compare",
     "evaluate",

@@ -204,12 +204,14 @@ def _attacked_right(subject: AuditSubject, attack: AttackSettings, eps: float) -
 
 
 def _more_steps(subject: AuditSubject, before: Tensor) -> AuditLine:
-    doubled = replace(subject.attack, steps=2 * subject.attack.steps)
-    after = _attacked_right(subject, doubled, subject.eps)
+    attack, unit = subject.attack, subject.attack.attack.effort
+    if not unit:
+        return AuditLine("more steps", None, f"{attack.name} has its standard effort, and no other.")
+    after = _attacked_right(subject, attack.times(2), subject.eps)
     n, first, second = len(before), int(before.sum()), int(after.sum())
     p = mcnemar_p(int((before & ~after).sum()), int((after & ~before).sum()))
     text = (
-        f"{subject.threat.name} {subject.attack.name}, {subject.attack.steps} steps: {100 * first / n:.1f} %; twice as "
+        f"{subject.threat.name} {attack.name}, {attack.effort} {unit}: {100 * first / n:.1f} %; twice as "
         f"many: {100 * second / n:.1f} % of {n} images"
     )
     converged = abs(first - second) / n < 0.005
@@ -218,8 +220,13 @@ def _more_steps(subject: AuditSubject, before: Tensor) -> AuditLine:
 
 
 def _unbounded(subject: AuditSubject) -> AuditLine:
-    attack = replace(subject.attack, norm="linf", steps=max(subject.attack.steps, 50), eps=(1.0,))
-    right = int(_attacked_right(subject, attack, 1.0).sum())
+    norm = next((norm for norm in ("linf", "l2") if norm in subject.attack.attack.norms), None)
+    if norm is None:
+        return AuditLine("unbounded budget", None, f"{subject.attack.name} has no radius that frees every pixel.")
+    # A ball that holds the whole box.
+    size = subject.images[0].numel() ** 0.5 if norm == "l2" else 1.0
+    attack = replace(subject.attack.times(1, least=50), norm=norm, eps=(size,))
+    right = int(_attacked_right(subject, attack, size).sum())
     text = f"With pixels free to take any value the attack leaves {right} of {len(subject.images)} images right."
     return AuditLine("unbounded budget", right == 0, text)
 

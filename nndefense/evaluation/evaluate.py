@@ -55,6 +55,9 @@ class Record:
     ``ci_high`` are its Wilson 95 % interval; ``correct`` says which images, as hexadecimal digits of one bit each.
     ``accuracy_8bit`` is the same after rounding to 8-bit pixels, at the headline budget, else None.
 
+    ``steps`` are gradient steps (0 where the attack counts queries, and ``query_limit`` is how many for each image);
+    ``attack_sha256`` is of the code of an attack that is not the library's.
+
     ``eps`` is in units of ``norm``; ``eps_raw`` is the mean radius over the images in raw pixels of [0, 1] (per entry
     for linf, an l2 length otherwise), and ``budget_excess`` by how much any image passes its own.
 
@@ -93,10 +96,13 @@ class Record:
     database: str | None
     database_rows: int | None
     surrogate: str | None
+    query_limit: int = 0
+    attack_sha256: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a results file."""
-        return asdict(self)
+        """Plain values for a results file; the last two where there is something to say."""
+        plain = asdict(self)
+        return {name: value for name, value in plain.items() if value or name not in ("query_limit", "attack_sha256")}
 
 
 @reused_memory()
@@ -259,7 +265,7 @@ def _measure(
                 defense=subject.name,
                 variant=subject.variant,
                 attack=plain["name"],
-                steps=plain["steps"],
+                steps=plain.get("steps", 0),
                 restarts=plain["restarts"],
                 loss=plain.get("loss", "cross-entropy" if cell.threat else "none"),
                 threat_model=cell.threat.name if cell.threat else "clean",
@@ -285,6 +291,8 @@ def _measure(
                 database=subject.database,
                 database_rows=subject.database_rows,
                 surrogate=cell.threat.surrogate if cell.threat else None,
+                query_limit=plain.get("queries", 0),
+                attack_sha256=plain.get("sha256", ""),
             )
         )
     return records

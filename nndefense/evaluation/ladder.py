@@ -76,7 +76,7 @@ def _combined(records: Sequence[PlainRecord], like: PlainRecord) -> dict[str, An
     right = np.logical_and.reduce([bits(record) for record in records])
     low, high = wilson_interval(int(right.sum()), n)
     return {
-        **like,
+        **{name: value for name, value in like.items() if name not in ("query_limit", "attack_sha256")},
         "threat_model": WORST,
         "attack": "all",
         "steps": 0,
@@ -120,4 +120,5 @@ def bits(record: PlainRecord) -> Bits:
 
 
 def _cell(record: PlainRecord) -> tuple[Any, ...]:
-    return tuple(record[name] for name in ("threat_model", "attack", "norm", "eps", "steps", "restarts"))
+    names = ("threat_model", "attack", "norm", "eps", "steps", "restarts", "query_limit", "attack_sha256")
+    return tuple(record.get(name) for name in names)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nndefense import recipes
+from nndefense.attacks import registry
 from nndefense.errors import InputError
-from nndefense.evaluation.threats import THREAT_MODELS, AttackSettings, attacks_for
+from nndefense.evaluation.threats import AttackSettings
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,13 @@ class Rung:
     attack: AttackSettings
 
     def __post_init__(self) -> None:
-        if self.threat_model not in THREAT_MODELS:
-            raise InputError(f"threat_model is {self.threat_model!r}, but must be one of {', '.join(THREAT_MODELS)}")
-        if self.attack.name not in attacks_for(self.threat_model):
+        known = registry.THREAT_MODELS
+        if self.threat_model not in known:
+            raise InputError(f"threat_model is {self.threat_model!r}, but must be one of {', '.join(known)}")
+        if self.threat_model not in self.attack.attack.threat_models:
             raise InputError(
                 f"the attack {self.attack.name!r} is not one for the threat model {self.threat_model!r}: choose one of "
-                f"{', '.join(attacks_for(self.threat_model))}"
+                f"{', '.join(registry.names(self.threat_model))}"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -143,7 +145,32 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
 def rungs_for(
     threat_models: Sequence[str], attack: AttackSettings, adaptive: AttackSettings | None = None
 ) -> tuple[Rung, ...]:
-    """The ladder of one attack under several threat models; ``adaptive`` is what the adaptive attacker runs."""
-    return tuple(
-        Rung(model, adaptive if model == "adaptive" and adaptive is not None else attack) for model in threat_models
-    )
+    """The ladder of one attack under several threat models.
+
+    Each threat model runs the attack where it can use it. Where it cannot, :data:`nndefense.attacks.registry.STAND_IN`
+    takes its place, with the same norm, radii and restarts and its own standard effort: PGD for attackers who follow a
+    gradient, ``adaptive`` for those who attack the retrieval. These always run ``adaptive`` as well.
+
+    Args:
+        threat_models: which rungs.
+        attack: what to run.
+        adaptive: what the adaptive attackers run in any case.
+
+    Raises:
+        InputError: the attack is for none of these threat models.
+    """
+    usable = attack.attack.threat_models
+    if not set(usable) & set(threat_models):
+        raise InputError(
+            f"{attack.name} is an attack for {' and '.join(usable)} attackers, and none of them is here: give "
+            "--database (and not --no-adaptive) for an attack on retrieval"
+        )
+    rungs = []
+    for model in threat_models:
+        instead = AttackSettings(registry.STAND_IN[model], attack.norm, attack.eps, restarts=attack.restarts)
+        instead = adaptive if model == "adaptive" and adaptive is not None else instead
+        if model == "adaptive" and instead.name != attack.name:
+            rungs.append(Rung(model, instead))
+        if model in usable or model != "adaptive":
+            rungs.append(Rung(model, attack if model in usable else instead))
+    return tuple(rungs)

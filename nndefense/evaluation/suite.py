@@ -11,23 +11,15 @@ import torch
 from torch import Tensor
 
 from nndefense import attacks
-from nndefense.attacks import retrieval
+from nndefense.attacks import registry
 from nndefense.attacks.retrieval import RetrievalSurface
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
-from nndefense.evaluation.threats import LEAST, AttackSettings
+from nndefense.evaluation.threats import AttackSettings
 from nndefense.models import Classifier
 
-_RETRIEVAL: dict[str, Callable[..., Tensor]] = {
-    "adaptive": retrieval.adaptive,
-    "soft-retrieval": retrieval.soft_top_k,
-    "straight-through": retrieval.straight_through,
-    "push-pull": retrieval.push_pull,
-    "ask": retrieval.class_scores,
-    "drift": retrieval.feature_drift,
-    "pgd-pr": retrieval.pgd_pr,
-    "pgd-fs": retrieval.pgd_fs,
-}
+# How far an attack that is not the library's may pass its budget or the box, for rounding.
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -62,13 +54,60 @@ def run_attack(
     Raises:
         InputError: an attack that does not fit the target or the norm.
     """
-    if isinstance(target, RetrievalSurface):
-        return _on_retrieval(settings, target, images, labels, eps, generator)
-    if settings.name in _RETRIEVAL:
-        raise InputError(f"the attack {settings.name!r} is one on retrieval, not on a classifier")
-    counted = attacks.Counted(target)
-    made = _on_model(settings, counted, images, labels, eps, generator)
-    return Attacked(made, counted.forwards, counted.backwards, counted.queries)
+    attack, surface = settings.attack, isinstance(target, RetrievalSurface)
+    if attack.on_retrieval and not surface:
+        raise InputError(f"the attack {attack.name!r} is one on retrieval, not on a classifier")
+    if surface and "gradient" in attack.needs:
+        raise InputError(f"the attack {attack.name!r} needs a gradient of the defence: choose one on retrieval")
+    if attack.on_retrieval:
+        target.counts.reset()
+        seen, counts = target, target.counts
+    else:
+        seen = counts = attacks.Counted(target.predict if surface else target)
+    made: Tensor = attack.run(
+        seen,
+        images,
+        labels,
+        effort=settings.effort,
+        restarts=settings.restarts,
+        loss=settings.loss,
+        eps=eps,
+        norm=settings.norm,
+        generator=generator,
+    )
+    if attack.name not in registry.SHIPPED:
+        made = _checked(made, images, eps, settings)
+    if attack.least:
+        size = attacks.distance(images, made, settings.norm)
+        inside = size <= attacks.radius(images, eps, settings.norm)
+        # The clean image where the least change found is larger than the budget.
+        made = torch.where(inside[:, None, None, None], made, images)
+    # Every pass through the true defence is a query.
+    forwards = 0 if surface and not attack.on_retrieval else counts.forwards
+    return Attacked(made, forwards, counts.backwards, counts.queries)
+
+
+def _checked(made: Any, x: Tensor, eps: float, settings: AttackSettings) -> Tensor:
+    """What an attack of the user's made, which must be images inside ball and box but for rounding."""
+    name, least = settings.name, settings.attack.least
+    if not len(x):
+        return x
+    if not isinstance(made, Tensor) or made.shape != x.shape or not made.is_floating_point():
+        given = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+        raise InputError(f"the attack {name} returned {given}, but must return images like {tuple(x.shape)}")
+    images: Tensor = made.detach().to(x)
+    if wrong := int((~images.isfinite()).flatten(1).any(1).sum()):
+        raise InputError(f"the attack {name} returned NaN or infinite pixels in {wrong} of {len(x)} images")
+    beyond = (images - 0.5).abs().flatten(1).amax(1) - 0.5
+    if (excess := float(beyond.max())) > _ROUNDING:
+        raise InputError(f"the attack {name} left [0, 1] by {excess:.2g}: clamp its images")
+    passed = attacks.distance(x, images, settings.norm) - attacks.radius(x, eps, settings.norm)
+    if not least and (excess := float(passed.max())) > _ROUNDING:
+        raise InputError(
+            f"the attack {name} passes its budget, {settings.norm} {eps:g}, by {excess:.2g} (raw pixels) on "
+            f"{int((passed > _ROUNDING).sum())} of {len(x)} images: project them on the ball"
+        )
+    return images
 
 
 def attack_all(
@@ -106,64 +145,6 @@ def attack_all(
         truth.append(aims)
         progress(len(images))
     return torch.cat(clean), torch.cat(attacked), torch.cat(truth)
-
-
-def _on_model(
-    settings: AttackSettings, model: Any, x: Tensor, y: Tensor, eps: float, generator: torch.Generator
-) -> Tensor:
-    name, norm = settings.name, settings.norm
-    ball: dict[str, Any] = {"eps": eps, "norm": norm}
-    chance: dict[str, Any] = {"restarts": settings.restarts, "generator": generator}
-    if name == "fgsm":
-        return attacks.fgsm(model, x, y, **ball, loss=settings.loss)
-    if name == "pgd":
-        return attacks.pgd(model, x, y, **ball, **chance, steps=settings.steps, loss=settings.loss)
-    if name == "apgd":
-        return attacks.apgd(model, x, y, **ball, **chance, steps=settings.steps, loss=settings.loss)
-    if name == "apgd-t":
-        return attacks.apgd(model, x, y, **ball, **chance, steps=settings.steps, targets=9)
-    if name == "square":
-        return attacks.square(model, x, y, **ball, queries=settings.steps, generator=generator)
-    if name == "autoattack":
-        return attacks.autoattack(model, x, y, **ball, steps=settings.steps, generator=generator).images
-    if name == "fab":
-        return _within(attacks.fab(model, x, y, **ball, **chance, steps=settings.steps), x, eps, norm)
-    if norm == "linf":
-        raise InputError(f"{name} looks for the least l2 change: measure it in l2 or normalized-l2")
-    if name == "cw":
-        return _within(attacks.carlini_wagner(model, x, y, steps=settings.steps), x, eps, norm)
-    assert name in LEAST
-    return _within(attacks.deepfool(model, x, y, steps=settings.steps), x, eps, norm)
-
-
-def _within(made: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
-    """Attacked images that are within the budget; the clean image where the least change found is larger."""
-    change = (made - x).flatten(1)
-    size = change.abs().amax(1) if norm == "linf" else torch.linalg.vector_norm(change, dim=1)
-    inside = size <= attacks.radius(x, eps, norm)
-    return torch.where(inside[:, None, None, None], made, x)
-
-
-def _on_retrieval(
-    settings: AttackSettings,
-    surface: RetrievalSurface,
-    x: Tensor,
-    y: Tensor,
-    eps: float,
-    generator: torch.Generator,
-) -> Attacked:
-    if settings.name == "square":
-        counted = attacks.Counted(surface.predict)
-        made = attacks.square(counted, x, y, eps=eps, norm=settings.norm, queries=settings.steps, generator=generator)
-        return Attacked(made, queries=counted.queries or counted.forwards)
-    if settings.name not in _RETRIEVAL:
-        raise InputError(f"the attack {settings.name!r} needs a gradient of the defence: choose one on retrieval")
-    surface.counts.reset()
-    made = _RETRIEVAL[settings.name](
-        surface, x, y, eps=eps, norm=settings.norm, steps=settings.steps, generator=generator
-    )
-    counts = surface.counts
-    return Attacked(made, counts.forwards, counts.backwards, counts.queries)
 
 
 def peak_memory_mb() -> float:

@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from nndefense import attacks
+from nndefense.attacks import registry
+from nndefense.attacks.registry import NORMS, Attack
 from nndefense.errors import InputError
 
-# From the attacker who has nothing of the defence to the one who has all of it.
-THREAT_MODELS = ("black", "gray", "white", "adaptive")
-# Attacks that stay inside a budget, and those that look for the least change; both on anything that gives logits.
-FIXED = ("fgsm", "pgd", "apgd", "apgd-t", "autoattack", "square")
-LEAST = ("fab", "cw", "deepfool")
-# Attacks on the retrieval itself.
-RETRIEVAL = (
-    "adaptive",
-    "soft-retrieval",
-    "straight-through",
-    "push-pull",
-    "ask",
-    "drift",
-    "pgd-pr",
-    "pgd-fs",
-    "square",
-)
 LOSSES = ("cross-entropy", "margin", "dlr")
-ONE_STEP = ("fgsm",)
-
-
-def attacks_for(threat_model: str) -> tuple[str, ...]:
-    """The names of the attacks that a threat model can use."""
-    if threat_model == "adaptive":
-        return RETRIEVAL
-    if threat_model == "white":
-        # The relaxed defence has gradients, but no least change of its own is one of the true defence.
-        return ("fgsm", "pgd", "apgd")
-    return FIXED + LEAST
 
 
 @dataclass(frozen=True)
@@ -45,39 +19,60 @@ class AttackSettings:
     """An attack with its budget grid.
 
     Attributes:
-        name: one of :data:`FIXED`, :data:`LEAST` or :data:`RETRIEVAL`.
+        name: of an attack in :mod:`nndefense.attacks.registry`, or ``python:FILE:FUNCTION`` for the user's own.
         norm: ``linf``, ``l2`` or ``normalized-l2``.
         eps: the radii to run, in units of the norm, each finite and above 0.
-        steps: gradient steps per restart (queries for ``square``; FGSM has one).
+        steps: gradient steps per restart, of an attack that counts steps; by default its standard number.
         restarts: random starts; the worst one counts.
         loss: what PGD and APGD raise: ``cross-entropy``, ``margin`` or ``dlr``.
+        queries: answers asked per image, of an attack that counts them; by default its standard number.
     """
 
     name: str = "pgd"
     norm: str = "normalized-l2"
     eps: tuple[float, ...] = (0.06,)
-    steps: int = 20
+    steps: int | None = None
     restarts: int = 1
     loss: str = "cross-entropy"
+    queries: int | None = None
 
     def __post_init__(self) -> None:
-        known = tuple(dict.fromkeys(FIXED + LEAST + RETRIEVAL))
-        if self.name not in known:
-            raise InputError(f"the attack is {self.name!r}, but must be one of {', '.join(known)}")
-        if self.norm not in attacks.NORMS:
-            raise InputError(f"norm is {self.norm!r}, but must be one of {', '.join(attacks.NORMS)}")
+        if self.norm not in NORMS:
+            raise InputError(f"norm is {self.norm!r}, but must be one of {', '.join(NORMS)}")
         if not self.eps or not all(math.isfinite(eps) and eps > 0 for eps in self.eps):
             raise InputError("give at least one eps, each finite and above 0 (clean accuracy is always measured)")
-        if self.steps < 1 or self.restarts < 1:
-            raise InputError("an attack needs at least 1 step and 1 restart")
+        if min(self.steps or 1, self.queries or 1, self.restarts) < 1 or 0 in (self.steps, self.queries):
+            raise InputError("an attack needs at least 1 step or query and 1 restart")
         if self.loss not in LOSSES:
             raise InputError(f"the loss is {self.loss!r}, but must be one of {', '.join(LOSSES)}")
+        self.attack.check(self.norm, self.steps, self.queries, self.restarts, self.loss)
+        unit = self.attack.effort or "steps"
+        if getattr(self, unit) is None and self.attack.standard:
+            object.__setattr__(self, unit, self.attack.standard)
+
+    @cached_property
+    def attack(self) -> Attack:
+        """What the registry had under the name when the settings were made."""
+        return registry.get(self.name)
+
+    @property
+    def effort(self) -> int:
+        """Steps or queries, whichever the attack counts; 0 where it counts nothing."""
+        return (self.queries if self.attack.effort == "queries" else self.steps) or 0
+
+    def times(self, factor: int, least: int = 0) -> AttackSettings:
+        """The same with so many times the effort, and at least ``least`` steps; as it is where that is fixed."""
+        if self.attack.effort == "queries":
+            return replace(self, queries=factor * self.effort)
+        return replace(self, steps=max(factor * self.effort, least)) if self.attack.effort else self
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a results file."""
-        steps, restarts = (1, 1) if self.name in ONE_STEP else (self.steps, self.restarts)
-        plain = {"name": self.name, "norm": self.norm, "eps": list(self.eps), "steps": steps, "restarts": restarts}
-        return plain if self.loss == "cross-entropy" else {**plain, "loss": self.loss}
+        unit = self.attack.effort or "steps"
+        plain = {"name": self.name, "norm": self.norm, "eps": list(self.eps), unit: self.effort}
+        plain["restarts"] = self.restarts
+        plain |= {} if self.loss == "cross-entropy" else {"loss": self.loss}
+        return plain | ({"sha256": self.attack.sha256} if self.attack.sha256 else {})
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,7 @@ class ThreatModel:
     with the retrieval relaxed until it has a gradient; ``adaptive``: attacks made for retrieval, on the true defence.
 
     Attributes:
-        name: one of :data:`THREAT_MODELS`.
+        name: one of :data:`nndefense.attacks.registry.THREAT_MODELS`.
         target: images N x C x H x W -> logits for the first three, a retrieval surface for ``adaptive``.
         surrogate: the surrogate's own identity, for the record; None where the classifier is attacked.
         knowledge: what the attacker knows, ``L0`` to ``L3``; empty for the black box, who knows nothing.

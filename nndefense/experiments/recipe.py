@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from nndefense import recipes
-from nndefense.attacks import NORMS
+from nndefense.attacks import NORMS, registry
 from nndefense.attacks.spatial import SHIFT, SpatialAttack
 from nndefense.errors import InputError
-from nndefense.evaluation.threats import FIXED, AttackSettings
+from nndefense.evaluation.threats import AttackSettings
 from nndefense.models import ARCHITECTURES
 from nndefense.reporting.wording import budget
 from nndefense.training import InnerAttack, TrainingSettings, make_objective
@@ -130,9 +130,14 @@ def _evaluation(values: Any) -> tuple[AttackSettings, ...]:
         for table in recipes.tables(values, "evaluation")
     ]
     for attack in found:
-        if attack.name not in FIXED:
-            raise InputError(f"the attack {attack.name!r} of an [[evaluation]] must be one of {', '.join(FIXED)}")
+        if not _inside_a_budget(attack.attack):
+            known = [name for name in registry.names() if _inside_a_budget(registry.get(name))]
+            raise InputError(f"the attack {attack.name!r} of an [[evaluation]] must be one of {', '.join(known)}")
     return tuple(found)
+
+
+def _inside_a_budget(attack: registry.Attack) -> bool:
+    return "gray" in attack.threat_models and not attack.least
 
 
 def _threats(values: Any) -> tuple[Threat, ...]:
@@ -308,6 +313,8 @@ class Recipe:
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         for attack in plain["evaluation"]:
             del attack["norm"], attack["eps"]  # they are the threat's
+            if attack["queries"] is None:
+                del attack["queries"]
         return plain
 
     @property

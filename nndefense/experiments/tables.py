@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from nndefense.attacks.registry import attack_name
 from nndefense.experiments.spread import Results, Spread, accuracy_of, clean_of
 from nndefense.reporting import Table
-from nndefense.reporting.wording import BLANK, attack_name, p_text, percent, percent_in, points
+from nndefense.reporting.wording import BLANK, p_text, percent, percent_in, points
 
 
 def tables_of(results: Results) -> list[Table]:
@@ -90,7 +91,8 @@ def _attacked(results: Results) -> str:
     images, recipe = results["images"], results["recipe"]
     text = f"Standard accuracy on {images['test']['n']:,} test images; robust accuracy on {images['attacked']['n']:,}"
     attacks = [
-        f"{attack_name(one['name'])} of {one['steps']} steps"
+        f"{attack_name(one['name'])} of "
+        + (f"{one['steps']} steps" if one.get("steps") else f"{one['queries']:,} queries")
         + (f" with {one['restarts']} restarts" if one["restarts"] > 1 else "")
         + (f" on the {one['loss']} loss" if one["loss"] != "cross-entropy" else "")
         for one in recipe["evaluation"]

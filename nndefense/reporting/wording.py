@@ -92,18 +92,6 @@ def budget(norm: str, eps: float | str) -> str:
     return f"{norm_name(norm)} {eps if isinstance(eps, str) else number(eps)}"
 
 
-def attack_name(attack: str) -> str:
-    """An attack as papers write it: ``"pgd"`` is ``"PGD"``."""
-    names = {
-        "square": "Square",
-        "autoattack": "AutoAttack",
-        "deepfool": "DeepFool",
-        "cw": "C&W",
-        "drift": "feature drift",
-    }
-    return names.get(attack) or (attack.upper() if len(attack.split("-")[0]) <= 4 else attack.replace("-", " "))
-
-
 def raw_budget(norm: str, eps_raw: float) -> str:
     """What a budget means for pixel values in [0, 1]: steps of 1/255 for l-infinity, else an absolute l2 radius."""
     return f"{number(round(255 * eps_raw, 2))}/255" if norm == "linf" else f"{eps_raw:.3g}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nndefense.attacks.registry import attack_name
 from nndefense.evaluation.report.records import Results, settings_text
 from nndefense.reporting import Cell, Table, folded, section
-from nndefense.reporting.wording import attack_name, escape, norm_name, number, percent, plural, unit, value_text, words
+from nndefense.reporting.wording import escape, norm_name, number, percent, plural, unit, value_text, words
 
 SHOWN_CANDIDATES = 12
 _TITLE = "How the settings were chosen"

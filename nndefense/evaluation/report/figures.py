@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from nndefense.attacks.registry import attack_name
 from nndefense.evaluation.report.records import (
     BARE,
     DEFENDED,
@@ -20,7 +21,7 @@ from nndefense.evaluation.report.records import (
 )
 from nndefense.reporting import Cell, Table, charts, figure, folded, section
 from nndefense.reporting.ticks import log_ticks, nice_ticks
-from nndefense.reporting.wording import attack_name, count_text, interval, norm_name, number, percent, raw_budget
+from nndefense.reporting.wording import count_text, interval, norm_name, number, percent, raw_budget
 
 # Colour stands for the defence, dashes and marker for the threat model; each line is labelled where it ends.
 _COLORS = {"bare": charts.BARE, "defended": charts.DEFENDED}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from nndefense.attacks.registry import attack_name
 from nndefense.evaluation.ladder import RUNGS
 from nndefense.evaluation.report.records import BARE, DEFENDED, Record, Results, at_headline, records_of
 from nndefense.reporting import Cell, Table, section
-from nndefense.reporting.wording import attack_name, budget, escape, interval, p_text, percent
+from nndefense.reporting.wording import budget, escape, interval, p_text, percent
 
 KNOWS = {
     "clean": "nothing is attacked",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nndefense.attacks.registry import attack_name
 from nndefense.evaluation.report.records import Record, Results, headline_raw, records_of
 from nndefense.reporting import Cell, Table, facts_list, folded, section
 from nndefense.reporting.wording import (
-    attack_name,
     budget,
     escape,
     norm_name,
@@ -78,11 +78,13 @@ def _attack_texts(results: Results) -> list[str]:
     attacks: dict[tuple[Any, ...], set[float]] = {}
     for record in records_of(results):
         if record["threat_model"] != "clean":
-            key = (record["attack"], record["norm"], record.get("steps"), record.get("restarts"))
+            counts = record.get("steps"), record.get("query_limit"), record.get("restarts")
+            key = (record["attack"], record["norm"], *counts)
             attacks.setdefault(key, set()).add(float(record["eps"]))
     texts = []
-    for (attack, norm, steps, restarts), budgets in attacks.items():
+    for (attack, norm, steps, queries, restarts), budgets in attacks.items():
         many = f", {plural(steps, 'step')}" if steps else ""
+        many += f", {number(queries)} queries for each image" if queries else ""
         many += f", {plural(restarts, 'random start')}" if restarts else ""
         listed = ", ".join(number(eps) for eps in sorted(budgets))
         texts.append(f"{attack_name(str(attack))}{many}, {norm_name(str(norm))}, ε {listed}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nndefense.attacks.registry import attack_name
 from nndefense.evaluation.report.records import (
     BARE,
     DEFENDED,
@@ -15,7 +16,7 @@ from nndefense.evaluation.report.records import (
     under_attack,
 )
 from nndefense.reporting import Cell, Table, section
-from nndefense.reporting.wording import attack_name, budget, escape, interval, number, percent, weighting_name
+from nndefense.reporting.wording import budget, escape, interval, number, percent, weighting_name
 
 THREAT_MODELS = ("clean", "gray", "black")
 

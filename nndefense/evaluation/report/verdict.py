@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from nndefense.attacks.registry import attack_name
 from nndefense.evaluation.report.ladder import informed_record
 from nndefense.evaluation.report.records import BARE, DEFENDED, Results, at_headline
-from nndefense.reporting.wording import attack_name, budget, number, percent
+from nndefense.reporting.wording import budget, number, percent
 
 
 def verdict(results: Results) -> str:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from nndefense.attacks import norms
-from nndefense.attacks.apgd import apgd
+from nndefense.attacks.auto_pgd import apgd
 from nndefense.attacks.checks import at_least, checked_inputs
-from nndefense.attacks.fab import fab
+from nndefense.attacks.fast_boundary import fab
 from nndefense.attacks.objective import Model, checked_logits, fooled_by
-from nndefense.attacks.square import square
+from nndefense.attacks.random_squares import square
 from nndefense.errors import InputError
 from nndefense.memory import reusing_memory
 
