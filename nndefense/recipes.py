@@ -20,8 +20,7 @@ else:
     import tomli as tomllib
 
 _T = TypeVar("_T")
-_NAMES = {str: "text", bool: "true or false", int: "a whole number"}
-_NUMBER = 'a number or a quotient such as "8/255"'
+_KINDS = {str: "text", bool: "true or false", int: "a whole number"}
 
 
 def at(place: str, read: Callable[[Any], Any] | None = None) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def at(place: str, read: Callable[[Any], Any] | None = None) -> dict[str, Any]:
 def build(
     kind: type[_T],
     values: Any,
-    place: str = "",
+    table: str = "",
     *,
     given: Mapping[str, Any] | None = None,
     needed: Collection[str] = (),
@@ -50,17 +49,16 @@ def build(
     Args:
         kind: the dataclass.
         values: the table.
-        place: its name, which errors put before the entry's.
+        table: its name, which errors put before the entry's.
         given: values of fields that the table must not have.
         needed: fields that the table must have though they have a default.
 
     Raises:
         InputError: an entry is missing, unknown, of the wrong kind or out of range; the message names it.
     """
-    given = given or {}
-    found = {**given, **entries(kind, values, place, leave=given)}
+    found = {**(given or {}), **entries(kind, values, table, leave=given or ())}
     lacking = [
-        _join(place, _place(entry)) for entry in fields(cast(Any, kind))
+        _path(table, _place(entry)) for entry in fields(cast(Any, kind))
         if entry.name not in found
         and (entry.name in needed or (entry.default is MISSING and entry.default_factory is MISSING))
     ]  # fmt: skip
@@ -69,24 +67,21 @@ def build(
     return kind(**found)
 
 
-def entries(kind: type, values: Any, place: str = "", *, leave: Collection[str] = ()) -> dict[str, Any]:
+def entries(kind: type, values: Any, table: str = "", *, leave: Collection[str] = ()) -> dict[str, Any]:
     """The checked values of a table by the names of a dataclass's fields; fields in ``leave`` have no entry."""
     known = {_place(entry): entry for entry in fields(kind) if entry.name not in leave}
     sections = {name.partition(".")[0] for name in known if "." in name}
     flat: dict[str, Any] = {}
-    for name, value in table(values, place).items():
-        if name in sections:
-            flat.update({f"{name}.{inner}": one for inner, one in table(value, _join(place, name)).items()})
-        else:
-            flat[name] = value
-    if unknown := [_join(place, name) for name in flat if name not in known]:
+    for name, value in mapping(values, table).items():
+        inner = mapping(value, _path(table, name)) if name in sections else None
+        flat.update({name: value} if inner is None else {f"{name}.{key}": one for key, one in inner.items()})
+    if unknown := [_path(table, name) for name in flat if name not in known]:
         raise InputError(f"a recipe has no entry {', '.join(unknown)}: choose from {', '.join(known)}")
     hints = get_type_hints(kind)
     found = {}
     for name, value in flat.items():
-        read = known[name].metadata.get("read")
-        field = known[name].name
-        found[field] = read(value) if read else converted(hints[field], value, _join(place, name))
+        field, read = known[name].name, known[name].metadata.get("read")
+        found[field] = read(value) if read else converted(hints[field], value, _path(table, name))
     return found
 
 
@@ -97,51 +92,44 @@ def converted(kind: Any, value: Any, place: str) -> Any:
         InputError: it is of another kind; the message names the place.
     """
     origin, parts = get_origin(kind), get_args(kind)
+    wanted = None
     if origin in (Union, types.UnionType):
-        return (
-            None if value is None else converted(next(part for part in parts if part is not type(None)), value, place)
-        )
-    if origin is Literal:
-        if value not in parts:
-            raise InputError(f"{place} is {value!r}, but must be one of {', '.join(parts)}")
-        return value
+        (inner,) = (part for part in parts if part is not type(None))
+        return None if value is None else converted(inner, value, place)
     if origin is tuple:
-        return _tuple(parts, value, place)
-    if is_dataclass(kind):
+        listed = list(value) if isinstance(value, (list, tuple)) else [value]
+        inner_kinds = [parts[0]] * len(listed) if parts[-1] is Ellipsis else parts
+        if len(inner_kinds) == len(listed):
+            return tuple(converted(inner, one, place) for inner, one in zip(inner_kinds, listed, strict=True))
+        wanted = f"a list of {len(inner_kinds)}"
+    elif is_dataclass(kind):
         return build(cast(type, kind), value, place)
-    if kind is float:
+    elif kind is float:
         return number(value, place)
-    if kind in _NAMES:
-        # A boolean is an integer to Python, but not to people.
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise InputError(f"{place} is {value!r}, but must be {_NAMES[kind]}")
-        return value
-    return table(value, place)
+    elif origin is Literal:
+        wanted = None if value in parts else f"one of {', '.join(parts)}"
+    elif kind not in _KINDS:
+        return mapping(value, place)
+    # A boolean is an integer to Python, but not to people.
+    elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        wanted = _KINDS[kind]
+    if wanted:
+        raise InputError(f"{place} is {value!r}, but must be {wanted}")
+    return value
 
 
-def _tuple(parts: tuple[Any, ...], value: Any, place: str) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        if is_dataclass(parts[0]):
-            raise InputError(f"{place} must be written as [[{place}]] tables")
-        value = [value]
-    kinds = [parts[0]] * len(value) if parts[-1] is Ellipsis else parts
-    if len(kinds) != len(value):
-        raise InputError(f"{place} is {value!r}, but must be a list of {len(kinds)}")
-    return tuple(converted(kind, one, place) for kind, one in zip(kinds, value, strict=True))
-
-
-def tables(values: Any, place: str) -> list[dict[str, Any]]:
-    """The tables of an array of tables, ``[[place]]``."""
-    if not isinstance(values, list) or not all(isinstance(one, Mapping) for one in values):
-        raise InputError(f"{place} must be written as [[{place}]] tables")
-    return [dict(one) for one in values]
-
-
-def table(values: Any, place: str) -> dict[str, Any]:
+def mapping(value: Any, place: str) -> dict[str, Any]:
     """A table as a dict."""
-    if not isinstance(values, Mapping):
-        raise InputError(f"{place or 'a recipe'} is {values!r}, but must be a table")
-    return dict(values)
+    if not isinstance(value, Mapping):
+        raise InputError(f"{place or 'a recipe'} is {value!r}, but must be a table")
+    return dict(value)
+
+
+def mappings(values: Any, place: str) -> list[dict[str, Any]]:
+    """The tables of an array of tables, ``[[place]]``."""
+    if not isinstance(values, list):
+        raise InputError(f"{place} is {values!r}, but must be written as [[{place}]] tables")
+    return [mapping(one, f"[[{place}]]") for one in values]
 
 
 def number(value: Any, place: str) -> float:
@@ -152,15 +140,23 @@ def number(value: Any, place: str) -> float:
             raise TypeError
         return float(top) / (float(bottom) if slash else 1.0)
     except (TypeError, ValueError, ZeroDivisionError):
-        raise InputError(f"{place} is {value!r}, but must be {_NUMBER}") from None
+        raise InputError(f'{place} is {value!r}, but must be a number or a quotient such as "8/255"') from None
+
+
+def check_least(recipe: Any, least: int, *names: str) -> None:
+    """Raise :class:`InputError` for a field of one of these names that is below ``least``; None is no number."""
+    for name in names:
+        value = getattr(recipe, name)
+        if value is not None and value < least:
+            raise InputError(f"{name} is {value}, but must be at least {least}")
 
 
 def _place(entry: Field[Any]) -> str:
     return str(entry.metadata.get("place", entry.name))
 
 
-def _join(place: str, name: str) -> str:
-    return f"{place}.{name}" if place else name
+def _path(table: str, name: str) -> str:
+    return f"{table}.{name}" if table else name
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from nndefense.evaluation.outcomes import from_hex
 from nndefense.evaluation.threats import AttackSettings
 from nndefense.experiments import (
     SCALES,
+    ExperimentRecipe,
     Method,
-    Recipe,
     Threat,
     differences,
     figure_of,
@@ -42,7 +42,7 @@ from nndefense.models import build_classifier, load_classifier
 Results = dict[str, Any]
 
 
-def tiny(recipe: Recipe, **changes: Any) -> Recipe:
+def tiny(recipe: ExperimentRecipe, **changes: Any) -> ExperimentRecipe:
     """The same experiment on a few digits, in a second or two: every part of it runs."""
     threats = {threat.norm: threat for threat in recipe.threats}
     # Several numbers of labels only where the figure is about them.
@@ -77,7 +77,7 @@ def tiny(recipe: Recipe, **changes: Any) -> Recipe:
     return replace(recipe, **{**chosen, "published": tuple(one for one in recipe.published if one.threat in named)})
 
 
-def done(recipe: Recipe, out: Path, **options: Any) -> Results:
+def done(recipe: ExperimentRecipe, out: Path, **options: Any) -> Results:
     return run(recipe, open_images(recipe), out, device="cpu", progress=False, **options)
 
 
@@ -435,7 +435,7 @@ def hand_made() -> Results:
         for method, clean, attacked in (("standard", standard, 0), ("robust", robust, robust)):
             measured.append(entry(method, seed, "clean", [1] * clean + [0] * (4 - clean)))
             measured.append(entry(method, seed, "robust", [1] * attacked + [0] * (4 - attacked)))
-    recipe = Recipe(
+    recipe = ExperimentRecipe(
         name="h", title="H", scale="small", train="a", test="b", architecture="strided-cnn",
         threats=(Threat("linf", 0.1, "0.1"),),
         methods=(Method("standard", "standard"), Method("robust", "adversarial")),

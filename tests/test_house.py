@@ -231,16 +231,12 @@ HOUSE = {
 }
 # On their way out: classes of the command and the rooms below it.
 NAMESAKES: tuple[str, ...] = (
-    "Cell",
     "Engine",
     "Mode",
     "Neighbor",
     "Precision",
     "Problem",
-    "Published",
-    "Recipe",
     "Rejected",
-    "Rung",
     "Storage",
     "Target",
     "Teacher",

@@ -13,7 +13,7 @@ from nndefense.cli.options import SPEC_HELP, Common, command_line
 from nndefense.errors import InputError
 
 if TYPE_CHECKING:
-    from nndefense.experiments import Recipe
+    from nndefense.experiments import ExperimentRecipe
 
 # Each at its standard effort.
 _ADDED: dict[str, dict[str, Any]] = {"apgd": {"loss": "dlr"}, "apgd-t": {}, "square": {}, "autoattack": {}}
@@ -94,20 +94,20 @@ def _list_recipes(common: Common) -> None:
     common.show(rows, "\n".join(lines))
 
 
-def _size(recipe: Recipe) -> dict[str, Any]:
+def _size(recipe: ExperimentRecipe) -> dict[str, Any]:
     from nndefense.experiments import runs_of
 
     return {"trainings": len(runs_of(recipe)), "train": recipe.train, "architecture": recipe.architecture}
 
 
 def changed(
-    recipe: Recipe,
+    recipe: ExperimentRecipe,
     *,
     seeds: int | None = None,
     arch: str | None = None,
     unlabelled: str | None = None,
     attack: str | None = None,
-) -> Recipe:
+) -> ExperimentRecipe:
     """The recipe with what the options change; the results say so.
 
     Raises:

@@ -83,11 +83,9 @@ class Scope(MaterialSettings):
             raise InputError(f"the headline budget {self.headline:g} is not among the eps that are run: add it")
         if self.informed_eps is not None and self.headline not in self.informed_eps:
             raise InputError("informed_eps must hold the headline budget: the table shows it")
-        for name in ("steps", "restarts", "white_steps", "draws", "adaptive_steps", "layers", "batch_size", "patches"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        if self.holdout < 20 or self.candidate_rows < 20 or (self.limit is not None and self.limit < 1):
-            raise InputError("calibration needs at least 20 held-out images and candidate rows, a report 1 image")
+        counts = ("steps", "restarts", "white_steps", "draws", "adaptive_steps", "layers", "batch_size", "patches")
+        recipes.check_least(self, 1, *counts, "limit")
+        recipes.check_least(self, 20, "holdout", "candidate_rows")
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ def comparison_from(values: Mapping[str, Any], name: str, dataset: str, *, seed:
     Raises:
         InputError: an entry is missing, unknown or cannot be used; the message names it.
     """
-    scopes = recipes.table(values.get("scope", {}), "scope")
+    scopes = recipes.mapping(values.get("scope", {}), "scope")
     own = {key: entry for one in ("default", dataset) for key, entry in scopes.get(one, {}).items()}
     about = str(values.get("about", "")).strip()
     given = {"name": name, "seed": seed}

@@ -9,7 +9,7 @@ from typing import Any
 
 from nndefense.evaluation.ladder import WORST
 from nndefense.reporting import Cell, Table
-from nndefense.reporting.wording import budget, interval, percent
+from nndefense.reporting.wording import budget, interval, percent, rough
 
 Results = Mapping[str, Any]
 
@@ -31,7 +31,7 @@ class Measured:
     """An accuracy in [0, 1] with its 95 % interval, or None with the reason why there is none.
 
     Attributes:
-        accuracy, low, high: None where it was not measured.
+        accuracy, low, high: None where it was not measured; a printed accuracy has no interval.
         reason: why not.
         attack: which attack it was, where several were tried.
     """
@@ -55,26 +55,18 @@ class TableRow:
     """One defence.
 
     Attributes:
-        name, kind: of the recipe.
+        name: of the recipe.
         cells: by the names of :data:`COLUMNS`.
         published: the printed figures of :data:`PUBLISHED_COLUMNS`, each with a reason where there is none.
-        note: on the printed row.
-        milliseconds: of one prediction, by the clean images.
+        time: milliseconds of one prediction, by the clean images, as text.
         facts: of the defence, as text.
     """
 
     name: str
-    kind: str
     cells: dict[str, Measured]
     published: dict[str, Measured]
-    note: str
-    milliseconds: float | None
+    time: str
     facts: str
-
-    @property
-    def time(self) -> str:
-        """The milliseconds as text, with two digits that count."""
-        return "" if self.milliseconds is None else f"{float(f'{self.milliseconds:.2g}'):,.10g}"
 
 
 def table_of(results: Results, eps: float | None = None) -> list[TableRow]:
@@ -108,15 +100,13 @@ def _row(results: Results, row: Mapping[str, Any], eps: float) -> TableRow:
     records = [record for record in results["records"] if record["defense"] == row["record"]]
     cells = {column: _cell(results, row, records, models, eps) for column, models in COLUMNS.items()}
     published = results["published"]["rows"].get(row["published"])
-    clean = next((record for record in records if record["threat_model"] == "clean"), None)
+    took = [1000 * record["seconds"] / record["n"] for record in records if record["threat_model"] == "clean"]
     facts = ", ".join(f"{name} {_plain(value)}" for name, value in row["facts"].items() if name != "seconds to make")
     return TableRow(
         row["name"],
-        row["kind"],
         cells,
         {column: _printed(published, column) for column in PUBLISHED_COLUMNS},
-        published["note"] if published else "",
-        1000 * clean["seconds"] / clean["n"] if clean else None,
+        rough(took[0]) if took else "",
         facts,
     )
 

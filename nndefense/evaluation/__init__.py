@@ -6,8 +6,8 @@ from nndefense.evaluation.evaluate import Record, Subject, evaluate
 from nndefense.evaluation.illustrate import illustrate
 from nndefense.evaluation.ladder import Comparison, compare, worst_cases
 from nndefense.evaluation.recipe import Recipe, Rung, read_recipe, rungs_for
-from nndefense.evaluation.report import GalleryNeighbor, GalleryRow, calibration_text, write_report
-from nndefense.evaluation.results import assemble, summary
+from nndefense.evaluation.report import GalleryNeighbor, GalleryRow, calibration_text, summary, write_report
+from nndefense.evaluation.results import assemble
 from nndefense.evaluation.runner import Evaluated, run
 from nndefense.evaluation.store import CellStore
 from nndefense.evaluation.subjects import layer_subject, subjects_of

@@ -37,13 +37,12 @@ class Rung:
 
 def _rungs(values: Any) -> tuple[Rung, ...]:
     """The rungs of ``[[attack]]`` tables, whose ``threat_model`` may be a list."""
-    found = []
-    for table in recipes.tables(values, "attack"):
-        if "threat_model" not in table:
+    found: list[Rung] = []
+    for table in recipes.mappings(values, "attack"):
+        models = recipes.converted(tuple[str, ...], table.pop("threat_model", ()), "attack.threat_model")
+        if not models:
             raise InputError("a recipe needs attack.threat_model")
-        models = recipes.converted(tuple[str, ...], table.pop("threat_model"), "attack.threat_model")
-        settings = recipes.build(AttackSettings, table, "attack", needed=("eps",))
-        found += [Rung(model, settings) for model in models]
+        found += rungs_for(models, recipes.build(AttackSettings, table, "attack", needed=("eps",)))
     return tuple(found)
 
 
@@ -97,14 +96,8 @@ class Recipe:
             raise InputError("a black-box attack needs a surrogate: name one under [models], or leave the attack out")
         if self.database is None and any(rung.threat_model in ("white", "adaptive") for rung in self.rungs):
             raise InputError("white-box and adaptive attacks are on a defence: name its database, or leave them out")
-        for name in ("audit_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("gallery", "seed"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}, but must be at least 0")
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"limit is {self.limit}, but must be at least 1")
+        recipes.check_least(self, 1, "audit_images", "batch_size", "limit")
+        recipes.check_least(self, 0, "gallery", "seed")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, rungs included."""

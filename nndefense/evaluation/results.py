@@ -11,11 +11,9 @@ from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.evaluation.audit import AuditLine
 from nndefense.evaluation.evaluate import Record
-from nndefense.evaluation.ladder import RUNGS, compare, worst_cases
+from nndefense.evaluation.ladder import compare, worst_cases
 from nndefense.evaluation.recipe import Recipe
 from nndefense.models import Classifier
-from nndefense.reporting import Table
-from nndefense.reporting.wording import BLANK, budget, percent_in
 from nndefense.versions import library_versions
 
 FORMAT, VERSION = "nndefense-results", 2
@@ -89,29 +87,3 @@ def _described(database: ImageDatabase) -> dict[str, Any]:
 def identity(classifier: Classifier) -> dict[str, str]:
     """What a classifier is, in three strings."""
     return {"source": classifier.source, "arch": classifier.arch, "fingerprint": classifier.fingerprint}
-
-
-def summary(results: dict[str, Any]) -> str:
-    """The ladder at the headline budget, as text for a terminal: of several attacks the strongest counts."""
-    headline = results["headline"]
-    cells: dict[tuple[str, str], dict[str, Any]] = {}
-    for record in results["records"]:
-        here = record["norm"] == headline["norm"] and record["eps"] == headline["eps"]
-        cell = record["defense"], record["threat_model"]
-        if (here or record["threat_model"] == "clean") and (
-            cell not in cells or record["accuracy"] < cells[cell]["accuracy"]
-        ):
-            cells[cell] = record
-    columns = [rung for rung in RUNGS if any(threat_model == rung for _, threat_model in cells)]
-    rows = []
-    for name in dict.fromkeys(record["defense"] for record in results["records"]):
-        found = [cells.get((name, column)) for column in columns]
-        rows.append((name, *(percent_in(r["accuracy"], r["ci_low"], r["ci_high"], 1) if r else BLANK for r in found)))
-    title = (
-        f"{results['dataset']['name']}: accuracy in % on {results['dataset']['n']:,} images [95 % interval]; "
-        f"{budget(headline['norm'], headline['eps'])}"
-    )
-    lines = [Table(("", *columns), tuple(rows), title).text()]
-    failed = [line for line in results["audit"] if line["passed"] is False]
-    lines += [f"self-audit: {line['name']} FAILS: {line['text']}" for line in failed]
-    return "\n".join(lines)

@@ -8,7 +8,7 @@ from nndefense.experiments.data import Images, open_images
 from nndefense.experiments.figures import figure_of
 from nndefense.experiments.plan import Run, runs_of
 from nndefense.experiments.reading import SCALES, recipe_from, recipe_names, shipped_recipe
-from nndefense.experiments.recipe import Method, Published, Recipe, Threat
+from nndefense.experiments.recipe import ExperimentRecipe, Method, Published, Threat
 from nndefense.experiments.report import write_outputs
 from nndefense.experiments.runner import read_results, run
 from nndefense.experiments.spread import Spread, differences
@@ -16,10 +16,10 @@ from nndefense.experiments.tables import tables_of
 
 __all__ = [
     "SCALES",
+    "ExperimentRecipe",
     "Images",
     "Method",
     "Published",
-    "Recipe",
     "Run",
     "Spread",
     "Threat",

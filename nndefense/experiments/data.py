@@ -11,7 +11,7 @@ import numpy as np
 from nndefense.datasets import ImageDataset, holdout, open_dataset
 from nndefense.datasets.base import stratified_rows
 from nndefense.errors import DataError, InputError
-from nndefense.experiments.recipe import Recipe
+from nndefense.experiments.recipe import ExperimentRecipe
 from nndefense.pipeline.checks import check_disjoint
 from nndefense.training.identity import described
 from nndefense.training.pools import complement
@@ -70,7 +70,7 @@ class Images:
 
 
 def open_images(
-    recipe: Recipe, data_dir: Path | None = None, unlabelled: str | None = None, *, download: bool = True
+    recipe: ExperimentRecipe, data_dir: Path | None = None, unlabelled: str | None = None, *, download: bool = True
 ) -> Images:
     """Open what a recipe names.
 

@@ -17,7 +17,7 @@ from nndefense.attacks.spatial import spatial_grid
 from nndefense.datasets import ImageDataset
 from nndefense.evaluation import CellStore, run_attack, wilson_interval
 from nndefense.evaluation.outcomes import Bits, from_hex, to_hex
-from nndefense.experiments.recipe import SPATIAL, Recipe, Threat
+from nndefense.experiments.recipe import SPATIAL, ExperimentRecipe, Threat
 from nndefense.models import Classifier
 
 # Test images a cell: some seconds to minutes of work that a kill can cost.
@@ -35,7 +35,7 @@ class Judge:
         step: called with the number of images after every batch.
     """
 
-    recipe: Recipe
+    recipe: ExperimentRecipe
     test: ImageDataset
     attacked: ImageDataset
     store: CellStore

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nndefense.experiments.recipe import TEACHER, Method, Recipe, Threat
+from nndefense.experiments.recipe import TEACHER, ExperimentRecipe, Method, Threat
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Run:
         return Run(Method(TEACHER, "standard"), None, self.labels, self.seed).name
 
 
-def runs_of(recipe: Recipe) -> list[Run]:
+def runs_of(recipe: ExperimentRecipe) -> list[Run]:
     """All runs of a recipe, every teacher before its pupils."""
     methods = sorted(recipe.methods, key=lambda method: method.name != TEACHER)
     return [
@@ -50,6 +50,6 @@ def runs_of(recipe: Recipe) -> list[Run]:
     ]
 
 
-def threats_of(recipe: Recipe, run: Run) -> tuple[Threat, ...]:
+def threats_of(recipe: ExperimentRecipe, run: Run) -> tuple[Threat, ...]:
     """What a run's net is measured under: what it was trained for, or everything."""
     return recipe.threats if run.threat is None else (run.threat,)

@@ -7,7 +7,7 @@ from typing import Any
 
 from nndefense import recipes
 from nndefense.errors import InputError
-from nndefense.experiments.recipe import Recipe
+from nndefense.experiments.recipe import ExperimentRecipe
 
 SCALES = ("full", "small")
 
@@ -17,7 +17,7 @@ def recipe_names() -> tuple[str, ...]:
     return recipes.shipped(__package__)
 
 
-def shipped_recipe(name: str, scale: str = "full") -> Recipe:
+def shipped_recipe(name: str, scale: str = "full") -> ExperimentRecipe:
     """Read a shipped recipe at one scale.
 
     Args:
@@ -30,7 +30,7 @@ def shipped_recipe(name: str, scale: str = "full") -> Recipe:
     return recipe_from(recipes.read_shipped(__package__, name), name, scale)
 
 
-def recipe_from(values: Mapping[str, Any], name: str, scale: str) -> Recipe:
+def recipe_from(values: Mapping[str, Any], name: str, scale: str) -> ExperimentRecipe:
     """Make a recipe from the values of a TOML file.
 
     What stands in the table of the scale (``[full]``, ``[small]``) replaces what stands at the top, ``settings`` and
@@ -47,13 +47,13 @@ def recipe_from(values: Mapping[str, Any], name: str, scale: str) -> Recipe:
         raise InputError(f"recipe {name} at scale {scale}: {error}") from None
 
 
-def _recipe(values: Mapping[str, Any], name: str, scale: str) -> Recipe:
+def _recipe(values: Mapping[str, Any], name: str, scale: str) -> ExperimentRecipe:
     if scale not in SCALES:
         raise InputError(f"there is no scale {scale!r}: choose {' or '.join(SCALES)}")
     if values.get(scale) is None:
         raise InputError(f"it has no table [{scale}]")
     chosen = {key: value for key, value in values.items() if key not in SCALES}
-    for key, value in recipes.table(values[scale], scale).items():
+    for key, value in recipes.mapping(values[scale], scale).items():
         both = key in ("settings", "attack") and isinstance(chosen.get(key), Mapping) and isinstance(value, Mapping)
         chosen[key] = {**chosen[key], **value} if both else value
-    return recipes.build(Recipe, {"evaluation": [], **chosen}, given={"name": name, "scale": scale})
+    return recipes.build(ExperimentRecipe, {"evaluation": [], **chosen}, given={"name": name, "scale": scale})

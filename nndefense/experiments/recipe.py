@@ -127,7 +127,7 @@ def _evaluation(values: Any) -> tuple[AttackSettings, ...]:
     given = {"norm": "linf", "eps": (1.0,)}
     found = [
         recipes.build(AttackSettings, table, "evaluation", given=given, needed=("name",))
-        for table in recipes.tables(values, "evaluation")
+        for table in recipes.mappings(values, "evaluation")
     ]
     for attack in found:
         if not _inside_a_budget(attack.attack):
@@ -143,7 +143,7 @@ def _inside_a_budget(attack: registry.Attack) -> bool:
 def _threats(values: Any) -> tuple[Threat, ...]:
     """A threat for every radius of every ``[[threat]]``."""
     found = []
-    for table in recipes.tables(values, "threat"):
+    for table in recipes.mappings(values, "threat"):
         if table.get("norm") == SPATIAL:
             found.append(recipes.build(Threat, table, "threat", given={"text": ""}))
             continue
@@ -157,7 +157,7 @@ def _threats(values: Any) -> tuple[Threat, ...]:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ExperimentRecipe:
     """All that a table depends on, at one scale.
 
     Attributes:
@@ -223,11 +223,10 @@ class Recipe:
                 raise InputError(f"two of the {what} have one name: {', '.join(found)}")
         if self.architecture not in ARCHITECTURES:
             raise InputError(f"architecture is {self.architecture!r}, but must be one of {', '.join(ARCHITECTURES)}")
-        for name in ("seeds", "check_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        if self.validation < 0 or (self.images is not None and self.images < 1) or min(self.grid) < 1:
-            raise InputError("validation must be 0 or more, images and both numbers of grid at least 1")
+        recipes.check_least(self, 1, "seeds", "check_steps", "batch_size", "images")
+        recipes.check_least(self, 0, "validation")
+        if min(self.grid) < 1:
+            raise InputError("both numbers of grid must be at least 1")
         if not self.labels or min(self.labels) < 0 or len(set(self.labels)) < len(self.labels):
             raise InputError("labels must be different numbers of images, with 0 for all of them")
         for pair in self.compare:

@@ -18,7 +18,7 @@ from nndefense.evaluation import CellStore
 from nndefense.experiments.data import Images
 from nndefense.experiments.measure import Judge
 from nndefense.experiments.plan import Run, runs_of, threats_of
-from nndefense.experiments.recipe import Recipe
+from nndefense.experiments.recipe import ExperimentRecipe
 from nndefense.experiments.spread import differences
 from nndefense.experiments.train import Workshop
 from nndefense.files import make_folder, read_json, write_json
@@ -31,7 +31,7 @@ _IDENTITY = "experiment.json"
 
 
 def run(
-    recipe: Recipe,
+    recipe: ExperimentRecipe,
     images: Images,
     out: Path,
     *,
@@ -137,7 +137,7 @@ def _of(one: Run, record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _claim(out: Path, recipe: Recipe, images: Images) -> None:
+def _claim(out: Path, recipe: ExperimentRecipe, images: Images) -> None:
     """Write down whose folder it is, or check that it is this recipe's."""
     # More seeds or labels, other attacks of the report and other words are the same trainings with something added.
     identity = {"recipe": recipe.name, "scale": recipe.scale, "images": images.train.fingerprint}

@@ -48,24 +48,12 @@ def student_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def accuracy_of(results: Results, method: str, labels: int, threat: str) -> Spread | None:
     """A method's accuracy under a threat; None where it was not measured."""
-    return _spread(
-        [
-            found
-            for found in _measured(results, method, labels)
-            if found["threat"] == threat and found["kind"] != "clean"
-        ]
-    )
+    return _spread(_measured(results, method, labels, threat, "robust"))
 
 
 def clean_of(results: Results, method: str, labels: int, threat: str) -> Spread | None:
     """Clean accuracy of the nets that a method made against a threat, or of its only nets where it does not attack."""
-    return _spread(
-        [
-            found
-            for found in _measured(results, method, labels)
-            if found["kind"] == "clean" and found["trained_for"] in (None, threat)
-        ]
-    )
+    return _spread(_measured(results, method, labels, threat, "standard"))
 
 
 def differences(results: Results) -> list[dict[str, Any]]:
@@ -109,20 +97,25 @@ def _paired_interval(first: Any, second: Any) -> tuple[float, float]:
 def _pairs(
     results: Results, first: str, second: str, labels: int, threat: str, kind: str
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    def by_seed(method: str) -> dict[int, dict[str, Any]]:
-        return {
-            found["seed"]: found
-            for found in _measured(results, method, labels)
-            if (kind == "standard" and found["kind"] == "clean" and found["trained_for"] in (None, threat))
-            or (kind == "robust" and found["kind"] == "robust" and found["threat"] == threat)
-        }
-
-    one, other = by_seed(first), by_seed(second)
+    one, other = (
+        {found["seed"]: found for found in _measured(results, method, labels, threat, kind)}
+        for method in (first, second)
+    )
     return [(one[seed], other[seed]) for seed in sorted(one.keys() & other.keys())]
 
 
-def _measured(results: Results, method: str, labels: int) -> list[dict[str, Any]]:
-    return [found for found in results["measurements"] if found["method"] == method and found["labels"] == labels]
+def _measured(results: Results, method: str, labels: int, threat: str, kind: str) -> list[dict[str, Any]]:
+    """The clean measurements of a method for a threat (``standard``), or those under it (``robust``)."""
+    return [
+        found
+        for found in results["measurements"]
+        if (found["method"], found["labels"]) == (method, labels)
+        and (
+            (found["kind"] == "clean" and found["trained_for"] in (None, threat))
+            if kind == "standard"
+            else (found["kind"] != "clean" and found["threat"] == threat)
+        )
+    ]
 
 
 def _spread(found: list[dict[str, Any]]) -> Spread | None:

@@ -13,7 +13,7 @@ from nndefense.database.near_images import NearSearch
 from nndefense.datasets import ImageDataset
 from nndefense.experiments.data import Images
 from nndefense.experiments.plan import Run
-from nndefense.experiments.recipe import Recipe
+from nndefense.experiments.recipe import ExperimentRecipe
 from nndefense.models import Classifier, build_classifier, load_classifier
 from nndefense.pipeline.finished import find_or_train
 from nndefense.training import make_objective
@@ -49,7 +49,7 @@ class Workshop:
         progress: whether to show bars.
     """
 
-    recipe: Recipe
+    recipe: ExperimentRecipe
     images: Images
     out: Path
     device: torch.device

@@ -51,6 +51,11 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def rough(value: float) -> str:
+    """A number with two digits that count, without an exponent: ``"0.45"``, ``"12"``, ``"1,600"``."""
+    return f"{float(f'{value:.2g}'):,.10g}"
+
+
 def count_text(value: float) -> str:
     """A count for an axis: ``"500"``, ``"2,000"``, ``"50k"``, ``"1.3M"``."""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,33 +21,27 @@ from nndefense.evaluation.report.records import (
 )
 from nndefense.reporting import Cell, Table, charts, figure, folded, section
 from nndefense.reporting.ticks import log_ticks, nice_ticks
-from nndefense.reporting.wording import count_text, interval, norm_name, number, percent, raw_budget
+from nndefense.reporting.wording import BLANK, count_text, interval, norm_name, number, percent, raw_budget
 
 # Colour stands for the defence, dashes and marker for the threat model; each line is labelled where it ends.
 _COLORS = {"bare": charts.BARE, "defended": charts.DEFENDED}
-_DASHES: dict[str, tuple[float, ...]] = {
-    "gray": (), "black": (3, 2), "clean": (0.75, 2), "white": (5, 1.5, 1, 1.5), "adaptive": (1.5, 1.25), "worst": (),
+_DASHES: dict[str, Any] = {
+    "gray": "-", "black": (0, (3, 2)), "clean": (0, (0.75, 2)), "white": (0, (5, 1.5, 1, 1.5)),
+    "adaptive": (0, (1.5, 1.25)), "worst": "-",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Point:
-    """One measured accuracy: ``x`` in the unit of the axis, the rest fractions in [0, 1]."""
-
-    x: float
-    accuracy: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Line:
-    """A line of a figure: ``defense`` (``"bare"`` or ``"defended"``) picks the colour, ``threat_model`` the dashes."""
+    """A line of a figure: ``defense`` (``"bare"`` or ``"defended"``) picks the colour, ``threat_model`` the dashes.
+
+    Its points are records by their place on the axis, ascending; a ``reference`` is a level drawn across the figure.
+    """
 
     defense: str
     threat_model: str
-    points: tuple[Point, ...]
-    reference: bool = False  # a level drawn across the figure, not a measurement at each x
+    points: Mapping[float, Record]
+    reference: bool = False
 
     @property
     def label(self) -> str:
@@ -63,31 +57,28 @@ def accuracy_vs_eps(results: Results, *, uid: str = "eps") -> str:
         uid: start of the ids in the markup; give another one to show the figure twice in a page.
     """
     lines = eps_lines(results)
-    largest = max((point.x for line in lines for point in line.points), default=0.0)
+    largest = max((x for line in lines for x in line.points), default=0.0)
     if largest <= 0:
         return ""
     headline = results["headline"]
-    norm = str(headline["norm"])
+    norm, eps = str(headline["norm"]), float(headline["eps"])
     ratio = _raw_per_eps(results)
     ticks = nice_ticks(0, largest, 5)
+    raw, below = [""] * len(ticks), "pixels in [0, 1]"
     if norm == "linf":
         raw = [number(round(255 * tick, 1)) for tick in ticks]
         below = "second line: in steps of 1/255 of the pixel range"
     elif norm == "normalized-l2" and ratio is not None:
         raw = [f"{tick * ratio:.3g}" for tick in ticks]
         below = "second line: mean ℓ₂ radius, pixels in [0, 1]"
-    else:
-        raw = [""] * len(ticks)
-        below = "pixels in [0, 1]"
     unit = ": ‖x′ − x‖₂ / ‖x‖₂" if norm == "normalized-l2" else ""
-    headline_eps = float(headline["eps"])
     return _chart(
         lines,
         uid=uid,
         title=f"Accuracy against attack budget ({attack_name(str(headline['attack']))}, {norm_name(norm)})",
         ticks={tick: f"{number(tick)}\n{second}".rstrip() for tick, second in zip(ticks, raw, strict=True)},
         label=f"budget ε, {norm_name(norm)}{unit}\n{below}",
-        mark=(headline_eps, f"table: {number(headline_eps)}") if 0 < headline_eps <= largest else None,
+        mark=eps if 0 < eps <= largest else None,
         describe=lambda x: f"ε {number(x)}",
     )
 
@@ -102,16 +93,13 @@ def accuracy_vs_rows(results: Results, *, uid: str = "rows") -> str:
     lines = rows_lines(results)
     if not lines:
         return ""
-    sizes = sorted({point.x for line in lines for point in line.points})
-    low, high = sizes[0], sizes[-1]
-    ticks = log_ticks(low, high, 5)
-    if len(ticks) < 2:
-        ticks = [low, high]
+    sizes = sorted({x for line in lines for x in line.points})
+    ticks = log_ticks(sizes[0], sizes[-1], 5)
     return _chart(
         lines,
         uid=uid,
         title="Accuracy against database size",
-        ticks={tick: count_text(tick) for tick in ticks},
+        ticks={tick: count_text(tick) for tick in (ticks if len(ticks) > 1 else (sizes[0], sizes[-1]))},
         label="images in the database (log scale)",
         log=True,
         describe=lambda x: f"{number(x)} images",
@@ -123,11 +111,11 @@ def _chart(
     *,
     uid: str,
     title: str,
-    ticks: dict[float, str],
+    ticks: Mapping[float, str],
     label: str,
     describe: Callable[[float], str],
     log: bool = False,
-    mark: tuple[float, str] | None = None,
+    mark: float | None = None,
 ) -> str:
     """Lines of accuracies from 0 to 100 % with their bands, as inline SVG; ``describe`` writes an x in words."""
     drawn = Figure(figsize=(6.28, 4.75))
@@ -138,52 +126,43 @@ def _chart(
     axes.set_yticks((0, 25, 50, 75, 100))
     axes.tick_params(axis="y", length=0)
     axes.text(-0.075, 1.05, "accuracy, %", transform=axes.transAxes, fontsize=12)
-    places = charts.spread([100 * line.points[-1].accuracy for line in lines], gap=13.5, low=4, high=96)
+    ends = [list(line.points.items())[-1] for line in lines]
+    places = charts.spread([100 * float(record["accuracy"]) for _, record in ends], gap=13.5, low=4, high=96)
     tips = {}
-    for line, place in zip(lines, places, strict=True):
-        color, points, last = _COLORS[line.defense], line.points, line.points[-1]
-        xs, low, high = ([100 * getattr(point, key) for point in points] for key in ("x", "low", "high"))
-        xs = [point.x for point in points]
-        style: dict[str, Any] = {
-            "color": color, "linewidth": 1.25 if line.reference else 2,
-            "alpha": 0.45 if line.threat_model == "worst" else 1,
-            "dashes": _DASHES[line.threat_model] or (None, None),
-        }  # fmt: skip
-        ys = [100 * point.accuracy for point in points]
-        axes.plot(xs, ys, zorder=3, **style)
+    for line, (end, record), place in zip(lines, ends, places, strict=True):
+        color, xs = _COLORS[line.defense], list(line.points)
+        ys, low, high = ([100 * one[key] for one in line.points.values()] for key in ("accuracy", "ci_low", "ci_high"))
+        alpha, width = (0.45 if line.threat_model == "worst" else 1), (1.25 if line.reference else 2)
+        axes.plot(xs, ys, color=color, linestyle=_DASHES[line.threat_model], alpha=alpha, linewidth=width, zorder=3)
         if not line.reference:
-            if len(points) == 1:
+            if len(xs) == 1:
                 axes.vlines(xs, low, high, color=color, alpha=0.4, linewidth=5)
             axes.fill_between(xs, low, high, color=color, alpha=0.13, linewidth=0)
             inside = "#ffffff" if line.threat_model == "black" else color
             size = 4 if line.threat_model == "clean" else 6.8
             gid = f"{uid}-{line.label}"
-            axes.plot(
-                xs, ys, "o", color=color, markersize=size, markerfacecolor=inside, markeredgewidth=1.6, zorder=4,
-                gid=gid, clip_on=False,
-            )  # fmt: skip
+            axes.plot(xs, ys, "o", color=color, ms=size, mfc=inside, mew=1.6, zorder=4, gid=gid, clip_on=False)
             tips[gid] = [
-                f"{line.label}: {percent(p.accuracy)} % ({percent(p.low)} to {percent(p.high)})" for p in points
+                f"{line.label}: {percent(one['accuracy'])} % ({percent(one['ci_low'])} to {percent(one['ci_high'])})"
+                for one in line.points.values()
             ]
-        axes.annotate(
-            line.label, (last.x, 100 * last.accuracy), (1.045, place), textcoords=("axes fraction", "data"),
-            color=color, fontsize=13, fontweight="bold", va="bottom", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.5, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0)},
-        )  # fmt: skip
-        axes.annotate(
-            f"{percent(last.accuracy)} %", (1.045, place), xycoords=("axes fraction", "data"), color=color, fontsize=13,
-            va="top", annotation_clip=False,
-        )  # fmt: skip
+        arrow = {"arrowstyle": "-", "color": color, "alpha": 0.5, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0)}
+        beside: dict[str, Any] = {"textcoords": ("axes fraction", "data"), "color": color, "fontsize": 13}
+        text, at = f"{percent(record['accuracy'])} %", (1.045, place)
+        axes.annotate(line.label, (end, ys[-1]), at, fontweight="bold", va="bottom", arrowprops=arrow, **beside)
+        axes.annotate(text, (end, ys[-1]), at, va="top", **beside)
     axes.set_xticks(list(ticks), list(ticks.values()), fontsize=13)
     axes.minorticks_off()
     axes.set_xlabel(label, loc="left", fontsize=13)
     if mark is not None:
-        axes.axvline(mark[0], color=charts.INK, alpha=0.4, linewidth=1, linestyle=(0, (2, 3)))
-        axes.text(mark[0], 103, mark[1], fontsize=12, ha="right" if mark[0] > 0.8 * max(ticks) else "center")
-    ends = "; ".join(
-        f"{line.label} {percent(line.points[-1].accuracy)} % at {describe(line.points[-1].x)}" for line in lines
+        axes.axvline(mark, color=charts.INK, alpha=0.4, linewidth=1, linestyle=(0, (2, 3)))
+        side = "right" if mark > 0.8 * max(ticks) else "center"
+        axes.text(mark, 103, f"table: {number(mark)}", fontsize=12, ha=side)
+    told = "; ".join(
+        f"{line.label} {percent(record['accuracy'])} % at {describe(end)}"
+        for line, (end, record) in zip(lines, ends, strict=True)
     )
-    return charts.inline(drawn, title, f"Lines end at: {ends}. All values are in the table below.", name=uid, tips=tips)
+    return charts.inline(drawn, title, f"Lines end at: {told}. All values are in the table below.", name=uid, tips=tips)
 
 
 def eps_lines(results: Results) -> list[Line]:
@@ -199,11 +178,9 @@ def eps_lines(results: Results) -> list[Line]:
         for threat_model in models[defense]:
             if threat_model == "worst" and not attacked & {"white", "adaptive"}:
                 continue
-            records = _worst_by(under_attack(results, defense, threat_model), lambda record: float(record["eps"]))
-            if records:
-                start = [] if clean is None or 0.0 in records else [_point(0.0, clean)]
-                points = start + [_point(eps, record) for eps, record in sorted(records.items())]
-                lines.append(Line(label, threat_model, tuple(points)))
+            points = _worst_by(under_attack(results, defense, threat_model), "eps")
+            if points:
+                lines.append(Line(label, threat_model, points if clean is None else {0.0: clean, **points}))
     return lines
 
 
@@ -218,32 +195,23 @@ def rows_lines(results: Results) -> list[Line]:
     lines = []
     for threat_model in ("clean", "gray", "black"):
         found = [at_headline(results, name, threat_model) for name in names]
-        sized = [record for record in found if record is not None and (record.get("database_rows") or 0) > 0]
-        by_rows = _worst_by(sized, lambda record: float(record["database_rows"]))
-        if by_rows:
-            points = tuple(_point(rows, record) for rows, record in sorted(by_rows.items()))
+        points = _worst_by([one for one in found if one is not None and one.get("database_rows")], "database_rows")
+        if points:
             lines.append(Line("defended", threat_model, points))
-    sizes = sorted({point.x for line in lines for point in line.points})
+    sizes = sorted({x for line in lines for x in line.points})
     if len(sizes) < 2:
         return []
     for threat_model in ("gray", "black"):
         record = at_headline(results, BARE, threat_model)
         if record is not None:
-            ends = (_point(sizes[0], record), _point(sizes[-1], record))
-            lines.append(Line("bare", threat_model, ends, reference=True))
+            lines.append(Line("bare", threat_model, {sizes[0]: record, sizes[-1]: record}, reference=True))
     return lines
 
 
-def _worst_by(records: Sequence[Record], key: Callable[[Record], float]) -> dict[float, Record]:
-    groups: dict[float, list[Record]] = {}
-    for record in records:
-        groups.setdefault(key(record), []).append(record)
-    return {x: lowest(group) for x, group in groups.items()}
-
-
-def _point(x: float, record: Record) -> Point:
-    accuracy, low, high = (float(record[key]) for key in ("accuracy", "ci_low", "ci_high"))
-    return Point(x, accuracy, low, high)
+def _worst_by(records: Sequence[Record], key: str) -> dict[float, Record]:
+    """The record of lowest accuracy for every value of a key, in the order of the values."""
+    values = sorted({float(record[key]) for record in records})
+    return {value: lowest([record for record in records if record[key] == value]) for value in values}
 
 
 def _raw_per_eps(results: Results) -> float | None:
@@ -290,11 +258,11 @@ def _points_table(lines: Sequence[Line], x_name: str, describe: Callable[[float]
     measured = [line for line in lines if not line.reference]
     if not measured:
         return ""
-    at = [{point.x: point for point in line.points} for line in measured]
     rows: list[tuple[str | Cell, ...]] = []
-    for x in sorted(set().union(*at)):
-        found = [points.get(x) for points in at]
-        cells = [Cell(percent(p.accuracy), interval(p.low, p.high)) if p else Cell("–") for p in found]
-        rows.append((describe(x), *cells))
+    for x in sorted({x for line in measured for x in line.points}):
+        found = [line.points.get(x) for line in measured]
+        rows.append((describe(x), *(
+            Cell(percent(r["accuracy"]), interval(r["ci_low"], r["ci_high"])) if r else BLANK for r in found
+        )))  # fmt: skip
     table = Table((x_name, *(line.label for line in measured)), tuple(rows))
     return folded("The same as a table", table.html())

@@ -9,7 +9,7 @@ from nndefense.attacks.registry import attack_name
 from nndefense.evaluation.ladder import RUNGS
 from nndefense.evaluation.report.records import BARE, DEFENDED, Record, Results, at_headline, records_of
 from nndefense.reporting import Cell, Table, section
-from nndefense.reporting.wording import budget, escape, interval, p_text, percent
+from nndefense.reporting.wording import BLANK, budget, escape, interval, p_text, percent, percent_in
 
 KNOWS = {
     "clean": "nothing is attacked",
@@ -61,6 +61,24 @@ def obscurity(results: Results) -> str:
         part = "none" if kept <= 0 else f"{percent(kept, 0)} %"
         return f"{left}, which keeps {part} of the gray-box gain: the gain is mostly obscurity."
     return f"{left}: what it holds under the gray-box attack is mostly obscurity."
+
+
+def summary(results: Results) -> str:
+    """The ladder of every defence at the headline budget, as text for a terminal: of several attacks the strongest."""
+    names = list(dict.fromkeys(record["defense"] for record in results["records"]))
+    cells = {(name, rung): at_headline(results, name, rung, any_attack=True) for name in names for rung in RUNGS}
+    columns = [rung for rung in RUNGS if any(cells[name, rung] for name in names)]
+    rows = []
+    for name in names:
+        found = [cells[name, column] for column in columns]
+        rows.append((name, *(percent_in(r["accuracy"], r["ci_low"], r["ci_high"], 1) if r else BLANK for r in found)))
+    title = (
+        f"{results['dataset']['name']}: accuracy in % on {results['dataset']['n']:,} images [95 % interval]; "
+        f"{budget(results['headline']['norm'], results['headline']['eps'])}"
+    )
+    failed = [line for line in results["audit"] if line["passed"] is False]
+    told = [f"self-audit: {line['name']} FAILS: {line['text']}" for line in failed]
+    return "\n".join([Table(("", *columns), tuple(rows), title).text(), *told])
 
 
 def ladder_section(results: Results) -> str:
