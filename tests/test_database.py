@@ -624,6 +624,7 @@ for job in ("create", "overwrite", "add"):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path, small_shards):
     trials, jobs, begun = 8, ("create", "overwrite", "add"), None
     for job, name in itertools.product(jobs[1:], ["done", *map(str, range(trials))]):

@@ -753,7 +753,7 @@ def test_hdf5_fingerprint(h5_file: tuple[Path, np.ndarray], tmp_path: Path) -> N
     assert open_dataset(f"hdf5:{copy}").fingerprint != dataset.fingerprint
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_loader_workers(h5_file: tuple[Path, np.ndarray], context: str) -> None:
     path, _ = h5_file
     dataset = open_dataset(f"hdf5:{path}")

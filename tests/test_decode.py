@@ -345,7 +345,7 @@ LARGEST = {
 }
 
 
-@pytest.mark.parametrize("name", LARGEST)
+@pytest.mark.parametrize("name", ["jpeg", *(pytest.param(n, marks=pytest.mark.slow) for n in ("png", "webp"))])
 def test_time_and_memory_at_the_limits(name: str) -> None:
     """The costliest files known to us that the limits let through."""
     side = int(LIMITS.max_pixels**0.5)

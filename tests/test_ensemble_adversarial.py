@@ -417,6 +417,7 @@ def fresh() -> Classifier:
 
 
 @needs_fork
+@pytest.mark.slow
 def test_a_training_with_a_cache_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the job, then in the training, at any file; in the end the weights are those of an uninterrupted one."""
     small_shards(monkeypatch)
@@ -481,6 +482,7 @@ def test_without_augmentation_the_cache_changes_nothing(tmp_path: Path, monkeypa
     assert not calls
 
 
+@pytest.mark.slow
 def test_what_it_is_for_and_what_breaks_it() -> None:
     """Attacks carried over from a net it never saw do less harm; PGD on the net itself takes most of it away."""
     x, y = images("test", 300)

@@ -17,11 +17,11 @@ from command import fails, nndefense
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPE = """
 title = "digits, the whole ladder"
-batch_size = 20
+batch_size = 10
 
 [data]
 dataset = "digits:test"
-limit = 40
+limit = 20
 
 [models]
 classifier = "{folder}/classifier"
@@ -176,7 +176,7 @@ def test_recipes_and_options_do_not_mix(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_classifier_alone(folder: Path, tmp_path: Path) -> None:
-    words = ["evaluate", "--dataset", "digits:test", "--classifier", folder / "classifier", "--limit", 30, "--quiet"]
+    words = ["evaluate", "--dataset", "digits:test", "--classifier", folder / "classifier", "--limit", 12, "--quiet"]
     words += ["--norm", "linf", "--eps", "0.1,0.2", "--steps", 5, "--surrogate", folder / "surrogate"]
     found = nndefense(*words, "--out", tmp_path / "alone", "--json").json
     assert {r["defense"] for r in found["records"]} == {"none"}

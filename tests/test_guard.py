@@ -136,7 +136,7 @@ def test_company_changes_no_bit(guard: Guard, alone: list[Any], chosen: list[int
     assert guard.predict(pictures[chosen], batch_size=batch_size) == [alone[i] for i in chosen]
 
 
-@pytest.mark.parametrize("arch", ["small-cnn", "madry-mnist"])
+@pytest.mark.parametrize("arch", ["small-cnn", pytest.param("madry-mnist", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_company_changes_no_bit_for_other_nets_and_threads(arch: str, threads: int, tmp_path: Path) -> None:
     classifier = untrained(1, arch)

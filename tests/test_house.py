@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import json
@@ -91,10 +92,16 @@ def room_of(module: str) -> str | None:
     return parts[0] if parts[0] == "index_build" else ".".join(parts[:2]) if parts[0] == "nndefense" else None
 
 
-def imported(tree: ast.AST) -> set[str]:
+@functools.cache
+def nodes_of(source: str) -> tuple[ast.AST, ...]:
+    """All nodes of a source's syntax tree; every file is parsed once for all tests."""
+    return tuple(ast.walk(ast.parse(source)))
+
+
+def imported(source: str) -> set[str]:
     """Every module of the project that a file imports, at any depth of its code."""
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in nodes_of(source):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -110,7 +117,7 @@ def upward(path: Path, source: str) -> list[str]:
     own = room_of(name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", "."))
     assert own in FLOOR, f"{name_of(path)} stands in no room"
     wrong = []
-    for module in imported(ast.parse(source)):
+    for module in imported(source):
         room = room_of(module)
         assert room in FLOOR, f"{name_of(path)} imports {module}, which stands in no room"
         allowed = room == own or FLOOR[room] < FLOOR[own]
@@ -126,7 +133,7 @@ def files_imported(sources: Mapping[str, str]) -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {}
     for name, source in sources.items():
         found: set[str] = set()
-        for node in ast.walk(ast.parse(source)):
+        for node in nodes_of(source):
             if isinstance(node, ast.Import):
                 found.update(alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.module:
@@ -176,7 +183,7 @@ def public_classes(sources: Mapping[str, str]) -> dict[str, list[str]]:
 def forbidden(source: str) -> list[str]:
     """Uses of pickles and of code that is made from text."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             if called in ("eval", "exec", "compile", "__import__", "os.system", "torch.load", "torch.hub.load"):

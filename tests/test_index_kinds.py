@@ -38,6 +38,9 @@ KINDS = {
     "HNSW16": 0.95,
     "PCA12,IVF16,Flat": 0.6,
 }
+# Codes take long to learn; each form of them has one quick case.
+LONG = ("OPQ8_16,IVF16,PQ8x4", "OPQ8,PQ8x4", "IVF16,PQ8x4")
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) if kind in LONG else kind for kind in KINDS]
 WHOLE = ("HNSW16", "IVF16,PQ8x4fs", "IVF16,PQ8x4,RFlat", "NSG8")
 
 
@@ -81,7 +84,7 @@ def in_parts(factory: str, rows: np.ndarray, cuts: list[int], folder: Path) -> t
     return paths, whole
 
 
-@pytest.mark.parametrize("factory", KINDS)
+@pytest.mark.parametrize("factory", SLOW)
 def test_each_kind_has_its_recall_and_numbers_rows_from_0(factory):
     rows, asked = vectors(), vectors(100, seed=1)
     index = half(trained_index(factory))
@@ -226,7 +229,9 @@ def test_training_needs_rows_of_the_right_length_and_enough_of_them():
     assert len(np.unique(chosen)) == 50 == (np.diff(chosen) > 0).sum() + 1
 
 
-@pytest.mark.parametrize("factory", ["IVF16,Flat", "HNSW16", "IVF16_HNSW8,SQ8", "PQ8x4"])
+@pytest.mark.parametrize(
+    "factory", ["IVF16,Flat", "HNSW16", "IVF16_HNSW8,SQ8", pytest.param("PQ8x4", marks=pytest.mark.slow)]
+)
 def test_the_same_rows_give_the_same_bytes_whatever_the_threads(factory):
     made = []
     for threads in (1, 3):

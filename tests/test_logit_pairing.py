@@ -213,6 +213,7 @@ def under_attack(classifier: nn.Module, **settings: Any) -> float:
     return float((classifier(moved).argmax(1) == y).float().mean())
 
 
+@pytest.mark.slow
 def test_what_adversarial_logit_pairing_withstands() -> None:
     """It learns, holds the attack of its training, and loses far more to steps away from the label."""
     options = {"epochs": 12, "batch_size": 64, "lr": 1e-2, "device": "cpu", "progress": False}

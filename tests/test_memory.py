@@ -32,8 +32,8 @@ with reused_memory() if sys.argv[1] == "reused" else nullcontext():
     with reused_memory() if sys.argv[1] == "reused" else nullcontext():
         np.ones(10 << 20)
     start = faults()
-    for _ in range(20):
-        np.ones(10 << 20)
+    for _ in range(8):
+        np.ones(6 << 20)
     print(faults() - start)
 print(resident() - begun)
 """
@@ -47,7 +47,7 @@ def run(how: str) -> tuple[int, int]:
 
 @pytest.mark.skipif(memory._glibc() is None, reason="only glibc can be told")
 def test_blocks_are_mapped_once_and_given_back() -> None:
-    pages = 20 * (80 << 20) // resource.getpagesize()
+    pages = 8 * (48 << 20) // resource.getpagesize()
     faults, left = run("reused")
     assert faults < pages / 20
     assert left < 40 << 20

@@ -196,6 +196,7 @@ def test_rows_without_labels_are_no_target_but_may_be_neighbours():
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_learns_the_digits(database):
     history = []
     found = train_racnn(

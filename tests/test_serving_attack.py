@@ -61,7 +61,10 @@ def pixels(found: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("attack", ["classifier", "defense"])
-@pytest.mark.parametrize(("norm", "eps"), [("normalized-l2", 0.2), ("linf", 40 / 255), ("linf", 0.1), ("linf", 0.0)])
+@pytest.mark.parametrize(
+    ("norm", "eps"),
+    [("normalized-l2", 0.2), ("linf", 40 / 255), pytest.param("linf", 0.1, marks=pytest.mark.slow), ("linf", 0.0)],
+)
 def test_the_answer_is_true_of_its_pictures(service: Served, attack: str, norm: str, eps: float) -> None:
     answer = ask(service, pictures()[0], attack=attack, norm=norm, eps=eps)
     assert answer.status_code == 200, answer.text
@@ -94,12 +97,12 @@ def test_the_answer_is_true_of_its_pictures(service: Served, attack: str, norm: 
 
 def test_attacks_do_their_work_and_the_adaptive_one_is_the_stronger(service: Served) -> None:
     bare = defended = adaptive = 0
-    for data in pictures()[:12]:
+    for data in pictures()[:6]:
         plain = ask(service, data, attack="classifier", eps=0.3).json()["flipped"]
         bare, defended = bare + plain["bare"], defended + plain["defended"]
         adaptive += ask(service, data, attack="defense", eps=0.3).json()["flipped"]["defended"]
-    assert bare >= 9
-    assert adaptive >= max(defended, 6)
+    assert bare >= 4
+    assert adaptive >= max(defended, 3)
 
 
 def test_each_attack_leaves_the_class_of_what_it_attacks(service: Served) -> None:

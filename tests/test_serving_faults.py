@@ -82,7 +82,13 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+# One of each kind; `make test-slow` goes through all.
+QUICK = ("index changed in place", "rows replaced by corrupt ones", "manifest not JSON")
+
+
+@pytest.mark.parametrize(
+    "damage", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DAMAGES]
+)
 def test_a_damaged_database_is_not_loaded_and_the_old_one_keeps_serving(damage: str, tmp_path: Path) -> None:
     folder = copy_of("database", tmp_path / "database")
     with serving(lambda: open_guard(folder)) as served, served.client() as client:
@@ -144,6 +150,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_kill_9_under_load_and_a_restart_give_nothing_wrong() -> None:
     port = free_port()
     wanted = [expected(number) for number in range(20)]

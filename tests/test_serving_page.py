@@ -381,7 +381,7 @@ def test_everything_works_by_keyboard(page: Any) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("width", [320, 360, 600, 820])
+@pytest.mark.parametrize("width", [320, 820, *(pytest.param(w, marks=pytest.mark.slow) for w in (360, 600))])
 def test_nothing_sticks_out_of_a_narrow_window(browser: Any, service: Served, width: int) -> None:
     with visit(browser, service.url, width, 700, has_touch=True) as page:
         page.wait_for_selector("#samples button")

@@ -103,16 +103,19 @@ KNOWN_MEANS = {
 }
 
 
+TRIALS = 8_000
+
+
 @pytest.fixture(scope="module")
 def curve() -> Curve:
     """The means are driven by rare trials, so that their spread is only known from very many."""
-    return error_against_size(Staircase(10, 0.01, "-3..-1"), trials=20_000, seed=1)
+    return error_against_size(Staircase(10, 0.01, "-3..-1"), trials=TRIALS, seed=1)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_monte_carlo_has_its_known_means(curve: Curve, name: str) -> None:
     mean, error = curve.mean_and_error(curve.standard[name])
-    spread = error * np.sqrt(20_000)
+    spread = error * np.sqrt(TRIALS)
     known_error = spread / np.sqrt([400] * 10 + [200] * 2)
     scores = (mean - KNOWN_MEANS[name]) / (np.hypot(error, known_error) + 5e-5)
     assert np.abs(scores).max() < 3.5
@@ -135,7 +138,7 @@ def test_the_monte_carlo_of_augmentation_agrees_with_its_exact_mean(curve: Curve
         exact = float(chance @ losses)
         spread = float(np.sqrt(chance @ (losses - exact) ** 2))
         mean = curve.standard["aug"][place].mean()
-        assert abs(mean - exact) < 4.5 * spread / np.sqrt(20_000) + 1e-12
+        assert abs(mean - exact) < 4.5 * spread / np.sqrt(TRIALS) + 1e-12
 
 
 def test_the_stack_of_trials_is_solved_as_one_trial_is() -> None:

@@ -124,7 +124,7 @@ class TestOptimum:
                 assert float(found.objective[i] - found.gap[i]) <= best * (1 + 1e-5) + 1e-6
                 assert float(ours[i]) <= float(found.objective[i]) * (1 + 1e-5) + 1e-6
 
-    @pytest.mark.parametrize("weight", [0.03, 0.1])
+    @pytest.mark.parametrize("weight", [pytest.param(0.03, marks=pytest.mark.slow), 0.1])
     def test_agrees_with_scikit_image_run_to_convergence(self, weight: float) -> None:
         image = torch.from_numpy(samples.astronaut()[100:132, 200:232]).permute(2, 0, 1)[None].double() / 255
         found = minimize_total_variation(image, weight, tolerance=1e-5)

@@ -85,6 +85,7 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
 # --- results
 
 
+@pytest.mark.slow
 def test_digits_with_the_defaults(digits: ImageDataset, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     test = open_dataset("digits:test")
     out = tmp_path / "net"
@@ -225,6 +226,7 @@ def test_resume_after_a_stop(few: ImageDataset, tmp_path: Path, optimizer: str) 
     assert not list((tmp_path / "cut").glob("training*"))
 
 
+@pytest.mark.slow
 def test_resume_after_a_kill(few: ImageDataset, tmp_path: Path) -> None:
     code = f"""
 import sys, time

@@ -225,6 +225,7 @@ def test_channels_last_gives_the_same(few: ImageDataset) -> None:
     assert other.info["history"][-1]["loss"] == pytest.approx(plain.info["history"][-1]["loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_compiled(few: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the compiler's own stand-in, which runs the graphs as they are: seconds instead of minutes."""
     compiled, graphs = torch.compile, []
