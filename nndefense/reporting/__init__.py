@@ -1,5 +1,6 @@
 """How results are shown: one page, one table, one way to draw and one set of words, for plain values of any kind."""
 
+from nndefense.reporting import charts
 from nndefense.reporting.charts import inline, picture
 from nndefense.reporting.page import facts_list, figure, folded, limits_list, page, paragraphs, section
 from nndefense.reporting.table import Cell, Table
@@ -7,6 +8,7 @@ from nndefense.reporting.table import Cell, Table
 __all__ = [
     "Cell",
     "Table",
+    "charts",
     "facts_list",
     "figure",
     "folded",

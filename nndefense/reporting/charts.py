@@ -112,7 +112,7 @@ def inline(
     body = re.sub(r' clip-path="[^"]*"', "", text[text.index(">") + 1 :]).replace("xlink:href", "href")
     for colour, variable in _THEME.items():
         body = body.replace(colour, variable)
-    body = re.sub(r"font: ([^;\"]*?)(\d[\d.]*px) [^;\"]*", r"font: \1\2 var(--sans)", body)
+    body = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", body)
     for gid, told in (tips or {}).items():
         before, mark, rest = body.partition(f'id="{gid}"')
         marks = re.split(r"(<use [^>]*)/>", rest, maxsplit=len(told))
