@@ -49,27 +49,19 @@ def apgd(
     step moves by ``0.75 * (z - x_k) + 0.25 * (x_k - x_{k-1})``, z being the projected gradient step. Images leave the
     batch as soon as they fool the model, and only those that stand meet the next restart or target class.
 
+    ``model``, ``x``, ``y``, ``eps``, ``norm``, ``generator`` and the errors are as for :func:`nndefense.attacks.pgd`.
+
     Args:
-        model: images N x C x H x W in [0, 1] -> logits N x K.
-        x: clean images, N x C x H x W in [0, 1].
-        y: true labels N.
-        eps: radius, one number or one per image; in units of ``norm``.
-        norm: ``linf``, ``l2`` or ``normalized-l2`` (radius ``eps * ||x||_2``).
         steps: gradient steps per run, at least 1; a run makes one forward pass and gradient more than that.
         loss: a name in :data:`nndefense.attacks.LOSSES` except ``kl``, or a callable; unused with ``targets``.
         targets: attack this many classes in turn, the likeliest wrong ones of the clean image first (9 in the paper;
             at most K - 1 exist). K must be at least 4.
         restarts: independent runs (for each target), at least 1.
         rho: share of steps between checkpoints that must raise the loss, in (0, 1].
-        generator: source of the random starts, on any device.
 
     Returns:
         The attacked images: same shape, dtype and device as ``x``, in [0, 1] and inside the ball. Where nothing fools
         the model, the point of highest loss.
-
-    Raises:
-        InputError: images, labels or settings that cannot be used, a model in training mode, one that returns
-            probabilities, or one without a gradient.
     """
     radii = checked_inputs(model, x, y, eps, norm)
     at_least("steps", steps)

@@ -40,10 +40,9 @@ def carlini_wagner(
     With ``x' = (tanh(w) + 1) / 2`` Adam minimises ``||x' - x||_2^2 + c * max(z_y - max_{j != y} z_j + confidence, 0)``
     over w, and c is found per image by bisection, times 10 until a first success.
 
+    ``model``, ``x``, ``y`` and the errors are as for :func:`nndefense.attacks.pgd`.
+
     Args:
-        model: images N x C x H x W in [0, 1] -> logits N x K.
-        x: clean images, N x C x H x W in [0, 1].
-        y: labels N; with ``targeted`` the classes that the attack aims at.
         steps: Adam steps for each c, at least 1: one forward pass and one gradient each.
         searches: values of c, at least 1.
         initial_c: the first c, above 0.
@@ -55,10 +54,6 @@ def carlini_wagner(
     Returns:
         The nearest images found that fool the model: same shape, dtype and device as ``x``, in [0, 1]. The clean image
         where none was found, or where it already reaches the goal.
-
-    Raises:
-        InputError: images, labels or settings that cannot be used, a model in training mode, one that returns
-            probabilities, or one without a gradient.
     """
     checked_inputs(model, x, y)
     at_least("steps", steps)

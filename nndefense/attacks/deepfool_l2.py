@@ -28,10 +28,9 @@ def deepfool(
     steps is stretched by ``1 + overshoot``, so that the boundary is crossed. As in the authors' code each step
     is also 1e-4 longer.
 
+    ``model``, ``x``, ``y`` and the errors are as for :func:`nndefense.attacks.pgd`.
+
     Args:
-        model: images N x C x H x W in [0, 1] -> logits N x K.
-        x: clean images, N x C x H x W in [0, 1].
-        y: labels N that the images must lose.
         steps: most linearisations, at least 1: one forward pass and ``candidates`` gradients each.
         candidates: how many classes are looked at, the label among them, at least 2; the rest of them are the
             likeliest of the clean image (10 in the paper).
@@ -40,10 +39,6 @@ def deepfool(
     Returns:
         The attacked images: same shape, dtype and device as ``x``, in [0, 1]; a point that does not fool the model
         where the steps were not enough, and the clean image where it is already misclassified.
-
-    Raises:
-        InputError: images, labels or settings that cannot be used, a model in training mode, one that returns
-            probabilities, or one without a gradient.
     """
     checked_inputs(model, x, y)
     at_least("steps", steps)

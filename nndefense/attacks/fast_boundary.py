@@ -36,10 +36,9 @@ def fab(
     them, overshooting by ``eta``; from a point that fools the model the run goes a tenth of the way back. Each
     image keeps the nearest point that fools the model, and a bisection between it and the clean image ends the search.
 
+    ``model``, ``x``, ``y``, ``generator`` and the errors are as for :func:`nndefense.attacks.pgd`.
+
     Args:
-        model: images N x C x H x W in [0, 1] -> logits N x K.
-        x: clean images, N x C x H x W in [0, 1].
-        y: true labels N.
         norm: the norm that is made small: ``linf``, ``l2``, or ``normalized-l2``, which has the same minimum as l2.
         eps: stop for an image whose perturbation is within this radius (one number or one per image, in units of
             ``norm``), as AutoAttack does between target classes; None looks for the minimum with every class.
@@ -52,15 +51,10 @@ def fab(
         beta: how much of a perturbation that fools the model is kept for the next step, in (0, 1].
         searches: bisections at the end, at least 0, one forward pass each. Without them the overshoot leaves half a
             per cent, even on a linear model; AutoAttack makes none.
-        generator: source of the random starts, on any device.
 
     Returns:
         The nearest images found that fool the model, whatever their distance: same shape, dtype and device as ``x``,
         in [0, 1]. The clean image where none was found, or where it is already misclassified.
-
-    Raises:
-        InputError: images, labels or settings that cannot be used, a model in training mode, one that returns
-            probabilities, or one without a gradient.
     """
     radii = checked_inputs(model, x, y, eps, norm)
     at_least("steps", steps)

@@ -33,21 +33,14 @@ def fgsm(
 
     ``x' = clip(x + eps * sign(grad_x L(model(x), y)), 0, 1)``; in the l2 norms the sign becomes the unit gradient.
 
+    ``model``, ``x``, ``y``, ``eps``, ``norm``, result and errors are as for :func:`pgd`.
+
     Args:
-        model: images N x C x H x W in [0, 1] -> logits N x K.
-        x: clean images, N x C x H x W in [0, 1].
-        y: labels N; with ``targeted`` the classes that the attack aims at.
-        eps: radius, one number or one per image; in units of ``norm``.
-        norm: ``linf``, ``l2`` or ``normalized-l2``.
         targeted: step towards ``y`` instead of away from it.
         loss: a name in :data:`nndefense.attacks.LOSSES` except ``kl``, or a callable (logits, y) -> N.
 
     Returns:
         The attacked images: same shape, dtype and device as ``x``, in [0, 1] and inside the ball.
-
-    Raises:
-        InputError: images, labels, eps, norm or loss that cannot be used, a model in training mode, one that returns
-            probabilities, or one without a gradient.
     """
     radii = checked_inputs(model, x, y, eps, norm)
     objective = find_loss(loss)

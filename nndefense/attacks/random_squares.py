@@ -36,23 +36,15 @@ def square(
     the label rises. No gradient is asked for, so it also attacks what has none. As in the authors' code a window is
     shared by the batch. An image leaves the batch as soon as it fools the model.
 
+    ``model``, ``x``, ``y``, ``eps``, ``norm``, ``generator`` and the errors are as for :func:`nndefense.attacks.pgd`.
+
     Args:
-        model: images N x C x H x W in [0, 1] -> logits or log-probabilities N x K.
-        x: clean images, N x C x H x W in [0, 1].
-        y: true labels N.
-        eps: radius, one number or one per image; in units of ``norm``.
-        norm: ``linf``, ``l2`` or ``normalized-l2`` (radius ``eps * ||x||_2``).
         queries: forward passes per image, at least 1; the first looks at the clean image.
         p_init: share of the pixels in the first window, in (0, 1].
-        generator: source of all random numbers, on any device.
 
     Returns:
         The attacked images: same shape, dtype and device as ``x``, in [0, 1] and inside the ball; the clean image
         where it is already misclassified.
-
-    Raises:
-        InputError: images, labels or settings that cannot be used, a model in training mode, or one that returns
-            probabilities.
     """
     radii = checked_inputs(model, x, y, eps, norm)
     at_least("queries", queries)

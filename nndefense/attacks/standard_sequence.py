@@ -61,24 +61,16 @@ def autoattack(
     With fewer than 4 classes the targeted DLR does not exist, and APGD on the margin takes its place, as
     ``apgd-margin``.
 
+    ``model``, ``x``, ``y``, ``eps``, ``norm``, ``generator`` and the errors are as for :func:`nndefense.attacks.pgd`.
+
     Args:
-        model: images N x C x H x W in [0, 1] -> logits or log-probabilities N x K; deterministic.
-        x: clean images, N x C x H x W in [0, 1].
-        y: true labels N.
-        eps: radius, one number or one per image; in units of ``norm``.
-        norm: ``linf``, ``l2`` or ``normalized-l2`` (radius ``eps * ||x||_2``).
         attacks: which of :data:`ATTACKS` to run, in this order; all by default.
         steps: steps of APGD and FAB, at least 1.
         targets: target classes of APGD-T and FAB-T, at least 1; at most K - 1 exist.
         queries: queries of Square per image, at least 1.
-        generator: source of all random numbers, on any device.
 
     Returns:
         The images and which attack broke each.
-
-    Raises:
-        InputError: images, labels or settings that cannot be used, a model in training mode, one that returns
-            probabilities, or one without a gradient.
     """
     radii = checked_inputs(model, x, y, eps, norm)
     attacks = ATTACKS if attacks is None else attacks

@@ -110,39 +110,38 @@ def _larger_budgets(records: Sequence[Record]) -> AuditLine:
 
 
 def _stronger_than_transfer(records: Sequence[Record]) -> AuditLine:
-    name, weaker, compared = "white box beats transfer", [], 0
-    for defense in (BARE, DEFENDED):
-        for black in _of(records, defense, "black"):
-            others = [
-                r
-                for threat_model in ("gray", "white", "adaptive")
-                for r in _of(records, defense, threat_model)
-                if (r.norm, r.eps) == (black.norm, black.eps)
-            ]
-            if others:
-                compared += 1
-                best = min(others, key=lambda record: record.accuracy)
-                if best.ci_low > black.ci_high:
-                    weaker.append(f"{defense} at {black.norm} {black.eps:g}")
-    if not compared:
-        return AuditLine(name, None, "No black-box attack stands beside a stronger one.")
-    text = "With the model in hand no attack is weaker than the transferred one."
-    return AuditLine(name, not weaker, f"The transferred attack is stronger: {', '.join(weaker)}." if weaker else text)
+    both = [r for r in records if r.defense in (BARE, DEFENDED)]
+    black = [r for r in both if r.threat_model == "black"]
+    compared, weaker = _weaker(black, [r for r in both if r.threat_model in ("gray", "white", "adaptive")])
+    names = ", ".join(f"{r.defense} at {r.norm} {r.eps:g}" for r in weaker)
+    text = f"The transferred attack is stronger: {names}."
+    if not weaker:
+        text = "With the model in hand no attack is weaker than the transferred one."
+    text = text if compared else "No black-box attack stands beside a stronger one."
+    return AuditLine("white box beats transfer", not weaker if compared else None, text)
 
 
 def _adaptive_is_strongest(records: Sequence[Record]) -> AuditLine:
-    name, weaker, compared = "adaptive is the strongest", [], 0
-    for record in _of(records, DEFENDED, "gray") + _of(records, DEFENDED, "black"):
-        same = [r for r in _of(records, DEFENDED, "adaptive") if (r.norm, r.eps) == (record.norm, record.eps)]
-        if same:
-            compared += 1
-            if min(r.ci_low for r in same) > record.ci_high:
-                weaker.append(f"{record.threat_model} box at {record.norm} {record.eps:g}")
-    if not compared:
-        return AuditLine(name, None, "No adaptive attack was run, so the accuracies are upper bounds only.")
-    text = "Against the defence nothing that ignores the database is stronger than the adaptive attack."
-    return AuditLine(name, not weaker, f"An attack that ignores the database is stronger: {', '.join(weaker)}."
-                     if weaker else text)  # fmt: skip
+    ignorant = _of(records, DEFENDED, "gray") + _of(records, DEFENDED, "black")
+    compared, weaker = _weaker(ignorant, _of(records, DEFENDED, "adaptive"))
+    names = ", ".join(f"{r.threat_model} box at {r.norm} {r.eps:g}" for r in weaker)
+    text = f"An attack that ignores the database is stronger: {names}."
+    if not weaker:
+        text = "Against the defence nothing that ignores the database is stronger than the adaptive attack."
+    text = text if compared else "No adaptive attack was run, so the accuracies are upper bounds only."
+    return AuditLine("adaptive is the strongest", not weaker if compared else None, text)
+
+
+def _weaker(ignorant: Sequence[Record], informed: Sequence[Record]) -> tuple[bool, list[Record]]:
+    """Whether there is anything to compare, and which ignorant attacks beat all informed ones at their budget."""
+    cells = [
+        (
+            record,
+            [r.ci_low for r in informed if (r.defense, r.norm, r.eps) == (record.defense, record.norm, record.eps)],
+        )
+        for record in ignorant
+    ]
+    return any(lows for _, lows in cells), [record for record, lows in cells if lows and min(lows) > record.ci_high]
 
 
 def _of(records: Sequence[Record], defense: str, threat_model: str) -> list[Record]:

@@ -152,6 +152,7 @@ def evaluate(
     for threat in threats:
         for settings in [attack] if isinstance(attack, AttackSettings) else attack[threat.name]:
             cells += [_Cell(threat, settings, eps) for eps in settings.eps]
+    run = _Run(dataset, classifier, label_maps, seed, batch_size, device, progress)
     records: list[Record] = []
     for cell in cells:
         headline = cell.at(headline_eps, headline_norm)
@@ -160,7 +161,7 @@ def evaluate(
             for subject in subjects
             if cell.is_for(subject) and (cell.threat is None or subject.every_eps or headline)
         ]
-        key = _key(cell, dataset, active, classifier, headline, seed=seed, batch_size=batch_size)
+        key = run.key(cell, active, headline)
         stored = store.get(cell.name, key) if store is not None else None
         if stored is not None:
             records += [Record(**record) for record in stored]
@@ -169,18 +170,7 @@ def evaluate(
         # What is random without a generator of its own (a defence's draws under attack) repeats with its cell.
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            measured = _measure(
-                cell,
-                dataset,
-                active,
-                classifier,
-                label_maps,
-                headline=headline,
-                seed=seed,
-                batch_size=batch_size,
-                device=device,
-                progress=progress,
-            )
+            measured = run.measure(cell, active, headline)
         if store is not None:
             store.put(cell.name, key, [record.to_json() for record in measured])
         records += measured
@@ -212,90 +202,106 @@ class _Cell:
         return self.attack is not None and self.eps == eps and norm in (None, self.attack.norm)
 
 
-def _measure(
-    cell: _Cell,
-    dataset: ImageDataset,
-    active: Sequence[Subject],
-    classifier: str,
-    label_maps: Mapping[str, Tensor],
-    *,
-    headline: bool,
-    seed: int,
-    batch_size: int,
-    device: str | torch.device,
-    progress: Callable[[int], object],
-) -> list[Record]:
-    right: dict[str, list[Tensor]] = {subject.name: [] for subject in active}
-    rounded = dict.fromkeys(right, 0)
-    seconds = dict.fromkeys(right, 0.0)
-    generator = torch.Generator().manual_seed(seed)
-    attack_seconds = radii = excess = 0.0
-    forwards = backwards = queries = 0
-    for images, labels, _ in dataset.batches(batch_size):
-        images, truth = images.to(device), label_maps["clean"][labels].to(device)
-        if cell.threat is not None and cell.attack is not None:
-            clean, radius = images, attacks.radius(images, cell.eps, cell.attack.norm)
-            radii += float(radius.sum())
-            begun = time.perf_counter()
-            aims = label_maps[cell.threat.name][labels].to(device)
-            made = run_attack(cell.attack, cell.threat.target, images, aims, cell.eps, generator)
-            attack_seconds += time.perf_counter() - begun
-            images = made.images
-            forwards, backwards = forwards + made.forwards, backwards + made.backwards
-            queries += made.queries
-            excess = max(excess, float((_size(images - clean, cell.attack.norm) - radius.double()).max()))
-        for subject in active:
-            begun = time.perf_counter()
-            right[subject.name].append(_right(subject.model, images, truth))
-            seconds[subject.name] += time.perf_counter() - begun
-            if headline and subject.every_eps:
-                rounded[subject.name] += int(_right(subject.model, (images * 255).round() / 255, truth).sum())
-        progress(len(images))
-    n = len(dataset)
-    plain: dict[str, Any] = (
-        cell.attack.to_json() if cell.attack else {"name": "none", "norm": "none", "steps": 0, "restarts": 0}
-    )
-    records = []
-    for subject in active:
-        bits = torch.cat(right[subject.name]).numpy()
-        low, high = wilson_interval(int(bits.sum()), n)
-        records.append(
-            Record(
-                dataset=dataset.name,
-                defense=subject.name,
-                variant=subject.variant,
-                attack=plain["name"],
-                steps=plain.get("steps", 0),
-                restarts=plain["restarts"],
-                loss=plain.get("loss", "cross-entropy" if cell.threat else "none"),
-                threat_model=cell.threat.name if cell.threat else "clean",
-                knowledge=cell.threat.knowledge if cell.threat else "",
-                norm=plain["norm"],
-                eps=cell.eps,
-                eps_raw=radii / n,
-                budget_excess=max(excess, 0.0),
-                n=n,
-                accuracy=int(bits.sum()) / n,
-                ci_low=low,
-                ci_high=high,
-                correct=to_hex(bits),
-                accuracy_8bit=rounded[subject.name] / n if headline and subject.every_eps else None,
-                seed=seed,
-                seconds=round(seconds[subject.name], 4),
-                attack_seconds=round(attack_seconds, 4),
-                forwards=forwards,
-                backwards=backwards,
-                queries=queries,
-                peak_memory_mb=round(peak_memory_mb(), 1),
-                classifier=classifier,
-                database=subject.database,
-                database_rows=subject.database_rows,
-                surrogate=cell.threat.surrogate if cell.threat else None,
-                query_limit=plain.get("queries", 0),
-                attack_sha256=plain.get("sha256", ""),
-            )
+@dataclass(frozen=True)
+class _Run:
+    """What all cells share."""
+
+    dataset: ImageDataset
+    classifier: str
+    label_maps: Mapping[str, Tensor]
+    seed: int
+    batch_size: int
+    device: str | torch.device
+    progress: Callable[[int], object]
+
+    def measure(self, cell: _Cell, active: Sequence[Subject], headline: bool) -> list[Record]:
+        """Attack the images once, and show them to every subject."""
+        right: dict[str, list[Tensor]] = {subject.name: [] for subject in active}
+        rounded = dict.fromkeys(right, 0)
+        seconds = dict.fromkeys(right, 0.0)
+        generator = torch.Generator().manual_seed(self.seed)
+        attack_seconds = radii = excess = 0.0
+        forwards = backwards = queries = 0
+        for images, labels, _ in self.dataset.batches(self.batch_size):
+            images, truth = images.to(self.device), self.label_maps["clean"][labels].to(self.device)
+            if cell.threat is not None and cell.attack is not None:
+                clean, radius = images, attacks.radius(images, cell.eps, cell.attack.norm)
+                radii += float(radius.sum())
+                begun = time.perf_counter()
+                aims = self.label_maps[cell.threat.name][labels].to(self.device)
+                made = run_attack(cell.attack, cell.threat.target, images, aims, cell.eps, generator)
+                attack_seconds += time.perf_counter() - begun
+                images = made.images
+                forwards, backwards = forwards + made.forwards, backwards + made.backwards
+                queries += made.queries
+                excess = max(excess, float((_size(images - clean, cell.attack.norm) - radius.double()).max()))
+            for subject in active:
+                begun = time.perf_counter()
+                right[subject.name].append(_right(subject.model, images, truth))
+                seconds[subject.name] += time.perf_counter() - begun
+                if headline and subject.every_eps:
+                    rounded[subject.name] += int(_right(subject.model, (images * 255).round() / 255, truth).sum())
+            self.progress(len(images))
+        n = len(self.dataset)
+        plain: dict[str, Any] = (
+            cell.attack.to_json() if cell.attack else {"name": "none", "norm": "none", "steps": 0, "restarts": 0}
         )
-    return records
+        records = []
+        for subject in active:
+            bits = torch.cat(right[subject.name]).numpy()
+            low, high = wilson_interval(int(bits.sum()), n)
+            records.append(
+                Record(
+                    dataset=self.dataset.name,
+                    defense=subject.name,
+                    variant=subject.variant,
+                    attack=plain["name"],
+                    steps=plain.get("steps", 0),
+                    restarts=plain["restarts"],
+                    loss=plain.get("loss", "cross-entropy" if cell.threat else "none"),
+                    threat_model=cell.threat.name if cell.threat else "clean",
+                    knowledge=cell.threat.knowledge if cell.threat else "",
+                    norm=plain["norm"],
+                    eps=cell.eps,
+                    eps_raw=radii / n,
+                    budget_excess=max(excess, 0.0),
+                    n=n,
+                    accuracy=int(bits.sum()) / n,
+                    ci_low=low,
+                    ci_high=high,
+                    correct=to_hex(bits),
+                    accuracy_8bit=rounded[subject.name] / n if headline and subject.every_eps else None,
+                    seed=self.seed,
+                    seconds=round(seconds[subject.name], 4),
+                    attack_seconds=round(attack_seconds, 4),
+                    forwards=forwards,
+                    backwards=backwards,
+                    queries=queries,
+                    peak_memory_mb=round(peak_memory_mb(), 1),
+                    classifier=self.classifier,
+                    database=subject.database,
+                    database_rows=subject.database_rows,
+                    surrogate=cell.threat.surrogate if cell.threat else None,
+                    query_limit=plain.get("queries", 0),
+                    attack_sha256=plain.get("sha256", ""),
+                )
+            )
+        return records
+
+    def key(self, cell: _Cell, active: Sequence[Subject], headline: bool) -> dict[str, Any]:
+        """All that the records of a cell depend on."""
+        threat = cell.threat
+        return {
+            "data": [self.dataset.name, self.dataset.fingerprint],
+            "classifier": self.classifier,
+            "subjects": [_identity(subject) for subject in active],
+            "threat": [threat.name, threat.surrogate, threat.knowledge, threat.subject] if threat else None,
+            "attack": {**cell.attack.to_json(), "eps": cell.eps} if cell.attack else None,
+            "headline": headline,
+            "seed": self.seed,
+            # The random starts of a batch follow those of the one before it.
+            "batch_size": self.batch_size,
+        }
 
 
 @torch.no_grad()
@@ -324,31 +330,6 @@ def _check(dataset: ImageDataset, subjects: Sequence[Subject], threats: Sequence
             raise InputError(f"the {threat.name} attack is on {threat.subject!r}, which is no subject")
         if not isinstance(attack, AttackSettings) and not attack.get(threat.name):
             raise InputError(f"no attack is given for the threat model {threat.name!r}")
-
-
-def _key(
-    cell: _Cell,
-    dataset: ImageDataset,
-    active: Sequence[Subject],
-    classifier: str,
-    headline: bool,
-    *,
-    seed: int,
-    batch_size: int,
-) -> dict[str, Any]:
-    """All that the records of a cell depend on."""
-    threat = cell.threat
-    return {
-        "data": [dataset.name, dataset.fingerprint],
-        "classifier": classifier,
-        "subjects": [_identity(subject) for subject in active],
-        "threat": [threat.name, threat.surrogate, threat.knowledge, threat.subject] if threat else None,
-        "attack": {**cell.attack.to_json(), "eps": cell.eps} if cell.attack else None,
-        "headline": headline,
-        "seed": seed,
-        # The random starts of a batch follow those of the one before it.
-        "batch_size": batch_size,
-    }
 
 
 def _identity(subject: Subject) -> list[Any]:

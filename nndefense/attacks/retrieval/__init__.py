@@ -15,23 +15,7 @@ from nndefense.attacks.retrieval.minimum import push_pull_minimum
 from nndefense.attacks.retrieval.surface import Counts, Knowledge, Nearest, RetrievalSurface, Rows
 
 __all__ = [
-    "FULL_PLAN",
-    "PLAN",
-    "AdaptiveResult",
-    "Counts",
-    "Knowledge",
-    "Nearest",
-    "RetrievalSurface",
-    "Rows",
-    "adaptive",
-    "class_scores",
-    "feature_drift",
-    "gray",
-    "pgd_fs",
-    "pgd_pr",
-    "push_pull",
-    "push_pull_minimum",
-    "run_adaptive",
-    "soft_top_k",
-    "straight_through",
-]
+    "FULL_PLAN", "PLAN", "AdaptiveResult", "Counts", "Knowledge", "Nearest", "RetrievalSurface", "Rows",
+    "adaptive", "class_scores", "feature_drift", "gray", "pgd_fs", "pgd_pr", "push_pull", "push_pull_minimum",
+    "run_adaptive", "soft_top_k", "straight_through",
+]  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nndefense.attacks import norms
-from nndefense.attacks.checks import at_least
+from nndefense.attacks.checks import at_least, check_labels
 from nndefense.attacks.retrieval.surface import Knowledge, RetrievalSurface
 from nndefense.errors import InputError
 from nndefense.images import check_images
@@ -58,10 +58,8 @@ def pose(surface: RetrievalSurface, x: Tensor, y: Tensor, eps: float | Tensor, n
         InputError: images, class numbers, eps, norm or a number of steps that cannot be used.
     """
     check_images(x)
-    if y.shape != x.shape[:1] or y.is_floating_point():
-        raise InputError(f"labels have shape {tuple(y.shape)}, but must be one class number per image ({len(x)})")
-    if steps < 1:
-        raise InputError(f"steps is {steps}, but must be at least 1")
+    check_labels(y, x)
+    at_least("steps", steps)
     return Problem(surface.counted(), x.detach(), y.to(x.device), norms.radius(x, eps, norm), norm)
 
 

@@ -82,17 +82,11 @@ def run_adaptive(
     surface does not have are left out: at L0 only ``gray`` is left, at L1 without rows also ``drift``.
 
     Args:
-        surface: at any level.
-        x: clean images, N x C x H x W in [0, 1].
-        y: class numbers N.
-        eps: radius, one number or one per image; in units of ``norm``.
-        norm: ``linf``, ``l2`` or ``normalized-l2``.
+        surface, x, y, eps, norm, generator, batch_size: as for :func:`~nndefense.attacks.retrieval.ascent.attack`.
         steps: gradient steps of each stage.
-        generator: source of random starts.
         plan: names out of :data:`FULL_PLAN`, in the order in which they are to run.
         restarts: at least 1; each more adds the stages of :data:`AGAIN`, from new random starts.
         start: images of another attack inside the ball, such as the gray-box attack's: this one is then never weaker.
-        batch_size: images attacked at a time, which bounds the memory.
 
     Raises:
         InputError: images, labels or settings that cannot be used, or an unknown stage.

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from nndefense.errors import InputError
 
+Found = tuple[Tensor, Tensor]
+
 
 class Knowledge(Enum):
     """What the attacker of a retrieval defence knows (levels after Dubey et al. 2019 and Tramer et al., NeurIPS 2020).
@@ -41,9 +43,7 @@ class Knowledge(Enum):
 class Nearest(Protocol):
     """Exact search in the attacker's rows."""
 
-    def __call__(
-        self, features: Tensor, m: int, *, of: Tensor | None = None, but: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, features: Tensor, m: int, *, of: Tensor | None = None, but: Tensor | None = None) -> Found:
         """Distances N x m (ascending, infinite where fewer are left) and rows N x m of features N x d.
 
         ``of`` (N classes) finds only rows predicted as that class, ``but`` only rows predicted as another.
@@ -107,6 +107,7 @@ class RetrievalSurface:
         features: images -> vectors N x d, differentiable; None for GRAY.
         rows: the attacker's rows; None for GRAY, and for FEATURES without images of his own.
         counts: what attacks on this surface have cost so far.
+        counting: whether the callables count already.
     """
 
     knowledge: Knowledge
@@ -116,10 +117,11 @@ class RetrievalSurface:
     features: Callable[[Tensor], Tensor] | None = None
     rows: Rows | None = None
     counts: Counts = field(default_factory=Counts)
+    counting: bool = False
 
     def counted(self) -> RetrievalSurface:
         """The same surface, whose callables note in ``counts`` what they are asked for; made once by the attacks."""
-        if getattr(self.predict, "counted", False):
+        if self.counting:
             return self
         rows = self.rows
         return replace(
@@ -127,7 +129,8 @@ class RetrievalSurface:
             predict=_count(self.predict, self.counts, "queries"),
             classify=None if self.classify is None else _count(self.classify, self.counts, "forwards"),
             features=None if self.features is None else _count(self.features, self.counts, "forwards"),
-            rows=None if rows is None else replace(rows, nearest=_CountedNearest(rows.nearest, self.counts)),
+            rows=None if rows is None else replace(rows, nearest=_count_searches(rows.nearest, self.counts)),
+            counting=True,
         )
 
     @torch.no_grad()
@@ -159,27 +162,17 @@ class RetrievalSurface:
         return self.classify
 
 
-class _CountedCall:
-    counted = True
-
-    def __init__(self, call: Callable[[Tensor], Tensor], counts: Counts, what: str) -> None:
-        self.call, self.counts, self.what = call, counts, what
-
-    def __call__(self, images: Tensor) -> Tensor:
-        setattr(self.counts, self.what, getattr(self.counts, self.what) + len(images))
-        return self.call(images)
-
-
-class _CountedNearest:
-    def __init__(self, nearest: Nearest, counts: Counts) -> None:
-        self.nearest, self.counts = nearest, counts
-
-    def __call__(
-        self, features: Tensor, m: int, *, of: Tensor | None = None, but: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        self.counts.searches += len(features)
-        return self.nearest(features, m, of=of, but=but)
-
-
 def _count(call: Callable[[Tensor], Tensor], counts: Counts, what: str) -> Callable[[Tensor], Tensor]:
-    return _CountedCall(call, counts, what)
+    def counted(images: Tensor) -> Tensor:
+        setattr(counts, what, getattr(counts, what) + len(images))
+        return call(images)
+
+    return counted
+
+
+def _count_searches(nearest: Nearest, counts: Counts) -> Nearest:
+    def counted(features: Tensor, m: int, *, of: Tensor | None = None, but: Tensor | None = None) -> Found:
+        counts.searches += len(features)
+        return nearest(features, m, of=of, but=but)
+
+    return counted
