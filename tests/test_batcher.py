@@ -51,7 +51,7 @@ def run(
     work = Work()
 
     async def whole() -> None:
-        batcher = Batcher(work, size=lambda key: size, wait=wait, capacity=capacity, observer=work)
+        batcher = Batcher(work, size=lambda key: size, wait=wait, capacity=capacity, observer=work.batch)
         batcher.start()
         assert batcher.alive
         try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,19 +23,18 @@ from PIL import Image
 from served import Served, guard, open_guard, pictures, png, serving, until
 
 from nndefense.attacks import distance, radius
+from nndefense.guard import Guard
 from nndefense.serving.demo_attacks import attack as attacks
 from nndefense.serving.demo_attacks import routes
 from nndefense.serving.demo_attacks.attack import (
     AttackJob,
     AttackTarget,
-    AttackTargets,
     AttackWatch,
     Late,
     Stopped,
     attack_picture,
 )
-from nndefense.serving.demo_attacks.pixels import eight_bits, magnified, picture_within
-from nndefense.serving.demo_attacks.pixels import png as png_text
+from nndefense.serving.demo_attacks.pixels import eight_bits, magnified, picture_within, png_text
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +157,6 @@ def test_what_serves_is_not_touched(service: Served) -> None:
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in served.classifier.modules()]
     assert all(torch.equal(value, before[name]) for name, value in served.classifier.state_dict().items())
     assert all(parameter.grad is None for parameter in served.classifier.parameters())
-    targets = AttackTargets()
-    assert targets(served) is targets(served)
 
 
 def test_a_black_picture_can_be_attacked(service: Served) -> None:
@@ -332,15 +331,26 @@ def test_the_watch_is_looked_at_in_every_step(attack: Any) -> None:
         attack_picture(target, job, late)
 
 
-def test_a_surface_lives_as_long_as_its_guard() -> None:
-    targets, one = AttackTargets(), open_guard()
-    targets(one)
-    assert len(targets._made) == 1
-    del one
-    import gc
+def test_a_surface_lives_as_long_as_its_guard(service: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[AttackTarget]] = []
 
-    gc.collect()
-    assert len(targets._made) == 0
+    class Counted(AttackTarget):
+        def __init__(self, guard: Guard) -> None:
+            super().__init__(guard)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(routes, "AttackTarget", Counted)
+    guards = [open_guard(), open_guard(k=3)]
+    with serving(lambda: guards.pop(0), demo_attacks=True) as served:
+        for _ in range(2):
+            assert ask(served, pictures()[0]).status_code == 200
+        assert len(made) == 1
+        with served.client() as client:
+            assert client.post("/v1/admin/reload").status_code == 200
+        gc.collect()
+        assert made[0]() is None
+        assert ask(served, pictures()[0]).status_code == 200
+        assert len(made) == 2
 
 
 # -- pictures -----------------------------------------------------------------------------------------------------

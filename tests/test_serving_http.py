@@ -708,7 +708,7 @@ def test_the_end_finishes_what_was_accepted() -> None:
                 return client.post("/v1/classify", **raw(pictures()[number]))
 
         asked = [pool.submit(ask, number) for number in range(12)]
-        until(lambda: served.state.batcher.waiting >= 8)
+        until(lambda: served.state.batcher.waiting >= 8 and served.counted("nndefense_requests_in_flight") == 12)
         served.server.stop()
         time.sleep(0.3)
         with pytest.raises(httpx.TransportError), served.client() as client:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 try:
     from fastapi import FastAPI, Path, Request, Response
@@ -21,38 +19,37 @@ except ImportError as error:  # pragma: no cover
     raise InputError('the service needs packages that are not installed: pip install "nndefense[serve]"') from error
 
 from numpy.typing import NDArray
-from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST
 from torch import Tensor
 
 from nndefense import __version__
 from nndefense.errors import InputError
-from nndefense.guard.prediction import Defended
+from nndefense.guard import Defended, Guard
 from nndefense.serving import demo_attacks, pages
+from nndefense.serving.demo_attacks.pixels import png
 from nndefense.serving.http.bodies import parse
 from nndefense.serving.http.envelope import Envelope
 from nndefense.serving.http.openapi import describe, problems
 from nndefense.serving.http.problem import ServiceProblem, busy, explain, of_status
-from nndefense.serving.http.schema import ClassifyAnswer, HealthAnswer, ReloadAnswer, SamplesAnswer
-from nndefense.serving.http.security import BodyLimit
+from nndefense.serving.http.schema import (
+    MOST,
+    NUMBERS,
+    ClassifyAnswer,
+    HealthAnswer,
+    ReloadAnswer,
+    SamplesAnswer,
+    whole_number,
+)
 from nndefense.serving.http.settings import ServingSettings
 from nndefense.serving.http.state import ServingState
 from nndefense.serving.pictures.decode import decode_all
 from nndefense.serving.pictures.limits import MEDIA_TYPES, Limits
 from nndefense.serving.pictures.refused import refused
 
-if TYPE_CHECKING:
-    from nndefense.guard import Guard
-
 SAMPLES = 8
 TOP = 5
 # Of the 50 that a defence may have, most clients look at none; all of them make an answer of 17 KB.
 NEIGHBORS = 10
-MOST = 10_000_000
-_NUMBERS = {
-    "top": (1, "Classes in each list [default: 5]."),
-    "neighbors": (0, "Neighbours of each image [default: 10, or K where that is less]."),
-}
 
 
 def create_app(guard: Guard | Callable[[], Guard], settings: ServingSettings | None = None) -> FastAPI:
@@ -97,17 +94,13 @@ def create_app(guard: Guard | Callable[[], Guard], settings: ServingSettings | N
         app.include_router(demo_attacks.router(state))
     _add_errors(app)
     describe(app, settings)
-    limiter: list[BodyLimit] = []
-
-    def limited(inner: Any) -> BodyLimit:
-        limiter.append(BodyLimit(inner, settings, state.metrics.part["body"].observe))
-        return limiter[-1]
-
-    state.metrics.watch(lambda: state.batcher.waiting, lambda: sum(one.buffered for one in limiter))
-    # The last one added is the outermost.
-    app.add_middleware(limited)
     app.add_middleware(
-        Envelope, gate=state.gate, metrics=state.metrics, journal=state.journal.put if state.journal else None
+        Envelope,
+        settings=settings,
+        gate=state.gate,
+        metrics=state.metrics,
+        journal=state.journal,
+        waiting=lambda: state.batcher.waiting,
     )
     return app
 
@@ -116,14 +109,6 @@ def answer_json(predictions: Sequence[Defended], model: str, database: str) -> b
     """The answer to a classification: exactly the JSON of the predictions that the Python call gives."""
     value = {"predictions": [one.to_json() for one in predictions], "model": model, "database": database}
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-
-
-def png(pixels: NDArray[Any]) -> bytes:
-    """Encode uint8 pixels H x W x C (C 1 or 3) or H x W as PNG."""
-    out = io.BytesIO()
-    flat = pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
-    Image.fromarray(flat).save(out, "PNG")
-    return out.getvalue()
 
 
 def _read(
@@ -135,26 +120,30 @@ def _read(
     return images, upload.top, upload.neighbors
 
 
+def _json(value: Any) -> Response:
+    return Response(json.dumps(value, ensure_ascii=False).encode(), media_type="application/json")
+
+
+def _says(summary: str, answer: dict[str, Any], *statuses: int) -> dict[str, Any]:
+    """What a route is described by, where the framework does not see its answers."""
+    return {"summary": summary, "response_class": Response, "responses": {200: answer, **problems(*statuses)}}
+
+
 def _add_classify(app: FastAPI, state: ServingState) -> None:
     limits, parts = state.settings.limits, state.metrics.part
+    numbers = {name: {"type": "integer", "minimum": least, "maximum": MOST} for name, (least, _) in NUMBERS.items()}
 
     @app.post(
         "/v1/classify",
-        summary="Classify one or many images",
-        response_class=Response,
-        responses={
-            200: {"model": ClassifyAnswer, "description": "A prediction for each image, in their order."},
-            **problems(400, 408, 413, 415, 422, 503),
-        },
+        **_says(
+            "Classify one or many images",
+            {"model": ClassifyAnswer, "description": "A prediction for each image, in their order."},
+            *(400, 408, 413, 415, 422, 503),
+        ),
         openapi_extra={
             "parameters": [
-                {
-                    "name": name,
-                    "in": "query",
-                    "description": text,
-                    "schema": {"type": "integer", "minimum": least, "maximum": MOST},
-                }
-                for name, (least, text) in _NUMBERS.items()
+                {"name": name, "in": "query", "description": text, "schema": numbers[name]}
+                for name, (_, text) in NUMBERS.items()
             ],
             "requestBody": {
                 "required": True,
@@ -171,8 +160,7 @@ def _add_classify(app: FastAPI, state: ServingState) -> None:
                                     "maxItems": limits.max_images,
                                     "items": {"type": "string", "format": "binary"},
                                 },
-                                "top": {"type": "integer", "minimum": 1, "maximum": MOST},
-                                "neighbors": {"type": "integer", "minimum": 0, "maximum": MOST},
+                                **numbers,
                             },
                         }
                     },
@@ -190,9 +178,7 @@ def _add_classify(app: FastAPI, state: ServingState) -> None:
         state.admit()
         body, kind = await request.body(), request.headers.get("content-type")
         begun = time.perf_counter()
-        images, own_top, own_neighbors = await state.run_blocking(
-            _read, body, kind, limits, guard.classifier.input_shape
-        )
+        images, own_top, own_neighbors = await state.small.run(_read, body, kind, limits, guard.classifier.input_shape)
         del body
         parts["decode"].observe(time.perf_counter() - begun)
         if top is None:
@@ -211,22 +197,21 @@ def _number(request: Request, name: str) -> int | None:
     found = request.query_params.getlist(name)
     if not found:
         return None
-    least = _NUMBERS[name][0]
-    # Not int() alone, which takes other scripts' digits, underscores and white space.
-    if len(found) > 1 or not re.fullmatch("[0-9]{1,8}", found[0]) or not least <= int(found[0]) <= MOST:
+    number = whole_number(name, found[0]) if len(found) == 1 else None
+    if number is None:
+        least = NUMBERS[name][0]
         raise refused("invalid_argument", f"{name} must stand there once, as a whole number from {least} to {MOST}")
-    return int(found[0])
+    return number
 
 
 def _add_pictures(app: FastAPI, state: ServingState) -> None:
     @app.get(
         "/v1/neighbors/{id:path}/image",
-        summary="The picture of a row of the database",
-        response_class=Response,
-        responses={
-            200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
-            **problems(404, 422, 503),
-        },
+        **_says(
+            "The picture of a row of the database",
+            {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
+            *(404, 422, 503),
+        ),
     )
     async def neighbor_image(
         id: Annotated[str, Path(max_length=4096, description="The id of a neighbour.")],
@@ -240,62 +225,48 @@ def _add_pictures(app: FastAPI, state: ServingState) -> None:
                 return None
             return None if pixels is None else png(pixels)
 
-        found = await state.run_blocking(picture)
+        found = await state.small.run(picture)
         if found is None:
             raise ServiceProblem("not_found", "the database has no row of this id, or its pictures are not at hand")
         return Response(found, media_type="image/png", headers={"cache-control": "private, max-age=300"})
 
-    @app.get(
-        "/v1/samples",
-        summary="Some images to try",
-        response_class=Response,
-        responses={200: {"model": SamplesAnswer}, **problems(503)},
-    )
+    @app.get("/v1/samples", **_says("Some images to try", {"model": SamplesAnswer}, 503))
     async def samples() -> Response:
         guard = state.guard
 
-        def pictures() -> bytes:
-            found = [
-                {
-                    "id": one.id,
-                    "label": one.class_name,
-                    "held_out": one.held_out,
-                    "image": base64.b64encode(png(one.image)).decode(),
-                }
+        def text(pixels: NDArray[Any]) -> str:
+            return base64.b64encode(png(pixels)).decode()
+
+        def pictures() -> list[dict[str, Any]]:
+            return [
+                {"id": one.id, "label": one.class_name, "held_out": one.held_out, "image": text(one.image)}
                 for one in guard.samples(SAMPLES)
             ]
-            return json.dumps({"samples": found}).encode()
 
-        return Response(await state.run_blocking(pictures), media_type="application/json")
+        return _json({"samples": await state.small.run(pictures)})
 
     @app.get(
         "/v1/model",
-        summary="The classifier, the database and the setting of the defence",
-        response_class=Response,
-        responses={200: {"content": {"application/json": {"schema": {"type": "object"}}}}, **problems(503)},
+        **_says(
+            "The classifier, the database and the setting of the defence",
+            {"content": {"application/json": {"schema": {"type": "object"}}}},
+            503,
+        ),
     )
     async def model() -> Response:
         guard = state.guard
-        value = await state.run_blocking(guard.describe)
-        return Response(json.dumps(value, ensure_ascii=False).encode(), media_type="application/json")
+        return _json(await state.small.run(guard.describe))
 
     @app.post(
         "/v1/admin/reload",
-        summary="Load the database and the keys again, with no request lost",
-        response_class=Response,
-        responses={200: {"model": ReloadAnswer}, **problems(409)},
+        **_says("Load the database and the keys again, with no request lost", {"model": ReloadAnswer}, 409),
     )
     async def reload() -> Response:
-        return Response(json.dumps(await state.reload()).encode(), media_type="application/json")
+        return _json(await state.reload())
 
 
 def _add_probes(app: FastAPI, state: ServingState) -> None:
-    @app.get(
-        "/healthz",
-        summary="Whether the process works",
-        response_class=Response,
-        responses={200: {"model": HealthAnswer}, **problems(503)},
-    )
+    @app.get("/healthz", **_says("Whether the process works", {"model": HealthAnswer}, 503))
     async def healthz() -> Response:
         if not state.alive:
             raise ServiceProblem("internal", "the thread that predicts has ended: restart the server", status=503)
@@ -303,9 +274,7 @@ def _add_probes(app: FastAPI, state: ServingState) -> None:
 
     @app.get(
         "/readyz",
-        summary="Whether the database and the classifier are loaded and verified",
-        response_class=Response,
-        responses={200: {"model": HealthAnswer}, **problems(503)},
+        **_says("Whether the database and the classifier are loaded and verified", {"model": HealthAnswer}, 503),
     )
     async def readyz() -> Response:
         if state.stopping:
@@ -316,7 +285,7 @@ def _add_probes(app: FastAPI, state: ServingState) -> None:
         value: dict[str, Any] = {"status": "ready"}
         if state.last_reload is not None:
             value["last_reload"] = "succeeded" if state.last_reload["ok"] else "failed"
-        return Response(json.dumps(value).encode(), media_type="application/json")
+        return _json(value)
 
     @app.get("/metrics", summary="Counters and latencies for Prometheus", response_class=Response)
     async def prometheus() -> Response:

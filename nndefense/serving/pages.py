@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from importlib import resources
-from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from nndefense.serving.demo_attacks.routes import offer
+from nndefense.serving.http.state import ServingState
 
-if TYPE_CHECKING:
-    from nndefense.serving.http.state import ServingState
-
+_SCRIPTS = ("page", "answer", "api", "attack", "given", "prediction", "words")
 FILES = {
     "index.html": "text/html; charset=utf-8",
     "page.css": "text/css; charset=utf-8",
-    "page.js": "text/javascript; charset=utf-8",
-    "answer.js": "text/javascript; charset=utf-8",
-    "api.js": "text/javascript; charset=utf-8",
-    "attack.js": "text/javascript; charset=utf-8",
-    "given.js": "text/javascript; charset=utf-8",
-    "prediction.js": "text/javascript; charset=utf-8",
-    "words.js": "text/javascript; charset=utf-8",
+    **{f"{name}.js": "text/javascript; charset=utf-8" for name in _SCRIPTS},
     "icon.svg": "image/svg+xml",
 }
 """The files of the page with their types; nothing else of the folder is served."""
@@ -64,10 +56,7 @@ def router(state: ServingState) -> APIRouter:
 
     @routes.get("/page/settings.json")
     async def settings() -> Response:
-        allowed: dict[str, Any] | None = None
-        if state.settings.demo_attacks:
-            allowed = offer(state.guard)
-        return JSONResponse({"demo_attacks": allowed})
+        return JSONResponse({"demo_attacks": offer(state.guard) if state.settings.demo_attacks else None})
 
     def add(name: str) -> None:
         @routes.get(f"/page/{name}")

@@ -10,24 +10,17 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-try:
-    import uvicorn
-    from uvicorn.protocols.http.auto import AutoHTTPProtocol
-except ImportError as error:  # pragma: no cover
-    from nndefense.errors import InputError
-
-    raise InputError('the service needs packages that are not installed: pip install "nndefense[serve]"') from error
+import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from nndefense.errors import InputError
+from nndefense.guard import Guard
 from nndefense.serving.app import create_app
 from nndefense.serving.http.problem import MEDIA_TYPE, body_of
 from nndefense.serving.http.settings import ServingSettings
 from nndefense.serving.http.state import ServingState
-
-if TYPE_CHECKING:
-    from nndefense.guard import Guard
 
 KEEP_ALIVE = 30
 _BACKLOG = 512
@@ -121,7 +114,14 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._state = state
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.on_started: Callable[[list[str]], None] | None = None
         state.on_failure = self.stop
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and tell who wants to know where."""
+        await super().startup(sockets)
+        if self.started and self.on_started is not None:
+            self.on_started(self.addresses)
 
     @property
     def addresses(self) -> list[str]:
@@ -228,17 +228,8 @@ def run_server(server: Server, sockets: list[socket.socket], started: Callable[[
     """Run a server on bound sockets until a signal ends it; ``started`` is called with its URLs."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-
-    async def run() -> None:
-        task = asyncio.ensure_future(server.serve(sockets=sockets))
-        while not server.started and not task.done():
-            await asyncio.sleep(0.01)
-        if started is not None and server.started:
-            started(server.addresses)
-        await task
-
-    with _runner(server.config.get_loop_factory()) as loop:
-        loop.run_until_complete(run())
+    server.on_started = started
+    server.run(sockets)
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
@@ -266,17 +257,3 @@ def bind(host: str, port: int) -> list[socket.socket]:
             f"{host}:{port} cannot be bound ({error.strerror}): another program may use the port, choose another one"
         ) from error
     return bound
-
-
-@contextlib.contextmanager
-def _runner(factory: Callable[[], asyncio.AbstractEventLoop] | None) -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop that is cleaned up at the end (asyncio's own is missing in 3.10)."""
-    loop = factory() if factory is not None else asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    try:
-        yield loop
-    finally:
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.run_until_complete(loop.shutdown_default_executor())
-        asyncio.set_event_loop(None)
-        loop.close()

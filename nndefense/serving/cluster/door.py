@@ -22,7 +22,7 @@ from nndefense.serving.http.envelope import Envelope
 from nndefense.serving.http.journal import Journal
 from nndefense.serving.http.metrics import Metrics
 from nndefense.serving.http.problem import MEDIA_TYPE, ServiceProblem, busy
-from nndefense.serving.http.security import App, BodyLimit, Gate, Keys, Receive, Scope, Send, has_body
+from nndefense.serving.http.security import App, Gate, Keys, Receive, Scope, Send, has_body
 from nndefense.serving.http.settings import ServingSettings
 
 RELOAD = "/v1/admin/reload"
@@ -66,11 +66,8 @@ class Door:
         self.metrics = Metrics()
         self._gate = Gate(settings, Keys.read(settings.api_key_file))
         self._journal = Journal(settings.log_dir, self.metrics.log_lost.inc) if settings.log_dir is not None else None
-        limiter = BodyLimit(self, settings, self.metrics.part["body"].observe)
-        self.metrics.watch(lambda: 0, lambda: limiter.buffered)
         self.metrics.ready.set(1)
-        put = self._journal.put if self._journal is not None else None
-        self.app: App = Envelope(limiter, gate=self._gate, metrics=self.metrics, journal=put)
+        self.app: App = Envelope(self, settings=settings, gate=self._gate, metrics=self.metrics, journal=self._journal)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -145,7 +142,7 @@ class Door:
         while True:
             try:
                 asked = self._handle.http.remote(scope, body)
-                reply: Reply = await asyncio.wait_for(_awaited(asked), max(end - time.monotonic(), 0.1))
+                reply: Reply = await asyncio.wait_for(asked, max(end - time.monotonic(), 0.1))
                 if not _stopping(reply):
                     return reply
             except self._errors.RayActorError as error:
@@ -219,10 +216,6 @@ def _plain(scope: Scope) -> dict[str, Any]:
 def _stopping(reply: Reply) -> bool:
     status, headers, content, _ = reply
     return status == 503 and (b"content-type", MEDIA_TYPE.encode()) in headers and b'"code": "stopping"' in content
-
-
-async def _awaited(response: Any) -> Any:
-    return await response
 
 
 def _serve_errors() -> tuple[type[Exception], ...]:

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,10 +16,8 @@ from torch import Tensor
 from nndefense.attacks import pgd, radius
 from nndefense.attacks.retrieval import RetrievalSurface, adaptive
 from nndefense.defenses import NearestNeighborDefense
+from nndefense.guard import Guard
 from nndefense.serving.demo_attacks.pixels import picture_within
-
-if TYPE_CHECKING:
-    from nndefense.guard import Guard
 
 NormName = Literal["normalized-l2", "linf"]
 AttackName = Literal["classifier", "defense"]
@@ -107,19 +105,6 @@ class AttackTarget:
         self.prepare()
         assert self._surface is not None
         return self._surface
-
-
-class AttackTargets:
-    """The target for each guard, made when the first attack asks for it and kept while that guard lives."""
-
-    def __init__(self) -> None:
-        self._made: weakref.WeakKeyDictionary[Guard, AttackTarget] = weakref.WeakKeyDictionary()
-
-    def __call__(self, guard: Guard) -> AttackTarget:
-        """The target for a guard."""
-        if guard not in self._made:
-            self._made[guard] = AttackTarget(guard)
-        return self._made[guard]
 
 
 def _row_images(guard: Guard) -> Callable[[Tensor], Tensor] | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import math
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -68,9 +70,14 @@ def magnified(difference: Tensor) -> tuple[Tensor, int]:
     return (0.5 + factor * difference).clamp(0, 1), factor
 
 
-def png(image: Tensor) -> str:
-    """An image C x H x W in [0, 1] as a PNG in base64: grey for one channel, else RGB."""
-    pixels = (image.detach().cpu() * _LEVELS).round().to(torch.uint8).permute(1, 2, 0).numpy()
+def png(pixels: NDArray[Any]) -> bytes:
+    """Encode uint8 pixels H x W x C (C 1 or 3) as PNG, grey for one channel."""
     file = io.BytesIO()
     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, format="PNG")
-    return base64.b64encode(file.getvalue()).decode("ascii")
+    return file.getvalue()
+
+
+def png_text(image: Tensor) -> str:
+    """An image C x H x W in [0, 1] as a PNG in base64."""
+    pixels = (image.detach().cpu() * _LEVELS).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return base64.b64encode(png(pixels)).decode("ascii")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
@@ -14,25 +13,24 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from nndefense.attacks import distance
+from nndefense.guard import Guard
 from nndefense.serving.demo_attacks.attack import (
     AttackJob,
     AttackName,
-    AttackTargets,
+    AttackTarget,
     AttackWatch,
     Late,
     NormName,
     Stopped,
     attack_picture,
 )
-from nndefense.serving.demo_attacks.pixels import eight_bits, magnified, png
+from nndefense.serving.demo_attacks.pixels import eight_bits, magnified, png_text
 from nndefense.serving.http.openapi import problems
 from nndefense.serving.http.problem import ServiceProblem
 from nndefense.serving.http.schema import PredictionAnswer
+from nndefense.serving.http.state import ServingState
+from nndefense.serving.pictures.decode import decode, from_base64
 from nndefense.serving.pictures.refused import refused
-
-if TYPE_CHECKING:
-    from nndefense.guard import Guard
-    from nndefense.serving.http.state import ServingState
 
 STEPS = 20
 """Gradient steps that the page asks for; of the adaptive attack, in each of its stages."""
@@ -64,20 +62,18 @@ class AttackRequest(BaseModel):
         },
     )
 
-    image: Annotated[str, Field(description="An image file in base64, as for /v1/classify.")]
-    attack: Annotated[
-        AttackName,
-        Field(description="classifier: PGD that ignores the defence; defense: the adaptive attack, which knows all."),
-    ] = "classifier"
-    norm: Annotated[
-        NormName, Field(description="normalized-l2: eps is a share of the image's length; linf: eps is per pixel.")
-    ] = "normalized-l2"
-    eps: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="At most 0.5, or 76/255 per pixel.")] = 0.1
-    steps: Annotated[
-        int, Field(ge=1, le=MOST_STEPS, description="Gradient steps; of the adaptive attack, in each stage.")
-    ] = STEPS
-    top: Annotated[int, Field(ge=1, le=100_000, description="Classes in each list.")] = 5
-    neighbors: Annotated[int, Field(ge=0, le=100_000, description="Neighbours of each image.")] = 10
+    image: str = Field(description="An image file in base64, as for /v1/classify.")
+    attack: AttackName = Field(
+        "classifier",
+        description="classifier: PGD that ignores the defence; defense: the adaptive attack, which knows all.",
+    )
+    norm: NormName = Field(
+        "normalized-l2", description="normalized-l2: eps is a share of the image's length; linf: eps is per pixel."
+    )
+    eps: float = Field(0.1, ge=0, le=1, allow_inf_nan=False, description="At most 0.5, or 76/255 per pixel.")
+    steps: int = Field(STEPS, ge=1, le=MOST_STEPS, description="Gradient steps; of the adaptive attack, in each stage.")
+    top: int = Field(5, ge=1, le=100_000, description="Classes in each list.")
+    neighbors: int = Field(10, ge=0, le=100_000, description="Neighbours of each image.")
 
 
 class AttackedPicture(BaseModel):
@@ -143,7 +139,8 @@ def offer(guard: Guard) -> dict[str, Any]:
 def router(state: ServingState) -> APIRouter:
     """``POST /v1/demo/attack``; to be included only where the operator has asked for it."""
     routes = APIRouter()
-    targets = AttackTargets()
+    # Made when the first attack on a guard asks for it, and kept while that guard lives.
+    targets: WeakKeyDictionary[Guard, AttackTarget] = WeakKeyDictionary()
 
     @routes.post(
         "/v1/demo/attack",
@@ -164,7 +161,9 @@ def router(state: ServingState) -> APIRouter:
         most = MOST_EPS[wanted.norm]
         if wanted.eps > most * (1 + 1e-9):
             raise refused("invalid_argument", f"eps is {wanted.eps:g}, but must be at most {most:g} in {wanted.norm}")
-        clean = eight_bits(await state.decode(_bytes(wanted.image), guard=guard))
+        limits = state.settings.limits
+        picture = from_base64(wanted.image, limits)
+        clean = eight_bits(await state.small.run(decode, picture, limits, guard.input_shape))
         before = (await state.submit([clean], wanted.top, wanted.neighbors, guard=guard))[0]
         leaving = before.bare if wanted.attack == "classifier" else before
         job = AttackJob(clean[None], leaving.class_index, wanted.attack, wanted.norm, wanted.eps, wanted.steps)
@@ -173,23 +172,17 @@ def router(state: ServingState) -> APIRouter:
         seconds = time.monotonic() - begun
         after = (await state.submit([attacked], wanted.top, wanted.neighbors, guard=guard))[0]
         shown, magnification = magnified(attacked - clean)
-        sizes = {
-            "linf": float(distance(clean[None], attacked[None], "linf")),
-            "l2": float(distance(clean[None], attacked[None], "l2")),
-        }
+        sizes = {norm: float(distance(clean[None], attacked[None], norm)) for norm in ("linf", "l2")}
         sizes["normalized-l2"] = sizes["l2"] / max(float(clean.norm()), 1e-12)
         return JSONResponse(
             {
-                "attack": wanted.attack,
-                "norm": wanted.norm,
-                "eps": wanted.eps,
-                "steps": wanted.steps,
+                **wanted.model_dump(include={"attack", "norm", "eps", "steps"}),
                 "away_from": leaving.class_name,
                 "bits": 8,
                 "size": {name: float(f"{value:.6g}") for name, value in sizes.items()},
-                "clean": {"image": png(clean), "prediction": before.to_json()},
-                "attacked": {"image": png(attacked), "prediction": after.to_json()},
-                "difference": {"image": png(shown), "magnification": magnification},
+                "clean": {"image": png_text(clean), "prediction": before.to_json()},
+                "attacked": {"image": png_text(attacked), "prediction": after.to_json()},
+                "difference": {"image": png_text(shown), "magnification": magnification},
                 "flipped": {
                     "bare": after.bare.class_index != before.bare.class_index,
                     "defended": after.class_index != before.class_index,
@@ -204,13 +197,13 @@ def router(state: ServingState) -> APIRouter:
 
         def run() -> Tensor:
             watch.wanted()
-            target = targets(guard)
+            target = targets.get(guard) or targets.setdefault(guard, AttackTarget(guard))
             if job.attack == "defense":
                 # What takes long the first time is no part of the attack's own time.
                 target.prepare()
             return attack_picture(target, job, watch)
 
-        running = asyncio.ensure_future(state.run_slow(run))
+        running = asyncio.ensure_future(state.slow.run(run))
         try:
             while not (await asyncio.wait({running}, timeout=_LOOK))[0]:
                 if await request.is_disconnected():
@@ -225,10 +218,3 @@ def router(state: ServingState) -> APIRouter:
             watch.stop()
 
     return routes
-
-
-def _bytes(text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise refused("invalid_base64", "the image is not base64 of an image file: encode the file's bytes") from None

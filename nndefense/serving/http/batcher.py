@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from nndefense.serving.http.problem import ServiceProblem, busy
 
@@ -22,13 +22,6 @@ R = TypeVar("R")
 
 # How quickly the estimate of the seconds per item follows the last batches.
 _MEMORY = 0.2
-
-
-class Observer(Protocol):
-    """Who is told of the batches; called from the worker's thread."""
-
-    def batch(self, size: int, seconds: float, waits: Sequence[float]) -> None:
-        """A batch of ``size`` items took ``seconds``, after each had waited so long."""
 
 
 class _Job(Generic[K, P, R]):
@@ -57,7 +50,8 @@ class Batcher(Generic[K, P, R]):
         size: the largest batch of a key.
         wait: seconds.
         capacity: items that may wait.
-        observer: is told of every batch.
+        observer: is called with every batch's size, its seconds, and how long each item had waited; in the worker's
+            thread.
         on_start: runs first in the worker thread.
     """
 
@@ -68,7 +62,7 @@ class Batcher(Generic[K, P, R]):
         size: Callable[[K], int],
         wait: float,
         capacity: int,
-        observer: Observer | None = None,
+        observer: Callable[[int, float, Sequence[float]], None] | None = None,
         on_start: Callable[[], None] | None = None,
     ) -> None:
         self._run, self._size, self._wait, self._capacity = run, size, wait, capacity
@@ -230,7 +224,7 @@ class Batcher(Generic[K, P, R]):
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._deliver, loop, done, list(failed.values()))
         if self._observer is not None:
-            self._observer.batch(len(batch), seconds, [begun - job.arrived for job, _ in batch])
+            self._observer(len(batch), seconds, [begun - job.arrived for job, _ in batch])
 
     # -- in the event loop --------------------------------------------------------------------------------------
 

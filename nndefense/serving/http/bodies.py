@@ -11,15 +11,16 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
-from nndefense.serving.pictures.decode import from_base64
+from pydantic import ValidationError
+
+from nndefense.serving.http.schema import MOST, NUMBERS, ClassifyJson, whole_number
+from nndefense.serving.pictures.decode import from_base64, invalid_base64
 from nndefense.serving.pictures.limits import MEDIA_TYPES, Limits
 from nndefense.serving.pictures.refused import Refused, refused
 
 FIELD = "files"
 """The name of the fields of a form that hold images."""
 
-_NUMBERS = {"top": 1, "neighbors": 0}  # and the least of each
-_LARGEST = 10_000_000
 # RFC 2046, section 5.1.1.
 _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
 _PARAMETER = re.compile(r';\s*([!#$%&*+.^_`|~0-9A-Za-z-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))')
@@ -79,16 +80,16 @@ def parse(body: bytes, content_type: str | None, limits: Limits) -> Upload:
     )
 
 
-def _upload(images: list[Part], numbers: dict[str, int], limits: Limits) -> Upload:
-    if not images:
-        raise refused("no_image", "the request has no image: send at least one")
-    if len(images) > limits.max_images:
-        raise refused("too_many_images", f"send at most {limits.max_images} images in one request")
-    return Upload(tuple(images), numbers.get("top"), numbers.get("neighbors"))
+def _no_image() -> Refused:
+    return refused("no_image", "the request has no image: send at least one")
+
+
+def _too_many(limits: Limits) -> Refused:
+    return refused("too_many_images", f"send at most {limits.max_images} images in one request")
 
 
 def _no_number(name: str) -> Refused:
-    return refused("invalid_argument", f"{name} must be a whole number, from {_NUMBERS[name]} to {_LARGEST:,}")
+    return refused("invalid_argument", f"{name} must be a whole number, from {NUMBERS[name][0]} to {MOST:,}")
 
 
 # JSON
@@ -108,26 +109,31 @@ def _parse_json(body: bytes, limits: Limits) -> Upload:
         raise
     except (ValueError, RecursionError):
         raise _bad_json("because its syntax is wrong") from None
-    if not isinstance(value, dict) or not isinstance(value.get("images"), list):
-        raise refused("invalid_argument", 'the JSON body must be an object with a list "images" of base64 strings')
-    if not value.keys() <= {"images", *_NUMBERS}:
-        raise refused("invalid_argument", 'the JSON body has fields besides "images", "top" and "neighbors"')
-    images = value["images"]
-    if len(images) > limits.max_images:
-        raise refused("too_many_images", f"send at most {limits.max_images} images in one request")
-    if not all(isinstance(image, str) for image in images):
-        raise refused("invalid_argument", "every image must be a string of base64")
-    numbers = {name: _number(name, value[name]) for name in _NUMBERS if value.get(name) is not None}
-    return _upload([Part(from_base64(image, limits), None) for image in images], numbers, limits)
+    try:
+        wanted = ClassifyJson.model_validate(value)
+    except ValidationError as error:
+        raise _invalid_json(error) from None
+    if len(wanted.images) > limits.max_images:
+        raise _too_many(limits)
+    images = tuple(Part(from_base64(image, limits), None) for image in wanted.images)
+    return Upload(images, wanted.top, wanted.neighbors)
 
 
-def _number(name: str, value: Any) -> int:
-    # 5.0 is a whole number in JSON; true is none, though Python counts it as one.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _NUMBERS[name] <= value <= _LARGEST:
-        raise _no_number(name)
-    if int(value) != value:
-        raise _no_number(name)
-    return int(value)
+def _invalid_json(error: ValidationError) -> Refused:
+    """What the schema says of a body, in our words; of several faults the one that hides the others comes first."""
+    faults = {fault["type"]: fault["loc"] for fault in error.errors(include_url=False, include_input=False)}
+    if any(len(place) < 2 and place[:1] in ((), ("images",)) for kind, place in faults.items() if kind != "too_short"):
+        return refused("invalid_argument", 'the JSON body must be an object with a list "images" of base64 strings')
+    if "extra_forbidden" in faults:
+        return refused("invalid_argument", 'the JSON body has fields besides "images", "top" and "neighbors"')
+    names = [str(place[0]) for place in faults.values()]
+    if "too_short" in faults:
+        return _no_image()
+    if "string_unicode" in faults:
+        return invalid_base64()
+    if "images" in names:
+        return refused("invalid_argument", "every image must be a string of base64")
+    return _no_number(names[0])
 
 
 def _check_skeleton(body: bytes, limits: Limits) -> None:
@@ -145,7 +151,7 @@ def _check_skeleton(body: bytes, limits: Limits) -> None:
         end = _end_of_string(body, begin + 1)
         place = end + 1
     else:
-        raise refused("too_many_images", f"send at most {limits.max_images} images in one request")
+        raise _too_many(limits)
     if sum(map(len, outside)) > _SKELETON_BYTES:
         raise _bad_json("because there is too much in it besides the images")
     depth = 0
@@ -202,17 +208,19 @@ def _parse_form(body: bytes, content_type: str, limits: Limits) -> Upload:
         if name == FIELD:
             images.append(Part(content, media_type))
             if len(images) > limits.max_images:
-                raise refused("too_many_images", f"send at most {limits.max_images} images in one request")
-        elif name in _NUMBERS:
+                raise _too_many(limits)
+        elif name in NUMBERS:
             if name in numbers:
                 raise _bad_form(f"the field {name} stands in it twice")
-            # Not int(): it takes other scripts' digits, underscores and white space.
-            if not re.fullmatch(rb"[0-9]{1,8}", content) or not _NUMBERS[name] <= int(content) <= _LARGEST:
+            number = whole_number(name, content.decode("latin-1"))
+            if number is None:
                 raise _no_number(name)
-            numbers[name] = int(content)
+            numbers[name] = number
         else:
             raise refused("invalid_argument", f"the form has fields besides {FIELD}, top and neighbors")
-    return _upload(images, numbers, limits)
+    if not images:
+        raise _no_image()
+    return Upload(tuple(images), numbers.get("top"), numbers.get("neighbors"))
 
 
 def _parts(body: bytes, boundary: bytes, limits: Limits) -> list[bytes]:

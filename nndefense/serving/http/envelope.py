@@ -7,12 +7,26 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+from nndefense.serving.http.journal import Journal
 from nndefense.serving.http.metrics import Metrics
-from nndefense.serving.http.problem import MEDIA_TYPE, ServiceProblem, body_of, of_error
-from nndefense.serving.http.security import HEADERS, App, Gate, Message, Receive, Scope, Send, has_body, header
+from nndefense.serving.http.problem import MEDIA_TYPE, ServiceProblem, body_of
+from nndefense.serving.http.security import (
+    HEADERS,
+    App,
+    BodyLimit,
+    Gate,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    has_body,
+    header,
+)
+from nndefense.serving.http.settings import ServingSettings
+from nndefense.serving.pictures.refused import Refused
 
 _log = logging.getLogger(__name__)
 # How long, and how much of, a refused body is still read, so that its sender gets to see the answer.
@@ -28,9 +42,19 @@ class Envelope:
     """
 
     def __init__(
-        self, app: App, gate: Gate, metrics: Metrics, journal: Callable[[Mapping[str, Any]], None] | None = None
+        self,
+        app: App,
+        *,
+        settings: ServingSettings,
+        gate: Gate,
+        metrics: Metrics,
+        journal: Journal | None,
+        waiting: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.app, self._gate, self._metrics, self._journal = app, gate, metrics, journal
+        """``app`` gets bodies within the limits of the settings; ``waiting`` says how many images wait in it."""
+        limited = BodyLimit(app, settings, metrics.part["body"].observe)
+        metrics.watch(waiting, lambda: limited.buffered)
+        self.app, self._gate, self._metrics, self._journal = limited, gate, metrics, journal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,26 +63,22 @@ class Envelope:
                 await self.app(scope, receive, send)
             return
         answer = _Answer(scope, receive, send)
-        problem: ServiceProblem | None = None
         self._metrics.in_flight.inc()
         try:
             self._gate.check(scope)
             await self.app(scope, answer.receive, answer.send)
         except Exception as error:
-            problem = of_error(error)
-            if problem is None:
+            if not isinstance(error, (ServiceProblem, Refused)):
                 _log.exception("request %s failed", answer.id)
-                problem = ServiceProblem(
+                error = ServiceProblem(
                     "internal", "this is a defect of the server, which logged it under this answer's id"
                 )
             if answer.status:
                 # The answer has begun, and can only be cut off.
                 raise
-            await answer.refuse(problem)
+            # The name ends with this block: an error remembers the frames that it came through, and the body in them.
+            await answer.refuse(error)
         finally:
-            # A problem remembers the frames that it came through: without this, they and the body in them would stay
-            # until the garbage collector looks for circles, which is seldom in a process with this many objects.
-            problem = None
             self._metrics.in_flight.dec()
             self._count(scope, answer)
 
@@ -82,7 +102,7 @@ class Envelope:
             }
             if answer.code:
                 line["code"] = answer.code
-            self._journal(line)
+            self._journal.put(line)
 
 
 class _Answer:
@@ -113,7 +133,7 @@ class _Answer:
             message = {**message, "headers": headers}
         await self._send(message)
 
-    async def refuse(self, problem: ServiceProblem) -> None:
+    async def refuse(self, problem: ServiceProblem | Refused) -> None:
         """Answer with a problem; a body that was not read is read to its end first, as far as that is quick."""
         self.code = problem.code
         body = body_of(problem.status, problem.code, problem.detail, self.id)

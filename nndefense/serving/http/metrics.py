@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
 
 from prometheus_client import (
     CollectorRegistry,
@@ -15,8 +15,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-if TYPE_CHECKING:
-    from nndefense.guard.prediction import Defended
+from nndefense.guard.prediction import Defended
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -32,49 +31,34 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        self.requests = Counter(
-            "nndefense_requests", "Answers, by route and status.", ("route", "status"), registry=self.registry
-        )
-        self.request_seconds = Histogram(
+        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self.requests = counter("nndefense_requests", "Answers, by route and status.", ("route", "status"))
+        self.request_seconds = histogram(
             "nndefense_request_seconds",
             "From the end of the headers to the end of the answer, by route.",
             ("route",),
             buckets=_SECONDS,
-            registry=self.registry,
         )
-        seconds = Histogram(
+        seconds = histogram(
             "nndefense_part_seconds",
             "Latency of the parts of a classification: " + ", ".join(PARTS) + ".",
             ("part",),
             buckets=_SECONDS,
-            registry=self.registry,
         )
         self.part = {name: seconds.labels(name) for name in PARTS}
-        self.batch_size = Histogram("nndefense_batch_size", "Images per batch.", buckets=_SIZES, registry=self.registry)
-        self.images = Counter("nndefense_images", "Images classified.", registry=self.registry)
-        self.abstained = Counter("nndefense_abstentions", "Images abstained on.", registry=self.registry)
-        self.disagreed = Counter(
-            "nndefense_disagreements",
-            "Images on which the defence and the bare classifier disagree.",
-            registry=self.registry,
+        self.batch_size = histogram("nndefense_batch_size", "Images per batch.", buckets=_SIZES)
+        self.images = counter("nndefense_images", "Images classified.")
+        self.abstained = counter("nndefense_abstentions", "Images abstained on.")
+        self.disagreed = counter(
+            "nndefense_disagreements", "Images on which the defence and the bare classifier disagree."
         )
-        self.rejected = Counter(
-            "nndefense_rejected_inputs", "Refused requests, by problem code.", ("code",), registry=self.registry
-        )
-        self.reloads = Counter(
-            "nndefense_reloads", "Attempts to load a database, by outcome.", ("outcome",), registry=self.registry
-        )
-        self.in_flight = Gauge("nndefense_requests_in_flight", "Requests being answered.", registry=self.registry)
-        self.log_lost = Counter(
-            "nndefense_log_lines_lost", "Lines of the access log that could not be written.", registry=self.registry
-        )
-        self.ready = Gauge("nndefense_ready", "1 where the database is loaded and verified.", registry=self.registry)
-        self.database = Gauge(
-            "nndefense_database",
-            "1 for the database that is being served.",
-            ("database", "model"),
-            registry=self.registry,
-        )
+        self.rejected = counter("nndefense_rejected_inputs", "Refused requests, by problem code.", ("code",))
+        self.reloads = counter("nndefense_reloads", "Attempts to load a database, by outcome.", ("outcome",))
+        self.in_flight = gauge("nndefense_requests_in_flight", "Requests being answered.")
+        self.log_lost = counter("nndefense_log_lines_lost", "Lines of the access log that could not be written.")
+        self.ready = gauge("nndefense_ready", "1 where the database is loaded and verified.")
+        self.database = gauge("nndefense_database", "1 for the database that is being served.", ("database", "model"))
         self._database: tuple[str, str] | None = None
         for outcome in ("succeeded", "failed"):
             self.reloads.labels(outcome)

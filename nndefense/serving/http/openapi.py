@@ -70,14 +70,7 @@ def describe(app: FastAPI, settings: ServingSettings) -> None:
         for path, methods in value["paths"].items():
             closed = keyed and path not in OPEN_PATHS and not path.startswith(OPEN_FOLDERS)
             for method, operation in methods.items():
-                everywhere = (
-                    400,
-                    413,
-                    421,
-                    431,
-                    *((401, 403) if closed else ()),
-                    *((403,) if method == "post" else ()),
-                )
+                everywhere = [400, 413, 421, 431, *([401, 403] if closed else []), *([403] if method == "post" else [])]
                 answers = operation["responses"]
                 # The framework describes its own form of this one, which is never sent.
                 if MEDIA_TYPE not in answers.get("422", {}).get("content", {}) and "422" in answers:

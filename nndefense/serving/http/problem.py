@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from nndefense.serving.pictures.refused import STATUS, Refused
+from nndefense.serving.pictures.refused import STATUS
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -69,15 +69,6 @@ def body_of(status: int, code: str, detail: str, request_id: str = "") -> bytes:
     if request_id:
         value["instance"] = f"urn:uuid:{request_id}"
     return json.dumps(value, ensure_ascii=False).encode()
-
-
-def of_error(error: BaseException) -> ServiceProblem | None:
-    """The problem that an error stands for, or None where it is a defect of the server."""
-    if isinstance(error, ServiceProblem):
-        return error
-    if isinstance(error, Refused):
-        return ServiceProblem(error.code, error.detail, status=error.status)
-    return None
 
 
 def of_status(status: int, headers: Mapping[str, str] | None = None) -> ServiceProblem:

@@ -1,10 +1,11 @@
-"""The shapes of requests and answers, for the OpenAPI description; answers themselves are written without them."""
+"""The shapes of requests, which are checked by them, and of answers, for the OpenAPI description."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, create_model
 
 from nndefense.guard.prediction import Defended, Neighbor, Opinion, Top, fields_in_json
 
@@ -72,14 +73,41 @@ class PredictionAnswer(_Defended):  # type: ignore[misc]
     """The defended prediction of one image."""
 
 
+def _example(value: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"example": value})
+
+
 class ClassifyAnswer(BaseModel):
     """One prediction for each image, in the order in which they were sent."""
 
-    model_config = ConfigDict(json_schema_extra={"example": _PREDICTIONS})
+    model_config = _example(_PREDICTIONS)
 
     predictions: list[PredictionAnswer]
     model: str = Field(description="Fingerprint of the classifier.")
     database: str = Field(description="Fingerprint of the database.")
+
+
+NUMBERS = {
+    "top": (1, "Classes in each list [default: 5]."),
+    "neighbors": (0, "Neighbours of each image [default: 10, or K where that is less]."),
+}
+"""What a request may say of the lists in its answer, in its query, its form or its JSON: the least, and what it is."""
+MOST = 10_000_000
+
+
+def whole_number(name: str, text: str) -> int | None:
+    """One of :data:`NUMBERS` from a query or a form; None where the text is no whole number in its range."""
+    # Not int() alone, which takes other scripts' digits, underscores and white space.
+    found = int(text) if re.fullmatch("[0-9]{1,8}", text) else -1
+    return found if NUMBERS[name][0] <= found <= MOST else None
+
+
+def _whole(value: Any) -> Any:
+    # 5.0 is a whole number in JSON; true is none, though Python counts it as one.
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, int) and value > MOST:
+        raise ValueError("too large")
+    return value
 
 
 class ClassifyJson(BaseModel):
@@ -99,24 +127,26 @@ class ClassifyJson(BaseModel):
         },
     )
 
-    images: list[str] = Field(min_length=1, description="Image files in base64.")
-    top: int | None = Field(default=None, ge=1, description="Classes in each list.")
-    neighbors: int | None = Field(default=None, ge=0, description="Neighbours of each image; 10 by default.")
+    images: Annotated[list[str], FailFast()] = Field(min_length=1, description="Image files in base64.")
+    top: Annotated[int, Field(strict=True, ge=1), BeforeValidator(_whole)] | None = Field(
+        default=None, description="Classes in each list."
+    )
+    neighbors: Annotated[int, Field(strict=True, ge=0), BeforeValidator(_whole)] | None = Field(
+        default=None, description="Neighbours of each image; 10 by default."
+    )
 
 
 class ProblemAnswer(BaseModel):
     """An error (RFC 9457)."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {
-                "type": "/problems/damaged_image",
-                "title": "Damaged image",
-                "status": 422,
-                "detail": "the image ends too early: send the whole file",
-                "code": "damaged_image",
-                "instance": "urn:uuid:3b1e6e0e-54a1-4b8e-9a51-0a7bb3c0a6b5",
-            }
+    model_config = _example(
+        {
+            "type": "/problems/damaged_image",
+            "title": "Damaged image",
+            "status": 422,
+            "detail": "the image ends too early: send the whole file",
+            "code": "damaged_image",
+            "instance": "urn:uuid:3b1e6e0e-54a1-4b8e-9a51-0a7bb3c0a6b5",
         }
     )
 
@@ -131,7 +161,7 @@ class ProblemAnswer(BaseModel):
 class HealthAnswer(BaseModel):
     """Whether the process works, or is ready for requests."""
 
-    model_config = ConfigDict(json_schema_extra={"example": {"status": "ok"}})
+    model_config = _example({"status": "ok"})
 
     status: str
 
@@ -139,16 +169,8 @@ class HealthAnswer(BaseModel):
 class ReloadAnswer(BaseModel):
     """What a reload came to."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {
-                "ok": True,
-                "database": "5c1f0e3a77b2d904",
-                "model": "db80b6be7132c179",
-                "changed": True,
-                "seconds": 1.204,
-            }
-        }
+    model_config = _example(
+        {"ok": True, "database": "5c1f0e3a77b2d904", "model": "db80b6be7132c179", "changed": True, "seconds": 1.204}
     )
 
     ok: bool
@@ -170,10 +192,8 @@ class SampleAnswer(BaseModel):
 class SamplesAnswer(BaseModel):
     """Some images to try."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {"samples": [{"id": "digits/test/7", "label": "3", "held_out": True, "image": "iVBORw0KGgo="}]}
-        }
+    model_config = _example(
+        {"samples": [{"id": "digits/test/7", "label": "3", "held_out": True, "image": "iVBORw0KGgo="}]}
     )
 
     samples: list[SampleAnswer]

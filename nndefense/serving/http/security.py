@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -191,9 +192,13 @@ class BodyLimit:
         if scope["type"] != "http" or not has_body(scope):
             await self.app(scope, receive, send)
             return
-        held = [0]
+        held, seconds, begun = [0], self._settings.limits.body_seconds, time.monotonic()
         try:
-            body = await self._body(scope, receive, held)
+            try:
+                body = await asyncio.wait_for(self._body(scope, receive, held), seconds)
+            except asyncio.TimeoutError:
+                raise refused("slow_body", f"the body did not arrive within {seconds:g} seconds") from None
+            self._on_body(time.monotonic() - begun)
             pieces = [{"type": "http.request", "body": body, "more_body": False}]
 
             async def again() -> Message:
@@ -208,25 +213,21 @@ class BodyLimit:
         length = header(scope, b"content-length") or b"0"
         if not length.isdigit() or len(length) > 15 or int(length) > limits.max_body_bytes:
             raise _too_large(limits.max_body_bytes)
-        loop = asyncio.get_running_loop()
-        begun = loop.time()
         chunks: list[bytes] = []
-        with _Deadline(loop, limits.body_seconds):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise refused("malformed_request", "the connection was closed before the body was complete")
-                chunk = message.get("body", b"")
-                held[0] += len(chunk)
-                self.buffered += len(chunk)
-                if held[0] > limits.max_body_bytes:
-                    raise _too_large(limits.max_body_bytes)
-                if self.buffered > self._settings.max_buffered_bytes:
-                    raise busy("queue_full", "too many bodies are being received: try later", 1)
-                chunks.append(chunk)
-                if not message.get("more_body", False):
-                    break
-        self._on_body(loop.time() - begun)
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise refused("malformed_request", "the connection was closed before the body was complete")
+            chunk = message.get("body", b"")
+            held[0] += len(chunk)
+            self.buffered += len(chunk)
+            if held[0] > limits.max_body_bytes:
+                raise _too_large(limits.max_body_bytes)
+            if self.buffered > self._settings.max_buffered_bytes:
+                raise busy("queue_full", "too many bodies are being received: try later", 1)
+            chunks.append(chunk)
+            more = message.get("more_body", False)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
@@ -237,27 +238,3 @@ def has_body(scope: Scope) -> bool:
 
 def _too_large(limit: int) -> Exception:
     return refused("body_too_large", f"a body may have {limit:,} bytes at most: send fewer or smaller images")
-
-
-class _Deadline:
-    """Ends what runs inside it after some seconds, by a ``slow_body`` rejection (asyncio's own is missing in 3.10)."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-        self._loop, self._seconds, self._passed = loop, seconds, False
-
-    def __enter__(self) -> None:
-        self._task = asyncio.current_task()
-        self._timer = self._loop.call_later(self._seconds, self._end)
-
-    def _end(self) -> None:
-        self._passed = True
-        if self._task is not None:
-            self._task.cancel()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._timer.cancel()
-        if self._passed and kind is asyncio.CancelledError:
-            uncancel = getattr(self._task, "uncancel", None)
-            if uncancel is not None:
-                uncancel()
-            raise refused("slow_body", f"the body did not arrive within {self._seconds:g} seconds") from None

@@ -9,24 +9,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from nndefense.errors import NNDefenseError
-from nndefense.guard.prediction import Defended
+from nndefense.guard import Defended, Guard
 from nndefense.serving.http.batcher import Batcher
 from nndefense.serving.http.journal import Journal
 from nndefense.serving.http.metrics import Metrics
 from nndefense.serving.http.problem import ServiceProblem, busy
 from nndefense.serving.http.security import Gate, Keys
 from nndefense.serving.http.settings import ServingSettings
-from nndefense.serving.pictures.decode import decode
-
-if TYPE_CHECKING:
-    from nndefense.guard import Guard
 
 T = TypeVar("T")
 MAX_BATCH = 32
@@ -41,6 +36,31 @@ class _Question:
     neighbors: int
 
 
+class Pool:
+    """Threads, made later, with a bound on the calls that may wait for them or run in them: beyond ``most``, a 503 says
+    ``refusal`` and to try again in ``seconds``.
+    """
+
+    def __init__(self, most: int, refusal: str, seconds: float) -> None:
+        self._most, self._refusal, self._seconds, self._calls = most, refusal, seconds, 0
+        self.threads: ThreadPoolExecutor | None = None
+
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function in one of the threads.
+
+        Raises:
+            ServiceProblem: ``queue_full``.
+        """
+        assert self.threads is not None, "the state is not started"
+        if self._calls >= self._most:
+            raise busy("queue_full", self._refusal, self._seconds)
+        self._calls += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.threads, function, *arguments)
+        finally:
+            self._calls -= 1
+
+
 class ServingState:
     """The state of one service; made by :func:`~nndefense.serving.app.create_app`, which starts and stops it.
 
@@ -51,6 +71,8 @@ class ServingState:
 
     Attributes:
         settings, metrics, batcher, gate, journal: what their names say; ``journal`` is None without a log folder.
+        small: few threads for short work, such as decoding or reading a file.
+        slow: one thread for long work, such as an attack, beside the predictions.
         error: why the first guard could not be opened, or None.
         last_reload: what the last attempt to load a database came to, or None.
     """
@@ -65,7 +87,7 @@ class ServingState:
             size=lambda guard: self.max_batch,
             wait=settings.max_wait_ms / 1000,
             capacity=settings.queue,
-            observer=self.metrics,
+            observer=self.metrics.batch,
             on_start=self._set_threads,
         )
         self.error: Exception | None = None
@@ -77,18 +99,16 @@ class ServingState:
         self._first: Guard | None = self._guard
         self._loading: asyncio.Task[None] | None = None
         self._reloading: asyncio.Lock | None = None
-        self._small: ThreadPoolExecutor | None = None
-        self._slow: ThreadPoolExecutor | None = None
-        self._slow_waiting = 0
-        self._small_waiting = 0
+        self.small = Pool(settings.queue, "more requests are waiting than can be answered in time: try later", 1)
+        self.slow = Pool(_SLOW_WAITING + 1, "others wait for this already: try again in a moment", 5)
 
     # -- beginning and end --------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Start the threads and begin to load the database; returns before it is loaded."""
         self._reloading = asyncio.Lock()
-        self._small = ThreadPoolExecutor(self.settings.limits.max_decoders, "nndefense-work")
-        self._slow = ThreadPoolExecutor(1, "nndefense-slow", self._set_threads)
+        self.small.threads = ThreadPoolExecutor(self.settings.limits.max_decoders, "nndefense-work")
+        self.slow.threads = ThreadPoolExecutor(1, "nndefense-slow", self._set_threads)
         # Before anything is opened: a guard measures its net with the threads that it will have.
         self._set_threads()
         self.batcher.start()
@@ -114,9 +134,9 @@ class ServingState:
                 await self._loading
         self.batcher.close()
         await asyncio.to_thread(self.batcher.join, self.settings.grace)
-        for pool in (self._small, self._slow):
-            if pool is not None:
-                pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.small, self.slow):
+            if pool.threads is not None:
+                pool.threads.shutdown(wait=False, cancel_futures=True)
         if self.journal is not None:
             await asyncio.to_thread(self.journal.close)
 
@@ -176,41 +196,6 @@ class ServingState:
             ServiceProblem: ``queue_full``.
         """
         self.batcher.check_room(1, self.settings.timeout)
-
-    async def run_blocking(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run short work, such as decoding or reading a file, in one of few threads.
-
-        Raises:
-            ServiceProblem: ``queue_full``, where as many others wait for that as may wait for a prediction.
-        """
-        assert self._small is not None, "the state is not started"
-        if self._small_waiting >= self.settings.queue:
-            raise busy("queue_full", "more requests are waiting than can be answered in time: try later", 1)
-        self._small_waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._small, function, *arguments)
-        finally:
-            self._small_waiting -= 1
-
-    async def run_slow(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run long work, such as an attack: one call at a time, beside the predictions.
-
-        Raises:
-            ServiceProblem: ``queue_full``, where four others wait already.
-        """
-        assert self._slow is not None, "the state is not started"
-        if self._slow_waiting > _SLOW_WAITING:
-            raise busy("queue_full", "others wait for this already: try again in a moment", 5)
-        self._slow_waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._slow, function, *arguments)
-        finally:
-            self._slow_waiting -= 1
-
-    async def decode(self, data: bytes, media_type: str | None = None, *, guard: Guard | None = None) -> Tensor:
-        """Decode one image file as the guard takes it; errors as for :func:`~nndefense.serving.pictures.decode`."""
-        shape = (guard or self.guard).classifier.input_shape
-        return await self.run_blocking(partial(decode, data, self.settings.limits, shape, media_type=media_type))
 
     # -- replacing the guard ------------------------------------------------------------------------------------
 
@@ -295,14 +280,11 @@ class ServingState:
         ]
 
     def _set_threads(self) -> None:
-        if self.settings.threads is not None:
-            _use_threads(self.settings.threads)
+        if self.settings.threads is None:
+            return
+        torch.set_num_threads(self.settings.threads)
+        # FAISS keeps the number for each thread, so it is set where the searches run.
+        with suppress(ImportError):
+            import faiss
 
-
-def _use_threads(count: int) -> None:
-    torch.set_num_threads(count)
-    # FAISS keeps the number for each thread, so it is set where the searches run.
-    with suppress(ImportError):
-        import faiss
-
-        faiss.omp_set_num_threads(count)
+            faiss.omp_set_num_threads(self.settings.threads)

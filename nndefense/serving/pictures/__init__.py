@@ -1,7 +1,7 @@
 """What strangers send: image files, judged by their headers and decoded within limits."""
 
-from nndefense.serving.pictures.decode import decode, decode_all, inspect
+from nndefense.serving.pictures.decode import decode_all, inspect
 from nndefense.serving.pictures.limits import MEDIA_TYPES, Limits
 from nndefense.serving.pictures.refused import Refused
 
-__all__ = ["MEDIA_TYPES", "Limits", "Refused", "decode", "decode_all", "inspect"]
+__all__ = ["MEDIA_TYPES", "Limits", "Refused", "decode_all", "inspect"]

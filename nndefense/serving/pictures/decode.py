@@ -186,9 +186,12 @@ def from_base64(text: str, limits: Limits) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         # The error's own words may repeat what was sent.
-        raise refused(
-            "invalid_base64", "an image is not valid base64: encode it with the standard alphabet and padding"
-        ) from None
+        raise invalid_base64() from None
+
+
+def invalid_base64() -> Refused:
+    """The error for text that is no base64."""
+    return refused("invalid_base64", "an image is not valid base64: encode it with the standard alphabet and padding")
 
 
 def _decode(picture: Picture, shape: Shape, deadline: float, clock: Callable[[], float]) -> Tensor:

@@ -46,9 +46,8 @@ class Refused(InputError):
         if not 400 <= status <= 499:
             raise ValueError(f"{status} is not the status of a refused request")
         super().__init__(detail)
-        self.status = status
-        self.code = code
-        self.detail = detail
+        self.status, self.code, self.detail = status, code, detail
+        self.headers: dict[str, str] = {}
 
 
 def refused(code: str, detail: str) -> Refused:
