@@ -13,8 +13,8 @@ from command import fails, nndefense
 from PIL import Image
 
 from nndefense.attacks.rp2 import Sticker
-from nndefense.cli import sticker_files
 from nndefense.errors import DataError, InputError
+from nndefense.pipeline import sticker_files
 
 CODE = """
 import torch

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from command import fails, nndefense
 
-from nndefense.cli.train import AttackOptions
+from nndefense.cli.train import InnerAttackOptions
 from nndefense.datasets import open_dataset
 from nndefense.errors import InputError
 from nndefense.models import load_classifier
@@ -19,8 +19,8 @@ from nndefense.training.pseudo_job import write_pseudo_labels
 QUICK = ("train", "--dataset", "digits:train[:200]", "--device", "cpu", "--quiet", "--epochs", 2, "--batch-size", 25)
 
 
-def choice(**changes: object) -> AttackOptions:
-    return AttackOptions(**{"attack": "pgd", "eps": "0.1", **changes})  # type: ignore[arg-type]
+def choice(**changes: object) -> InnerAttackOptions:
+    return InnerAttackOptions(**{"attack": "pgd", "eps": "0.1", **changes})  # type: ignore[arg-type]
 
 
 def test_an_adversarial_training(tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ from typing import Annotated
 import typer
 
 from nndefense import __version__
-from nndefense.cli.calibration_app import calibrate, classify
+from nndefense.cli.attack import attack
+from nndefense.cli.calibrate import calibrate
+from nndefense.cli.classify import classify
 from nndefense.cli.declare import Group, Only, spread
-from nndefense.cli.evaluation_app import attack, demo, evaluate
+from nndefense.cli.demo import demo
+from nndefense.cli.evaluate import evaluate
 from nndefense.cli.guard import guard
 from nndefense.cli.options import Common
 

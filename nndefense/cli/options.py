@@ -18,12 +18,10 @@ from nndefense.cli.declare import Commas, OneOf, Only
 from nndefense.errors import InputError
 
 if TYPE_CHECKING:
+    from nndefense.evaluation import AttackSettings
     from nndefense.models import Classifier
 
 NORMS = ("linf", "l2", "normalized-l2")
-EPS_GRID = "0.05,0.1,0.15,0.2,0.25,0.3"
-POOLINGS = "avg,rmac,grid4,grid8"
-KS = "1,3,5,10,20,50"
 SPEC_HELP = (
     "digits, mnist, fashion-mnist, cifar10, imagefolder:PATH, images:PATH, files:LIST, hdf5:PATH, webdataset:PATH, "
     "parquet:PATH or torchvision:NAME:PATH, and a PATH may be a URL; a split and a slice may follow: mnist:test[:1000]."
@@ -48,34 +46,12 @@ QueriesOption = Annotated[
 RestartsOption = Annotated[
     int, typer.Option("--restarts", min=1, help="Random starts, where the attack has any; the worst counts.")
 ]
-AdaptiveOption = Annotated[
-    bool, typer.Option("--adaptive/--no-adaptive", help="Also attack the retrieval itself, with full knowledge of it.")
-]
-AdaptiveStepsOption = Annotated[int, typer.Option("--adaptive-steps", min=1, help="Steps of each adaptive attack.")]
-AuditOption = Annotated[bool, typer.Option("--audit/--no-audit", help="Also make the audit's own runs.")]
 EpsOption = Annotated[str, Commas("--eps", "Budgets, with commas, in units of the norm; 8/255 is fine.")]
 KOption = Annotated[int | None, typer.Option("--k", min=1, help="Neighbours [default: as calibrated, else 50].")]
 WeightingOption = Annotated[
     str | None, OneOf("--weighting", "Weighting [default: as calibrated, else cbw-d].", ("uniform", "cbw-e", "cbw-d"))
 ]
-LayersOption = Annotated[
-    str | None, Commas("--layers", "Layers to try, with commas [default: six, spread over the net].")
-]
-PoolingsOption = Annotated[str, Commas("--poolings", "Poolings to try, with commas: avg, max, rmac, gridG, flatten.")]
-KsOption = Annotated[str, Commas("--ks", "Numbers of neighbours to try, with commas.")]
 PcaOption = Annotated[int, typer.Option("--pca", min=0, help="Dimensions kept by PCA; 0 for no PCA.")]
-LossOption = Annotated[
-    float, typer.Option("--max-clean-loss", min=0, max=1, help="Clean accuracy that may be lost, as a fraction.")
-]
-RowsOption = Annotated[
-    int, typer.Option("--candidate-rows", min=1, help="Database images, drawn at random, to compare settings on.")
-]
-HeadlineOption = Annotated[
-    str | None, typer.Option("--headline", help="The budget of the table [default: calibrated, else the largest].")
-]
-SurrogateOption = Annotated[
-    str | None, typer.Option("--surrogate", help="Classifier whose gradients the black-box attacker follows.")
-]
 RayAddressOption = Annotated[
     str | None,
     typer.Option(metavar="HOST:PORT", help="With ray: the cluster to join [default: one on this machine is started]."),
@@ -111,6 +87,23 @@ class Common:
 
 
 Printing = Annotated[Common, Only("json", "debug")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackOptions:
+    """An attack on a classifier, but for its budgets."""
+
+    attack: AttackOption = "pgd"
+    norm: NormOption = "normalized-l2"
+    steps: StepsOption = None
+    queries: QueriesOption = None
+    restarts: RestartsOption = 1
+
+    def settings(self, budgets: tuple[float, ...]) -> AttackSettings:
+        """The attack with these budgets."""
+        from nndefense.evaluation import AttackSettings
+
+        return AttackSettings(self.attack, self.norm, budgets, self.steps, self.restarts, queries=self.queries)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from nndefense.errors import InputError
 
 if TYPE_CHECKING:
     from nndefense.attacks.rp2 import Mode, ViewChanges
-    from nndefense.cli.sticker_scene import Scene
+    from nndefense.pipeline.sticker_scene import Scene
 
 rp2 = Group(
     "rp2",
@@ -58,7 +58,7 @@ class SceneOptions(ClassifierOptions):
 
     def scene(self, common: Common) -> Scene:
         """Load the classifier and the photos."""
-        from nndefense.cli.sticker_scene import open_scene
+        from nndefense.pipeline.sticker_scene import open_scene
 
         net = self.open(common)
         return open_scene(net, self.photos, self.true, self.target, corners=self.corners, shade=self.shade)
@@ -110,7 +110,7 @@ def attack(
 ) -> None:
     """Make a sticker on a part of the photos, measure it on the others, and write it for the printer."""
     from nndefense.attacks.rp2 import Settings
-    from nndefense.cli.stickers import make_sticker
+    from nndefense.pipeline.stickers import make_sticker
 
     settings = Settings(
         mode=mode,
@@ -163,7 +163,7 @@ def mask(
 ) -> None:
     """Search by the l_1 norm where a sticker works best; with the same seed and share, attack sets apart the same."""
     from nndefense.attacks.rp2 import Settings
-    from nndefense.cli.stickers import find_mask
+    from nndefense.pipeline.stickers import find_mask
 
     settings = Settings(
         mode="add",
@@ -201,7 +201,7 @@ def evaluate(
     common: Shown,
 ) -> None:
     """Measure a finished sticker by the paper's ratio; use photos that it was not made with."""
-    from nndefense.cli.stickers import measure_sticker
+    from nndefense.pipeline.stickers import measure_sticker
 
     changes, scene = seen.changes, subject.scene(common)
     value = measure_sticker(

@@ -84,7 +84,7 @@ class TrainOptions(LoopOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackOptions:
+class InnerAttackOptions:
     """The attack inside a step; what is not said is as the objective's paper has it."""
 
     attack: Annotated[
@@ -287,7 +287,7 @@ def train(
     weight: Annotated[
         list[str] | None, typer.Option("--weight", help="A weight of the objective: beta=6. Repeat it for several.")
     ] = None,
-    attack: AttackOptions,
+    attack: InnerAttackOptions,
     data: DataOptions,
     loop: TrainOptions,
     common: Common,

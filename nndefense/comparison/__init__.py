@@ -1,5 +1,6 @@
 """The comparison: every defence of a published table on the same images, each met by an attacker who knows it."""
 
+from nndefense.comparison.from_names import compare
 from nndefense.comparison.published import CAVEATS, PUBLISHED, PrintedRow
 from nndefense.comparison.recipe import (
     KINDS,
@@ -28,6 +29,7 @@ __all__ = [
     "Scope",
     "TableRow",
     "changed",
+    "compare",
     "comparison_from",
     "comparison_names",
     "make_row",

@@ -22,11 +22,11 @@ from nndefense.attacks.rp2 import (
     search_mask,
 )
 from nndefense.attacks.rp2 import rp2 as optimise
-from nndefense.cli import sticker_files
-from nndefense.cli.sticker_scene import Scene
-from nndefense.cli.sticker_sheet import Answer, search_picture, sheet, write_figure
 from nndefense.errors import InputError
 from nndefense.files import make_folder, write_json
+from nndefense.pipeline import sticker_files
+from nndefense.pipeline.sticker_scene import Scene
+from nndefense.pipeline.sticker_sheet import Answer, search_picture, sheet, write_figure
 from nndefense.versions import library_versions
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from nndefense.attacks.rp2 import RELEASED, Rate, Seen, Settings, Sticker, ViewChanges, look, paper_white, warp
-from nndefense.cli import sticker_files
 from nndefense.errors import InputError
 from nndefense.models import Classifier
+from nndefense.pipeline import sticker_files
 
 _CAMERA, _CHANGED, _RELEASED = "as photographed", "changed views", "the released code's view changes"
 

@@ -1,0 +1,101 @@
+"""``nndefense calibrate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nndefense.cli.declare import Commas
+from nndefense.cli.options import (
+    AttackOptions,
+    BatchOption,
+    ClassifierOptions,
+    Common,
+    DatasetsOption,
+    OverwriteOption,
+    PcaOption,
+    number,
+    numbers,
+    words,
+)
+
+if TYPE_CHECKING:
+    from nndefense.pipeline import Candidates
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What a setting is chosen from, and on which images."""
+
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", help="Data set to calibrate on [default: hold images out].")
+    ] = None
+    holdout: Annotated[int, typer.Option(min=1, help="Images to hold out of the (first) data set.")] = 300
+    layers: Annotated[
+        str | None, Commas("--layers", "Layers to try, with commas [default: six, spread over the net].")
+    ] = None
+    poolings: Annotated[str, Commas("--poolings", "Poolings to try, with commas: avg, max, rmac, gridG, flatten.")] = (
+        "avg,rmac,grid4,grid8"
+    )
+    ks: Annotated[str, Commas("--ks", "Numbers of neighbours to try, with commas.")] = "1,3,5,10,20,50"
+    pca: PcaOption = 256
+    max_clean_loss: Annotated[
+        float, typer.Option("--max-clean-loss", min=0, max=1, help="Clean accuracy that may be lost, as a fraction.")
+    ] = 0.02
+    candidate_rows: Annotated[
+        int, typer.Option("--candidate-rows", min=1, help="Database images, drawn at random, to compare settings on.")
+    ] = 20_000
+
+    @property
+    def candidates(self) -> Candidates:
+        """The settings to compare."""
+        from nndefense.pipeline import Candidates
+
+        return Candidates(
+            layers=words(self.layers),
+            poolings=words(self.poolings) or [],
+            ks=[int(k) for k in numbers(self.ks, whole=True)],
+            pca=self.pca,
+            max_clean_loss=self.max_clean_loss,
+            rows=self.candidate_rows,
+        )
+
+
+def calibrate(
+    *,
+    dataset: DatasetsOption,
+    model: ClassifierOptions,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the database with the chosen setting.")],
+    by: AttackOptions,
+    eps: Annotated[str, typer.Option("--eps", help="Budget of the attack to calibrate for.")] = "0.2",
+    choice: CalibrationOptions,
+    overwrite: OverwriteOption = False,
+    batch_size: BatchOption = 128,
+    common: Common,
+) -> None:
+    """Choose layer, pooling, K and weighting on held-out images, and build the database with them."""
+    from nndefense.evaluation import calibration_text
+    from nndefense.pipeline import build_calibrated, split
+
+    settings, candidates = by.settings((number("--eps", eps),)), choice.candidates
+    net = model.open(common, specs=dataset)
+    sets = split(dataset, choice.calibration, choice.holdout, data_dir=common.data_dir, like=net, seed=common.seed)
+    database, chosen = build_calibrated(
+        net,
+        sets,
+        out,
+        settings,
+        candidates,
+        specs=dataset,
+        overwrite=overwrite,
+        batch_size=batch_size,
+        seed=common.seed,
+        progress=common.progress,
+    )
+    common.show(
+        {"database": str(out), "rows": len(database), "calibration": chosen.calibration},
+        f"{calibration_text(chosen.calibration)}\nbuilt {out}: {len(database):,} rows of {chosen.feature}",
+    )

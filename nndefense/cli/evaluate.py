@@ -1,0 +1,238 @@
+"""``nndefense evaluate``: one defence over one database, or, by the name of a comparison, all of a published table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nndefense.cli.declare import Commas
+from nndefense.cli.options import (
+    SPEC_HELP,
+    AttackOptions,
+    BatchOption,
+    Common,
+    EpsOption,
+    KOption,
+    LadderAttackOption,
+    LimitOption,
+    OwnOptions,
+    WeightingOption,
+    command_line,
+    number,
+    numbers,
+    words,
+)
+from nndefense.errors import InputError
+
+if TYPE_CHECKING:
+    from nndefense.comparison import ComparisonRecipe
+    from nndefense.evaluation import AttackSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungOptions(AttackOptions):
+    """The ladder of attackers, from one who has nothing of the defence to one who has all of it."""
+
+    attack: LadderAttackOption = "pgd"
+    surrogate: Annotated[
+        str | None, typer.Option("--surrogate", help="Classifier whose gradients the black-box attacker follows.")
+    ] = None
+    eps: EpsOption = "0.05,0.1,0.15,0.2,0.25,0.3"
+    adaptive: Annotated[
+        bool,
+        typer.Option("--adaptive/--no-adaptive", help="Also attack the retrieval itself, with full knowledge of it."),
+    ] = True
+    adaptive_steps: Annotated[int, typer.Option("--adaptive-steps", min=1, help="Steps of each adaptive attack.")] = 40
+    audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Also make the audit's own runs.")] = True
+    gallery: Annotated[int, typer.Option(min=0, help="Images in the report's gallery.")] = 10
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """The budgets as numbers."""
+        return numbers(self.eps)
+
+    @property
+    def adaptive_settings(self) -> AttackSettings:
+        """The attacks of whoever knows the retrieval."""
+        from nndefense.evaluation import AttackSettings
+
+        return AttackSettings("adaptive", self.norm, self.budgets, self.adaptive_steps)
+
+
+# What a comparison of defences takes; the rest of the options is for one defence over one database.
+_COMPARES = {
+    "comparison", "out", "dataset", "train_set", "only", "train", "classifier", "surrogate", "limit", "norm", "eps",
+    "headline", "steps", "restarts", "adaptive_steps", "batch_size", "classes", "input_shape", "data_dir", "device",
+    "seed", "json", "quiet", "debug",
+}  # fmt: skip
+_ONLY_COMPARES = {"train_set", "only", "train"}
+
+
+def evaluate(
+    ctx: typer.Context,
+    comparison: Annotated[
+        str | None,
+        typer.Argument(help="table2: compare every defence of the paper's Table 2 on a data set.", show_default=False),
+    ] = None,
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for results.json, report.html and finished cells [a comparison has one]."),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="TOML file that names all of it, instead of the options below.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help=SPEC_HELP)] = None,
+    classifier: Annotated[
+        str | None, typer.Option("--classifier", help="A trained folder, torchvision:NAME:WEIGHTS or python:...")
+    ] = None,
+    database: Annotated[
+        Path | None, typer.Option("--database", help="Folder of the image database [default: no defence].")
+    ] = None,
+    train_set: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--train-set",
+            help="With table2: images that fill databases and train nets [default: the training split of --dataset, "
+            "whose test split is then reported].",
+        ),
+    ] = None,
+    only: Annotated[str | None, Commas("--only", "With table2: kinds of defences, with commas [default: all].")] = None,
+    train: Annotated[
+        bool, typer.Option("--train/--no-train", help="With table2: also the defences whose nets are to be trained.")
+    ] = True,
+    k: KOption = None,
+    weighting: WeightingOption = None,
+    rungs: RungOptions,
+    headline: Annotated[
+        str | None, typer.Option("--headline", help="The budget of the table [default: calibrated, else the largest].")
+    ] = None,
+    sizes: Annotated[bool, typer.Option("--sizes/--no-sizes", help="Also search smaller databases.")] = True,
+    limit: LimitOption = None,
+    batch_size: BatchOption = 128,
+    own: OwnOptions,
+    common: Common,
+) -> None:
+    """Measure the classifier and the defence, clean and attacked, and write results and report.
+
+    Started again with the same --out, it goes on where it was stopped.
+    """
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    if comparison is not None:
+        if wrong := given - _COMPARES:
+            raise InputError(f"{_flags(wrong)} is for one defence, and not for a comparison: leave it out")
+        if dataset is None:
+            raise InputError("give --dataset, such as digits, mnist or cifar10")
+        from nndefense.comparison import compare, summary_of
+
+        scope = _scope(rungs, {"limit": limit, "batch_size": batch_size, "headline": headline}, given)
+        place = Path("runs") / f"{comparison}-{dataset.partition(':')[0]}" if out is None else out.expanduser()
+        results, files = compare(
+            _rows(comparison, dataset, words(only), train, scope, common.seed),
+            dataset,
+            place,
+            train_sets=train_set or (),
+            classifier=classifier,
+            surrogate=rungs.surrogate,
+            classes=own.classes,
+            input_shape=own.shape,
+            data_dir=common.data_dir,
+            device=common.device,
+            say=common.say,
+            progress=common.progress,
+            command=command_line(),
+        )
+        common.show(results, f"{summary_of(results)}\n\n{', '.join(map(str, files))}")
+        return
+    if wrong := given & _ONLY_COMPARES:
+        raise InputError(f"{_flags(wrong)} belongs to a comparison: nndefense evaluate table2 ...")
+    if out is None:
+        raise InputError("give --out, the folder for results and report")
+    from nndefense import pipeline
+    from nndefense.evaluation import Recipe, read_recipe, rungs_for
+
+    if recipe is not None:
+        if dataset or classifier or database or rungs.surrogate:
+            raise InputError("--recipe names data, models and database itself: leave those options out")
+        chosen = read_recipe(recipe)
+    elif dataset is None or classifier is None:
+        raise InputError("give --recipe, or --dataset and --classifier")
+    else:
+        budgets = rungs.budgets
+        models = ["gray", *(["black"] if rungs.surrogate else [])]
+        models += ["white", "adaptive"] if rungs.adaptive and database is not None else []
+        chosen = Recipe(
+            dataset=dataset,
+            classifier=classifier,
+            database=str(database) if database is not None else None,
+            rungs=rungs_for(models, rungs.settings(budgets), rungs.adaptive_settings),
+            headline_norm=rungs.norm,
+            headline_eps=number("--headline", headline) if headline else pipeline.headline_of(database, budgets),
+            surrogate=rungs.surrogate,
+            classes=str(own.classes) if own.classes else None,
+            input_shape=own.shape,
+            limit=limit,
+            k=k,
+            weighting=weighting,
+            sizes=sizes,
+            audit=rungs.audit,
+            gallery=rungs.gallery,
+            batch_size=batch_size,
+            seed=common.seed,
+        )
+    results = pipeline.evaluate(
+        chosen,
+        out,
+        data_dir=common.data_dir,
+        device=common.device,
+        progress=common.progress,
+        command=command_line(),
+    )
+    show_results(out, results, common)
+
+
+def _flags(names: set[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+
+
+def show_results(out: Path, results: dict[str, Any], common: Common) -> None:
+    """Print the summary of an evaluation and where its files are, or the results as JSON."""
+    from nndefense.evaluation import summary
+
+    common.show(results, f"{summary(results)}\nresults: {out / 'results.json'}\nreport:  {out / 'report.html'}")
+
+
+def _scope(rungs: RungOptions, values: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """What of a comparison's scope the options change; what is not given is the recipe's."""
+    values |= {name: getattr(rungs, name) for name in ("norm", "steps", "restarts", "adaptive_steps")}
+    scope = {name: value for name, value in values.items() if name in given}
+    if "adaptive_steps" in given:
+        # Both kinds of attackers who know the defence.
+        scope["white_steps"] = rungs.adaptive_steps
+    if "eps" in given:
+        scope["eps"] = rungs.budgets
+    if "headline" in given:
+        scope["headline"] = number("--headline", scope["headline"])
+    return scope
+
+
+def _rows(
+    name: str, dataset: str, kinds: Sequence[str] | None, train: bool, scope: Mapping[str, Any], seed: int
+) -> ComparisonRecipe:
+    """The shipped recipe, cut down to some kinds of rows."""
+    from nndefense.comparison import KINDS, changed, shipped_comparison
+
+    recipe = shipped_comparison(name, dataset, seed=seed)
+    if unknown := sorted(set(kinds or ()) - set(KINDS)):
+        raise InputError(f"--only names {', '.join(unknown)}, but must name some of {', '.join(KINDS)}")
+    rows = recipe.rows
+    if kinds:
+        # The bare net stays: all are compared with it.
+        rows = tuple(row for row in rows if row.kind in kinds or row.kind == "none")
+    limited = changed(recipe.scope, scope)
+    return replace(recipe, rows=rows, scope=limited if train else replace(limited, training={}))
