@@ -9,16 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from nndefense.attacks.registry import attack_name
-from nndefense.evaluation.report.records import (
-    BARE,
-    DEFENDED,
-    Record,
-    Results,
-    at_headline,
-    lowest,
-    records_of,
-    under_attack,
-)
+from nndefense.evaluation.ladder import BARE, DEFENDED
+from nndefense.evaluation.report.records import Record, Results, at_headline, lowest, records_of, under_attack
 from nndefense.reporting import Cell, Table, charts, figure, folded, section
 from nndefense.reporting.ticks import log_ticks, nice_ticks
 from nndefense.reporting.wording import BLANK, count_text, interval, norm_name, number, percent, raw_budget

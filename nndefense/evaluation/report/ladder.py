@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from nndefense.attacks.registry import attack_name
-from nndefense.evaluation.ladder import RUNGS
-from nndefense.evaluation.report.records import BARE, DEFENDED, Record, Results, at_headline, records_of
+from nndefense.evaluation.ladder import BARE, DEFENDED, RUNGS
+from nndefense.evaluation.report.records import Record, Results, all_at_headline, at_headline
 from nndefense.reporting import Cell, Table, section
 from nndefense.reporting.wording import BLANK, budget, escape, interval, p_text, percent, percent_in
 
@@ -126,15 +125,7 @@ def _attacks(results: Results, threat_model: str) -> str:
     """The attacks that were tried at the headline budget, the strongest first."""
     if threat_model in ("clean", "worst"):
         return ""
-    headline = results["headline"]
-    found = [
-        record
-        for record in records_of(results)
-        if record["threat_model"] == threat_model
-        and record["defense"] == DEFENDED
-        and record["norm"] == headline["norm"]
-        and math.isclose(record["eps"], headline["eps"], rel_tol=1e-6)
-    ]
+    found = all_at_headline(results, DEFENDED, threat_model, any_attack=True)
     found.sort(key=lambda record: float(record["accuracy"]))
     return ", ".join(
         attack_name(str(record["attack"])) + (f" ({percent(record['accuracy'])})" if len(found) > 1 else "")
