@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nndefense.database.gpu import check_device
 from nndefense.database.index import FaissIndex
 from nndefense.errors import InputError
 
@@ -78,14 +77,6 @@ def choose_index(rows: int, dimension: int, *, memory: int | None = None, gpu: b
         f"{_size(size)}, which a search maps from the disk",
         size,
     )
-
-
-def gpu_there() -> bool:
-    """Whether FAISS can use a GPU here."""
-    try:
-        return bool(check_device("cuda"))
-    except InputError:
-        return False
 
 
 def index_bytes(factory: str, rows: int, dimension: int) -> int:

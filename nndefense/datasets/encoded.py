@@ -18,10 +18,47 @@ from nndefense.datasets.rejected import BadImage
 from nndefense.errors import DataError
 from nndefense.images import shape_text
 
+Pixels = NDArray[np.uint8] | NDArray[np.float32]
 _PROBED = 1000
 
 
-class EncodedDataset(ImageDataset):
+class PictureDataset(ImageDataset):
+    """Pictures that are read one by one, in many threads. A subclass implements :meth:`_pixels_of`."""
+
+    @abstractmethod
+    def _pixels_of(self, rows: NDArray[np.int64]) -> Callable[[int], Pixels]:
+        """Return a function that gives the pixels of the place in ``rows`` or raises :class:`BadImage`."""
+
+    def _read(self, rows: NDArray[np.int64]) -> Tensor:
+        images = torch.empty((len(rows), *self.shape))
+        wrong = self.read_into(rows, images)
+        if wrong:
+            raise wrong[min(wrong)]
+        return images
+
+    def read_into(
+        self, rows: NDArray[np.int64], images: Tensor, digests: NDArray[np.uint8] | None = None
+    ) -> dict[int, BadImage]:
+        """As for every data set: see :meth:`ImageDataset.read_into`."""
+        wrong: dict[int, BadImage] = {}
+        pixels_of = self._pixels_of(rows)
+
+        def read(place: int) -> None:
+            try:
+                pixels = pixels_of(place)
+            except BadImage as error:
+                wrong[place] = error
+                images[place] = 0
+                return
+            fill(images[place], pixels)
+            if digests is not None:
+                digests[place] = pixel_digest(pixels)
+
+        each(read, len(rows))
+        return wrong
+
+
+class EncodedDataset(PictureDataset):
     """Pictures in the formats of files, decoded when asked for.
 
     A subclass implements :meth:`_fetch` or :meth:`_fetcher`, and what they need must be there before this constructor
@@ -80,35 +117,16 @@ class EncodedDataset(ImageDataset):
                 first = first or error
         raise first or DataError(f"{self.name} has no images: check its place")
 
-    def _read(self, rows: NDArray[np.int64]) -> Tensor:
-        images = torch.empty((len(rows), *self.shape))
-        wrong = self.read_into(rows, images)
-        if wrong:
-            raise wrong[min(wrong)]
-        return images
-
-    def read_into(
-        self, rows: NDArray[np.int64], images: Tensor, digests: NDArray[np.uint8] | None = None
-    ) -> dict[int, BadImage]:
-        """As for every data set: see :meth:`ImageDataset.read_into`."""
-        wrong: dict[int, BadImage] = {}
+    def _pixels_of(self, rows: NDArray[np.int64]) -> Callable[[int], Pixels]:
         fetch = self._fetcher(rows)
 
-        def read(place: int) -> None:
-            try:
-                called, data = fetch(place)
-                pixels = decode(called, self.shape[0], self._size, data)
-                self._check_size(called, pixels.shape)
-            except BadImage as error:
-                wrong[place] = error
-                images[place] = 0
-                return
-            fill(images[place], pixels)
-            if digests is not None:
-                digests[place] = pixel_digest(pixels)
+        def read(place: int) -> Pixels:
+            called, data = fetch(place)
+            pixels = decode(called, self.shape[0], self._size, data)
+            self._check_size(called, pixels.shape)
+            return pixels
 
-        each(read, len(rows))
-        return wrong
+        return read
 
     def _check_size(self, called: str, shape: tuple[int, ...]) -> None:
         if shape[:2] != self.shape[1:]:

@@ -7,7 +7,7 @@ import inspect
 import io
 import textwrap
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from nndefense.datasets.base import ImageDataset, update_with_strings
+from nndefense.datasets.base import update_with_strings
+from nndefense.datasets.encoded import PictureDataset, Pixels
 from nndefense.datasets.ids import NumberedIds
-from nndefense.datasets.image_files import FORMATS, check_pixels, convert, fill
-from nndefense.datasets.parallel import each
-from nndefense.datasets.pixels import pixel_digest
+from nndefense.datasets.image_files import FORMATS, check_pixels, convert
 from nndefense.datasets.rejected import BadImage, SourceError
 from nndefense.datasets.transform import Size, check_form
 from nndefense.errors import DataError
@@ -63,7 +61,7 @@ _CLASS_ATTRIBUTES = ("classes", "categories")
 _FINGERPRINT_IMAGES = 100
 
 
-class TorchvisionDataset(ImageDataset):
+class TorchvisionDataset(PictureDataset):
     """A data set of torchvision, read from where torchvision puts it, or fetched by it.
 
     Where torchvision lets others open the files, they are read by this project's rules (turned by EXIF, transparent
@@ -147,7 +145,7 @@ class TorchvisionDataset(ImageDataset):
             raise DataError(f"{called} is no picture but a {type(picture).__name__}: open another set")
         return picture
 
-    def _pixels(self, row: int, called: str) -> NDArray[np.uint8] | NDArray[np.float32]:
+    def _pixels(self, row: int, called: str) -> Pixels:
         try:
             pixels = convert(called, self._picture(row, called), self.shape[0], self._size)
         except BadImage:
@@ -163,33 +161,9 @@ class TorchvisionDataset(ImageDataset):
             raise BadImage(f"the image {called}: {reason}", "other size", reason)
         return pixels
 
-    def _read(self, rows: NDArray[np.int64]) -> Tensor:
-        images = torch.empty((len(rows), *self.shape))
-        wrong = self.read_into(rows, images)
-        if wrong:
-            raise wrong[min(wrong)]
-        return images
-
-    def read_into(
-        self, rows: NDArray[np.int64], images: Tensor, digests: NDArray[np.uint8] | None = None
-    ) -> dict[int, BadImage]:
-        """As for every data set: see :meth:`ImageDataset.read_into`."""
-        wrong: dict[int, BadImage] = {}
+    def _pixels_of(self, rows: NDArray[np.int64]) -> Callable[[int], Pixels]:
         items, numbers = self.ids.take(rows), rows.tolist()
-
-        def read(place: int) -> None:
-            try:
-                pixels = self._pixels(numbers[place], items[place])
-            except BadImage as error:
-                wrong[place] = error
-                images[place] = 0
-                return
-            fill(images[place], pixels)
-            if digests is not None:
-                digests[place] = pixel_digest(pixels)
-
-        each(read, len(rows))
-        return wrong
+        return lambda place: self._pixels(numbers[place], items[place])
 
     def _digest(self) -> str:
         """Hash the form, the labels and up to 100 evenly spaced images: all of them could take hours."""
