@@ -289,9 +289,7 @@ def test_an_image_at_fault_is_named_by_its_number() -> None:
 
 
 def test_no_pixel_is_decoded_before_all_headers_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "nndefense.serving.pictures.decode.Image.open", lambda *a, **k: pytest.fail("a decoder was called")
-    )
+    monkeypatch.setattr("PIL.Image.open", lambda *a, **k: pytest.fail("a decoder was called"))
     with pytest.raises(Refused):
         decode_all([(make.plain(), None), (make.plain()[:-5], None)], LIMITS, SHAPE)
     with pytest.raises(Refused):
