@@ -18,7 +18,7 @@ from nndefense.attacks import pgd
 from nndefense.errors import InputError
 from nndefense.models import load_classifier
 from nndefense.training import Batch, InnerAttack, make_objective, train_classifier
-from nndefense.training.objectives.logit_pairing import EXAMPLES_WEIGHT, IMAGENET_WEIGHT
+from nndefense.training.objectives.supervised import EXAMPLES_WEIGHT, IMAGENET_WEIGHT
 from nndefense.training.validation import stronger
 
 N = 9

@@ -24,7 +24,7 @@ from nndefense.training.ensemble_attack import EnsembleAttack
 from nndefense.training.epochs import Checkpoints, TrainingRun, fastest_convolutions
 from nndefense.training.identity import check_same, described, described_attack, form, identity_of
 from nndefense.training.launcher import Team, join
-from nndefense.training.objectives import OBJECTIVES, find_spec, make_objective
+from nndefense.training.objectives import find_spec, make_objective
 from nndefense.training.progress import TrainingFolder
 from nndefense.training.settings import SettingsOptions, TrainingSettings, make_settings, whole
 from nndefense.training.state import HistoryRow
@@ -201,7 +201,7 @@ def _check_parts(
     """Raise :class:`InputError` unless the parts of a training fit together."""
     spec = find_spec(objective)
     if spec is not None:
-        name = next(name for name, value in OBJECTIVES.items() if value is spec)
+        name = spec.name
         if spec.attack and attack is None:
             raise InputError(f"the objective {name} attacks its images: give an attack")
         if spec.unlabelled and unlabelled is None:

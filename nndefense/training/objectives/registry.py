@@ -5,22 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from nndefense.errors import InputError
 from nndefense.training.batch import Objective
-from nndefense.training.objectives.ensemble import ensemble_adversarial
-from nndefense.training.objectives.interpolated import interpolated
-from nndefense.training.objectives.logit_pairing import PASSES, alp, clp
-from nndefense.training.objectives.self_training import robust_consistency, rst, rst_at, rst_trades, self_training
-from nndefense.training.objectives.spatial import random_augmentation, worst_of_10
-from nndefense.training.objectives.supervised import MIXES, adversarial, half_half, standard
-from nndefense.training.objectives.tradeoff import trades
 
-_SHARE = (0.0, 1.0)
-_WEIGHT = (0.0, math.inf)
+_F = TypeVar("_F", bound=Objective)
+# What most weights may be.
+SHARE = (0.0, 1.0)
+WEIGHT = (0.0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -28,6 +24,7 @@ class ObjectiveSpec:
     """An objective that can be asked for by name.
 
     Attributes:
+        name: what it is asked for by.
         function: the pure function (model, batch, attack, *, weights) -> :class:`Outcome`.
         summary: one line for a list of choices.
         attack: whether it needs an attack.
@@ -35,11 +32,12 @@ class ObjectiveSpec:
         limits: what each weight may be: the choices, or the least and the largest number.
     """
 
+    name: str
     function: Objective
     summary: str
-    attack: bool = True
-    unlabelled: bool = False
-    limits: Mapping[str, tuple[str, ...] | tuple[float, float]] = field(default_factory=dict)
+    attack: bool
+    unlabelled: bool
+    limits: Mapping[str, tuple[Any, ...]]
 
     @property
     def weights(self) -> dict[str, Any]:
@@ -48,73 +46,25 @@ class ObjectiveSpec:
         return {one.name: one.default for one in found if one.kind is one.KEYWORD_ONLY}
 
 
-#: Every objective by its name. Another one is a function in a file of its own and an entry here.
-OBJECTIVES: dict[str, ObjectiveSpec] = {
-    "standard": ObjectiveSpec(standard, "cross-entropy of the images as they are", attack=False),
-    "half-half": ObjectiveSpec(half_half, "half clean and half attacked images", limits={"mix": MIXES}),
-    "adversarial": ObjectiveSpec(adversarial, "attacked images alone (Madry et al. 2018)"),
-    "trades": ObjectiveSpec(
-        trades,
-        "cross-entropy plus beta times the divergence under attack (Zhang et al. 2019)",
-        limits={"beta": _WEIGHT},
-    ),
-    "interpolated": ObjectiveSpec(
-        interpolated, "mixup of clean and of attacked images (Lamb et al. 2019)", limits={"alpha": _WEIGHT}
-    ),
-    "ensemble-adversarial": ObjectiveSpec(
-        ensemble_adversarial,
-        "half clean images, half attacked by one of several nets (Tramer et al. 2018)",
-        limits={"mix": _SHARE},
-    ),
-    "alp": ObjectiveSpec(
-        alp,
-        "cross-entropy, and the logits of clean and attacked images drawn together (Kannan et al. 2018)",
-        limits={"pairing": _WEIGHT, "smoothing": _SHARE, "passes": PASSES},
-    ),
-    "clp": ObjectiveSpec(
-        clp,
-        "cross-entropy, and the logits of pairs of clean images drawn together (Kannan et al. 2018)",
-        attack=False,
-        limits={"pairing": _WEIGHT, "smoothing": _SHARE, "noise": _WEIGHT},
-    ),
-    "worst-of-10": ObjectiveSpec(
-        worst_of_10, "the worst of 10 rotations and translations", attack=False, limits={"mix": _SHARE}
-    ),
-    "random-augmentation": ObjectiveSpec(
-        random_augmentation, "one random rotation and translation", attack=False, limits={"mix": _SHARE}
-    ),
-    "self-training": ObjectiveSpec(
-        self_training,
-        "cross-entropy of labels and pseudo-labels",
-        attack=False,
-        unlabelled=True,
-        limits={"std_unlabelled": _SHARE},
-    ),
-    "rst": ObjectiveSpec(
-        rst,
-        "robust self-training with four free weights",
-        unlabelled=True,
-        limits=dict.fromkeys(("std_labelled", "rob_labelled", "std_unlabelled", "rob_unlabelled"), _WEIGHT),
-    ),
-    "rst-at": ObjectiveSpec(
-        rst_at,
-        "robust self-training with adversarial training (Raghunathan et al. 2020)",
-        unlabelled=True,
-        limits=dict.fromkeys(("mix", "std_unlabelled", "rob_unlabelled"), _SHARE),
-    ),
-    "rst-trades": ObjectiveSpec(
-        rst_trades,
-        "robust self-training with TRADES (Carmon et al. 2019)",
-        unlabelled=True,
-        limits={"beta": _WEIGHT, "unlabelled": _SHARE},
-    ),
-    "robust-consistency": ObjectiveSpec(
-        robust_consistency,
-        "labels where there are some, stability everywhere",
-        unlabelled=True,
-        limits={"beta": _WEIGHT},
-    ),
-}
+#: Every objective by its name, as :func:`entered` puts it in.
+OBJECTIVES: dict[str, ObjectiveSpec] = {}
+
+
+def entered(
+    name: str,
+    summary: str,
+    limits: Mapping[str, tuple[Any, ...]] = MappingProxyType({}),
+    *,
+    attack: bool = True,
+    unlabelled: bool = False,
+) -> Callable[[_F], _F]:
+    """Enter the function that is decorated in :data:`OBJECTIVES`; arguments as for :class:`ObjectiveSpec`."""
+
+    def enter(function: _F) -> _F:
+        OBJECTIVES[name] = ObjectiveSpec(name, function, summary, attack, unlabelled, limits)
+        return function
+
+    return enter
 
 
 def make_objective(name: str, **weights: Any) -> Objective:
@@ -154,26 +104,21 @@ def objective_name(objective: Objective) -> str:
     """
     bound = dict(objective.keywords) if isinstance(objective, functools.partial) else {}
     function = objective.func if isinstance(objective, functools.partial) else objective
-    described = getattr(objective, "description", None)
-    if described:
+    if described := getattr(objective, "description", None):
         return str(described)
-    for name, spec in OBJECTIVES.items():
-        if spec.function is function:
-            weights = spec.weights | bound
-            # An int and a float of the same value are the same weight.
-            shown = [f"{key}={float(v) if isinstance(v, int) else v}" for key, v in weights.items()]
-            return f"{name}({', '.join(shown)})" if shown else name
+    if spec := find_spec(objective):
+        # An int and a float of the same value are the same weight.
+        shown = [f"{key}={float(v) if isinstance(v, int) else v}" for key, v in (spec.weights | bound).items()]
+        return f"{spec.name}({', '.join(shown)})" if shown else spec.name
     named = str(getattr(function, "description", None) or getattr(function, "__qualname__", None) or repr(function))
     return f"{named}({', '.join(f'{key}={value!r}' for key, value in bound.items())})" if bound else named
 
 
-def _check_weight(name: str, weight: str, value: Any, limits: tuple[str, ...] | tuple[float, float]) -> None:
+def _check_weight(name: str, weight: str, value: Any, limits: tuple[Any, ...]) -> None:
     low, high = limits[0], limits[-1]
-    if isinstance(low, str) or isinstance(high, str):
+    if isinstance(low, str):
         if value not in limits:
-            raise InputError(
-                f"{weight} of the objective {name} is {value!r}, but must be one of {', '.join(map(str, limits))}"
-            )
+            raise InputError(f"{weight} of the objective {name} is {value!r}, but must be one of {', '.join(limits)}")
         return
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not low <= value <= high:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from nndefense.attacks.modes import attacked_in
 from nndefense.errors import InputError
-from nndefense.training.batch import Attack, Batch
+from nndefense.training.batch import Attack, Batch, Outcome
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
@@ -26,12 +26,29 @@ def both_logits(model: nn.Module, images: Tensor, attacked: Tensor) -> tuple[Ten
     return model(images), robust
 
 
-@torch.no_grad()
-def clean_logits(model: nn.Module, images: Tensor, attack: Attack) -> Tensor:
-    """Logits N x K of the clean images, in the mode in which ``attack`` sees the net (``eval`` if it names none)."""
-    with attacked_in(model, getattr(attack, "mode", "eval")):
-        logits: Tensor = model(images)
-    return logits
+def drawn_apart(model: nn.Module, batch: Batch, attack: Attack | None, name: str) -> tuple[Tensor, Tensor]:
+    """As :func:`both_logits`, the images attacked by what raises KL(p(x) || p(x')); :class:`InputError` without one.
+
+    The clean prediction that the attack leads away from is that of the mode in which it sees the net (``eval`` if it
+    names none).
+    """
+    attack = needed(attack, name)
+    with torch.no_grad(), attacked_in(model, getattr(attack, "mode", "eval")):
+        reference = model(batch.images)
+    return both_logits(model, batch.images, attack(model, batch.images, reference, loss="kl"))
+
+
+def outcome(loss: Tensor, clean: Tensor | None, robust: Tensor | None, **parts: Tensor) -> Outcome:
+    """The outcome with this loss; everything else is detached."""
+    clean, robust = (None if one is None else one.detach() for one in (clean, robust))
+    return Outcome(loss, clean, robust, {name: part.detach() for name, part in parts.items()})
+
+
+def mixed_losses(model: nn.Module, batch: Batch, attacked: Tensor, mix: float) -> Outcome:
+    """``(1-B) mean_i CE(f(x_i), y_i) + B mean_i CE(f(x'_i), y_i)`` with B = ``mix`` and x' the attacked images."""
+    clean, robust = both_logits(model, batch.images, attacked)
+    natural, worst = F.cross_entropy(clean, batch.labels), F.cross_entropy(robust, batch.labels)
+    return outcome((1 - mix) * natural + mix * worst, clean, robust, clean_loss=natural, robust_loss=worst)
 
 
 def mean_over(values: Tensor, chosen: Tensor) -> Tensor:

@@ -11,17 +11,45 @@ from torch import nn
 
 from nndefense.attacks import kl
 from nndefense.training.batch import Attack, Batch, Outcome
+from nndefense.training.objectives.registry import SHARE, WEIGHT, entered
 from nndefense.training.objectives.terms import (
     both_logits,
-    clean_logits,
     cross_entropies,
+    drawn_apart,
     labelled_mask,
     mean_over,
     mixed_mean,
     needed,
+    outcome,
 )
 
 
+@entered(
+    "self-training",
+    "cross-entropy of labels and pseudo-labels",
+    {"std_unlabelled": SHARE},
+    attack=False,
+    unlabelled=True,
+)
+def self_training(
+    model: nn.Module, batch: Batch, attack: Attack | None = None, *, std_unlabelled: float = 0.9
+) -> Outcome:
+    """Standard self-training, the row without robustness of Raghunathan et al. (ICML 2020): :func:`rst_at` with B = 0.
+
+    ``[ (1-a) sum_lab CE(f(x), y) + a sum_unl CE(f(x), y~) ] / [ (1-a) n_lab + a n_unl ]`` with a =
+    ``std_unlabelled``. ``attack`` is not used.
+    """
+    labelled = labelled_mask(batch, "self-training")
+    clean = model(batch.images)
+    return Outcome(mixed_mean(cross_entropies(clean, batch.labels), labelled, std_unlabelled), clean=clean.detach())
+
+
+@entered(
+    "rst",
+    "robust self-training with four free weights",
+    dict.fromkeys(("std_labelled", "rob_labelled", "std_unlabelled", "rob_unlabelled"), WEIGHT),
+    unlabelled=True,
+)
 def rst(
     model: nn.Module,
     batch: Batch,
@@ -50,14 +78,15 @@ def rst(
     }
     weights = (std_labelled, rob_labelled, std_unlabelled, rob_unlabelled)
     loss = sum((weight * part for weight, part in zip(weights, parts.values(), strict=True)), clean.new_zeros(()))
-    return Outcome(
-        loss,
-        clean=clean.detach(),
-        robust=robust.detach(),
-        parts={name: part.detach() for name, part in parts.items()},
-    )
+    return outcome(loss, clean, robust, **parts)
 
 
+@entered(
+    "rst-at",
+    "robust self-training with adversarial training (Raghunathan et al. 2020)",
+    dict.fromkeys(("mix", "std_unlabelled", "rob_unlabelled"), SHARE),
+    unlabelled=True,
+)
 def rst_at(
     model: nn.Module,
     batch: Batch,
@@ -82,14 +111,15 @@ def rst_at(
     clean, robust = both_logits(model, batch.images, attacked)
     natural = mixed_mean(cross_entropies(clean, batch.labels), labelled, std_unlabelled)
     worst = mixed_mean(cross_entropies(robust, batch.labels), labelled, rob_unlabelled)
-    return Outcome(
-        (1 - mix) * natural + mix * worst,
-        clean=clean.detach(),
-        robust=robust.detach(),
-        parts={"clean_loss": natural.detach(), "robust_loss": worst.detach()},
-    )
+    return outcome((1 - mix) * natural + mix * worst, clean, robust, clean_loss=natural, robust_loss=worst)
 
 
+@entered(
+    "rst-trades",
+    "robust self-training with TRADES (Carmon et al. 2019)",
+    {"beta": WEIGHT, "unlabelled": SHARE},
+    unlabelled=True,
+)
 def rst_trades(
     model: nn.Module, batch: Batch, attack: Attack | None, *, beta: float = 6.0, unlabelled: float = 0.5
 ) -> Outcome:
@@ -101,33 +131,13 @@ def rst_trades(
     :func:`nndefense.training.objectives.trades`.
     """
     labelled = labelled_mask(batch, "rst-trades")
-    attack = needed(attack, "rst-trades")
-    reference = clean_logits(model, batch.images, attack)
-    attacked = attack(model, batch.images, reference, loss="kl")
-    clean, robust = both_logits(model, batch.images, attacked)
+    clean, robust = drawn_apart(model, batch, attack, "rst-trades")
     natural = mixed_mean(cross_entropies(clean, batch.labels), labelled, unlabelled)
     boundary = mixed_mean(kl(robust, clean), labelled, unlabelled)
-    return Outcome(
-        natural + beta * boundary,
-        clean=clean.detach(),
-        robust=robust.detach(),
-        parts={"clean_loss": natural.detach(), "boundary_loss": boundary.detach()},
-    )
+    return outcome(natural + beta * boundary, clean, robust, clean_loss=natural, boundary_loss=boundary)
 
 
-def self_training(
-    model: nn.Module, batch: Batch, attack: Attack | None = None, *, std_unlabelled: float = 0.9
-) -> Outcome:
-    """Standard self-training, the row without robustness of Raghunathan et al. (ICML 2020): :func:`rst_at` with B = 0.
-
-    ``[ (1-a) sum_lab CE(f(x), y) + a sum_unl CE(f(x), y~) ] / [ (1-a) n_lab + a n_unl ]`` with a =
-    ``std_unlabelled``. ``attack`` is not used.
-    """
-    labelled = labelled_mask(batch, "self-training")
-    clean = model(batch.images)
-    return Outcome(mixed_mean(cross_entropies(clean, batch.labels), labelled, std_unlabelled), clean=clean.detach())
-
-
+@entered("robust-consistency", "labels where there are some, stability everywhere", {"beta": WEIGHT}, unlabelled=True)
 def robust_consistency(model: nn.Module, batch: Batch, attack: Attack | None, *, beta: float = 6.0) -> Outcome:
     """Robust consistency training: labels for the labelled images, stability for all, and no pseudo-labels.
 
@@ -136,15 +146,7 @@ def robust_consistency(model: nn.Module, batch: Batch, attack: Attack | None, *,
     TRADES.
     """
     labelled = labelled_mask(batch, "robust-consistency")
-    attack = needed(attack, "robust-consistency")
-    reference = clean_logits(model, batch.images, attack)
-    attacked = attack(model, batch.images, reference, loss="kl")
-    clean, robust = both_logits(model, batch.images, attacked)
+    clean, robust = drawn_apart(model, batch, attack, "robust-consistency")
     natural = mean_over(cross_entropies(clean, batch.labels), labelled)
     boundary = kl(robust, clean).mean()
-    return Outcome(
-        natural + beta * boundary,
-        clean=clean.detach(),
-        robust=robust.detach(),
-        parts={"clean_loss": natural.detach(), "boundary_loss": boundary.detach()},
-    )
+    return outcome(natural + beta * boundary, clean, robust, clean_loss=natural, boundary_loss=boundary)
