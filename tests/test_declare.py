@@ -28,10 +28,10 @@ def words() -> list[str]:
 class Place:
     """A record with a field that must be given, and with every kind of option."""
 
-    name: Annotated[str, typer.Option("--name", help="Of the place [default: none].")]
-    kind: Annotated[str, OneOf("--kind", "What kind.", words, python=True)] = "mild"
-    sizes: Annotated[str | None, Commas("--sizes", "Sizes, with commas.")] = None
-    far: Annotated[int, typer.Option("--far", min=0)] = 3
+    name: Annotated[str, typer.Option(help="Of the place [default: none].")]
+    kind: Annotated[str, OneOf("What kind.", words, python=True)] = "mild"
+    sizes: Annotated[str | None, Commas("Sizes, with commas.")] = None
+    far: Annotated[int, typer.Option(min=0)] = 3
 
 
 FAR = Place(name="there", far=9)
@@ -40,7 +40,7 @@ FAR = Place(name="there", far=9)
 def records_first(
     place: Place,
     count: Annotated[int, typer.Argument()] = 1,
-    eps: Annotated[str, Commas("--eps", "Budgets.")] = "1,2",
+    eps: Annotated[str, Commas("Budgets.")] = "1,2",
     *,
     common: Annotated[Common, Only("json", "debug")],
 ) -> None:

@@ -30,23 +30,19 @@ if TYPE_CHECKING:
 class CalibrationOptions:
     """What a setting is chosen from, and on which images."""
 
-    calibration: Annotated[
-        str | None, typer.Option("--calibration", help="Data set to calibrate on [default: hold images out].")
-    ] = None
+    calibration: Annotated[str | None, typer.Option(help="Data set to calibrate on [default: hold images out].")] = None
     holdout: Annotated[int, typer.Option(min=1, help="Images to hold out of the (first) data set.")] = 300
-    layers: Annotated[
-        str | None, Commas("--layers", "Layers to try, with commas [default: six, spread over the net].")
-    ] = None
-    poolings: Annotated[str, Commas("--poolings", "Poolings to try, with commas: avg, max, rmac, gridG, flatten.")] = (
+    layers: Annotated[str | None, Commas("Layers to try, with commas [default: six, spread over the net].")] = None
+    poolings: Annotated[str, Commas("Poolings to try, with commas: avg, max, rmac, gridG, flatten.")] = (
         "avg,rmac,grid4,grid8"
     )
-    ks: Annotated[str, Commas("--ks", "Numbers of neighbours to try, with commas.")] = "1,3,5,10,20,50"
+    ks: Annotated[str, Commas("Numbers of neighbours to try, with commas.")] = "1,3,5,10,20,50"
     pca: PcaOption = 256
     max_clean_loss: Annotated[
-        float, typer.Option("--max-clean-loss", min=0, max=1, help="Clean accuracy that may be lost, as a fraction.")
+        float, typer.Option(min=0, max=1, help="Clean accuracy that may be lost, as a fraction.")
     ] = 0.02
     candidate_rows: Annotated[
-        int, typer.Option("--candidate-rows", min=1, help="Database images, drawn at random, to compare settings on.")
+        int, typer.Option(min=1, help="Database images, drawn at random, to compare settings on.")
     ] = 20_000
 
     @property
@@ -68,9 +64,9 @@ def calibrate(
     *,
     dataset: DatasetsOption,
     model: ClassifierOptions,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the database with the chosen setting.")],
+    out: Annotated[Path, typer.Option(help="Folder for the database with the chosen setting.")],
     by: AttackOptions,
-    eps: Annotated[str, typer.Option("--eps", help="Budget of the attack to calibrate for.")] = "0.2",
+    eps: Annotated[str, typer.Option(help="Budget of the attack to calibrate for.")] = "0.2",
     choice: CalibrationOptions,
     overwrite: OverwriteOption = False,
     batch_size: BatchOption = 128,

@@ -30,13 +30,12 @@ class OneOf:
     """In the place of ``typer.Option``: a text option that takes one of some words.
 
     Attributes:
-        flag, help: of the option.
+        help: of the option, whose flag is the parameter's name.
         words: that can be chosen, or what gives them. It is asked each time the command is made, so that whatever was
             registered until then is among them.
         python: whether ``python:FILE:NAME`` is taken, too.
     """
 
-    flag: str
     help: str
     words: Sequence[str] | Callable[[], Sequence[str]]
     python: bool = False
@@ -55,19 +54,18 @@ class OneOf:
         few = len(shown) <= 6
         text = self.help if few else f"{self.help} One of {', '.join(shown)}."
         metavar = "|".join(shown) if few else "NAME"
-        return typer.Option(self.flag, help=text, metavar=metavar, callback=check, autocompletion=lambda: words)
+        return typer.Option(help=text, metavar=metavar, callback=check, autocompletion=lambda: words)
 
 
 @dataclass(frozen=True)
 class Commas:
     """In the place of ``typer.Option``: a list with commas, which may be given several times; the command gets one."""
 
-    flag: str
     help: str
 
     def option(self) -> Any:
         """What Typer declares."""
-        return typer.Option(self.flag, help=self.help, metavar="A,B,...")
+        return typer.Option(help=self.help, metavar="A,B,...")
 
 
 def spread(function: Callable[..., None]) -> Callable[..., None]:

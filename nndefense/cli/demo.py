@@ -18,20 +18,18 @@ _SHORT = RungOptions(adaptive_steps=20)
 def demo(
     *,
     dataset: Annotated[
-        list[str] | None, typer.Option("--dataset", help=SPEC_HELP + " It fills the database [default: digits].")
+        list[str] | None, typer.Option(help=SPEC_HELP + " It fills the database [default: digits].")
     ] = None,
     test: Annotated[
-        str | None, typer.Option("--test", help="Data set to report on [default: the first one's split test].")
+        str | None, typer.Option(help="Data set to report on [default: the first one's split test].")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for everything that is made.")] = Path("runs/demo"),
-    classifier: Annotated[
-        str | None, typer.Option("--classifier", help="A ready classifier [default: train one].")
-    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("runs/demo"),
+    classifier: Annotated[str | None, typer.Option(help="A ready classifier [default: train one].")] = None,
     arch: Annotated[str, typer.Option(help="Architecture of the classifier that is trained.")] = "small-cnn",
     surrogate_arch: Annotated[str, typer.Option(help="Architecture of the surrogate.")] = "madry-mnist",
     epochs: Annotated[int | None, typer.Option(min=1, help="Training epochs [default: by the data's size].")] = None,
     rungs: RungOptions = _SHORT,
-    headline: Annotated[str, typer.Option("--headline", help="The budget to calibrate for and to tabulate.")] = "0.2",
+    headline: Annotated[str, typer.Option(help="The budget to calibrate for and to tabulate.")] = "0.2",
     choice: CalibrationOptions,
     limit: LimitOption = 2000,
     batch_size: BatchOption = 128,

@@ -39,14 +39,14 @@ class RungOptions(AttackOptions):
 
     attack: LadderAttackOption = "pgd"
     surrogate: Annotated[
-        str | None, typer.Option("--surrogate", help="Classifier whose gradients the black-box attacker follows.")
+        str | None, typer.Option(help="Classifier whose gradients the black-box attacker follows.")
     ] = None
     eps: EpsOption = "0.05,0.1,0.15,0.2,0.25,0.3"
     adaptive: Annotated[
         bool,
         typer.Option("--adaptive/--no-adaptive", help="Also attack the retrieval itself, with full knowledge of it."),
     ] = True
-    adaptive_steps: Annotated[int, typer.Option("--adaptive-steps", min=1, help="Steps of each adaptive attack.")] = 40
+    adaptive_steps: Annotated[int, typer.Option(min=1, help="Steps of each adaptive attack.")] = 40
     audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Also make the audit's own runs.")] = True
     gallery: Annotated[int, typer.Option(min=0, help="Images in the report's gallery.")] = 10
 
@@ -81,27 +81,24 @@ def evaluate(
     *,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder for results.json, report.html and finished cells [a comparison has one]."),
+        typer.Option(help="Folder for results.json, report.html and finished cells [a comparison has one]."),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="TOML file that names all of it, instead of the options below.")
+        Path | None, typer.Option(help="TOML file that names all of it, instead of the options below.")
     ] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", help=SPEC_HELP)] = None,
+    dataset: Annotated[str | None, typer.Option(help=SPEC_HELP)] = None,
     classifier: Annotated[
-        str | None, typer.Option("--classifier", help="A trained folder, torchvision:NAME:WEIGHTS or python:...")
+        str | None, typer.Option(help="A trained folder, torchvision:NAME:WEIGHTS or python:...")
     ] = None,
-    database: Annotated[
-        Path | None, typer.Option("--database", help="Folder of the image database [default: no defence].")
-    ] = None,
+    database: Annotated[Path | None, typer.Option(help="Folder of the image database [default: no defence].")] = None,
     train_set: Annotated[
         list[str] | None,
         typer.Option(
-            "--train-set",
             help="With table2: images that fill databases and train nets [default: the training split of --dataset, "
             "whose test split is then reported].",
         ),
     ] = None,
-    only: Annotated[str | None, Commas("--only", "With table2: kinds of defences, with commas [default: all].")] = None,
+    only: Annotated[str | None, Commas("With table2: kinds of defences, with commas [default: all].")] = None,
     train: Annotated[
         bool, typer.Option("--train/--no-train", help="With table2: also the defences whose nets are to be trained.")
     ] = True,
@@ -109,7 +106,7 @@ def evaluate(
     weighting: WeightingOption = None,
     rungs: RungOptions,
     headline: Annotated[
-        str | None, typer.Option("--headline", help="The budget of the table [default: calibrated, else the largest].")
+        str | None, typer.Option(help="The budget of the table [default: calibrated, else the largest].")
     ] = None,
     sizes: Annotated[bool, typer.Option("--sizes/--no-sizes", help="Also search smaller databases.")] = True,
     limit: LimitOption = None,

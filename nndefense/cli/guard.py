@@ -25,7 +25,7 @@ def calibrate(
     reject_rate: Annotated[
         float | None, typer.Option(help="Store a rate of clean images to abstain on [default: do not abstain].")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The file [default: guard.json of the database].")] = None,
+    out: Annotated[Path | None, typer.Option(help="The file [default: guard.json of the database].")] = None,
     overwrite: OverwriteOption = False,
     limit: LimitOption = None,
     batch_size: BatchOption = 64,

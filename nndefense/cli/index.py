@@ -35,22 +35,18 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 FolderArgument = Annotated[Path, typer.Argument(help="Folder of the unfinished build.")]
 IndexDeviceOption = Annotated[
-    str, typer.Option("--device", help="Where the index is trained and filled: cpu, cuda, cuda:N or all-gpus.")
+    str, typer.Option(help="Where the index is trained and filled: cpu, cuda, cuda:N or all-gpus.")
 ]
 MemoryOption = Annotated[
     str | None,
-    typer.Option(
-        "--memory", metavar="SIZE", help="Memory for the index, such as 4G; larger inverted lists stay on disk."
-    ),
+    typer.Option(metavar="SIZE", help="Memory for the index, such as 4G; larger inverted lists stay on disk."),
 ]
 EngineOption = Annotated[
-    str, OneOf("--engine", "This process, or a Ray cluster whose machines share the folder.", ("local", "ray"))
+    str, OneOf("This process, or a Ray cluster whose machines share the folder.", ("local", "ray"))
 ]
 RayWorkersOption = Annotated[
     int | None,
-    typer.Option(
-        "--ray-workers", min=1, help="With ray: processes at once [default: one for each machine, or each GPU]."
-    ),
+    typer.Option(min=1, help="With ray: processes at once [default: one for each machine, or each GPU]."),
 ]
 
 
@@ -58,41 +54,36 @@ RayWorkersOption = Annotated[
 class BuildOptions:
     """Settings of a build, by the names that :func:`index_build.build_database` has for them."""
 
-    index: Annotated[
-        str, typer.Option("--index", help="FAISS factory string; Flat is exact, auto chooses and says why.")
-    ] = "Flat"
+    index: Annotated[str, typer.Option(help="FAISS factory string; Flat is exact, auto chooses and says why.")] = "Flat"
     memory: MemoryOption = None
-    recall: Annotated[
-        float, typer.Option("--recall", help="Share of the nearest rows to find, for which the search is set.")
-    ] = 0.95
+    recall: Annotated[float, typer.Option(help="Share of the nearest rows to find, for which the search is set.")] = (
+        0.95
+    )
     k: Annotated[int, typer.Option("--recall-k", min=1, help="How many nearest rows that share is of.")] = 50
     pca_sample: Annotated[int, typer.Option(min=2, help="Images that PCA is fitted on.")] = 4096
-    storage: Annotated[str, OneOf("--storage", "How features are stored.", ("float32", "float16"))] = "float32"
-    posteriors: Annotated[
-        str, typer.Option("--posteriors", help="dense, top-M, or auto: dense up to 64 classes, else top-20.")
-    ] = "auto"
+    storage: Annotated[str, OneOf("How features are stored.", ("float32", "float16"))] = "float32"
+    posteriors: Annotated[str, typer.Option(help="dense, top-M, or auto: dense up to 64 classes, else top-20.")] = (
+        "auto"
+    )
     precision: Annotated[
         str,
         OneOf(
-            "--precision",
             "Of the forward pass; auto measures what is faster and as good.",
             ("auto", "float32", "bfloat16", "float16"),
         ),
     ] = "float32"
     shard_rows: Annotated[
-        int | None, typer.Option("--shard-rows", min=1, help="Images per shard [default: at most 64 MiB of rows].")
+        int | None, typer.Option(min=1, help="Images per shard [default: at most 64 MiB of rows].")
     ] = None
     max_rejected: Annotated[
         str | None,
-        typer.Option("--max-rejected", help="Unreadable images that are too many: a number or 5% [default: any]."),
+        typer.Option(help="Unreadable images that are too many: a number or 5% [default: any]."),
     ] = None
     dedupe: Annotated[bool, typer.Option("--dedupe", help="Keep only the first of images with equal pixels.")] = False
     exclude_eps: Annotated[
-        float | None, typer.Option("--exclude-eps", min=0, help="L2 distance that is near; 0: equal images only.")
+        float | None, typer.Option(min=0, help="L2 distance that is near; 0: equal images only.")
     ] = None
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Threads that read images [default: one per CPU].")
-    ] = None
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads that read images [default: one per CPU].")] = None
     engine: EngineOption = "local"
     ray_address: RayAddressOption = None
     ray_workers: RayWorkersOption = None
@@ -107,23 +98,21 @@ def build(
     *,
     dataset: DatasetsOption,
     model: ClassifierOptions,
-    layer: Annotated[str, typer.Option("--layer", help="Module of the net, such as layer3.5, or conv_5_1.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the database.")],
-    pooling: Annotated[str, typer.Option("--pooling", help="avg, max, rmac, gridG or flatten.")] = "avg",
+    layer: Annotated[str, typer.Option(help="Module of the net, such as layer3.5, or conv_5_1.")],
+    out: Annotated[Path, typer.Option(help="Folder for the database.")],
+    pooling: Annotated[str, typer.Option(help="avg, max, rmac, gridG or flatten.")] = "avg",
     pca: PcaOption = 256,
     whiten: Annotated[bool, typer.Option("--whiten", help="Scale PCA coordinates to variance 1.")] = False,
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale vectors to length 1.")] = False,
     index_device: Annotated[
         str | None,
-        typer.Option("--index-device", help="Where the index is trained [default: the GPUs that --device names]."),
+        typer.Option(help="Where the index is trained [default: the GPUs that --device names]."),
     ] = None,
-    exclude: Annotated[
-        str | None, typer.Option("--exclude", help="Data set whose images, and all near them, are kept out.")
-    ] = None,
+    exclude: Annotated[str | None, typer.Option(help="Data set whose images, and all near them, are kept out.")] = None,
     limit: LimitOption = None,
     building: BuildOptions,
     device: Annotated[
-        str, typer.Option("--device", help="Where to compute: auto, cpu, cuda, cuda:N, or all-gpus (for the index).")
+        str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:N, or all-gpus (for the index).")
     ] = "auto",
     common: Annotated[Common, Only("data_dir", "seed", "json", "quiet", "debug")],
 ) -> None:
@@ -166,9 +155,7 @@ def build(
 def fit(
     folder: FolderArgument,
     *,
-    index: Annotated[
-        str | None, typer.Option("--index", help="Another index than the build was begun with, or auto.")
-    ] = None,
+    index: Annotated[str | None, typer.Option(help="Another index than the build was begun with, or auto.")] = None,
     memory: MemoryOption = None,
     device: IndexDeviceOption = "cpu",
     common: Printing,
@@ -188,7 +175,7 @@ def fit(
 def add(
     folder: FolderArgument,
     *,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Parts made at once, each in memory.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Parts made at once, each in memory.")] = 1,
     engine: EngineOption = "local",
     ray_address: RayAddressOption = None,
     ray_workers: RayWorkersOption = None,
@@ -237,18 +224,18 @@ def verify(
     database: Annotated[Path, typer.Argument(help="Folder of the database.")],
     *,
     recall: Annotated[
-        float | None, typer.Option("--recall", help="Measure the index anew, and set its search for this recall.")
+        float | None, typer.Option(help="Measure the index anew, and set its search for this recall.")
     ] = None,
-    recall_k: Annotated[int | None, typer.Option("--recall-k", min=1, help="K of that recall.")] = None,
+    recall_k: Annotated[int | None, typer.Option(min=1, help="K of that recall.")] = None,
     queries: Annotated[
         str | None,
-        typer.Option("--queries", help="Measure with images of this data set [default: rows, each without itself]."),
+        typer.Option(help="Measure with images of this data set [default: rows, each without itself]."),
     ] = None,
     classifier: Annotated[
         str | None,
-        typer.Option("--classifier", help="What makes their vectors [default: the one that the database names]."),
+        typer.Option(help="What makes their vectors [default: the one that the database names]."),
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="How many of them, drawn at random.")] = 1000,
+    limit: Annotated[int, typer.Option(min=1, help="How many of them, drawn at random.")] = 1000,
     common: Annotated[Common, Only("data_dir", "device", "json", "debug")],
 ) -> None:
     """Check every file's sha256, the row counts, that ids are unique and that the index holds every row.

@@ -26,32 +26,30 @@ SPEC_HELP = (
     "digits, mnist, fashion-mnist, cifar10, imagefolder:PATH, images:PATH, files:LIST, hdf5:PATH, webdataset:PATH, "
     "parquet:PATH or torchvision:NAME:PATH, and a PATH may be a URL; a split and a slice may follow: mnist:test[:1000]."
 )
-DatasetOption = Annotated[str, typer.Option("--dataset", help=SPEC_HELP)]
-DatasetsOption = Annotated[list[str], typer.Option("--dataset", help=SPEC_HELP + " Repeat it to join several.")]
-DatabaseOption = Annotated[Path, typer.Option("--database", help="Folder of the image database.")]
+DatasetOption = Annotated[str, typer.Option(help=SPEC_HELP)]
+DatasetsOption = Annotated[list[str], typer.Option(help=SPEC_HELP + " Repeat it to join several.")]
+DatabaseOption = Annotated[Path, typer.Option(help="Folder of the image database.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Use so many images, drawn at random.")]
-NormOption = Annotated[str, OneOf("--norm", "normalized-l2: length of the change / length of the image.", NORMS)]
+BatchOption = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Use so many images, drawn at random.")]
+NormOption = Annotated[str, OneOf("normalized-l2: length of the change / length of the image.", NORMS)]
 _OWN = "The last is your own f(model, x, y, eps=, norm=, generator=) -> images, which is run."
 _LADDER = "Threat models that cannot use it run pgd instead; those from adaptive to pgd-fs need --database."
-AttackOption = Annotated[str, OneOf("--attack", f"The attack. {_OWN}", lambda: registry.names("gray"), python=True)]
-LadderAttackOption = Annotated[str, OneOf("--attack", f"The attack. {_LADDER} {_OWN}", registry.names, python=True)]
+AttackOption = Annotated[str, OneOf(f"The attack. {_OWN}", lambda: registry.names("gray"), python=True)]
+LadderAttackOption = Annotated[str, OneOf(f"The attack. {_LADDER} {_OWN}", registry.names, python=True)]
 StepsOption = Annotated[
-    int | None, typer.Option("--steps", min=1, help="Gradient steps of each start [default: the attack's standard].")
+    int | None, typer.Option(min=1, help="Gradient steps of each start [default: the attack's standard].")
 ]
 QueriesOption = Annotated[
-    int | None, typer.Option("--queries", min=1, help="Queries for each image, for square [default: its standard].")
+    int | None, typer.Option(min=1, help="Queries for each image, for square [default: its standard].")
 ]
-RestartsOption = Annotated[
-    int, typer.Option("--restarts", min=1, help="Random starts, where the attack has any; the worst counts.")
-]
-EpsOption = Annotated[str, Commas("--eps", "Budgets, with commas, in units of the norm; 8/255 is fine.")]
-KOption = Annotated[int | None, typer.Option("--k", min=1, help="Neighbours [default: as calibrated, else 50].")]
+RestartsOption = Annotated[int, typer.Option(min=1, help="Random starts, where the attack has any; the worst counts.")]
+EpsOption = Annotated[str, Commas("Budgets, with commas, in units of the norm; 8/255 is fine.")]
+KOption = Annotated[int | None, typer.Option(min=1, help="Neighbours [default: as calibrated, else 50].")]
 WeightingOption = Annotated[
-    str | None, OneOf("--weighting", "Weighting [default: as calibrated, else cbw-d].", ("uniform", "cbw-e", "cbw-d"))
+    str | None, OneOf("Weighting [default: as calibrated, else cbw-d].", ("uniform", "cbw-e", "cbw-d"))
 ]
-PcaOption = Annotated[int, typer.Option("--pca", min=0, help="Dimensions kept by PCA; 0 for no PCA.")]
+PcaOption = Annotated[int, typer.Option(min=0, help="Dimensions kept by PCA; 0 for no PCA.")]
 RayAddressOption = Annotated[
     str | None,
     typer.Option(metavar="HOST:PORT", help="With ray: the cluster to join [default: one on this machine is started]."),
@@ -63,10 +61,10 @@ class Common:
     """What nearly every command takes: where to find and to compute, and what to print."""
 
     data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", help="Folder of the data sets [default: $NNDEFENSE_DATA, else data].")
+        Path | None, typer.Option(help="Folder of the data sets [default: $NNDEFENSE_DATA, else data].")
     ] = None
-    device: Annotated[str, OneOf("--device", "Where to compute.", ("auto", "cpu", "cuda"))] = "auto"
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of all random draws.")] = 0
+    device: Annotated[str, OneOf("Where to compute.", ("auto", "cpu", "cuda"))] = "auto"
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all random draws.")] = 0
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
@@ -112,10 +110,10 @@ class OwnOptions:
 
     classes: Annotated[
         Path | None,
-        typer.Option("--classes", help="Class names of a classifier of your own: a line each, or a CSV file."),
+        typer.Option(help="Class names of a classifier of your own: a line each, or a CSV file."),
     ] = None
     input_shape: Annotated[
-        str | None, typer.Option("--input-shape", metavar="C,H,W", help="Image shape of a classifier of your own.")
+        str | None, typer.Option(metavar="C,H,W", help="Image shape of a classifier of your own.")
     ] = None
 
     @property
@@ -131,7 +129,6 @@ class ClassifierOptions(OwnOptions):
     classifier: Annotated[
         str,
         typer.Option(
-            "--classifier",
             help="A trained folder, torchvision:NAME:WEIGHTS, or python:FILE_OR_MODULE:FACTORY (it is run).",
         ),
     ]
@@ -158,7 +155,7 @@ class DatabaseOptions(OwnOptions):
     database: DatabaseOption
     classifier: Annotated[
         str | None,
-        typer.Option("--classifier", help="As for the other commands [default: the one that the database names]."),
+        typer.Option(help="As for the other commands [default: the one that the database names]."),
     ] = None
 
     def guard(self, common: Common) -> dict[str, Any]:

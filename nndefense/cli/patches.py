@@ -19,26 +19,24 @@ if TYPE_CHECKING:
 def patches(
     *,
     dataset: DatasetsOption,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the patch database.")],
-    patches: Annotated[
-        int, typer.Option("--patches", min=1, help="Patches to cut, at most all there are.")
-    ] = 1_000_000,
-    side: Annotated[int, typer.Option("--side", min=1, help="Side of a patch in pixels.")] = 5,
+    out: Annotated[Path, typer.Option(help="Folder for the patch database.")],
+    patches: Annotated[int, typer.Option(min=1, help="Patches to cut, at most all there are.")] = 1_000_000,
+    side: Annotated[int, typer.Option(min=1, help="Side of a patch in pixels.")] = 5,
     storage: Annotated[
         str,
-        OneOf("--storage", "auto: 8 bits where these lose nothing, else floats.", ("auto", "uint8", "float32")),
+        OneOf("auto: 8 bits where these lose nothing, else floats.", ("auto", "uint8", "float32")),
     ] = "auto",
     index: Annotated[
-        str, typer.Option("--index", help="FAISS factory string; auto: Flat (exact) if small, else inverted lists.")
+        str, typer.Option(help="FAISS factory string; auto: Flat (exact) if small, else inverted lists.")
     ] = "auto",
     probes: Annotated[
-        int | None, typer.Option("--probes", min=1, help="Inverted lists that a search looks into [default: 16].")
+        int | None, typer.Option(min=1, help="Inverted lists that a search looks into [default: 16].")
     ] = None,
     input_shape: Annotated[
-        str | None, typer.Option("--input-shape", metavar="C,H,W", help="Bring the images to this shape before.")
+        str | None, typer.Option(metavar="C,H,W", help="Bring the images to this shape before.")
     ] = None,
     limit: LimitOption = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images read at a time.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images read at a time.")] = 128,
     overwrite: OverwriteOption = False,
     common: Annotated[Common, Only("data_dir", "seed", "json", "quiet", "debug")],
 ) -> None:

@@ -33,7 +33,6 @@ FileArgument = Annotated[Path, typer.Argument(help="File of pseudo-labels.")]
 LabelsOption = Annotated[
     int | None,
     typer.Option(
-        "--labels",
         min=1,
         help="Take that many images, drawn class by class with --seed, for the labelled ones; the pool is the rest.",
     ),
@@ -45,28 +44,22 @@ def write(
     *,
     dataset: DatasetsOption,
     model: ClassifierOptions,
-    out: Annotated[Path, typer.Option("--out", help="HDF5 file for the pseudo-labels.")],
-    by: Annotated[str, OneOf("--by", "Who labels.", ("teacher", "retrieval", "product", "agreement"))] = "teacher",
+    out: Annotated[Path, typer.Option(help="HDF5 file for the pseudo-labels.")],
+    by: Annotated[str, OneOf("Who labels.", ("teacher", "retrieval", "product", "agreement"))] = "teacher",
     confidence: Annotated[
-        str, OneOf("--confidence", "Of the teacher: softmax, or lead over the second.", ("probability", "margin"))
+        str, OneOf("Of the teacher: softmax, or lead over the second.", ("probability", "margin"))
     ] = "probability",
-    database: Annotated[Path | None, typer.Option("--database", help="Database of labelled images.")] = None,
+    database: Annotated[Path | None, typer.Option(help="Database of labelled images.")] = None,
     k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 10,
-    votes: Annotated[
-        str, OneOf("--votes", "What a vote weighs.", ("distance", "uniform", "cbw-e", "cbw-d"))
-    ] = "distance",
-    labelled: Annotated[
-        str | None, typer.Option("--labelled", help="Data set: of the database, only its images vote.")
-    ] = None,
+    votes: Annotated[str, OneOf("What a vote weighs.", ("distance", "uniform", "cbw-e", "cbw-d"))] = "distance",
+    labelled: Annotated[str | None, typer.Option(help="Data set: of the database, only its images vote.")] = None,
     labels: LabelsOption = None,
     exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", help="Test set to keep the pool apart from. Repeat it for several.")
+        list[str] | None, typer.Option(help="Test set to keep the pool apart from. Repeat it for several.")
     ] = None,
     exclude_l2: Annotated[
         str | None,
-        typer.Option(
-            "--exclude-l2", help="L2 distance in pixels of [0, 1] [default: 2000/255 * sqrt(dimensions / 3072)]."
-        ),
+        typer.Option(help="L2 distance in pixels of [0, 1] [default: 2000/255 * sqrt(dimensions / 3072)]."),
     ] = None,
     part_images: Annotated[int, typer.Option(min=1, help="Images after which the work is kept.")] = 4096,
     overwrite: OverwriteOption = False,
@@ -120,12 +113,12 @@ def write(
 def select(
     file: FileArgument,
     *,
-    out: Annotated[Path, typer.Option("--out", help="File for the chosen ones.")],
+    out: Annotated[Path, typer.Option(help="File for the chosen ones.")],
     per_class: Annotated[int | None, typer.Option(min=1, help="So many of each class [default: all].")] = None,
     min_confidence: Annotated[float, typer.Option(min=0, max=1, help="Only images of at least this confidence.")] = 0.0,
     short: Annotated[
         str,
-        OneOf("--short", "Where classes have too few: keep these, or take as few of all.", ("keep", "equalize")),
+        OneOf("Where classes have too few: keep these, or take as few of all.", ("keep", "equalize")),
     ] = "keep",
     overwrite: OverwriteOption = False,
     common: Annotated[Common, Only("seed", "json", "debug")],

@@ -45,16 +45,16 @@ def train(
     dataset: DatasetOption,
     model: Retriever,
     database: DatabaseOption,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the trained net and its features of all rows.")],
-    arch: Annotated[str, typer.Option("--arch", help="Architecture of the trained features.")] = "small-cnn",
-    k: Annotated[int, typer.Option("--k", min=1, help="Neighbours; 5 or 10 in the paper.")] = 5,
+    out: Annotated[Path, typer.Option(help="Folder for the trained net and its features of all rows.")],
+    arch: Annotated[str, typer.Option(help="Architecture of the trained features.")] = "small-cnn",
+    k: Annotated[int, typer.Option(min=1, help="Neighbours; 5 or 10 in the paper.")] = 5,
     mixup_draws: Annotated[int, typer.Option(min=1, help="Draws of local mixup a step and image.")] = 5,
     mixup_weight: Annotated[
         float, typer.Option(help="Weight of local mixup against the cross-entropy; unknown in the paper; 0: none.")
     ] = 1.0,
     images: Annotated[
         str | None,
-        typer.Option("--images", help="Images of the database's rows [default: as recorded there]. " + SPEC_HELP),
+        typer.Option(help="Images of the database's rows [default: as recorded there]. " + SPEC_HELP),
     ] = None,
     loop: LoopOptions,
     common: Common,
@@ -108,16 +108,16 @@ def evaluate(
     dataset: DatasetOption,
     model: Retriever,
     database: DatabaseOption,
-    k: Annotated[int | None, typer.Option("--k", min=1, help="Neighbours [default: as in training].")] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="Neighbours [default: as in training].")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Images for the clean accuracy, drawn at random.")] = None,
     attacked: Annotated[int, typer.Option(min=1, help="How many of them are attacked at most.")] = 500,
     eps: EpsOption = "0.1",
     norm: NormOption = "linf",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Gradient steps.")] = 40,
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps.")] = 40,
     adaptive: Annotated[
         bool, typer.Option("--adaptive/--no-adaptive", help="Also the ensemble of attacks on the retrieval.")
     ] = True,
-    out: Annotated[Path | None, typer.Option("--out", help="Also write the figures to this JSON file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
     batch_size: BatchOption = 100,
     common: Common,
 ) -> None:

@@ -22,23 +22,20 @@ _ADDED: dict[str, dict[str, Any]] = {"apgd": {"loss": "dlr"}, "apgd-t": {}, "squ
 def reproduce(
     *,
     name: Annotated[str | None, typer.Argument(help="A shipped recipe; --list names them.", show_default=False)] = None,
-    scale: Annotated[
-        str, OneOf("--scale", "full: as the papers, for a GPU; small: for two cores.", ("full", "small"))
-    ] = "full",
+    scale: Annotated[str, OneOf("full: as the papers, for a GPU; small: for two cores.", ("full", "small"))] = "full",
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for everything [default: runs/reproduce/NAME-SCALE].")
+        Path | None, typer.Option(help="Folder for everything [default: runs/reproduce/NAME-SCALE].")
     ] = None,
-    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="How many seeds [default: the recipe's].")] = None,
-    arch: Annotated[str | None, typer.Option("--arch", help="Another architecture than the recipe's.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds [default: the recipe's].")] = None,
+    arch: Annotated[str | None, typer.Option(help="Another architecture than the recipe's.")] = None,
     unlabelled: Annotated[
         str | None,
         typer.Option(
-            "--unlabelled",
             help="Pool of unlabelled images for self-training; then all others are labelled. " + SPEC_HELP,
         ),
     ] = None,
     attack: Annotated[
-        str | None, typer.Option("--attack", help="Add an attack to the report: apgd, apgd-t, square or autoattack.")
+        str | None, typer.Option(help="Add an attack to the report: apgd, apgd-t, square or autoattack.")
     ] = None,
     listed: Annotated[bool, typer.Option("--list", help="Only list the recipes.")] = False,
     report_only: Annotated[

@@ -22,14 +22,14 @@ rp2 = Group(
 )
 Shown = Annotated[Common, Only("device", "seed", "json", "debug")]
 HoldOutOption = Annotated[
-    float, typer.Option("--hold-out", min=0, max=0.95, help="Share of the photos set apart, drawn by the seed.")
+    float, typer.Option(min=0, max=0.95, help="Share of the photos set apart, drawn by the seed.")
 ]
-ModeOption = Annotated["Mode", OneOf("--mode", "replace what is under the sticker, or add to it.", ("replace", "add"))]
-StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Steps of Adam.")]
-RateOption = Annotated[float, typer.Option("--learning-rate", help="Adam's, at the start.")]
-BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1, help="Photos per step [default: all].")]
-ViewsOption = Annotated[int, typer.Option("--views", min=1, help="Changed views of each photo to measure on.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Folder for the results.")]
+ModeOption = Annotated["Mode", OneOf("replace what is under the sticker, or add to it.", ("replace", "add"))]
+StepsOption = Annotated[int, typer.Option(min=1, help="Steps of Adam.")]
+RateOption = Annotated[float, typer.Option(help="Adam's, at the start.")]
+BatchOption = Annotated[int | None, typer.Option(min=1, help="Photos per step [default: all].")]
+ViewsOption = Annotated[int, typer.Option(min=1, help="Changed views of each photo to measure on.")]
+OutOption = Annotated[Path, typer.Option(help="Folder for the results.")]
 BRIGHTNESS = "0.6,1.4"
 OUT = Path("runs/rp2")
 
@@ -38,13 +38,12 @@ OUT = Path("runs/rp2")
 class SceneOptions(ClassifierOptions):
     """The photos, the classifier, and what it shall see."""
 
-    photos: Annotated[Path, typer.Option("--photos", help="Folder of photos of the object.")]
-    true: Annotated[str, typer.Option("--true", help="The object's class: its name or number.")]
-    target: Annotated[str, typer.Option("--target", help="The class to be seen instead: its name or number.")]
+    photos: Annotated[Path, typer.Option(help="Folder of photos of the object.")]
+    true: Annotated[str, typer.Option(help="The object's class: its name or number.")]
+    target: Annotated[str, typer.Option(help="The class to be seen instead: its name or number.")]
     corners: Annotated[
         Path | None,
         typer.Option(
-            "--corners",
             help="JSON: for each file name the four corners of the object's frame in that photo, in pixels, clockwise "
             "from the top left [default: every photo is a crop to the frame].",
         ),
@@ -68,11 +67,11 @@ class SceneOptions(ClassifierOptions):
 class ViewOptions:
     """The views that a sticker is made or measured for."""
 
-    brightness: Annotated[str, Commas("--brightness", "View changes: least and largest factor.")] = BRIGHTNESS
-    crop: Annotated[float, typer.Option("--crop", help="View changes: most of the side cut off at each edge.")] = 0.1
-    perspective: Annotated[
-        float, typer.Option("--perspective", help="View changes: spread of the corners, as a share of the side.")
-    ] = 0.03
+    brightness: Annotated[str, Commas("View changes: least and largest factor.")] = BRIGHTNESS
+    crop: Annotated[float, typer.Option(help="View changes: most of the side cut off at each edge.")] = 0.1
+    perspective: Annotated[float, typer.Option(help="View changes: spread of the corners, as a share of the side.")] = (
+        0.03
+    )
 
     @property
     def changes(self) -> ViewChanges:
@@ -89,7 +88,7 @@ class ViewOptions:
 def attack(
     *,
     subject: SceneOptions,
-    mask: Annotated[Path, typer.Option("--mask", help="Picture of the object's frame, white where stickers may be.")],
+    mask: Annotated[Path, typer.Option(help="Picture of the object's frame, white where stickers may be.")],
     hold_out: HoldOutOption = 0.5,
     splits: Annotated[int, typer.Option(min=1, help="Repeat with so many seeds; the first one's is kept.")] = 1,
     mode: ModeOption = "replace",
@@ -187,13 +186,11 @@ def mask(
 def evaluate(
     *,
     subject: SceneOptions,
-    sticker: Annotated[
-        str, typer.Option("--sticker", help="sticker.npz of an attack, or FILE.npz:NAME of an array h x w x C.")
-    ],
-    mask: Annotated[Path | None, typer.Option("--mask", help="The mask of an array FILE.npz:NAME.")] = None,
+    sticker: Annotated[str, typer.Option(help="sticker.npz of an attack, or FILE.npz:NAME of an array h x w x C.")],
+    mask: Annotated[Path | None, typer.Option(help="The mask of an array FILE.npz:NAME.")] = None,
     mode: ModeOption = "replace",
     hold_out: Annotated[
-        float, typer.Option("--hold-out", min=0, max=0.95, help="Measure only on the part that attack sets apart.")
+        float, typer.Option(min=0, max=0.95, help="Measure only on the part that attack sets apart.")
     ] = 0.0,
     views: ViewsOption = 50,
     seen: ViewOptions,

@@ -31,9 +31,7 @@ def serve(
     ] = False,
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(
-            "--allowed-host", help="Name that clients may use, such as that of a reverse proxy; repeat it for more."
-        ),
+        typer.Option(help="Name that clients may use, such as that of a reverse proxy; repeat it for more."),
     ] = None,
     demo_attacks: Annotated[
         bool, typer.Option("--demo-attacks", help="Let the page attack images on this server.")
@@ -57,7 +55,7 @@ def serve(
     body_seconds: Annotated[float, typer.Option(help="Seconds in which a body must have arrived.")] = 20.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the net and of the search.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Folder of the access log [default: none is kept].")] = None,
-    engine: Annotated[str, OneOf("--engine", "One process, or Ray Serve.", ("local", "ray"))] = "local",
+    engine: Annotated[str, OneOf("One process, or Ray Serve.", ("local", "ray"))] = "local",
     replicas: Annotated[int, typer.Option(min=1, help="With ray: copies of the application.")] = 1,
     shards: Annotated[int, typer.Option(min=1, help="With ray: parts of the index, an actor each.")] = 1,
     max_replicas: Annotated[

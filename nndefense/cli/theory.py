@@ -15,11 +15,9 @@ if TYPE_CHECKING:
 
 theory = Group("theory", "Why robustness can cost accuracy, and how self-training mends it: figures and JSON.")
 
-OutOption = Annotated[Path, typer.Option("--out", help="Folder for the figures (PNG and SVG) and the JSON.")]
-NoiseOption = Annotated[float, typer.Option("--x-noise", help="Weight of the half-points in the standard error.")]
-KnotsOption = Annotated[
-    str, OneOf("--left-knots", "Outer knots on the left; the sources differ.", ("-4..-2", "-3..-1"))
-]
+OutOption = Annotated[Path, typer.Option(help="Folder for the figures (PNG and SVG) and the JSON.")]
+NoiseOption = Annotated[float, typer.Option(help="Weight of the half-points in the standard error.")]
+KnotsOption = Annotated[str, OneOf("Outer knots on the left; the sources differ.", ("-4..-2", "-3..-1"))]
 Drawn = Annotated[Common, Only("seed", "json", "debug")]
 OUT = Path("runs/theory")
 
@@ -45,10 +43,10 @@ def decompose(
 def spline(
     *,
     stairs: Annotated[int, typer.Option(min=2, help="Stairs of the staircase.")] = 7,
-    labelled: Annotated[str, Commas("--labelled", "Labelled points, with commas: 0, 0.5, 1, ...")] = "0,1,2,3",
+    labelled: Annotated[str, Commas("Labelled points, with commas: 0, 0.5, 1, ...")] = "0,1,2,3",
     x_noise: NoiseOption = 0.1,
     left_knots: KnotsOption = "-4..-2",
-    teacher: Annotated[str, OneOf("--teacher", "Whose predictions are the pseudo-labels.", ("std", "aug"))] = "std",
+    teacher: Annotated[str, OneOf("Whose predictions are the pseudo-labels.", ("std", "aug"))] = "std",
     out: OutOption = OUT,
     common: Annotated[Common, Only("json", "debug")],
 ) -> None:
@@ -61,7 +59,7 @@ def spline(
 @theory.command("directions")
 def directions(
     *,
-    theta: Annotated[str, Commas("--theta", "theta*, two numbers.")] = "1,0.2",
+    theta: Annotated[str, Commas("theta*, two numbers.")] = "1,0.2",
     variances: Annotated[
         list[str] | None, typer.Option(help="Diagonal of Sigma, two numbers; repeat it [default: 1,1  1,4  1,25].")
     ] = None,
@@ -80,7 +78,7 @@ def gap(
     *,
     trials: Annotated[int, typer.Option(min=2, help="Draws of labelled points for each size.")] = 2000,
     sizes: Annotated[
-        str, Commas("--sizes", "Numbers of labelled points, with commas.")
+        str, Commas("Numbers of labelled points, with commas.")
     ] = "22,30,35,40,50,80,100,200,300,400,500,1000",
     unlabelled: Annotated[
         int, typer.Option(min=0, help="Unlabelled points of each self-training; 0 for the whole population.")

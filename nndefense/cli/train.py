@@ -59,7 +59,7 @@ class TrainOptions(LoopOptions):
     momentum: Annotated[float, typer.Option(help="Momentum of sgd.")] = 0.9
     nesterov: Annotated[bool, typer.Option(help="Nesterov's momentum for sgd.")] = True
     warmup: Annotated[float, typer.Option(help="Epochs in which the learning rate rises.")] = 0.0
-    milestones: Annotated[str | None, Commas("--milestones", "Epochs at which step lowers it, with commas.")] = None
+    milestones: Annotated[str | None, Commas("Epochs at which step lowers it, with commas.")] = None
     gamma: Annotated[float, typer.Option(help="The factor of step.")] = 0.1
     peak: Annotated[float, typer.Option(help="Where one-cycle is highest, as a share of the training.")] = 0.4
     ema: Annotated[float | None, typer.Option(help="Decay of a moving average of the weights, such as 0.999.")] = None
@@ -90,21 +90,17 @@ class InnerAttackOptions:
     attack: Annotated[
         str | None,
         OneOf(
-            "--attack",
             "What attacks [default: fgsm for ensemble-adversarial, else pgd].",
             ("pgd", "single-step", "fgsm", "r-fgsm", "spatial"),
         ),
     ] = None
-    norm: Annotated[str, OneOf("--norm", "Of the attack; normalized-l2 is relative to the image's length.", NORMS)] = (
-        "linf"
-    )
+    norm: Annotated[str, OneOf("Of the attack; normalized-l2 is relative to the image's length.", NORMS)] = "linf"
     eps: Annotated[str | None, typer.Option(help="Budget of the attack, such as 0.3 or 8/255.")] = None
     steps: Annotated[int, typer.Option(help="Gradient steps of the attack; random draws of spatial.")] = 10
     step_size: Annotated[str | None, typer.Option(help="Length of a step [default: 2.5 eps / steps].")] = None
     start: Annotated[
         str | None,
         OneOf(
-            "--start",
             "Where the attack begins [default: gaussian for trades, else uniform].",
             ("uniform", "gaussian", "sign", "none"),
         ),
@@ -115,7 +111,6 @@ class InnerAttackOptions:
     target: Annotated[
         str | None,
         OneOf(
-            "--target",
             "Step away from the label or from the predicted class, or towards the least likely one [default: "
             "least-likely for alp, predicted for fgsm, r-fgsm and ensemble-adversarial, else label].",
             ("label", "predicted", "least-likely"),
@@ -123,15 +118,13 @@ class InnerAttackOptions:
     ] = None
     source: Annotated[
         list[str] | None,
-        typer.Option("--source", help="A static source of ensemble-adversarial: a trained folder. Repeat it."),
+        typer.Option(help="A static source of ensemble-adversarial: a trained folder. Repeat it."),
     ] = None
     source_cache: Annotated[
         Path | None,
-        typer.Option("--source-cache", help="Folder to keep what the static sources attack [default: do it anew]."),
+        typer.Option(help="Folder to keep what the static sources attack [default: do it anew]."),
     ] = None
-    attack_mode: Annotated[str, OneOf("--attack-mode", "The net's mode while it is attacked.", ("eval", "train"))] = (
-        "eval"
-    )
+    attack_mode: Annotated[str, OneOf("The net's mode while it is attacked.", ("eval", "train"))] = "eval"
     check_steps: Annotated[
         int | None,
         typer.Option(min=1, help="Steps of the attack on the validation set [default: as in training, at least 10]."),
@@ -224,12 +217,8 @@ class DataOptions:
             min=1, help="Keep the labels of so many images, drawn class by class with --seed; the pool is the rest."
         ),
     ] = None
-    unlabelled: Annotated[
-        str | None, typer.Option("--unlabelled", help="Data set of unlabelled images. " + SPEC_HELP)
-    ] = None
-    pseudo_labels: Annotated[
-        Path | None, typer.Option("--pseudo-labels", help="Their labels: a file of nndefense pseudo-label.")
-    ] = None
+    unlabelled: Annotated[str | None, typer.Option(help="Data set of unlabelled images. " + SPEC_HELP)] = None
+    pseudo_labels: Annotated[Path | None, typer.Option(help="Their labels: a file of nndefense pseudo-label.")] = None
     validation: Annotated[
         str | None, typer.Option(help="Data set to measure after each epoch; with an attack, also under attack.")
     ] = None
@@ -275,8 +264,8 @@ class DataOptions:
 def train(
     *,
     dataset: DatasetOption,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the classifier.")],
-    arch: Annotated[str, typer.Option("--arch", help="Architecture; see the README for the list.")] = "small-cnn",
+    out: Annotated[Path, typer.Option(help="Folder for the classifier.")],
+    arch: Annotated[str, typer.Option(help="Architecture; see the README for the list.")] = "small-cnn",
     objective: Annotated[
         str,
         typer.Option(
@@ -285,7 +274,7 @@ def train(
         ),
     ] = "standard",
     weight: Annotated[
-        list[str] | None, typer.Option("--weight", help="A weight of the objective: beta=6. Repeat it for several.")
+        list[str] | None, typer.Option(help="A weight of the objective: beta=6. Repeat it for several.")
     ] = None,
     attack: InnerAttackOptions,
     data: DataOptions,
