@@ -42,7 +42,8 @@ def _rungs(values: Any) -> tuple[Rung, ...]:
         models = recipes.converted(tuple[str, ...], table.pop("threat_model", ()), "attack.threat_model")
         if not models:
             raise InputError("a recipe needs attack.threat_model")
-        found += rungs_for(models, recipes.build(AttackSettings, table, "attack", needed=("eps",)))
+        settings = recipes.build(AttackSettings, table, "attack", needed=("eps",))
+        found += [Rung(model, settings) for model in models]
     return tuple(found)
 
 
