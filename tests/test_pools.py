@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nndefense.database.near_images import NearSearch, near_images, near_threshold
 from nndefense.datasets import ArrayDataset, ImageDataset
-from nndefense.datasets.pool_identity import check_pool, pool_identity
+from nndefense.datasets.base import check_pool, pool_identity
 from nndefense.errors import DataError, InputError
 from nndefense.training.pools import (
     PseudoLabelledDataset,

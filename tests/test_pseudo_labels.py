@@ -24,8 +24,8 @@ from index_build import build_database
 from nndefense.database import ImageDatabase
 from nndefense.database.near_images import NearSearch
 from nndefense.datasets import ArrayDataset, ImageDataset, concatenate, write_hdf5
+from nndefense.datasets.base import pool_identity
 from nndefense.datasets.ids import PackedIds
-from nndefense.datasets.pool_identity import pool_identity
 from nndefense.errors import DatabaseError, DataError, InputError, ModelError, NNDefenseError
 from nndefense.models import Classifier, save_classifier
 from nndefense.training import pseudo_job, train_classifier

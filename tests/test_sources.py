@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from index_build.reader import read
 from nndefense.datasets import FileListDataset, ImageFolderDataset, ParquetDataset, open_dataset, write_hdf5
 from nndefense.datasets import parquet_cells as cells_module
-from nndefense.datasets.spec_parts import locate
+from nndefense.datasets.spec import locate
 from nndefense.errors import DataError
 
 arrow = pytest.importorskip("pyarrow")

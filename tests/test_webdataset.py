@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nndefense.datasets.remote import expand_braces, find_files
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from nndefense.datasets import ImageFolderDataset, WebDataset, open_dataset
-from nndefense.datasets.shards import expand_braces, find_shards
 from nndefense.errors import DataError
 
 Sample = tuple[str, Mapping[str, bytes]]
@@ -292,4 +292,4 @@ def test_braces() -> None:
     assert list(expand_braces("a-{08..11}{x,y}.tar"))[:3] == ["a-08x.tar", "a-08y.tar", "a-09x.tar"]
     assert list(expand_braces("plain.tar")) == ["plain.tar"]
     with pytest.raises(DataError, match="no shard fits"):
-        find_shards("a-{3..1}.tar")
+        find_files("a-{3..1}.tar", None, (".tar",), "shard")

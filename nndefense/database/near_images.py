@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nndefense.database.exact_search import running_top_k
 from nndefense.datasets import ImageDataset
-from nndefense.datasets.pool_identity import pool_identity
+from nndefense.datasets.base import pool_identity
 from nndefense.errors import InputError
 from nndefense.images import shape_text
 

@@ -9,9 +9,8 @@ from nndefense.datasets.joined import ConcatenatedDataset, concatenate
 from nndefense.datasets.listing import FileListDataset
 from nndefense.datasets.parquet import ParquetDataset
 from nndefense.datasets.pixels import pixel_digests
-from nndefense.datasets.recorded import open_recorded
 from nndefense.datasets.rejected import REJECTED_KINDS, BadImage, Reading, Rejected, SourceError
-from nndefense.datasets.spec import KNOWN_SPECS, default_data_dir, open_dataset
+from nndefense.datasets.spec import KNOWN_SPECS, default_data_dir, open_dataset, open_recorded
 from nndefense.datasets.torchvision_set import TorchvisionDataset
 from nndefense.datasets.transform import TransformedDataset
 from nndefense.datasets.webdataset import WebDataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from nndefense.datasets.base import ImageDataset
+from nndefense.datasets.base import ImageDataset, update_with_strings
 from nndefense.datasets.image_files import decode, fill
 from nndefense.datasets.parallel import each
 from nndefense.datasets.pixels import pixel_digest
@@ -23,7 +24,19 @@ _PROBED = 1000
 
 
 class PictureDataset(ImageDataset):
-    """Pictures that are read one by one, in many threads. A subclass implements :meth:`_pixels_of`."""
+    """Pictures that are read one by one, in many threads. A subclass implements :meth:`_pixels_of`.
+
+    ``_size`` is the height and width that the centre of each image is brought to, or None: all are as the first one.
+    """
+
+    _size: tuple[int, int] | None
+
+    def _begun_digest(self, kind: str) -> hashlib._Hash:
+        """A hash of the form, the classes and the ids, to which a subclass adds what defines its images."""
+        digest = hashlib.sha256(f"{kind} {self.shape} {self._size}\n".encode())
+        update_with_strings(digest, self.classes)
+        update_with_strings(digest, self.ids)
+        return digest
 
     @abstractmethod
     def _pixels_of(self, rows: NDArray[np.int64]) -> Callable[[int], Pixels]:
@@ -102,9 +115,6 @@ class EncodedDataset(PictureDataset):
         items = self.ids.take(rows)
         numbers = rows.tolist()
         return lambda place: self._fetch(numbers[place], items[place])
-
-    @abstractmethod
-    def _digest(self) -> str: ...
 
     def _first_size(self) -> tuple[int, int]:
         first: BadImage | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from array import array
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nndefense.datasets.base import update_with_strings
 from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import PackedIds
 from nndefense.datasets.image_files import SUFFIXES
@@ -87,9 +85,7 @@ class ImageFolderDataset(EncodedDataset):
 
     def _digest(self) -> str:
         """Hash the form, and the path and byte count of every file: reading all the pixels would take hours."""
-        digest = hashlib.sha256(f"imagefolder {self.shape} {self._size}\n".encode())
-        update_with_strings(digest, self.classes)
-        update_with_strings(digest, self.ids)
+        digest = self._begun_digest("imagefolder")
         sizes = self._sizes
         if sizes is None:
             paths = (self._store.join(self._root, item) for item in self.ids)

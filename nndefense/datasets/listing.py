@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import os
 from collections.abc import Sequence
 
@@ -98,9 +97,7 @@ class FileListDataset(EncodedDataset):
 
     def _digest(self) -> str:
         """Hash the form, the list, and the byte count of each file of this machine."""
-        digest = hashlib.sha256(f"files {self.shape} {self._size}\n".encode())
-        update_with_strings(digest, self.classes)
-        update_with_strings(digest, self.ids)
+        digest = self._begun_digest("files")
         update_with_strings(digest, self._paths)
         digest.update(self.labels.astype("<i8").tobytes())
         sizes = np.full(len(self), -1, dtype="<i8")

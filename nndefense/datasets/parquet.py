@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -12,13 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nndefense.datasets.base import update_with_strings
 from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import Ids, JoinedIds, NumberedIds, PackedIds
 from nndefense.datasets.labels import class_numbers
 from nndefense.datasets.parquet_cells import Cells
 from nndefense.datasets.rejected import BadImage
-from nndefense.datasets.shards import find_files
+from nndefense.datasets.remote import find_files
 from nndefense.datasets.store import Store, check_bytes, empty_image
 from nndefense.datasets.transform import Size, check_form
 from nndefense.errors import DataError
@@ -107,9 +105,7 @@ class ParquetDataset(EncodedDataset):
 
     def _digest(self) -> str:
         """Hash the form, labels, ids and up to 100 evenly spaced files: all of them could take hours."""
-        digest = hashlib.sha256(f"parquet {self.shape} {self._size}\n".encode())
-        update_with_strings(digest, self.classes)
-        update_with_strings(digest, self.ids)
+        digest = self._begun_digest("parquet")
         digest.update(self.labels.astype("<i8").tobytes())
         digest.update(self._group_bytes.astype("<i8").tobytes())
         for path in self.files:

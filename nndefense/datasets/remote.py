@@ -1,9 +1,14 @@
-"""Files behind a URL, read by fsspec: object stores, HTTP, memory, archives and whatever else it knows."""
+"""Files behind a URL, read by fsspec: object stores, HTTP, memory, archives and whatever else it knows.
+
+And which files, here or there, a folder or a pattern stands for.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
+import re
 import time
 import zipfile
 import zlib
@@ -17,6 +22,8 @@ from nndefense.errors import DataError
 
 _TRIES = 3
 _PAUSE = 0.5
+_MOST_FILES = 1_000_000
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _T = TypeVar("_T")
 
 
@@ -193,3 +200,75 @@ def _words(error: BaseException) -> str:
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)) and not str(error):
         return "no answer in time"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def find_files(source: str, split: str | None, suffixes: tuple[str, ...], kind: str) -> tuple[Store, tuple[str, ...]]:
+    """The files that a folder, a file or a pattern stands for, in sorted order (braces: as written), and their store.
+
+    Args:
+        source: a path or URL; ``{000..099}``, ``{a,b}``, ``*``, ``?`` and ``[...]`` make a pattern.
+        split: a folder in ``source``, or the beginning of its files' names.
+        suffixes: how the files of a folder end.
+        kind: what messages call one of them.
+
+    Raises:
+        DataError: there are none, or one that braces name is missing.
+    """
+    suffix = suffixes[0]
+    store, path = open_store(source)
+    # A server of web pages cannot tell files from folders; a name that ends like a file is one.
+    remote = is_url(source)
+    if split is not None:
+        inner = store.join(path, split)
+        if store.is_folder(inner) and not has_suffix(inner, suffixes):
+            return store, _of_folder(store, inner, suffixes, kind)
+        names = [name for name in store.listing(path)[1] if name.startswith(split) and has_suffix(name, suffixes)]
+        if not names:
+            raise DataError(f"{source} has neither a folder {split} nor {kind}s {split}*{suffix}: check the split")
+        return store, tuple(store.join(path, name) for name in names)
+    if not (remote and has_suffix(path, suffixes)) and store.is_folder(path):
+        return store, _of_folder(store, path, suffixes, kind)
+    if store.is_file(path):
+        return store, (path,)
+    found: list[str] = []
+    letters = "*[" if remote else "*?["
+    for text in itertools.islice(expand_braces(path), _MOST_FILES):
+        if store.is_file(text):
+            found.append(text)
+        elif any(letter in text for letter in letters):
+            found.extend(store.glob(text))
+        else:
+            raise DataError(
+                f"there is no {kind} {store.url(text)}: check the path or the numbers in braces of {source}"
+            )
+    if not found:
+        raise DataError(f"no {kind} fits {source}: check the pattern")
+    return store, tuple(found)
+
+
+def _of_folder(store: Store, folder: str, suffixes: tuple[str, ...], kind: str) -> tuple[str, ...]:
+    found = [store.join(folder, name) for name in store.listing(folder)[1] if has_suffix(name, suffixes)]
+    if not found:
+        raise DataError(
+            f"the folder {store.url(folder)} has no {kind}s *{suffixes[0]}: give the folder or the pattern of the files"
+        )
+    return tuple(found)
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+    """Write out ``a-{000..002}`` as a-000, a-001, a-002 and ``{x,y}`` as x, y; from left to right, not nested."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        yield pattern
+        return
+    inside = match[1]
+    bounds = _RANGE.fullmatch(inside)
+    words: Iterator[str]
+    if bounds:
+        # The numbers are as wide as the first one is written.
+        words = (f"{number:0{len(bounds[1])}d}" for number in range(int(bounds[1]), int(bounds[2]) + 1))
+    else:
+        words = iter(inside.split(","))
+    for word in words:
+        for rest in expand_braces(pattern[match.end() :]):
+            yield pattern[: match.start()] + word + rest

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nndefense.datasets import hdf5
 from nndefense.datasets.base import ImageDataset
-from nndefense.datasets.cifar10 import open_cifar10
-from nndefense.datasets.digits import open_digits
 from nndefense.datasets.folder import ImageFolderDataset
-from nndefense.datasets.idx import open_idx
+from nndefense.datasets.joined import concatenate
 from nndefense.datasets.listing import FileListDataset
 from nndefense.datasets.parquet import ParquetDataset
 from nndefense.datasets.remote import has_suffix, open_store
-from nndefense.datasets.spec_parts import locate, split_slice
+from nndefense.datasets.small_sets import open_cifar10, open_digits, open_idx
 from nndefense.datasets.store import is_url
 from nndefense.datasets.torchvision_set import SETS, TorchvisionDataset
 from nndefense.datasets.transform import Size, check_form, in_form
@@ -50,6 +49,8 @@ _PATH_KINDS: dict[str, str | None] = {
     "webdataset": ".tar",
     "parquet": ".parquet",
 }
+_SLICE = re.compile(r"(?P<body>.*?)(?P<cut>\[[^\[\]]*\])?", re.DOTALL)
+_SPLIT_OF_URL = re.compile(r"(?P<head>.*[^:]):(?P<split>[^:/\[\]{}*]+)", re.DOTALL)
 _BOUNDS = re.compile(r"\[\s*(-?\d+)?\s*:\s*(-?\d+)?\s*(?::\s*(-?\d+)?\s*)?\]")
 
 
@@ -110,6 +111,40 @@ def open_dataset(
             raise DataError(f"unknown data set {spec!r}: choose {', '.join(KNOWN_SPECS[:-1])} or {KNOWN_SPECS[-1]}")
         dataset = in_form(_open_named(name, split_text or "train", folder, download), form, channels)
     return _sliced(dataset, cut) if cut else dataset
+
+
+def open_recorded(
+    data: Mapping[str, Any],
+    ids: Callable[[], Sequence[str]],
+    shape: tuple[int, int, int],
+    data_dir: Path | None = None,
+) -> ImageDataset | None:
+    """Open a data set again that was recorded, as in a database's manifest.
+
+    Args:
+        data: ``specs`` and ``fingerprint``.
+        ids: gives the ids of its images in order, where it may be a part of what the specs open, because some were held
+            out or a limit was given.
+        shape: C, H, W that it was opened with.
+        data_dir: the folder of the data sets.
+
+    Returns:
+        The data set, or None where what the specs open is not what was recorded.
+
+    Raises:
+        NNDefenseError: it cannot be opened.
+    """
+    parts = [open_dataset(s, data_dir=data_dir, size=shape[1:], channels=shape[0]) for s in data.get("specs") or ()]
+    if not parts:
+        return None
+    dataset = concatenate(parts)
+    if dataset.fingerprint == data["fingerprint"]:
+        return dataset
+    wanted = ids()
+    if not len(wanted):
+        return None
+    part = dataset.subset([dataset.index_of(item) for item in wanted])
+    return part if part.fingerprint == data["fingerprint"] else None
 
 
 def default_data_dir() -> Path:
@@ -193,3 +228,52 @@ def _sliced(dataset: ImageDataset, cut: str) -> ImageDataset:
 def _choices(names: Iterable[str]) -> str:
     shown = list(names)
     return " or ".join(shown[:4]) + (" or another" if len(shown) > 4 else "")
+
+
+def split_slice(text: str) -> tuple[str, str | None]:
+    """Cut a slice in brackets from the end of a text."""
+    match = _SLICE.fullmatch(text)
+    assert match is not None  # the pattern matches any text
+    return match["body"], match["cut"]
+
+
+def locate(kind: str, rest: str, suffix: str | None) -> tuple[str, str | None, str | None]:
+    """Return path (or URL, or pattern), split and slice; of a path, the longest reading that exists.
+
+    A URL is taken apart by its letters alone, because asking a server costs time: a bracket at its end is a slice, and
+    what stands after its last colon is a split, unless it could be a port.
+
+    Args:
+        kind: what the spec begins with, for messages.
+        rest: the spec after it.
+        suffix: how a file ends, where several can be given as a pattern; None where patterns mean nothing.
+
+    Raises:
+        DataError: there is nothing at any of the readings.
+    """
+    if not rest:
+        raise DataError(f"give a path after {kind}: for example {kind}:photos:train")
+    body, cut = split_slice(rest)
+    if is_url(rest):
+        match = _SPLIT_OF_URL.fullmatch(body)
+        if match is None or (match["split"].isdigit() and "/" not in match["head"].rpartition("://")[2]):
+            return body, None, cut
+        return match["head"], match["split"], cut
+    # An ending such as .tar leaves no doubt; elsewhere brackets and braces could be read in two ways.
+    if suffix and has_suffix(body, (suffix,)) and not os.path.exists(os.path.expanduser(rest)):
+        return os.path.expanduser(body), None, cut
+    readings = [(rest, None), (body, cut)]
+    for text, slice_text in readings:
+        # os.path.exists, because Path.exists raises on names that no file can have.
+        if os.path.exists(os.path.expanduser(text)):
+            return _tidy(text), None, slice_text
+    for text, slice_text in readings:
+        head, _, split = text.rpartition(":")
+        if head and split and os.path.exists(os.path.expanduser(head)):
+            return _tidy(head), split, slice_text
+    raise DataError(f"there is nothing at {body}: check the path of {kind}:{rest}")
+
+
+def _tidy(path: str) -> str:
+    """As ``str(Path(path).expanduser())``: without ``./`` and double slashes."""
+    return os.fspath(os.path.normpath(os.path.expanduser(path))) if ".." not in path else os.path.expanduser(path)

@@ -8,24 +8,32 @@ library's own decoders would also unpack pickles.
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
+import tarfile
+from array import array
+from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import numpy as np
 
-from nndefense.datasets.base import update_with_strings
 from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import PackedIds
 from nndefense.datasets.image_files import SUFFIXES
 from nndefense.datasets.labels import class_numbers, read_class_names
 from nndefense.datasets.rejected import BadImage, SourceError
-from nndefense.datasets.shards import REMEDY, ShardIndex, find_shards, scan
-from nndefense.datasets.store import check_bytes
+from nndefense.datasets.remote import find_files
+from nndefense.datasets.store import Store, check_bytes
 from nndefense.datasets.transform import Size, check_form
 from nndefense.errors import DataError
 
 CLASSES_FILE = "classes.txt"
+REMEDY = "write or fetch the shard again"
 _FINGERPRINT_IMAGES = 100
+_LABELS = ("cls", "json")
+_JSON_NAMES = ("label", "cls", "class")
+# A label takes a few bytes; what is longer is something else, and is not read into memory.
+_LONGEST_LABEL = 1 << 20
 
 
 class WebDataset(EncodedDataset):
@@ -65,7 +73,7 @@ class WebDataset(EncodedDataset):
         name: str | None = None,
     ) -> None:
         form = check_form(size, channels)
-        self._store, self.shards = find_shards(os.fspath(source), split)
+        self._store, self.shards = find_files(os.fspath(source), split, (".tar",), "shard")
         index = ShardIndex()
         for number, shard in enumerate(self.shards):
             scan(self._store, shard, number, index)
@@ -95,27 +103,136 @@ class WebDataset(EncodedDataset):
         check_bytes(place, size)
         if not size:
             raise BadImage(f"the image {place} is empty: {REMEDY}", "empty", "the file is empty")
-        try:
-            data = self._store.read(shard, int(self._offset[row]), size)
-        except OSError as error:
-            reason = error.strerror or " ".join(str(error).split())
-            raise SourceError(f"cannot read {self._store.url(shard)} ({reason}): {REMEDY}") from error
+        data = self._stored(row)
         if len(data) != size:
             # Shards are whole when they are opened, so this one was changed since.
             raise SourceError(f"the image {place} is cut short: {REMEDY}")
         return place, data
 
+    def _stored(self, row: int) -> bytes:
+        shard = self.shards[self._shard[row]]
+        try:
+            return self._store.read(shard, int(self._offset[row]), int(self._bytes[row]))
+        except OSError as error:
+            reason = error.strerror or " ".join(str(error).split())
+            raise SourceError(f"cannot read {self._store.url(shard)} ({reason}): {REMEDY}") from error
+
     def _digest(self) -> str:
         """Hash the form, labels, ids, byte counts and up to 100 evenly spaced files: all of them could take hours."""
-        digest = hashlib.sha256(f"webdataset {self.shape} {self._size}\n".encode())
-        update_with_strings(digest, self.classes)
-        update_with_strings(digest, self.ids)
+        digest = self._begun_digest("webdataset")
         digest.update(self.labels.astype("<i8").tobytes())
         digest.update(self._bytes.astype("<i8").tobytes())
         for row in np.unique(np.linspace(0, len(self) - 1, min(len(self), _FINGERPRINT_IMAGES)).astype(np.int64)):
-            shard, size = self.shards[self._shard[row]], int(self._bytes[row])
-            try:
-                digest.update(self._store.read(shard, int(self._offset[row]), size))
-            except OSError as error:
-                raise SourceError(f"cannot read {self._store.url(shard)} ({error}): {REMEDY}") from error
+            digest.update(self._stored(row))
         return digest.hexdigest()
+
+
+@dataclass
+class ShardIndex:
+    """What is known of the images of all shards so far; one entry an image in each list."""
+
+    keys: list[str] = field(default_factory=list)
+    shard: array[int] = field(default_factory=lambda: array("q"))
+    offset: array[int] = field(default_factory=lambda: array("q"))
+    size: array[int] = field(default_factory=lambda: array("q"))
+    suffix: array[int] = field(default_factory=lambda: array("q"))
+    labels: list[int | str | None] = field(default_factory=list)
+    suffix_names: dict[str, int] = field(default_factory=dict)
+    suffixes: set[str] = field(default_factory=set)
+
+
+def scan(store: Store, path: str, number: int, index: ShardIndex) -> None:
+    """Add the images of one shard: their places and labels, without reading their pixels."""
+    place = store.url(path)
+    places: dict[str, int] = {}
+    labels: dict[str, int | str] = {}
+    try:
+        # "r:" is a plain tar: a compressed one must not be unpacked in secret for every image.
+        with store.open(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # or a kilobyte would stay in memory for every file
+                folder, _, base = member.name.rpartition("/")
+                stem, dot, suffix = base.partition(".")
+                if not member.isfile() or not dot or not stem:
+                    continue
+                if member.issparse():
+                    raise DataError(f"{place} stores {member.name} as a sparse file: {REMEDY}, without --sparse")
+                key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
+                index.suffixes.add(suffix)
+                if f".{suffix}" in SUFFIXES and key not in places:
+                    places[key] = len(index.keys)
+                    index.keys.append(key)
+                    index.shard.append(number)
+                    index.offset.append(member.offset_data)
+                    index.size.append(member.size)
+                    index.suffix.append(index.suffix_names.setdefault(suffix, len(index.suffix_names)))
+                    index.labels.append(None)
+                elif f".{suffix}" in SUFFIXES and index.suffix_names.get(suffix) == index.suffix[places[key]]:
+                    raise DataError(f"{place} holds {key}.{suffix} twice: keys must be unique in a shard; {REMEDY}")
+                elif suffix in _LABELS:
+                    found = _label(file, member, place)
+                    # .cls says nothing but the label, so it goes before .json.
+                    if found is not None and (suffix == "cls" or key not in labels):
+                        labels[key] = found
+            _check_end(file, tar.offset, place)
+    except tarfile.TarError as error:
+        raise _damaged(store, path, error) from error
+    except (OSError, ValueError) as error:
+        # fsspec raises ValueError where a server gives no part of a file.
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DataError(f"cannot read {place} ({reason}): {REMEDY}") from error
+    for key, found in labels.items():
+        if key in places:
+            index.labels[places[key]] = found
+
+
+def _check_end(file: BinaryIO, offset: int, path: str) -> None:
+    """Raise DataError where the scan ended at something else than the mark of the end; tarfile does not ask for it."""
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise DataError(f"{path} is cut short: it lacks the empty block that ends a tar file; {REMEDY}")
+    if block.strip(b"\0"):
+        raise DataError(f"{path} is damaged at byte {offset:,}, where a file should begin: {REMEDY}")
+
+
+def _damaged(store: Store, path: str, error: tarfile.TarError) -> DataError:
+    with store.open(path) as file:
+        head = file.read(6)
+    packed = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+    place = store.url(path)
+    kind = next((name for magic, name in packed.items() if head.startswith(magic)), None)
+    if kind:
+        return DataError(f"{place} is compressed ({kind}), so no image in its middle can be reached: unpack it to .tar")
+    return DataError(f"{place} is no tar file or is cut short ({error}): {REMEDY}")
+
+
+def _label(file: BinaryIO, member: tarfile.TarInfo, path: str) -> int | str | None:
+    """The label in a ``.cls`` or ``.json`` file; None where a JSON has no such entry."""
+    place = f"{member.name} in {path}"
+    if member.size > _LONGEST_LABEL:
+        raise DataError(f"{place} has {member.size:,} bytes, too many for a label: leave it out of the shard")
+    file.seek(member.offset_data)
+    data = file.read(member.size)
+    if len(data) < member.size:
+        raise DataError(f"{path} is cut short within {member.name}: {REMEDY}")
+    try:
+        if not member.name.lower().endswith("json"):
+            return _whole(int(data.decode("ascii").strip()))
+        value = json.loads(data)
+        entry = next((value[name] for name in _JSON_NAMES if name in value), None) if isinstance(value, dict) else None
+        if isinstance(entry, int) and not isinstance(entry, bool):
+            return _whole(entry)
+        if entry is not None and (not isinstance(entry, str) or not entry):
+            raise ValueError
+        return entry
+    except (ValueError, RecursionError):
+        raise DataError(
+            f"{place} is no label: write a whole number from 0, or in JSON an entry label that is one or a class's name"
+        ) from None
+
+
+def _whole(number: int) -> int:
+    if number < -1 or number >= 1 << 31:
+        raise ValueError
+    return number

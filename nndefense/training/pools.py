@@ -10,8 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from nndefense.datasets import ImageDataset
-from nndefense.datasets.base import shuffle_keys, update_with_strings
-from nndefense.datasets.pool_identity import pool_identity
+from nndefense.datasets.base import pool_identity, shuffle_keys, update_with_strings
 from nndefense.errors import DataError, InputError
 
 

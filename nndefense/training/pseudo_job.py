@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from nndefense.database.near_images import NearSearch
 from nndefense.datasets import ImageDataset
-from nndefense.datasets.pool_identity import pool_identity
+from nndefense.datasets.base import pool_identity
 from nndefense.errors import DataError, InputError
 from nndefense.files import PART, make_folder, read_json, write_atomically, write_json
 from nndefense.images import check_images, shape_text

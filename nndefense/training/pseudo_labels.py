@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nndefense.datasets import ImageDataset
-from nndefense.datasets.base import shuffle_keys
+from nndefense.datasets.base import check_pool, shuffle_keys
 from nndefense.datasets.ids import Ids, PickedIds
-from nndefense.datasets.pool_identity import check_pool
 from nndefense.errors import DataError, InputError
 from nndefense.models import Classifier
 from nndefense.models.classes import match_classes
