@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nndefense.datasets.remote import expand_braces, find_files
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from nndefense.datasets import ImageFolderDataset, WebDataset, open_dataset
+from nndefense.datasets.remote import expand_braces, find_files
 from nndefense.errors import DataError
 
 Sample = tuple[str, Mapping[str, bytes]]

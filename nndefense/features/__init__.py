@@ -3,6 +3,7 @@
 from nndefense.features.extractor import (
     WIDEST,
     FeatureExtractor,
+    FeatureSpec,
     fit_pca,
     layer_in,
     pooled,
@@ -12,8 +13,7 @@ from nndefense.features.extractor import (
 )
 from nndefense.features.pca import PCA
 from nndefense.features.pooling import POOLINGS, pool, rmac
-from nndefense.features.spec import LAYER_ALIASES, FeatureSpec
-from nndefense.features.taps import resolve_layer, spatial_layers, tapped
+from nndefense.features.taps import LAYER_ALIASES, resolve_layer, spatial_layers, tapped
 
 __all__ = [
     "LAYER_ALIASES",

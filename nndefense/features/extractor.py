@@ -3,18 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nndefense.errors import InputError
 from nndefense.features.pca import PCA
-from nndefense.features.pooling import pool
-from nndefense.features.spec import FeatureSpec
+from nndefense.features.pooling import check_pooling, pool
 from nndefense.features.taps import Truncated, resolve_layer, tapped
 
 #: Raw vectors longer than this are no candidates: their PCA would cost more than all the others together.
 WIDEST = 8192
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Layer -> pooling -> PCA -> length 1.
+
+    Attributes:
+        layer: a module's name in the classifier's net, such as ``layer3.5``, or one of :data:`LAYER_ALIASES`.
+        pooling: ``avg``, ``max``, ``grid4`` (any G), ``rmac`` or ``flatten``.
+        pca: keep at most this many dimensions; vectors that are no longer than that are left as they are unless
+            they are whitened. 0 turns PCA off.
+        whiten: scale each PCA coordinate to variance 1.
+        normalize: scale each vector to length 1 at the end, so that distances compare directions.
+    """
+
+    layer: str
+    pooling: str = "avg"
+    pca: int = 256
+    whiten: bool = False
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        check_pooling(self.pooling)
+        if self.pca < 0:
+            raise InputError(f"the PCA dimension is {self.pca}, but must be at least 1, or 0 for none")
+        if self.whiten and self.pca == 0:
+            raise InputError("whitening scales PCA coordinates: give a PCA dimension of at least 1")
+
+    def __str__(self) -> str:
+        parts = [self.layer, self.pooling]
+        if self.pca:
+            parts.append(f"pca{self.pca}" + ("w" if self.whiten else ""))
+        return ":".join(parts + (["unit"] if self.normalize else []))
+
+    def to_json(self) -> dict[str, Any]:
+        """The plain values, for a manifest."""
+        return asdict(self)
 
 
 def pooled(activation: Tensor, spec: FeatureSpec) -> Tensor:

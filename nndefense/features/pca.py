@@ -62,8 +62,8 @@ class PCA(nn.Module):
         axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
         # An axis without variance holds nothing but rounding errors: scaling them up would only add noise.
         floor = deviation[0] * 1e-6
-        scale = torch.where(deviation > floor, deviation, torch.ones_like(deviation)) if whiten else None
-        scale = torch.ones_like(deviation) if scale is None else scale
+        one = torch.ones_like(deviation)
+        scale = torch.where(deviation > floor, deviation, one) if whiten else one
         return cls(mean.float(), axes.float(), scale.float())
 
     def forward(self, vectors: Tensor) -> Tensor:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from nndefense.errors import InputError
-from nndefense.features.spec import LAYER_ALIASES
+
+# The paper's names of ResNet-50's layers (Dubey et al. 2019, section 4) as torchvision's modules.
+LAYER_ALIASES = {"conv_2_3": "layer1.2", "conv_3_4": "layer2.3", "conv_4_6": "layer3.5", "conv_5_1": "layer4.0"}
 
 
 def resolve_layer(net: nn.Module, layer: str) -> str:
@@ -54,24 +56,17 @@ def tapped(
     def begin(module: nn.Module, args: Any) -> None:
         outputs.clear()
 
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if name in outputs:
-                # Which of its outputs is meant? A pass that stops at the layer knows only the first.
-                raise InputError(
-                    f"the layer {name!r} runs more than once in a forward pass: choose the module around it"
-                )
-            outputs[name] = of(name, _tensor(output, name))
+    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if name in outputs:
+            # Which of its outputs is meant? A pass that stops at the layer knows only the first.
+            raise InputError(f"the layer {name!r} runs more than once in a forward pass: choose the module around it")
+        outputs[name] = of(name, _tensor(output, name))
 
-        return hook
-
-    handles: list[RemovableHandle] = [net.register_forward_pre_hook(begin)]
-    handles += [net.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(net.register_forward_pre_hook(begin))
+        for name in layers:
+            hooks.enter_context(net.get_submodule(name).register_forward_hook(partial(keep, name)))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def spatial_layers(net: nn.Module, images: Tensor) -> list[str]:
@@ -87,22 +82,16 @@ def spatial_layers(net: nn.Module, images: Tensor) -> list[str]:
     reached: list[str] = []
     runs: Counter[str] = Counter()
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            runs[name] += 1
-            trained = bool(reached) or any(True for _ in module.parameters())
-            if trained and isinstance(output, Tensor) and output.dim() == 4 and name not in reached:
-                reached.append(name)
+    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        runs[name] += 1
+        trained = bool(reached) or any(True for _ in module.parameters())
+        if trained and isinstance(output, Tensor) and output.dim() == 4 and name not in reached:
+            reached.append(name)
 
-        return hook
-
-    handles = [module.register_forward_hook(note(name)) for name, module in _outermost(net)]
-    try:
-        with torch.no_grad():
-            net(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), ExitStack() as hooks:
+        for name, module in _outermost(net):
+            hooks.enter_context(module.register_forward_hook(partial(note, name)))
+        net(images)
     return [name for name in reached if runs[name] == 1]
 
 
@@ -154,13 +143,11 @@ def _run_until(net: nn.Module, layer: str, images: Tensor) -> Tensor:
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         raise _Reached(_tensor(output, layer))
 
-    handle = net.get_submodule(layer).register_forward_hook(stop)
-    try:
-        net(images)
-    except _Reached as reached:
-        return reached.output
-    finally:
-        handle.remove()
+    with net.get_submodule(layer).register_forward_hook(stop):
+        try:
+            net(images)
+        except _Reached as reached:
+            return reached.output
     raise InputError(f"a forward pass of the classifier does not reach the layer {layer!r}: choose another")
 
 

@@ -1,12 +1,10 @@
 """Classifiers: built-in architectures, torchvision's, and a user's own, all from images in [0, 1] to logits."""
 
 from nndefense.models.architectures import ARCHITECTURES, Architecture
-from nndefense.models.build import build_classifier
 from nndefense.models.checkpoint import save_classifier
 from nndefense.models.classes import read_classes
 from nndefense.models.classifier import Classifier
-from nndefense.models.device import resolve_device
-from nndefense.models.load import load_classifier
+from nndefense.models.load import build_classifier, load_classifier, resolve_device
 
 __all__ = [
     "ARCHITECTURES",

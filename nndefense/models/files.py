@@ -11,8 +11,9 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from nndefense import files
 from nndefense.errors import InputError, ModelError, one_line
-from nndefense.files import json_text, write_atomically
+from nndefense.files import json_text
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -21,12 +22,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         InputError: the disk is full, or the place cannot be written.
     """
-
-    def write(part: Path) -> None:
-        part.write_bytes(data)
-
     try:
-        write_atomically(path, write)
+        files.write_bytes(path, data)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}): free space or choose another folder") from error
 

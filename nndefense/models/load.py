@@ -1,19 +1,20 @@
-"""One way to any classifier: a trained folder, torchvision, or a user's own code."""
+"""One way to any classifier, on any device: a trained folder, torchvision, a user's own code, or fresh weights."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from nndefense.errors import ModelError
+from nndefense.errors import InputError, ModelError
 from nndefense.images import shape_text
+from nndefense.models.architectures import ARCHITECTURES
 from nndefense.models.checkpoint import load_folder
 from nndefense.models.classes import Classes, given_classes
 from nndefense.models.classifier import Classifier, check_input_shape
-from nndefense.models.device import resolve_device
 from nndefense.models.python_source import load_python
 from nndefense.models.torchvision_source import TORCHVISION, load_torchvision
 from nndefense.own_code import PYTHON
@@ -69,3 +70,64 @@ def _set_shape(classifier: Classifier, shape: tuple[int, int, int], source: str)
     if shape[0] != own[0] or (classifier.fixed_size and shape != own):
         raise ModelError(f"{source} takes images {shape_text(own)}, not {shape_text(shape)}: leave the input shape out")
     classifier.input_shape = shape
+
+
+def build_classifier(
+    arch: str,
+    *,
+    input_shape: Sequence[int],
+    classes: Sequence[str],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+) -> Classifier:
+    """Return an untrained classifier of a built-in architecture, on the CPU and in evaluation mode.
+
+    Args:
+        arch: a key of :data:`ARCHITECTURES`.
+        input_shape: channels, height and width of the images.
+        classes: the names of the K classes.
+        mean, std: per channel, for pixels in [0, 1]; images are left as they are by default.
+        seed: of the initial weights; the same seed gives the same weights, and the global random state is untouched.
+
+    Raises:
+        InputError: no such architecture, or it does not take such images.
+    """
+    if arch not in ARCHITECTURES:
+        close = difflib.get_close_matches(arch, ARCHITECTURES, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(ARCHITECTURES)}"
+        raise InputError(f"there is no architecture {arch!r}: {hint}")
+    architecture = ARCHITECTURES[arch]
+    shape = check_input_shape(input_shape)
+    if min(shape[1:]) < architecture.smallest:
+        side = architecture.smallest
+        raise InputError(f"{arch} takes images from {side} x {side} up, not {shape[1]} x {shape[2]}: enlarge them")
+    # The default generator alone is seeded: torch.manual_seed would seed those of the GPUs too, which are not forked.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        net = architecture.build(shape, len(classes))
+    size = architecture.fixed_size
+    return Classifier(net, arch=arch, input_shape=shape, classes=classes, mean=mean, std=std, fixed_size=size).eval()
+
+
+def resolve_device(name: str | torch.device = "auto") -> torch.device:
+    """Return the device called ``name``: ``auto`` (a CUDA GPU if there is one, else the CPU), ``cpu``, ``cuda``, ...
+
+    Raises:
+        InputError: no such device, or it is not on this computer.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"there is no device {str(name)!r}: use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise InputError("no CUDA GPU can be used here: choose the device cpu or auto")
+        if device.index is not None and device.index >= count:
+            raise InputError(f"there is no device {device}: this computer has cuda:0 to cuda:{count - 1}")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("no Apple GPU can be used here: choose the device cpu or auto")
+    return device

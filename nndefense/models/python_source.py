@@ -52,18 +52,9 @@ def load_python(
     names, ids = given_classes(classes)
     if len(names) != count:
         raise ModelError(f"{source} returns {count} logits, but {len(names)} classes are named: give one name a logit")
-    return (
-        Classifier(
-            net,
-            arch=type(net).__qualname__,
-            input_shape=checked,
-            classes=names,
-            class_ids=ids,
-            source=source,
-        )
-        .to(device)
-        .eval()
-    )
+    arch = type(net).__qualname__
+    classifier = Classifier(net, arch=arch, input_shape=checked, classes=names, class_ids=ids, source=source)
+    return classifier.to(device).eval()
 
 
 def _probe(net: nn.Module, shape: tuple[int, int, int], source: str, device: torch.device) -> int:

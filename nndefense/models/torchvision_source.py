@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import enum
 import urllib.error
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 from unittest import mock
 
 import torch
@@ -20,15 +19,6 @@ TORCHVISION = "torchvision:"
 
 # What the weights' own recipe sets beside the weights, and what a net must be built with to take them again.
 _OPTIONS = ("transform_input", "aux_logits", "image_size")
-
-
-class _Weights(Protocol):
-    """What is used of torchvision's enumerations of weights."""
-
-    meta: Mapping[str, Any]
-
-    def transforms(self) -> Any: ...
-    def get_state_dict(self, **options: Any) -> Mapping[str, Any]: ...
 
 
 def load_torchvision(source: str, *, data_dir: Path | None = None) -> Classifier:
@@ -47,7 +37,7 @@ def load_torchvision(source: str, *, data_dir: Path | None = None) -> Classifier
     """
     name, colon, label = source.removeprefix(TORCHVISION).partition(":")
     known = _weights_of(name)
-    best = cast(_Weights, known.DEFAULT)  # type: ignore[attr-defined]
+    best = known.DEFAULT
     names = [*known.__members__, "none"]
     if not colon or not label:
         raise ModelError(f"{source} names no weights: give {TORCHVISION}{name}:WEIGHTS with one of {', '.join(names)}")
@@ -57,7 +47,7 @@ def load_torchvision(source: str, *, data_dir: Path | None = None) -> Classifier
             torch.default_generator.manual_seed(0)
             net = build_torchvision(name, len(best.meta["categories"]), {})
     elif label in known.__members__:
-        weights = cast(_Weights, known[label])
+        weights = known[label]
         if not weights.meta.get("categories"):
             raise ModelError(f"the weights {label} of {name} do not classify: choose one of {', '.join(names)}")
         net = _with_weights(name, label, weights, data_dir)
@@ -98,7 +88,7 @@ def torchvision_options(net: nn.Module) -> dict[str, Any]:
     return {key: getattr(net, key) for key in _OPTIONS if isinstance(getattr(net, key, None), (bool, int))}
 
 
-def _weights_of(name: str) -> type[enum.Enum]:
+def _weights_of(name: str) -> Any:
     """The enumeration of the weights of a classification net."""
     try:
         import torchvision
@@ -109,10 +99,10 @@ def _weights_of(name: str) -> type[enum.Enum]:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else "see torchvision's table of classification models"
         raise ModelError(f"torchvision has no classification model {name!r}: {hint}")
-    return cast("type[enum.Enum]", torchvision.models.get_model_weights(name))
+    return torchvision.models.get_model_weights(name)
 
 
-def _with_weights(name: str, label: str, weights: _Weights, data_dir: Path | None) -> nn.Module:
+def _with_weights(name: str, label: str, weights: Any, data_dir: Path | None) -> nn.Module:
     """Build a net by torchvision's own recipe for these weights, but read the weights without running pickled code."""
     from torchvision.models import get_model
 

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from nndefense.models.architectures.attentive import DIMENSION, AttentiveNet
-from nndefense.models.architectures.cifar_resnet import CifarResNet18
-from nndefense.models.architectures.madry_mnist import MadryMNIST
-from nndefense.models.architectures.small_cnn import SmallCNN
-from nndefense.models.architectures.strided_cnn import StridedCNN
-from nndefense.models.architectures.wide_resnet import WideResNet
+from nndefense.models.architectures.plain import MadryMNIST, SmallCNN, StridedCNN
+from nndefense.models.architectures.residual import CifarResNet18, WideResNet
 
 InputShape = tuple[int, int, int]
 
