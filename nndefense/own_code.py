@@ -7,9 +7,10 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -82,6 +83,23 @@ def sha256_of_source(source: str, *, error: type[NNDefenseError] = InputError) -
     if path is None or not path.is_file():
         raise error(f"there is no file of Python code for {source}: give a file's path")
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def sha256_of_function(function: Callable[..., Any]) -> str:
+    """The sha256 of the file that a function stands in, or of its code where it stands in none."""
+    try:
+        code = Path(inspect.getsourcefile(function) or "").read_bytes()
+    except (OSError, TypeError):
+        code = getattr(getattr(function, "__code__", None), "co_code", repr(function).encode())
+    return hashlib.sha256(code).hexdigest()
+
+
+def taken(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the named arguments that a function takes."""
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return dict(given)
+    return {name: value for name, value in given.items() if name in parameters}
 
 
 def _parts(source: str, error: type[NNDefenseError]) -> tuple[str, str, Path | None]:

@@ -14,7 +14,6 @@ from torch import nn
 
 from nndefense.comparison import (
     CAVEATS,
-    KINDS,
     PUBLISHED,
     RowSpec,
     changed,
@@ -28,11 +27,11 @@ from nndefense.comparison import (
     write_comparison,
 )
 from nndefense.comparison.report import page_of
-from nndefense.comparison.row import InClassesOf
 from nndefense.comparison.table import weaker_than_ignorant
 from nndefense.datasets import open_dataset
 from nndefense.errors import DataError, InputError, NNDefenseError
-from nndefense.pipeline import Materials
+from nndefense.pipeline import Materials, defenses
+from nndefense.pipeline.makers import InClassesOf
 from nndefense.reporting.wording import rough
 
 SMALL = {
@@ -77,7 +76,7 @@ def test_shipped_recipes_have_every_kind_of_defence() -> None:
     assert comparison_names() == ("table2",)
     for dataset in ("digits", "mnist:train", "cifar10", "imagefolder:photos"):
         recipe = shipped_comparison("table2", dataset)
-        assert {row.kind for row in recipe.rows} == set(KINDS)
+        assert {row.kind for row in recipe.rows} == defenses.SHIPPED
         assert bool(recipe.scope.training) == (not dataset.startswith("imagefolder"))
     assert shipped_comparison("table2", "digits").scope != shipped_comparison("table2", "mnist").scope
 
@@ -173,7 +172,7 @@ def test_a_second_run_makes_nothing_again(done: tuple[Path, dict[str, Any]], mon
         raise AssertionError("made again")
 
     monkeypatch.setattr("nndefense.pipeline.finished.build_databases", refuse)
-    monkeypatch.setattr(importlib.import_module("nndefense.evaluation.evaluate"), "_measure", refuse)
+    monkeypatch.setattr(importlib.import_module("nndefense.evaluation.evaluate")._Run, "measure", refuse)
     again = run_small(out, "nndefense evaluate small")
     assert again["records"] == results["records"]
 

@@ -6,8 +6,6 @@ here; :func:`register` adds an attack to all of them.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nndefense.errors import InputError
-from nndefense.own_code import PYTHON, own_function, sha256_of_source
+from nndefense.own_code import PYTHON, own_function, sha256_of_function, sha256_of_source, taken
 
 Norm = Literal["linf", "l2", "normalized-l2"]
 NORMS: tuple[Norm, ...] = ("linf", "l2", "normalized-l2")
@@ -98,10 +96,7 @@ class Attack:
         given |= {self.effort: effort} if self.effort else {}
         given |= {"restarts": restarts} if self.restarts else {}
         given |= {**({"loss": loss} if self.loss else {}), **self.settings}
-        taken = inspect.signature(function).parameters
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
-            given = {name: value for name, value in given.items() if name in taken}
-        found = function(target, x, y, **given)
+        found = function(target, x, y, **taken(function, given))
         # A sequence of attacks says more than the images.
         return getattr(found, "images", found)
 
@@ -198,7 +193,7 @@ def register(attack: Attack | Callable[..., Any]) -> str:
     if attack.name.startswith(PYTHON) or _ATTACKS.get(attack.name, attack).function is not attack.function:
         raise InputError(f"there is an attack {attack.name!r} already: register it under another name")
     if not attack.sha256 and attack.name not in SHIPPED:
-        attack = replace(attack, sha256=_sha256_of(attack.load()))
+        attack = replace(attack, sha256=sha256_of_function(attack.load()))
     _ATTACKS[attack.name] = attack
     return attack.name
 
@@ -253,12 +248,3 @@ def table() -> str:
                  ", ".join(attack.needs), effort, takes)  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(line.replace("|  |", "| |") for line in lines)
-
-
-def _sha256_of(function: Callable[..., Any]) -> str:
-    """Of the file that a function stands in, or of its code where it stands in none."""
-    try:
-        code = Path(inspect.getsourcefile(function) or "").read_bytes()
-    except (OSError, TypeError):
-        code = getattr(getattr(function, "__code__", None), "co_code", repr(function).encode())
-    return hashlib.sha256(code).hexdigest()

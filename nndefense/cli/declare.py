@@ -27,7 +27,7 @@ class Only:
 
 @dataclass(frozen=True)
 class OneOf:
-    """In the place of ``typer.Option``: a text option that takes one of some words.
+    """In the place of ``typer.Option``: a text option that takes one of some words, or a list of them.
 
     Attributes:
         help: of the option, whose flag is the parameter's name.
@@ -45,10 +45,11 @@ class OneOf:
         words = [*(self.words() if callable(self.words) else self.words)]
         shown = [*words, "python:FILE:NAME"] if self.python else words
 
-        def check(value: str | None) -> str | None:
-            if value is None or value in words or (self.python and value.startswith("python:")):
-                return value
-            raise typer.BadParameter(f"{value!r} is not one of {', '.join(map(repr, shown))}.")
+        def check(value: str | list[str] | None) -> str | list[str] | None:
+            for word in [value] if isinstance(value, str) else value or ():
+                if word not in words and not (self.python and word.startswith("python:")):
+                    raise typer.BadParameter(f"{word!r} is not one of {', '.join(map(repr, shown))}.")
+            return value
 
         # A long list is read in the help, where lines break between its words.
         few = len(shown) <= 6
@@ -121,7 +122,8 @@ def _typed(parameter: Parameter) -> Parameter:
     own = next((extra for extra in get_args(parameter.annotation) if isinstance(extra, OneOf | Commas)), None)
     if own is None:
         return parameter
-    hint: Any = str | None
+    several = any(get_origin(part) is list for part in get_args(get_args(parameter.annotation)[0]))
+    hint: Any = list[str] | None if several else str | None
     default = parameter.default
     if isinstance(own, Commas):
         hint, default = list[str] | None, [default] if isinstance(default, str) else default

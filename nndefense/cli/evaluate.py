@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nndefense.cli.declare import Commas
+from nndefense.cli.declare import Commas, OneOf
 from nndefense.cli.options import (
     SPEC_HELP,
     AttackOptions,
@@ -27,6 +27,7 @@ from nndefense.cli.options import (
     words,
 )
 from nndefense.errors import InputError
+from nndefense.pipeline import defenses
 
 if TYPE_CHECKING:
     from nndefense.comparison import ComparisonRecipe
@@ -69,7 +70,7 @@ _COMPARES = {
     "headline", "steps", "restarts", "adaptive_steps", "batch_size", "classes", "input_shape", "data_dir", "device",
     "seed", "json", "quiet", "debug",
 }  # fmt: skip
-_ONLY_COMPARES = {"train_set", "only", "train"}
+_ONLY_COMPARES = {"only", "train"}
 
 
 def evaluate(
@@ -91,11 +92,15 @@ def evaluate(
         str | None, typer.Option(help="A trained folder, torchvision:NAME:WEIGHTS or python:...")
     ] = None,
     database: Annotated[Path | None, typer.Option(help="Folder of the image database [default: no defence].")] = None,
+    defense: Annotated[
+        list[str] | None,
+        OneOf("Also measure this defence. Repeat it for several.", defenses.names, python=True),
+    ] = None,
     train_set: Annotated[
         list[str] | None,
         typer.Option(
-            help="With table2: images that fill databases and train nets [default: the training split of --dataset, "
-            "whose test split is then reported].",
+            help="Images that --defense, or with table2 every defence, is made of [with table2 default: the training "
+            "split of --dataset, whose test split is then reported].",
         ),
     ] = None,
     only: Annotated[str | None, Commas("With table2: kinds of defences, with commas [default: all].")] = None,
@@ -151,23 +156,29 @@ def evaluate(
     if out is None:
         raise InputError("give --out, the folder for results and report")
     from nndefense import pipeline
+    from nndefense.comparison import material_settings
     from nndefense.evaluation import Recipe, read_recipe, rungs_for
 
     if recipe is not None:
-        if dataset or classifier or database or rungs.surrogate:
-            raise InputError("--recipe names data, models and database itself: leave those options out")
+        if dataset or classifier or database or rungs.surrogate or defense or train_set:
+            raise InputError("--recipe names data, models, database and defences itself: leave those options out")
         chosen = read_recipe(recipe)
     elif dataset is None or classifier is None:
         raise InputError("give --recipe, or --dataset and --classifier")
+    elif train_set and not defense:
+        raise InputError("--train-set is what other defences are made of: name them by --defense")
     else:
         budgets = rungs.budgets
         models = ["gray", *(["black"] if rungs.surrogate else [])]
-        models += ["white", "adaptive"] if rungs.adaptive and database is not None else []
+        models += ["white", "adaptive"] if rungs.adaptive and (database is not None or defense) else []
         chosen = Recipe(
             dataset=dataset,
             classifier=classifier,
             database=str(database) if database is not None else None,
             rungs=rungs_for(models, rungs.settings(budgets), rungs.adaptive_settings),
+            defenses=tuple(defense or ()),
+            train_set=tuple(train_set or ()),
+            materials=material_settings((train_set or [dataset])[0]) if defense else {},
             headline_norm=rungs.norm,
             headline_eps=number("--headline", headline) if headline else pipeline.headline_of(database, budgets),
             surrogate=rungs.surrogate,
@@ -189,6 +200,7 @@ def evaluate(
         device=common.device,
         progress=common.progress,
         command=command_line(),
+        say=common.say,
     )
     show_results(out, results, common)
 
@@ -222,11 +234,12 @@ def _rows(
     name: str, dataset: str, kinds: Sequence[str] | None, train: bool, scope: Mapping[str, Any], seed: int
 ) -> ComparisonRecipe:
     """The shipped recipe, cut down to some kinds of rows."""
-    from nndefense.comparison import KINDS, changed, shipped_comparison
+    from nndefense.comparison import changed, shipped_comparison
 
     recipe = shipped_comparison(name, dataset, seed=seed)
-    if unknown := sorted(set(kinds or ()) - set(KINDS)):
-        raise InputError(f"--only names {', '.join(unknown)}, but must name some of {', '.join(KINDS)}")
+    known = defenses.names()
+    if unknown := sorted(set(kinds or ()) - set(known)):
+        raise InputError(f"--only names {', '.join(unknown)}, but must name some of {', '.join(known)}")
     rows = recipe.rows
     if kinds:
         # The bare net stays: all are compared with it.

@@ -3,24 +3,22 @@
 from nndefense.comparison.from_names import compare
 from nndefense.comparison.published import CAVEATS, PUBLISHED, PrintedRow
 from nndefense.comparison.recipe import (
-    KINDS,
     ComparisonRecipe,
     RowSpec,
     Scope,
     changed,
     comparison_from,
     comparison_names,
+    material_settings,
     shipped_comparison,
 )
 from nndefense.comparison.report import write_comparison
-from nndefense.comparison.row import Row
-from nndefense.comparison.rows import make_row
+from nndefense.comparison.row import Row, make_row
 from nndefense.comparison.runner import read_comparison, run_comparison
 from nndefense.comparison.table import TableRow, markdown_of, summary_of, table_of
 
 __all__ = [
     "CAVEATS",
-    "KINDS",
     "PUBLISHED",
     "ComparisonRecipe",
     "PrintedRow",
@@ -34,6 +32,7 @@ __all__ = [
     "comparison_names",
     "make_row",
     "markdown_of",
+    "material_settings",
     "read_comparison",
     "run_comparison",
     "shipped_comparison",

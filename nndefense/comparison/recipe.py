@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from nndefense import attacks, recipes
 from nndefense.comparison.published import PUBLISHED
 from nndefense.errors import InputError
+from nndefense.own_code import PYTHON
+from nndefense.pipeline import defenses
 from nndefense.pipeline.materials import MaterialSettings
-
-#: The defences that a row can be.
-KINDS = (
-    "none",
-    "crop-ensemble",
-    "tv-minimization",
-    "quilting",
-    "jpeg",
-    "bit-depth",
-    "ensemble-adversarial",
-    "alp",
-    "ra-cnn",
-    "nearest-neighbor",
-)
-#: Those whose net has to be trained.
-TRAINED = ("ensemble-adversarial", "alp", "ra-cnn")
 
 
 @dataclass(frozen=True)
@@ -35,7 +21,7 @@ class RowSpec:
 
     Attributes:
         name: as it stands in the table; unique.
-        kind: one of :data:`KINDS`.
+        kind: a defence of :mod:`nndefense.pipeline.defenses`, or ``python:FILE:FACTORY``.
         options: of the defence.
         published: the name of the printed row beside it, in :data:`~nndefense.comparison.published.PUBLISHED`, or None.
         informed: whether attackers who know the defence are sent against it.
@@ -48,8 +34,9 @@ class RowSpec:
     informed: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InputError(f"the row {self.name!r} is of the kind {self.kind!r}, but must be {', '.join(KINDS)}")
+        if self.kind not in defenses.names() and not self.kind.startswith(PYTHON):
+            known = ", ".join(defenses.names())
+            raise InputError(f"the row {self.name!r} is of the kind {self.kind!r}, but must be {known}")
         if self.published is not None and self.published not in PUBLISHED:
             raise InputError(f"the row {self.name!r} stands beside {self.published!r}: choose {', '.join(PUBLISHED)}")
 
@@ -137,6 +124,17 @@ def shipped_comparison(name: str, dataset: str, *, seed: int = 0) -> ComparisonR
     """
     values = recipes.read_shipped(__package__, name, "comparison")
     return comparison_from(values, name, dataset.partition(":")[0].partition("[")[0], seed=seed)
+
+
+def material_settings(dataset: str, name: str = "table2") -> dict[str, Any]:
+    """How a shipped recipe makes its defences on a data set, for an evaluation of some of them.
+
+    Returns:
+        Entries of :class:`~nndefense.pipeline.MaterialSettings`, without those that follow from the evaluation.
+    """
+    scope = shipped_comparison(name, dataset).scope
+    told = [entry.name for entry in fields(MaterialSettings) if entry.name not in ("norm", "headline", "batch_size")]
+    return {entry: getattr(scope, entry) for entry in told}
 
 
 def comparison_from(values: Mapping[str, Any], name: str, dataset: str, *, seed: int = 0) -> ComparisonRecipe:

@@ -1,17 +1,14 @@
-"""One row of a comparison: a defence and what its attackers hold in their hands."""
+"""One row of a comparison: a defence as it is measured, or the reason why it is not there."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from nndefense.attacks.retrieval import RetrievalSurface
 from nndefense.comparison.recipe import RowSpec
-from nndefense.models import Classifier
-from nndefense.pipeline.materials import Materials
+from nndefense.evaluation import Subject
+from nndefense.evaluation.ladder import BARE
+from nndefense.pipeline import Materials, defenses, make_defense, subject_of
 
 
 @dataclass(frozen=True)
@@ -20,53 +17,28 @@ class Row:
 
     Attributes:
         spec: what it was to be.
-        model: images N x C x H x W in [0, 1] -> scores N x classes of the comparison's classifier; None where it is
-            not there.
-        reason: why not, for people; empty where it is.
+        subject: what is measured; None where it is not there.
         facts: what is to be known of it, as plain values.
-        white: what an attacker who knows the defence differentiates; None where that is nothing beyond the gray box.
-        surface: for the attacks on retrieval, or None.
-        database, database_rows: fingerprint and number of rows of its database, or None.
+        reason: why it is not there, for people; empty where it is.
     """
 
     spec: RowSpec
-    model: nn.Module | None = None
-    reason: str = ""
+    subject: Subject | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    white: nn.Module | None = None
-    surface: RetrievalSurface | None = None
-    database: str | None = None
-    database_rows: int | None = None
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """What it is called in the records."""
+        return BARE if self.spec.kind == "none" else self.spec.name
 
 
-class InClassesOf(nn.Module):
-    """A net's answer in the class numbers of another: images -> log-probabilities N x classes of the other."""
-
-    def __init__(self, net: nn.Module, numbers: Tensor, count: int) -> None:
-        """
-        Args:
-            net: images -> logits N x K.
-            numbers: for each of its K classes the other's class number.
-            count: of the other's classes; those that the net does not know get a probability of 0.
-        """
-        super().__init__()
-        self.net, self.count = net, count
-        self.numbers: Tensor
-        self.register_buffer("numbers", numbers)
-        self.eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images N x C x H x W in [0, 1] -> N x count."""
-        found = self.net(images).log_softmax(1)
-        # A finite floor: losses subtract these numbers from one another.
-        out = torch.full((len(found), self.count), -1e4, dtype=found.dtype, device=found.device)
-        return out.index_copy(1, self.numbers, found)
-
-
-def in_classes_of(materials: Materials, net: Classifier) -> nn.Module:
-    """A net that was trained on the comparison's images, answering in the classes of the comparison's classifier."""
-    classifier = materials.classifier
-    if net.classes == classifier.classes:
-        return net
-    numbers = classifier.label_map(net.classes)
-    return InClassesOf(net, numbers.to(materials.device), len(classifier.classes))
+def make_row(materials: Materials, spec: RowSpec) -> Row:
+    """Make a row's defence, or say why it is not there."""
+    defense = defenses.get(spec.kind)
+    if defense.trained and not materials.scope.training:
+        reason = "not trained: this data set has no training settings here, or training was left out"
+        return Row(spec, reason=reason)
+    made = make_defense(defense, materials, spec.options)
+    subject = subject_of(made, Row(spec).name, spec.kind, materials, informed=spec.informed)
+    return Row(spec, subject, made.facts)

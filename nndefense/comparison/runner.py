@@ -8,15 +8,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nndefense.attacks.retrieval import Knowledge
 from nndefense.comparison.published import CAVEATS, PUBLISHED, SETTING, TITLE
 from nndefense.comparison.recipe import ComparisonRecipe
-from nndefense.comparison.row import Row
-from nndefense.comparison.rows import make_row
+from nndefense.comparison.row import Row, make_row
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError
-from nndefense.evaluation import AttackSettings, CellStore, Subject, ThreatModel, evaluate, worst_cases
-from nndefense.evaluation.ladder import BARE
+from nndefense.evaluation import AttackSettings, CellStore, evaluate, threats_of, worst_cases
 from nndefense.evaluation.results import identity
 from nndefense.files import make_folder, read_json, write_json
 from nndefense.pipeline.materials import Materials
@@ -99,26 +96,9 @@ def read_comparison(path: Any) -> dict[str, Any]:
     return found
 
 
-def name_of(row: Row) -> str:
-    """What a row is called in the records."""
-    return BARE if row.spec.kind == "none" else row.spec.name
-
-
 def _measure(recipe: ComparisonRecipe, materials: Materials, test: ImageDataset, rows: list[Row]) -> list[Any]:
-    scope, classifier = recipe.scope, materials.classifier
-    present = [row for row in rows if row.model is not None]
-    subjects = [
-        Subject(
-            name_of(row),
-            row.model,
-            row.spec.kind,
-            row.database,
-            row.database_rows,
-            identity=repr(sorted((key, value) for key, value in row.facts.items() if key != "seconds to make")),
-        )
-        for row in present
-        if row.model is not None
-    ]
+    scope, classifier, surrogate = recipe.scope, materials.classifier, materials.surrogate
+    subjects = [row.subject for row in rows if row.subject is not None]
     pgd = AttackSettings("pgd", scope.norm, scope.eps, scope.steps, scope.restarts)
     informed = scope.informed_eps or scope.eps
     plan = {
@@ -127,18 +107,12 @@ def _measure(recipe: ComparisonRecipe, materials: Materials, test: ImageDataset,
         "white": [AttackSettings("pgd", scope.norm, informed, scope.white_steps)],
         "adaptive": [AttackSettings("adaptive", scope.norm, informed, scope.adaptive_steps)],
     }
-    threats = [ThreatModel("gray", classifier, knowledge=Knowledge.GRAY.value)]
     maps = dict.fromkeys(("clean", *plan), classifier.label_map(test.classes))
-    surrogate = materials.surrogate
-    if surrogate is not None:
-        threats.append(ThreatModel("black", surrogate, surrogate.fingerprint))
+    if surrogate is None:
+        del plan["black"]
+    else:
         maps["black"] = surrogate.label_map(test.classes)
-    for row in present:
-        known = {"knowledge": Knowledge.WHITE.value, "subject": name_of(row)}
-        if row.white is not None and row.spec.informed:
-            threats.append(ThreatModel("white", row.white, **known))
-        if row.surface is not None:
-            threats.append(ThreatModel("adaptive", row.surface, **known))
+    threats = threats_of(list(plan), subjects, classifier, surrogate)
     cells = 1 + sum(len(settings.eps) for threat in threats for settings in plan[threat.name])
     materials.say(f"attacking and measuring: {len(subjects)} defences, {cells} cells of {len(test):,} images")
     hidden = None if materials.progress else True
@@ -163,14 +137,14 @@ def _measure(recipe: ComparisonRecipe, materials: Materials, test: ImageDataset,
 def _described(row: Row) -> dict[str, Any]:
     return {
         "name": row.spec.name,
-        "record": name_of(row),
+        "record": row.name,
         "kind": row.spec.kind,
         "published": row.spec.published,
         "informed": row.spec.informed,
         "reason": row.reason,
         "facts": row.facts,
         # The bare net's gray box is an attack that knows all there is.
-        "white": row.white is not None or row.spec.kind == "none",
+        "white": (row.subject is not None and row.subject.white is not None) or row.spec.kind == "none",
     }
 
 

@@ -10,7 +10,7 @@ from nndefense.evaluation.report import GalleryNeighbor, GalleryRow, calibration
 from nndefense.evaluation.results import assemble
 from nndefense.evaluation.runner import Evaluated, run
 from nndefense.evaluation.store import CellStore
-from nndefense.evaluation.subjects import layer_subject, subjects_of
+from nndefense.evaluation.subjects import layer_subject, subjects_of, threats_of
 from nndefense.evaluation.suite import attack_all, run_attack
 from nndefense.evaluation.threats import AttackSettings, ThreatModel
 from nndefense.statistics import mcnemar_p, wilson_interval
@@ -43,6 +43,7 @@ __all__ = [
     "rungs_for",
     "subjects_of",
     "summary",
+    "threats_of",
     "wilson_interval",
     "worst_cases",
     "write_report",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nndefense import attacks
+from nndefense.attacks.retrieval import RetrievalSurface
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError
 from nndefense.evaluation.outcomes import to_hex
@@ -29,13 +30,16 @@ class Subject:
     """A defence under test, or the bare classifier.
 
     Attributes:
-        name: ``none`` for the bare classifier, else beginning with ``nearest-neighbor``.
+        name: ``none`` for the bare classifier, ``nearest-neighbor`` for the defence over the database, or any other.
         model: images N x C x H x W in [0, 1] -> scores N x K (logits or log-probabilities).
-        variant: what it is in the comparison: ``none``, ``calibrated``, ``weighting``, ``layer`` or ``rows``.
+        variant: what it is in the comparison: ``none``, ``calibrated``, ``weighting``, ``layer``, ``rows`` or
+            ``defense``.
         database: fingerprint of its database, or None.
         database_rows: number of rows that it searches, or None.
         every_eps: whether it is run in every cell, or only clean and at the headline budget.
         identity: what else tells it apart from others of its name, for finished cells to be found again.
+        white: what an attacker who knows it differentiates: images -> scores N x K; None: he is not sent against it.
+        surface: for the attacks on its retrieval, or None.
     """
 
     name: str
@@ -45,6 +49,8 @@ class Subject:
     database_rows: int | None = None
     every_eps: bool = True
     identity: str = ""
+    white: nn.Module | None = None
+    surface: RetrievalSurface | None = None
 
 
 @dataclass(frozen=True)

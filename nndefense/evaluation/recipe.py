@@ -57,6 +57,10 @@ class Recipe:
         database: folder of the image database, or None to evaluate the classifier alone.
         rungs: threat models with their attacks; clean accuracy is always measured.
         headline_norm, headline_eps: the budget of the tables; one of those that are run.
+        defenses: more defences to measure, by their names in :mod:`nndefense.pipeline.defenses` or as
+            ``python:FILE:FACTORY``; without a database ``nearest-neighbor`` is one that is made.
+        train_set: specs of the images that they are made of, where they need some.
+        materials: how they are made: entries of :class:`~nndefense.pipeline.MaterialSettings`.
         limit: how many images, drawn at random under the seed; None for all.
         k, weighting: of the defence; None for the calibrated ones.
         sizes: whether smaller databases are measured too, at the headline budget.
@@ -70,6 +74,9 @@ class Recipe:
     headline_norm: str = field(metadata=recipes.at("report.headline_norm"))
     headline_eps: float = field(metadata=recipes.at("report.headline_eps"))
     database: str | None = field(default=None, metadata=recipes.at("defense.database"))
+    defenses: tuple[str, ...] = field(default=(), metadata=recipes.at("defense.names"))
+    train_set: tuple[str, ...] = field(default=(), metadata=recipes.at("data.train_set"))
+    materials: Mapping[str, Any] = field(default_factory=dict)
     surrogate: str | None = field(default=None, metadata=recipes.at("models.surrogate"))
     classes: str | None = field(default=None, metadata=recipes.at("models.classes"))
     input_shape: tuple[int, int, int] | None = field(default=None, metadata=recipes.at("models.input_shape"))
@@ -95,14 +102,19 @@ class Recipe:
             )
         if any(rung.threat_model == "black" for rung in self.rungs) and self.surrogate is None:
             raise InputError("a black-box attack needs a surrogate: name one under [models], or leave the attack out")
-        if self.database is None and any(rung.threat_model in ("white", "adaptive") for rung in self.rungs):
-            raise InputError("white-box and adaptive attacks are on a defence: name its database, or leave them out")
+        defended = self.database is not None or self.defenses
+        if not defended and any(rung.threat_model in ("white", "adaptive") for rung in self.rungs):
+            raise InputError(
+                "white-box and adaptive attacks are on a defence: name its database or other defences, or leave them "
+                "out"
+            )
         recipes.check_least(self, 1, "audit_images", "batch_size", "limit")
         recipes.check_least(self, 0, "gallery", "seed")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, rungs included."""
-        return {**asdict(self), "rungs": [rung.to_json() for rung in self.rungs]}
+        lists = {"defenses": [*self.defenses], "train_set": [*self.train_set]}
+        return {**asdict(self), **lists, "rungs": [rung.to_json() for rung in self.rungs]}
 
     @property
     def sha256(self) -> str:

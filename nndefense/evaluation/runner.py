@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nndefense.attacks.retrieval import Knowledge, RetrievalSurface
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
-from nndefense.defenses.surface import RelaxedDefense, retrieval_surface
-from nndefense.errors import InputError
 from nndefense.evaluation.audit import AuditLine, AuditSubject, audit_records, audit_runs
 from nndefense.evaluation.evaluate import Record, Subject, evaluate
 from nndefense.evaluation.illustrate import illustrate
@@ -22,7 +19,7 @@ from nndefense.evaluation.ladder import DEFENDED
 from nndefense.evaluation.recipe import Recipe, Rung
 from nndefense.evaluation.report import GalleryRow
 from nndefense.evaluation.store import CellStore
-from nndefense.evaluation.subjects import bare_subject, subjects_of
+from nndefense.evaluation.subjects import bare_subject, subjects_of, threats_of
 from nndefense.evaluation.threats import AttackSettings, ThreatModel
 from nndefense.models import Classifier
 
@@ -56,7 +53,7 @@ def run(
         classifier: the bare classifier.
         defense: the defence under test, which has the same classifier; None to measure the classifier alone.
         surrogate: of the black-box attacker, or None.
-        others: more defences to compare.
+        others: more defences to compare, with what attackers who know them are given.
         pictures: the images that the database was built from, to show neighbours and to start attacks from.
         cells: folder where finished cells are kept and found again; None for nowhere.
         progress: called with the images done and their total.
@@ -66,30 +63,32 @@ def run(
         InputError: a recipe that does not fit what was opened.
     """
     device = classifier.device
-    # Where the pictures of the database are at hand, attacks also start on the way to them.
-    surface = retrieval_surface(defense, Knowledge.WHITE, images=pictures) if defense is not None else None
-    threats = {name: _threat(name, classifier, surface, surrogate) for name in _models(recipe.rungs)}
+    models = list(dict.fromkeys(rung.threat_model for rung in recipe.rungs))
+    subjects = [bare_subject(classifier)]
+    if defense is not None:
+        informed = bool({"white", "adaptive"}.intersection(models))
+        subjects = subjects_of(defense, sizes=recipe.sizes, seed=recipe.seed, informed=informed, pictures=pictures)
+    subjects += others
+    threats = threats_of(models, subjects, classifier, surrogate)
     plan: dict[str, list[AttackSettings]] = {}
     for rung in recipe.rungs:
         plan.setdefault(rung.threat_model, []).append(rung.attack)
-    maps = {name: classifier.label_map(dataset.classes) for name in ("clean", *threats)}
+    maps = dict.fromkeys(("clean", *models), classifier.label_map(dataset.classes))
     if surrogate is not None:
         maps["black"] = surrogate.label_map(dataset.classes)
-    total, done = (1 + sum(len(rung.attack.eps) for rung in recipe.rungs)) * len(dataset), 0
+    cells_in_all = 1 + sum(len(settings.eps) for threat in threats for settings in plan[threat.name])
+    total, done = cells_in_all * len(dataset), 0
 
     def step(images: int) -> None:
         nonlocal done
         done += images
         progress(done, total)
 
-    subjects = [bare_subject(classifier)]
-    if defense is not None:
-        subjects = subjects_of(defense, sizes=recipe.sizes, seed=recipe.seed)
     store = CellStore(cells) if cells is not None else None
     records = evaluate(
         dataset,
-        [*subjects, *others],
-        list(threats.values()),
+        subjects,
+        threats,
         plan,
         headline_eps=recipe.headline_eps,
         headline_norm=recipe.headline_norm,
@@ -102,18 +101,21 @@ def run(
         progress=step,
     )
     audit = audit_records(records, len(dataset.classes))
-    strongest = _strongest(recipe)
+    ours = {threat.name: threat for threat in threats if threat.subject in (None, DEFENDED)}
+    strongest = _strongest(recipe, ours)
+    if strongest is None:
+        return Evaluated(records, audit, [])
     if recipe.audit:
         # A surrogate's class numbers are its own; the classifier is attacked in its place.
-        attacked = "gray" if strongest.threat_model == "black" else strongest.threat_model
-        threat = threats.get(attacked) or _threat(attacked, classifier, surface, None)
+        black = strongest.threat_model == "black"
+        threat = threats_of(["gray"], (), classifier, None)[0] if black else ours[strongest.threat_model]
         audit += _audit(recipe, dataset, classifier, defense, threat, strongest.attack, maps["clean"], store)
     if defense is None:
         return Evaluated(records, audit, [])
     gallery = illustrate(
         dataset,
         defense,
-        threats[strongest.threat_model],
+        ours[strongest.threat_model],
         strongest.attack,
         eps=recipe.headline_eps,
         label_maps=maps,
@@ -125,39 +127,18 @@ def run(
     return Evaluated(records, audit, gallery)
 
 
-def _models(rungs: Sequence[Rung]) -> list[str]:
-    return list(dict.fromkeys(rung.threat_model for rung in rungs))
-
-
-def _threat(
-    name: str,
-    classifier: Classifier,
-    surface: RetrievalSurface | None,
-    surrogate: Classifier | None,
-) -> ThreatModel:
-    if name == "gray":
-        return ThreatModel(name, classifier, knowledge=Knowledge.GRAY.value)
-    if name == "black":
-        if surrogate is None:
-            raise InputError("a black-box attack needs a surrogate: give one, or leave the attack out")
-        return ThreatModel(name, surrogate, surrogate.fingerprint)
-    if surface is None:
-        raise InputError(f"a {name} attack is on a defence: give its database, or leave the attack out")
-    target = RelaxedDefense(surface) if name == "white" else surface
-    return ThreatModel(name, target, knowledge=Knowledge.WHITE.value, subject=DEFENDED)
-
-
-def _strongest(recipe: Recipe) -> Rung:
+def _strongest(recipe: Recipe, threats: Mapping[str, ThreatModel]) -> Rung | None:
     """The rung of the best informed attacker at the headline budget; of several attacks the first named."""
-    at_headline = [
+    at_headline = (
         rung
         for name in ("adaptive", "white", "gray", "black")
         for rung in recipe.rungs
         if rung.threat_model == name
+        and name in threats
         and rung.attack.norm == recipe.headline_norm
         and recipe.headline_eps in rung.attack.eps
-    ]
-    return at_headline[0]
+    )
+    return next(at_headline, None)
 
 
 def _audit(

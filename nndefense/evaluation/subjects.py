@@ -1,13 +1,24 @@
-"""What is compared: the bare classifier, the defence, and its variants."""
+"""What is compared: the bare classifier, the defence, and its variants; and who attacks what of them."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-from nndefense.defenses import NearestNeighborDefense
+import numpy as np
+import torch
+from torch import nn
+
+from nndefense.attacks.retrieval import Knowledge
+from nndefense.datasets import ImageDataset
+from nndefense.defenses import NearestNeighborDefense, RelaxedDefense
+from nndefense.errors import InputError
 from nndefense.evaluation.evaluate import Subject
 from nndefense.evaluation.ladder import BARE, DEFENDED
+from nndefense.evaluation.threats import ThreatModel
 from nndefense.models import Classifier
+from nndefense.own_code import taken
 
 
 def bare_subject(classifier: Classifier) -> Subject:
@@ -15,10 +26,91 @@ def bare_subject(classifier: Classifier) -> Subject:
     return Subject(BARE, classifier, "none")
 
 
-def subjects_of(defense: NearestNeighborDefense, *, sizes: bool = True, seed: int = 0) -> list[Subject]:
-    """The bare classifier, the defence, its other weightings and, with ``sizes``, smaller databases."""
-    found = [bare_subject(defense.classifier), _subject(DEFENDED, "calibrated", defense)]
+def subjects_of(
+    defense: NearestNeighborDefense,
+    *,
+    sizes: bool = True,
+    seed: int = 0,
+    informed: bool = False,
+    pictures: ImageDataset | None = None,
+) -> list[Subject]:
+    """The bare classifier, the defence, its other weightings and, with ``sizes``, smaller databases.
+
+    With ``informed`` the defence has what attackers need who know it; where the ``pictures`` of its database are at
+    hand, attacks also start on the way to them.
+    """
+    known = known_of(defense, defense.classifier, images=pictures) if informed else {}
+    found = [bare_subject(defense.classifier), replace(_subject(DEFENDED, "calibrated", defense), **known)]
     return found + _weightings(defense) + (_sizes(defense, seed) if sizes else [])
+
+
+def known_of(
+    model: nn.Module, classifier: Classifier, *, images: ImageDataset | None = None, draws: int | None = None
+) -> dict[str, Any]:
+    """What attackers who know a defence are given of it: ``white`` and ``surface`` of its :class:`Subject`.
+
+    The gradient is that of its ``attack_model()``, else of its relaxed ``surface()``, else its own, where that reaches
+    the pixels.
+
+    Args:
+        model: the defence; its methods are given those of the other arguments that they take.
+        classifier: that is defended.
+        images: those of the rows that it retrieves.
+        draws: to average at every step, where it is random.
+    """
+    methods = (getattr(model, name, None) for name in ("surface", "attack_model"))
+    show, follow = (method if callable(method) else None for method in methods)
+    surface = show(**taken(show, {"images": images})) if show else None
+    if follow:
+        white = follow(**taken(follow, {"draws": draws}))
+    elif surface is not None and surface.rows is not None:
+        white = RelaxedDefense(surface)
+    else:
+        white = model if _has_gradient(model, classifier) else None
+    return {"white": white, "surface": surface}
+
+
+def _has_gradient(model: nn.Module, classifier: Classifier) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand((1, *classifier.input_shape), generator=generator).to(classifier.device).requires_grad_()
+    with torch.enable_grad():
+        scores = model(image)
+        if not scores.requires_grad:
+            return False
+        found = torch.autograd.grad(scores[0, 0] - scores[0, 1:].mean(), image, allow_unused=True)[0]
+    return found is not None and bool((found != 0).any())
+
+
+def threats_of(
+    models: Sequence[str], subjects: Sequence[Subject], classifier: Classifier, surrogate: Classifier | None
+) -> list[ThreatModel]:
+    """Whom to attack: for each threat model the one net that all subjects share, or what each subject shows of itself.
+
+    Args:
+        models: names of threat models, in the order in which they are run.
+        subjects: what is measured; one without ``white`` or ``surface`` is not attacked by who knows it.
+        classifier: that is defended.
+        surrogate: of the black-box attacker.
+
+    Raises:
+        InputError: a black box without a surrogate.
+    """
+    found = []
+    for name in models:
+        if name == "gray":
+            found.append(ThreatModel(name, classifier, knowledge=Knowledge.GRAY.value))
+        if name == "black":
+            if surrogate is None:
+                raise InputError("a black-box attack needs a surrogate: give one, or leave the attack out")
+            found.append(ThreatModel(name, surrogate, surrogate.fingerprint))
+    for subject in subjects:
+        targets = {"white": subject.white, "adaptive": subject.surface}
+        found += [
+            ThreatModel(name, targets[name], knowledge=Knowledge.WHITE.value, subject=subject.name)
+            for name in models
+            if targets.get(name) is not None
+        ]
+    return found
 
 
 def layer_subject(defense: NearestNeighborDefense) -> Subject:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from nndefense import recipes
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.defenses.stored import open_stored, stored_calibration
+from nndefense.errors import InputError
 from nndefense.evaluation import Recipe, Subject, assemble, run, write_report
+from nndefense.evaluation.ladder import BARE, DEFENDED
 from nndefense.files import make_folder, write_json
 from nndefense.models import Classifier
-from nndefense.pipeline.checks import check_not_calibrated_on, check_not_in_database, check_surrogate
+from nndefense.pipeline import defenses
+from nndefense.pipeline.checks import (
+    check_disjoint,
+    check_not_calibrated_on,
+    check_not_in_database,
+    check_surrogate,
+)
+from nndefense.pipeline.making import make_defense, subject_of
+from nndefense.pipeline.materials import Materials, MaterialSettings
 from nndefense.pipeline.opening import drawn, neighbor_pictures, open_classifier, open_datasets
 
 
@@ -50,6 +61,7 @@ def evaluate(
     device: str = "auto",
     progress: bool = True,
     command: str = "",
+    say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
     """Evaluate what a recipe names: clean accuracy, and accuracy under each of its attacks.
 
@@ -57,11 +69,13 @@ def evaluate(
 
     Args:
         recipe: names of all that is needed.
-        out: folder for ``results.json``, ``report.html`` and finished cells, which are not run again.
+        out: folder for ``results.json``, ``report.html``, and what is not made again: finished cells, and in ``made``
+            the nets and databases of defences.
         data_dir: the folder of the data sets.
         device: where the nets run.
         progress: whether to show a bar.
         command: recorded.
+        say: called with a line for people before everything that takes long.
 
     Returns:
         The results, as in ``results.json``.
@@ -69,13 +83,29 @@ def evaluate(
     Raises:
         NNDefenseError: something cannot be opened, or does not fit together.
     """
-    opened = open_recipe(recipe, data_dir=data_dir, device=device)
+    opened = open_recipe(recipe, Path(out), data_dir=data_dir, device=device, progress=progress, say=say)
     return measure(recipe, opened, Path(out), progress=progress, command=command)
 
 
-def open_recipe(recipe: Recipe, *, data_dir: Path | None = None, device: str = "auto") -> Opened:
-    """Open what a recipe names, and check that it fits together; arguments and errors as for :func:`evaluate`."""
+def open_recipe(
+    recipe: Recipe,
+    out: Path,
+    *,
+    data_dir: Path | None = None,
+    device: str = "auto",
+    progress: bool = True,
+    say: Callable[[str], object] = lambda text: None,
+) -> Opened:
+    """Open what a recipe names, make its defences, and check that all fits together; arguments and errors as for
+    :func:`evaluate`.
+    """
     folder = Path(recipe.database) if recipe.database else None
+    wanted = [defenses.get(name) for name in recipe.defenses if name != BARE]
+    for defense in wanted:
+        if defense.images and not recipe.train_set:
+            raise InputError(f"the defence {defense.name} is made of training images: name them by --train-set")
+        if defense.name == DEFENDED and folder is not None:
+            raise InputError(f"the database is that of {DEFENDED} already: leave out one of the two")
 
     def load(source: str) -> Classifier:
         return open_classifier(
@@ -91,17 +121,53 @@ def open_recipe(recipe: Recipe, *, data_dir: Path | None = None, device: str = "
     classifier = load(recipe.classifier)
     surrogate = load(recipe.surrogate) if recipe.surrogate else None
     dataset = open_datasets([recipe.dataset], data_dir=data_dir, like=classifier)
-    defense = calibration = pictures = None
+    check_surrogate(surrogate, classifier)
+    opened = Opened(drawn(dataset, recipe.limit, recipe.seed), classifier, surrogate=surrogate)
     if folder is not None:
         stored = open_stored(folder, classifier, k=recipe.k, weighting=recipe.weighting)
-        calibration = stored.calibration
-        defense = NearestNeighborDefense(classifier, stored.database, stored.k, stored.weighting)
+        ours = NearestNeighborDefense(classifier, stored.database, stored.k, stored.weighting)
         pictures = neighbor_pictures(stored.database, data_dir, classifier)
-        check_not_in_database(dataset, defense, pictures)
-        check_not_calibrated_on(dataset, calibration, folder)
-    check_surrogate(surrogate, classifier)
-    dataset = drawn(dataset, recipe.limit, recipe.seed)
-    return Opened(dataset, classifier, defense, surrogate, calibration, pictures)
+        check_not_in_database(dataset, ours, pictures)
+        check_not_calibrated_on(dataset, stored.calibration, folder)
+        opened = replace(opened, defense=ours, calibration=stored.calibration, pictures=pictures)
+    if not wanted:
+        return opened
+    train = open_datasets(recipe.train_set, data_dir=data_dir, like=classifier) if recipe.train_set else None
+    if train is not None:
+        check_disjoint(dataset, train)
+    shared = {"norm": recipe.headline_norm, "headline": recipe.headline_eps, "batch_size": recipe.batch_size}
+    materials = Materials(
+        recipes.build(MaterialSettings, {**shared, **recipe.materials}, "materials"),
+        train,
+        out / "made",
+        classifier.device,
+        recipe.seed,
+        given=classifier,
+        specs=recipe.train_set,
+        say=say,
+        progress=progress,
+    )
+    return _with_defenses(opened, wanted, materials, {rung.threat_model for rung in recipe.rungs})
+
+
+def _with_defenses(
+    opened: Opened, wanted: Sequence[defenses.Defense], materials: Materials, models: set[str]
+) -> Opened:
+    """Make the defences; a nearest-neighbour defence takes the place of the one over a database."""
+    others = []
+    for defense in wanted:
+        made = make_defense(defense, materials)
+        if isinstance(made.model, NearestNeighborDefense) and defense.name == DEFENDED:
+            opened = replace(
+                opened,
+                defense=made.model,
+                calibration=materials.chosen(made.facts["pooling"]).calibration,
+                pictures=materials.rows,
+            )
+            continue
+        name = defenses.defense_name(defense.name)
+        others.append(subject_of(made, name, "defense", materials, informed=bool(models & {"white", "adaptive"})))
+    return replace(opened, others=others)
 
 
 def measure(recipe: Recipe, opened: Opened, out: Path, *, progress: bool = True, command: str = "") -> dict[str, Any]:

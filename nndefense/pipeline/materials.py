@@ -72,7 +72,8 @@ class Materials:
 
     Attributes:
         scope: how much is made.
-        train: labelled images; they fill databases, train nets and give patches. None of them is reported.
+        train: labelled images; they fill databases, train nets and give patches. None of them is reported. None: there
+            are none, and only defences can be made that need none.
         out: folder of what is made.
         device: where to compute.
         seed: of everything drawn.
@@ -84,7 +85,7 @@ class Materials:
     """
 
     scope: MaterialSettings
-    train: ImageDataset
+    train: ImageDataset | None
     out: Path
     device: torch.device
     seed: int = 0
@@ -95,24 +96,28 @@ class Materials:
     progress: bool = True
     _choices: dict[str, Chosen] = field(default_factory=dict)
 
-    @cached_property
+    @property
     def held(self) -> ImageDataset:
         """Images to calibrate on: they train nothing and stand in no database."""
-        return self.train.subset(self._order[: self.scope.holdout])
+        return self._halves[1]
 
-    @cached_property
+    @property
     def rows(self) -> ImageDataset:
         """The training images without those to calibrate on."""
-        return self.train.subset(np.sort(self._order[self.scope.holdout :]))
+        return self._halves[0]
 
     @cached_property
-    def _order(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        if len(self.train) < 2 * self.scope.holdout:
+    def _halves(self) -> tuple[ImageDataset, ImageDataset]:
+        train, count = self.train, self.scope.holdout
+        if train is None:
+            raise InputError("a defence of these is made of training images: name them by --train-set")
+        if len(train) < 2 * count:
             raise InputError(
-                f"{self.train.name} has {len(self.train):,} images, but {self.scope.holdout} are to be held out to "
-                "calibrate on: lower holdout, or give more images"
+                f"{train.name} has {len(train):,} images, but {count} are to be held out to calibrate on: lower "
+                "holdout, or give more images"
             )
-        return np.random.default_rng(self.seed).permutation(len(self.train))
+        order = np.random.default_rng(self.seed).permutation(len(train))
+        return train.subset(np.sort(order[count:])), train.subset(order[:count])
 
     @cached_property
     def classifier(self) -> Classifier:
@@ -140,7 +145,7 @@ class Materials:
             **options: more arguments of the training, such as its objective.
         """
         if "arch" not in settings:
-            raise InputError(f"{self.train.name} has no settings to train a net with: give --classifier")
+            raise InputError(f"{self.rows.name} has no settings to train a net with: give --classifier")
         chosen = {"lr": 2e-3, **settings, "seed": seed, **options}
         net = build_classifier(
             str(chosen.pop("arch")), input_shape=self.rows.shape, classes=self.rows.classes, seed=seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,17 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from nndefense.attacks.registry import attack_name
-from nndefense.evaluation.ladder import BARE, DEFENDED
-from nndefense.evaluation.report.records import Record, Results, at_headline, lowest, records_of, under_attack
+from nndefense.evaluation.report.records import (
+    BARE,
+    DEFENDED,
+    Record,
+    Results,
+    at_headline,
+    lowest,
+    other_defenses,
+    records_of,
+    under_attack,
+)
 from nndefense.reporting import Cell, Table, charts, figure, folded, section
 from nndefense.reporting.ticks import log_ticks, nice_ticks
 from nndefense.reporting.wording import BLANK, count_text, interval, norm_name, number, percent, raw_budget
@@ -25,7 +35,7 @@ _DASHES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a figure: ``defense`` (``"bare"`` or ``"defended"``) picks the colour, ``threat_model`` the dashes.
+    """A line of a figure: ``defense`` (``"bare"``, ``"defended"`` or a name) picks the colour, ``threat_model`` dashes.
 
     Its points are records by their place on the axis, ascending; a ``reference`` is a level drawn across the figure.
     """
@@ -41,14 +51,15 @@ class Line:
         return f"{self.defense}, {self.threat_model}"
 
 
-def accuracy_vs_eps(results: Results, *, uid: str = "eps") -> str:
+def accuracy_vs_eps(results: Results, *, others: bool = False, uid: str = "eps") -> str:
     """Inline SVG of accuracy against the budget of the headline attack; ``""`` when no attack was measured.
 
     Args:
         results: a ``results.json`` as a dict.
+        others: one line for each defence, and not one for each attacker of the defence over the database.
         uid: start of the ids in the markup; give another one to show the figure twice in a page.
     """
-    lines = eps_lines(results)
+    lines = defense_lines(results) if others else eps_lines(results)
     largest = max((x for line in lines for x in line.points), default=0.0)
     if largest <= 0:
         return ""
@@ -120,9 +131,11 @@ def _chart(
     axes.text(-0.075, 1.05, "accuracy, %", transform=axes.transAxes, fontsize=12)
     ends = [list(line.points.items())[-1] for line in lines]
     places = charts.spread([100 * float(record["accuracy"]) for _, record in ends], gap=13.5, low=4, high=96)
+    named = dict.fromkeys(line.defense for line in lines if line.defense not in _COLORS)
+    colors = {**_COLORS, **dict(zip(named, itertools.cycle(charts.COLOURS), strict=False))}
     tips = {}
     for line, (end, record), place in zip(lines, ends, places, strict=True):
-        color, xs = _COLORS[line.defense], list(line.points)
+        color, xs = colors[line.defense], list(line.points)
         ys, low, high = ([100 * one[key] for one in line.points.values()] for key in ("accuracy", "ci_low", "ci_high"))
         alpha, width = (0.45 if line.threat_model == "worst" else 1), (1.25 if line.reference else 2)
         axes.plot(xs, ys, color=color, linestyle=_DASHES[line.threat_model], alpha=alpha, linewidth=width, zorder=3)
@@ -174,6 +187,24 @@ def eps_lines(results: Results) -> list[Line]:
             if points:
                 lines.append(Line(label, threat_model, points if clean is None else {0.0: clean, **points}))
     return lines
+
+
+def defense_lines(results: Results) -> list[Line]:
+    """Accuracy against budget for every defence, in the worst case where there is one, else under the gray box.
+
+    Returns:
+        no line at all where no defence but the one over the database was measured.
+    """
+    others = other_defenses(results)
+    lines = []
+    for defense, label in ((BARE, "bare"), (DEFENDED, "defended"), *((name, name) for name in others)):
+        clean = at_headline(results, defense, "clean")
+        for threat_model in ("worst", "gray"):
+            points = _worst_by(under_attack(results, defense, threat_model), "eps")
+            if points:
+                lines.append(Line(label, threat_model, points if clean is None else {0.0: clean, **points}))
+                break
+    return lines if others else []
 
 
 def rows_lines(results: Results) -> list[Line]:
@@ -237,7 +268,18 @@ def figure_section(results: Results) -> str:
         "Not drawn: the database was run at one size only.",
         _points_table(rows_lines(results), "images in the database", number),
     )
-    return section("How it changes", f'<div class="figures">\n{by_eps}\n{by_rows}\n</div>', "figures")
+    drawn = [by_eps, by_rows]
+    if lines := defense_lines(results):
+        drawn.append(
+            _figure(
+                "Every defence as the attack grows",
+                "The worst case over all attacks; gray box where nobody who knows it attacked a defence.",
+                accuracy_vs_eps(results, others=True, uid="defenses"),
+                "",
+                _points_table(lines, "budget ε", budget),
+            )
+        )
+    return section("How it changes", '<div class="figures">\n' + "\n".join(drawn) + "\n</div>", "figures")
 
 
 def _figure(title: str, caption: str, svg: str, absent: str, table: str) -> str:

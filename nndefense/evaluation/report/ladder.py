@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nndefense.attacks.registry import attack_name
-from nndefense.evaluation.ladder import BARE, DEFENDED, RUNGS
-from nndefense.evaluation.report.records import Record, Results, all_at_headline, at_headline
+from nndefense.evaluation.ladder import RUNGS
+from nndefense.evaluation.report.records import BARE, DEFENDED, Record, Results, at_headline, other_defenses, records_of
 from nndefense.reporting import Cell, Table, section
 from nndefense.reporting.wording import BLANK, budget, escape, interval, p_text, percent, percent_in
 
@@ -93,7 +94,25 @@ def ladder_section(results: Results) -> str:
     )
     said = obscurity(results)
     note = f'<p class="obscurity"><strong>{escape(said)}</strong></p>\n' if said else ""
-    return section("What it holds against whom", note + table.html("plain ladder", caption), "ladder")
+    return section(
+        "What it holds against whom", note + table.html("plain ladder", caption) + _every_defense(results), "ladder"
+    )
+
+
+def _every_defense(results: Results) -> str:
+    """What every defence holds against whom, where there is more than the one over the database."""
+    names = {BARE: "no defence", DEFENDED: "nearest neighbours"} | {name: name for name in other_defenses(results)}
+    if len(names) == 2:
+        return ""
+    cells = {(name, rung): at_headline(results, name, rung, any_attack=True) for name in names for rung in RUNGS}
+    rungs = [rung for rung in RUNGS if any(cells[name, rung] for name in names)]
+    rows: list[tuple[str | Cell, ...]] = [
+        (label, *(_accuracy(cells[name, rung], "not run") for rung in rungs))
+        for name, label in names.items()
+        if any(cells[name, rung] for rung in rungs)
+    ]
+    caption = "Every defence at the same budget; who knows a defence attacks it, and not another."
+    return "\n" + Table(("", *rungs), tuple(rows)).html("plain defenses", caption)
 
 
 def _row(results: Results, rung: LadderRow) -> tuple[str | Cell, ...]:
@@ -125,7 +144,15 @@ def _attacks(results: Results, threat_model: str) -> str:
     """The attacks that were tried at the headline budget, the strongest first."""
     if threat_model in ("clean", "worst"):
         return ""
-    found = all_at_headline(results, DEFENDED, threat_model, any_attack=True)
+    headline = results["headline"]
+    found = [
+        record
+        for record in records_of(results)
+        if record["threat_model"] == threat_model
+        and record["defense"] == DEFENDED
+        and record["norm"] == headline["norm"]
+        and math.isclose(record["eps"], headline["eps"], rel_tol=1e-6)
+    ]
     found.sort(key=lambda record: float(record["accuracy"]))
     return ", ".join(
         attack_name(str(record["attack"])) + (f" ({percent(record['accuracy'])})" if len(found) > 1 else "")

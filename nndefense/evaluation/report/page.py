@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from nndefense.errors import InputError
-from nndefense.evaluation.ladder import BARE, DEFENDED
 from nndefense.evaluation.report.calibration import calibration_section
 from nndefense.evaluation.report.figures import figure_section
 from nndefense.evaluation.report.gallery import GalleryRow, gallery_section
 from nndefense.evaluation.report.ladder import ladder_section, obscurity
 from nndefense.evaluation.report.limits import limits_section
-from nndefense.evaluation.report.records import Results, at_headline
+from nndefense.evaluation.report.records import BARE, DEFENDED, Results, at_headline
 from nndefense.evaluation.report.run import audit_section, records_section, run_section
 from nndefense.evaluation.report.table import table_section
 from nndefense.evaluation.report.verdict import verdict, verdict_parts

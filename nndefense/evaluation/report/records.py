@@ -6,7 +6,22 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nndefense.evaluation.ladder import BARE, DEFENDED
 from nndefense.reporting.wording import number, raw_budget, weighting_name
+
+__all__ = [
+    "BARE",
+    "DEFENDED",
+    "Record",
+    "Results",
+    "at_headline",
+    "headline_raw",
+    "lowest",
+    "other_defenses",
+    "records_of",
+    "settings_text",
+    "under_attack",
+]
 
 Results = Mapping[str, Any]  # results.json as a dict
 Record = Mapping[str, Any]  # one of its records
@@ -19,6 +34,11 @@ def records_of(results: Results) -> list[Record]:
     if len({record.get("dataset") for record in records}) > 1:
         records = [record for record in records if record.get("dataset") == name] or records
     return records
+
+
+def other_defenses(results: Results) -> list[str]:
+    """The defences that were measured beside the one over the database and its variants."""
+    return list(dict.fromkeys(str(r["defense"]) for r in records_of(results) if r.get("variant") == "defense"))
 
 
 def lowest(records: Sequence[Record]) -> Record:
@@ -47,16 +67,12 @@ def under_attack(results: Results, defense: str, threat_model: str, *, any_attac
     return sorted(found, key=lambda record: float(record["eps"]))
 
 
-def all_at_headline(results: Results, defense: str, threat_model: str, *, any_attack: bool = False) -> list[Record]:
-    """Those of :func:`under_attack` at the headline budget; of clean images, all."""
-    found = under_attack(results, defense, threat_model, any_attack=any_attack)
-    eps = results["headline"]["eps"]
-    return [one for one in found if threat_model == "clean" or math.isclose(one["eps"], eps, rel_tol=1e-6)]
-
-
 def at_headline(results: Results, defense: str, threat_model: str, *, any_attack: bool = False) -> Record | None:
     """The record for a cell of a table: clean, or the (headline) attack at the headline budget; the lowest counts."""
-    found = all_at_headline(results, defense, threat_model, any_attack=any_attack)
+    found = under_attack(results, defense, threat_model, any_attack=any_attack)
+    if threat_model != "clean":
+        eps = results["headline"]["eps"]
+        found = [record for record in found if math.isclose(record["eps"], eps, rel_tol=1e-6)]
     return lowest(found) if found else None
 
 

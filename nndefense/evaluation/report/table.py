@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nndefense.attacks.registry import attack_name
-from nndefense.evaluation.ladder import BARE, DEFENDED
 from nndefense.evaluation.report.records import (
+    BARE,
+    DEFENDED,
     Results,
     at_headline,
     headline_raw,
@@ -110,6 +111,7 @@ def table_section(results: Results) -> str:
         "layer": "Other features",
         "rows": "Other database sizes",
         "k": "Other numbers of neighbours",
+        "defense": "Other defences",
     }
     lines: list[tuple[str | Cell, ...]] = []
     kinds, group = [], ""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from nndefense.attacks.registry import attack_name
-from nndefense.evaluation.ladder import BARE, DEFENDED
 from nndefense.evaluation.report.ladder import informed_record
-from nndefense.evaluation.report.records import Results, at_headline
+from nndefense.evaluation.report.records import BARE, DEFENDED, Results, at_headline
 from nndefense.reporting.wording import budget, number, percent
 
 
