@@ -63,13 +63,28 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, json_text(value).encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write a file atomically."""
 
     def write(part: Path) -> None:
         part.write_bytes(content)
 
     write_atomically(path, write)
+
+
+def write_part(path: Path, content: bytes | memoryview) -> None:
+    """Write, as :func:`write_bytes`, one of the files after which a job that was stopped can go on.
+
+    Raises:
+        DataError: the disk is full, or the place cannot be written.
+    """
+    try:
+        write_bytes(path, content)
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path} ({error.strerror or error}): free some space and run the same again, which goes on "
+            "from here"
+        ) from error
 
 
 def sha256_of(path: Path) -> str:

@@ -299,11 +299,11 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             write_attacked_images(source, dataset, STEP, tmp_path, progress=False)
 
     def full(part: Path, data: memoryview) -> None:
-        part.write_bytes(data[:100])
+        part.write_text("some of it")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(attacked_images, "_write", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(DataError, match=r"No space left on device\): free some space and run the same again"):
             write_attacked_images(source, dataset, STEP, tmp_path, progress=False)
     assert len(write_attacked_images(source, dataset, STEP, tmp_path, progress=False)) == len(dataset)
@@ -317,14 +317,14 @@ def test_another_job_with_the_same_sources(tmp_path: Path, monkeypatch: pytest.M
     small_shards(monkeypatch)
     source, dataset = taught(1), few()
     whole = everything(write_attacked_images(source, dataset, STEP, tmp_path / "a", progress=False))
-    write = attacked_images._write
+    write = Path.write_bytes
 
     def overtaken(part: Path, data: memoryview) -> None:
-        monkeypatch.setattr(attacked_images, "_write", write)
+        monkeypatch.setattr(Path, "write_bytes", write)
         part.write_bytes(data)
         write_attacked_images(source, dataset, STEP, tmp_path / "b", progress=False)
 
-    monkeypatch.setattr(attacked_images, "_write", overtaken)
+    monkeypatch.setattr(Path, "write_bytes", overtaken)
     assert torch.equal(everything(write_attacked_images(source, dataset, STEP, tmp_path / "b", progress=False)), whole)
     (folder,) = (tmp_path / "b").iterdir()
     assert len(list(folder.iterdir())) == 8

@@ -28,7 +28,7 @@ from nndefense.datasets.base import pool_identity
 from nndefense.datasets.ids import PackedIds
 from nndefense.errors import DatabaseError, DataError, InputError, ModelError, NNDefenseError
 from nndefense.models import Classifier, save_classifier
-from nndefense.training import pseudo_job, train_classifier
+from nndefense.training import train_classifier
 from nndefense.training.labellers import Combined, Guess, Retrieval, Teacher
 from nndefense.training.pools import complement
 from nndefense.training.pseudo_job import write_pseudo_labels
@@ -374,11 +374,15 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 
 
 def test_a_full_disk(split: tuple[ImageDataset, ImageDataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    write = Path.write_bytes
+
+    def full(part: Path, data: bytes) -> int:
+        if part.name.startswith("job.json"):
+            return write(part, data)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pseudo_job, "_write", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(DataError, match=r"No space left .* goes on from here"):
             write_pseudo_labels(Teacher(trained()), split[1], tmp_path / "p.h5", progress=False)
     with monkeypatch.context() as patch:

@@ -15,8 +15,7 @@ from torch import Tensor
 from nndefense.datasets.arrays import ArrayDataset
 from nndefense.errors import InputError
 from nndefense.training import TrainingSettings
-from nndefense.training.augmentation import flipped, shifted
-from nndefense.training.batches import DeviceImages, EpochBatches, StepShare
+from nndefense.training.batches import DeviceImages, EpochBatches, StepShare, drawn_flip, drawn_shift
 from nndefense.training.launcher import Team
 from nndefense.training.random_state import kept
 
@@ -214,7 +213,7 @@ def test_shifts_are_whole_pixels_up_to_an_eighth() -> None:
     torch.manual_seed(0)
     images = torch.zeros(200, 2, 16, 24)
     images[:, :, 8, 12] = 1
-    moved = shifted(images)
+    moved = drawn_shift(images)(images)
     assert moved.shape == images.shape
     assert moved.sum() == 400
     places = moved[:, 0].flatten(1).argmax(1)
@@ -222,13 +221,14 @@ def test_shifts_are_whole_pixels_up_to_an_eighth() -> None:
     assert sorted(set((down - 8).tolist())) == [-2, -1, 0, 1, 2]
     assert sorted(set((right - 12).tolist())) == [-3, -2, -1, 0, 1, 2, 3]
     assert torch.equal(moved[:, 0], moved[:, 1])
-    assert torch.equal(shifted(images[:, :, :4, :4]), images[:, :, :4, :4])
+    small = images[:, :, :4, :4]
+    assert torch.equal(drawn_shift(small)(small), small)
 
 
 def test_flips() -> None:
     torch.manual_seed(0)
     images = torch.rand(200, 3, 4, 5)
-    result = flipped(images)
+    result = drawn_flip(images)(images)
     same = (result == images).flatten(1).all(1)
     mirrored = (result == images.flip(3)).flatten(1).all(1)
     assert bool((same ^ mirrored).all())

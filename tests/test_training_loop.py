@@ -29,8 +29,7 @@ from nndefense.training import (
 )
 from nndefense.training.ema import WeightAverage
 from nndefense.training.precision import Precision, unsafe
-from nndefense.training.schedule import learning_rate
-from nndefense.training.settings import SettingsOptions, make_settings, setting_defaults
+from nndefense.training.settings import SettingsOptions, learning_rate, make_settings, setting_defaults
 from nndefense.training.validation import CatastrophicOverfitting, collapsed, stronger
 
 CPU = torch.device("cpu")

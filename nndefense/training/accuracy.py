@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from nndefense.attacks.modes import attacked_in
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
 from nndefense.models import Classifier, resolve_device
@@ -33,15 +34,10 @@ def accuracy(
     target = classifier.device if device is None else resolve_device(device)
     classifier.to(target)
     numbers = classifier.label_map(dataset.classes).to(target)
-    training = classifier.training
-    classifier.eval()
     right = torch.zeros((), dtype=torch.int64, device=target)
-    try:
-        with torch.inference_mode():
-            for images, labels, _ in dataset.batches(batch_size):
-                right += (classifier(images.to(target)).argmax(1) == numbers[labels.to(target)]).sum()
-    finally:
-        classifier.train(training)
+    with attacked_in(classifier), torch.inference_mode():
+        for images, labels, _ in dataset.batches(batch_size):
+            right += (classifier(images.to(target)).argmax(1) == numbers[labels.to(target)]).sum()
     return int(right) / len(dataset)
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError
-from nndefense.files import PART, make_folder, read_json, write_atomically, write_json
+from nndefense.files import PART, make_folder, read_json, write_json, write_part
 from nndefense.models import Classifier
 from nndefense.training.inner_attack import InnerAttack
 from nndefense.training.random_state import kept, reseed
@@ -208,17 +208,12 @@ class _Plan:
         with h5py.File(buffer, "w") as file:
             file.create_dataset("images", data=images)
             file.attrs.update(key=self.key, sha256=hashlib.sha256(images.data).hexdigest())
-        path = self.path(number)
         try:
-            write_atomically(path, lambda part: _write(part, buffer.getbuffer()))
-        except OSError as error:
+            write_part(self.path(number), buffer.getbuffer())
+        except DataError as error:
             # Another job with the same sources, which was done first, took this one's file for a killed writer's.
-            if isinstance(error, FileNotFoundError) and self.shard(number) is not None:
-                return
-            raise DataError(
-                f"cannot write {path} ({error.strerror or error}): free some space and run the same again, which goes "
-                "on from here"
-            ) from error
+            if not isinstance(error.__cause__, FileNotFoundError) or self.shard(number) is None:
+                raise
 
     def finish(self) -> None:
         """Write the manifest, and remove what killed writers left."""
@@ -234,7 +229,3 @@ def _check_room(folder: Path, need: int) -> None:
             f"the attacked images take {need / 2**30:.1f} GiB in {folder}, where {free / 2**30:.1f} are free: choose "
             "another folder, or do without the cache"
         )
-
-
-def _write(part: Path, data: memoryview) -> None:
-    part.write_bytes(data)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
 from nndefense.training.attacked_images import AttackedImages
-from nndefense.training.augmentation import drawn_flip, drawn_shift
 from nndefense.training.batch import Batch
 from nndefense.training.launcher import Team
 from nndefense.training.random_state import generator, reseed
@@ -24,6 +24,9 @@ from nndefense.training.settings import TrainingSettings
 RESIDENT_BYTES = 2**30
 _READ_BATCH = 1024
 _LEVELS = 255
+
+# Shifts or mirrors a batch: drawn once, then applied to it and to whatever must move with it.
+Move = Callable[[Tensor], Tensor]
 
 
 class DeviceImages:
@@ -157,7 +160,8 @@ class EpochBatches:
         starts = iter(torch.tensor([len(rows) for step in own for rows in step]).cumsum(0).tolist())
         place = 0
         for step, (rows, shares, images) in enumerate(zip(steps, own, self._read(own), strict=True), start=first):
-            reseed(self.settings.seed, number, self._purpose(step), self.team.device)
+            purpose = f"step {step}" if self.team.leads else f"step {step} of process {self.team.rank}"
+            reseed(self.settings.seed, number, purpose, self.team.device)
             labels, parts, numbers = [], [], []
             for kind in range(len(shares)):
                 assert moved is not None
@@ -191,7 +195,7 @@ class EpochBatches:
         batch = Batch(images, torch.cat(labels) if mixed else labels[0], mask, numbers, others)
         return StepShare(batch, sum(map(len, rows)), len(rows[0]), own)
 
-    def _augmentation(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+    def _augmentation(self, images: Tensor) -> Move:
         """What is done to a batch, drawn once, so that the same can be done to its attacked images."""
         moves = [drawn_shift(images)] if self.settings.augment else []
         if self.settings.flip:
@@ -204,14 +208,11 @@ class EpochBatches:
 
         return move
 
-    def _attacked(self, rows: Tensor, move: Callable[[Tensor], Tensor], number: int) -> Tensor:
+    def _attacked(self, rows: Tensor, move: Move, number: int) -> Tensor:
         return move(self.others[number].read(rows).to(self.team.device))
 
     def _mask(self, labelled: int, images: int) -> Tensor:
         return torch.arange(images, device=self.team.device) < labelled
-
-    def _purpose(self, step: int) -> str:
-        return f"step {step}" if self.team.leads else f"step {step} of process {self.team.rank}"
 
     def _labelled_rows(self, number: int) -> list[Tensor]:
         if self.settings.steps_per_epoch:
@@ -252,6 +253,37 @@ class EpochBatches:
                 found = coming.result()
                 coming = pool.submit(fetch, following) if following is not None else None
                 yield found
+
+
+def drawn_shift(images: Tensor) -> Move:
+    """Draw a shift by whole pixels for each image of n x C x H x W, up to 1/8 of the side each way.
+
+    Drawn from torch's default generator of the images' device.
+
+    Returns:
+        A function that shifts any batch n x C x H x W on that device alike, filling with black.
+    """
+    n, channels, height, width = images.shape
+    device = images.device
+    down, right = height // 8, width // 8
+    tops = torch.randint(2 * down + 1, (n, 1), device=device)
+    lefts = torch.randint(2 * right + 1, (n, 1), device=device)
+    rows = tops + torch.arange(height, device=device)
+    columns = lefts + torch.arange(width, device=device)
+    item = torch.arange(n, device=device)[:, None, None, None]
+    channel = torch.arange(channels, device=device)[None, :, None, None]
+
+    def shift(batch: Tensor) -> Tensor:
+        padded = F.pad(batch, (right, right, down, down))
+        return padded[item, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+    return shift
+
+
+def drawn_flip(images: Tensor) -> Move:
+    """Draw with probability 1/2 for each image whether it is mirrored left to right; as :func:`drawn_shift`."""
+    mirror = torch.rand(len(images), device=images.device) < 0.5
+    return lambda batch: torch.where(mirror[:, None, None, None], batch.flip(3), batch)
 
 
 def _resident(dataset: ImageDataset, device: torch.device, limit: int) -> Tensor | None:

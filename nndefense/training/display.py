@@ -15,7 +15,6 @@ from nndefense.training.state import HistoryRow
 
 # Reading figures makes a GPU wait for its queue, so they are looked at this often, in seconds.
 LOOK_SECONDS = 0.5
-_TENSORBOARD = "tensorboard"
 
 
 class Display:
@@ -30,12 +29,8 @@ class Display:
     """
 
     def __init__(self, epochs: int, steps: int, images: int, done: int, *, shown: bool) -> None:
-        self.epochs = epochs
-        self.steps = steps
-        self.images = images
-        self.shown = shown
-        self._first = done
-        self._started = time.perf_counter()
+        self.epochs, self.steps, self.images, self.shown = epochs, steps, images, shown
+        self._first, self._started = done, time.perf_counter()
 
     def bar(self, epoch: int, done: int) -> Any:
         """A bar for an epoch of which ``done`` images are done."""
@@ -95,9 +90,9 @@ class Curves:
     """
 
     def __init__(self, folder: Path, first: int) -> None:
-        check_tensorboard()
-        module = importlib.import_module("torch.utils.tensorboard")
-        self._writer = module.SummaryWriter(str(folder / _TENSORBOARD), purge_step=first + 1 if first else None)
+        writer = tensorboard_module().SummaryWriter
+        self._writer = writer(str(folder / "tensorboard"), purge_step=first + 1 if first else None)
+        self.close = self._writer.close
 
     def add(self, step: int, values: dict[str, Any], group: str) -> None:
         """Add a point to the curve ``group/name`` of every number."""
@@ -105,14 +100,10 @@ class Curves:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self._writer.add_scalar(f"{group}/{name}", value, step)
 
-    def close(self) -> None:
-        """Write what is not written yet."""
-        self._writer.close()
 
-
-def check_tensorboard() -> None:
-    """Raise :class:`InputError` unless TensorBoard can be used."""
+def tensorboard_module() -> Any:
+    """PyTorch's module for TensorBoard; raises :class:`InputError` unless that can be used."""
     try:
-        importlib.import_module("torch.utils.tensorboard")
+        return importlib.import_module("torch.utils.tensorboard")
     except ImportError:
         raise InputError("TensorBoard is not installed: pip install 'nndefense[train]'") from None

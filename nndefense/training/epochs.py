@@ -17,7 +17,7 @@ from nndefense.training.batches import EpochBatches
 from nndefense.training.display import LOOK_SECONDS, Curves, Display
 from nndefense.training.progress import BEST, TrainingFolder
 from nndefense.training.random_state import kept
-from nndefense.training.schedule import learning_rate
+from nndefense.training.settings import learning_rate
 from nndefense.training.state import HistoryRow, Standing, Sums
 from nndefense.training.step import Stepper
 from nndefense.training.validation import CatastrophicOverfitting, ValidationChecks, collapsed

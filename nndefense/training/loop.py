@@ -19,14 +19,14 @@ from nndefense.models.checkpoint import check_savable
 from nndefense.training.accuracy import check_labels
 from nndefense.training.batch import Attack, Objective
 from nndefense.training.batches import EpochBatches
-from nndefense.training.display import Curves, check_tensorboard
+from nndefense.training.display import Curves, tensorboard_module
 from nndefense.training.ensemble_attack import EnsembleAttack
 from nndefense.training.epochs import Checkpoints, TrainingRun, fastest_convolutions
 from nndefense.training.identity import check_same, described, described_attack, form, identity_of
 from nndefense.training.launcher import Team, join
 from nndefense.training.objectives import find_spec, make_objective
 from nndefense.training.progress import TrainingFolder
-from nndefense.training.settings import SettingsOptions, TrainingSettings, make_settings, whole
+from nndefense.training.settings import SettingsOptions, TrainingSettings, check_whole, make_settings
 from nndefense.training.state import HistoryRow
 from nndefense.training.step import Stepper
 from nndefense.training.validation import ValidationChecks
@@ -102,7 +102,7 @@ def train_classifier(
     _check_parts(classifier, dataset, loss, attack, unlabelled, validation, validation_attack, chosen)
     checkpoints = _checkpoints(checkpoint_steps, checkpoint_seconds)
     if tensorboard:
-        check_tensorboard()
+        tensorboard_module()
         if out is None:
             raise InputError("without a folder there is no place for TensorBoard's curves: give --out")
     labels = classifier.label_map(dataset.classes)[torch.from_numpy(dataset.labels)]
@@ -224,8 +224,8 @@ def _check_parts(
 
 
 def _checkpoints(steps: int | None, seconds: float | None) -> Checkpoints:
-    if steps is not None and not (whole(steps) and steps >= 1):
-        raise InputError(f"the number of steps between checkpoints must be a whole number from 1 up, not {steps}")
+    if steps is not None:
+        check_whole("number of steps between checkpoints", steps)
     if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
         raise InputError(f"the seconds between checkpoints must be above 0, not {seconds}")
     return Checkpoints(steps, seconds)

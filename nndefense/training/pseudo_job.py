@@ -18,7 +18,7 @@ from nndefense.database.near_images import NearSearch
 from nndefense.datasets import ImageDataset
 from nndefense.datasets.base import pool_identity
 from nndefense.errors import DataError, InputError
-from nndefense.files import PART, make_folder, read_json, write_atomically, write_json
+from nndefense.files import PART, make_folder, read_json, write_json, write_part
 from nndefense.images import check_images, shape_text
 from nndefense.training.labellers import Guess, Labeller
 from nndefense.training.pools import without_labels
@@ -173,14 +173,7 @@ class _Parts:
         """Keep a part."""
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **columns)
-        path = self._path(number)
-        try:
-            write_atomically(path, lambda part: _write(part, buffer.getbuffer()))
-        except OSError as error:
-            raise DataError(
-                f"cannot write {path} ({error.strerror or error}): free some space and run the same again, which goes "
-                "on from here"
-            ) from error
+        write_part(self._path(number), buffer.getbuffer())
 
     def read(self) -> Iterator[dict[str, Array]]:
         """All parts in order."""
@@ -201,10 +194,6 @@ class _Parts:
     def _load(self, number: int) -> dict[str, Array]:
         with np.load(self._path(number), allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-
-
-def _write(path: Path, data: memoryview) -> None:
-    path.write_bytes(data)
 
 
 def _check_same(old: Any, new: dict[str, Any], place: Path) -> None:

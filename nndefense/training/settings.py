@@ -149,7 +149,6 @@ class TrainingSettings:
             object.__setattr__(self, "keep_best", True)
 
     def _check_numbers(self) -> None:
-        optional = {"steps_per_epoch", "unlabelled_per_batch", "patience"}
         for name, text in (
             ("epochs", "number of epochs"),
             ("batch_size", "batch size"),
@@ -160,10 +159,9 @@ class TrainingSettings:
             ("check_images", "number of images of a check"),
         ):
             value = getattr(self, name)
-            if not (value is None and name in optional) and not (whole(value) and value >= 1):
-                raise InputError(f"the {text} must be a whole number from 1 up, not {value}")
-        if not whole(self.seed) or self.seed < 0:
-            raise InputError(f"the seed must be a whole number from 0 up, not {self.seed}")
+            if value is not None or name not in ("steps_per_epoch", "unlabelled_per_batch", "patience"):
+                check_whole(text, value)
+        check_whole("seed", self.seed, least=0)
         _between("learning rate", self.lr, above=0)
         _between("weight decay", self.weight_decay, least=0)
         _between("momentum", self.momentum, least=0, below=1)
@@ -195,7 +193,8 @@ def make_settings(images: int, options: Mapping[str, Any]) -> TrainingSettings:
         chosen["batch_size"] = default_batch_size(images)
     batch = chosen["batch_size"]
     if chosen.get("epochs") is None:
-        chosen["epochs"] = default_epochs(images, max(batch, 1) if whole(batch) else 1)
+        check_whole("batch size", batch)
+        chosen["epochs"] = default_epochs(images, batch)
     return TrainingSettings(**chosen)
 
 
@@ -216,9 +215,32 @@ def default_epochs(images: int, batch_size: int) -> int:
     return min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, math.ceil(_STEPS / steps)))
 
 
-def whole(value: object) -> bool:
-    """Whether it is an integer, and not a truth value."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:
+    """The learning rate of step ``step`` (from 0) of ``steps``; no state, so nothing to save or to restore.
+
+    A rise, of the warm-up or of ``one-cycle``, counts the step itself, since one with a learning rate of 0 would be
+    lost.
+    """
+    rising = settings.warmup * steps / settings.epochs
+    return _scheduled(settings, step, steps) * (min(1.0, (step + 1) / rising) if rising > 0 else 1.0)
+
+
+def _scheduled(settings: TrainingSettings, step: int, steps: int) -> float:
+    if settings.schedule == "cosine":
+        return settings.lr * 0.5 * (1 + math.cos(math.pi * (step / steps)))
+    if settings.schedule == "step":
+        epoch = step * settings.epochs / steps
+        return settings.lr * settings.gamma ** sum(epoch >= milestone for milestone in settings.milestones)
+    if settings.schedule == "one-cycle":
+        top = settings.peak * steps
+        return settings.lr * min((step + 1) / top, (steps - step) / (steps - top), 1.0)
+    return settings.lr
+
+
+def check_whole(name: str, value: object, least: int = 1) -> None:
+    """Raise :class:`InputError` unless it is a whole number, and no truth value, of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"the {name} must be a whole number from {least} up, not {value}")
 
 
 def _between(

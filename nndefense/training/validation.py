@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nndefense.attacks.modes import attacked_in
 from nndefense.datasets import ImageDataset
 from nndefense.models import Classifier
 from nndefense.training.batch import Attack
@@ -85,15 +86,10 @@ class ValidationChecks:
         assert self.validation is not None
         own = self.team.share(torch.arange(len(self.validation)))
         right = torch.zeros((), dtype=torch.int64, device=self.team.device)
-        training = self.classifier.training
-        self.classifier.eval()
-        try:
-            with torch.inference_mode():
-                for rows in torch.split(own, _BATCH):
-                    images = self.validation.fetch(rows)
-                    right += (self.classifier(images).argmax(1) == self.validation_labels[rows.to(right.device)]).sum()
-        finally:
-            self.classifier.train(training)
+        with attacked_in(self.classifier), torch.inference_mode():
+            for rows in torch.split(own, _BATCH):
+                images = self.validation.fetch(rows)
+                right += (self.classifier(images).argmax(1) == self.validation_labels[rows.to(right.device)]).sum()
         return int(self.team.sum(right)) / len(self.validation)
 
     def check(self) -> dict[str, Any]:
@@ -108,18 +104,12 @@ class ValidationChecks:
             attacks["single_step_accuracy"] = self.single
         right = torch.zeros(len(attacks), dtype=torch.float64 if self.team.device.type != "mps" else torch.float32)
         right = right.to(self.team.device)
-        training = self.classifier.training
-        self.classifier.eval()
-        try:
-            with kept(self.team.device):
-                for number, attack in enumerate(attacks.values()):
-                    reseed(self.seed, 0, f"check {number} {self.team.rank}", self.team.device)
-                    for images, labels in zip(
-                        torch.split(self.images, _BATCH), torch.split(self.labels, _BATCH), strict=True
-                    ):
-                        right[number] += self._right(images, labels, attack)
-        finally:
-            self.classifier.train(training)
+        batches = list(zip(torch.split(self.images, _BATCH), torch.split(self.labels, _BATCH), strict=True))
+        with attacked_in(self.classifier), kept(self.team.device):
+            for number, attack in enumerate(attacks.values()):
+                reseed(self.seed, 0, f"check {number} {self.team.rank}", self.team.device)
+                for images, labels in batches:
+                    right[number] += self._right(images, labels, attack)
         shares = (self.team.sum(right) / self.count).tolist()
         return dict(zip(attacks, shares, strict=True))
 
