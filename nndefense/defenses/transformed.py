@@ -37,6 +37,7 @@ class TransformDefense(nn.Module):
         draws: int = 1,
         attack_draws: int | None = None,
         seed: int | None = 0,
+        views: int = 1,
     ) -> None:
         """
         Args:
@@ -49,6 +50,7 @@ class TransformDefense(nn.Module):
             draws: draws that a prediction averages, at least 1.
             attack_draws: draws per step of an attack (EOT), at least 1; by default ``draws``, and 10 at least.
             seed: of each call's draws; None leaves them to torch's default generators.
+            views: how many images the transformation makes of each, one after another; they are averaged, too.
 
         Raises:
             InputError: a number of draws that cannot be used.
@@ -57,7 +59,7 @@ class TransformDefense(nn.Module):
         at_least("draws", draws)
         self.classifier, self.transform = classifier, transform
         self.differentiable, self.random = differentiable, random
-        self.draws, self.seed = draws, seed
+        self.draws, self.seed, self.views = draws, seed, views
         self.attack_draws = max(draws, 10) if attack_draws is None else attack_draws
         at_least("attack_draws", self.attack_draws)
         self.eval()
@@ -71,7 +73,7 @@ class TransformDefense(nn.Module):
         """
         check_images(images, channels=self.classifier.input_shape[0])
         with _seeded(self.seed, images.device):
-            found = [self.classifier(self.transform(images)).log_softmax(1) for _ in range(self.draws)]
+            found = [self._answer(self.transform, images) for _ in range(self.draws)]
         return torch.stack(found).logsumexp(0) - math.log(self.draws)
 
     def attack_model(self, *, draws: int | None = None, generator: torch.Generator | None = None) -> nn.Module:
@@ -87,23 +89,33 @@ class TransformDefense(nn.Module):
         Raises:
             InputError: fewer than one draw.
         """
-        through = _Through(self.classifier, self.transform if self.differentiable else Bpda(self.transform))
+        through = _Through(self)
         if not self.random:
             return through
         return Eot(through, self.attack_draws if draws is None else draws, generator=generator)
 
+    def attacked_transform(self) -> Transform:
+        """The transformation as an attack differentiates it: by its own gradient, or the identity's (BPDA)."""
+        return self.transform if self.differentiable else Bpda(self.transform)
+
+    def _answer(self, transform: Transform, images: Tensor) -> Tensor:
+        """Log-probabilities of one draw: N x classes."""
+        each: Tensor = self.classifier(transform(images)).log_softmax(1)
+        if self.views == 1:
+            return each
+        return each.view(len(images), self.views, -1).logsumexp(1) - math.log(self.views)
+
 
 class _Through(nn.Module):
-    """The classifier of the transformed image, one draw."""
+    """The classifier of the transformed image, one draw, with a gradient to the image."""
 
-    def __init__(self, classifier: nn.Module, transform: Transform) -> None:
+    def __init__(self, defense: TransformDefense) -> None:
         super().__init__()
-        self.classifier, self.transform = classifier, transform
+        self.defense, self.transform = defense, defense.attacked_transform()
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.transform(images))
-        return logits.log_softmax(1)
+        return self.defense._answer(self.transform, images)
 
 
 @contextmanager

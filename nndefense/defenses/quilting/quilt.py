@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nndefense.attacks import Bpda
 from nndefense.attacks.checks import at_least
 from nndefense.database.exact_search import squared_distances
-from nndefense.defenses.quilting.layout import Layout, check_tiling, lay_out
+from nndefense.defenses.quilting.layout import Layout, boundary_cut, check_tiling, lay_out
 from nndefense.defenses.quilting.patches import PatchDatabase
-from nndefense.defenses.quilting.seams import boundary_cut
-from nndefense.defenses.transformed import TransformDefense
+from nndefense.defenses.transformed import Transform, TransformDefense
 from nndefense.errors import InputError
 from nndefense.images import channel_message
 from nndefense.models import Classifier
@@ -32,7 +31,7 @@ class Quilt:
 
     Each patch of the image is replaced by one of the ``k`` database patches nearest to the whole of it, drawn uniformly
     from torch's default generator of the images' device; the patches are joined along seams of least error
-    (:func:`~nndefense.defenses.quilting.seams.boundary_cut`). Every pixel of the result is a pixel of a database patch.
+    (:func:`~nndefense.defenses.quilting.boundary_cut`). Every pixel of the result is a pixel of a database patch.
 
     With ``k`` = 1 (the default of the code of Guo et al., which stands behind their table) nothing is random. The code
     of Athalye et al. takes 10, and the paper's text says K without a number.
@@ -183,18 +182,11 @@ class QuiltingDefense(TransformDefense):
         super().__init__(classifier, quilt, differentiable=False, random=quilt.k > 1, **options)
         self.quilt, self.substitute = quilt, substitute
 
-    def attack_model(self, *, draws: int | None = None, generator: torch.Generator | None = None) -> nn.Module:
-        """The attack surface: the true quilt forward, the substitute's gradient backward (BPDA), averaged over draws.
-
-        Arguments and errors are those of the base class.
-        """
+    def attacked_transform(self) -> Transform:
+        """The true quilt forward, the substitute's gradient backward (BPDA)."""
         if self.substitute == "identity":
-            return super().attack_model(draws=draws, generator=generator)
-        known = Bpda(self._searched_once, self.quilt.soft)
-        through = TransformDefense(
-            self.classifier, known, differentiable=True, random=self.random, attack_draws=self.attack_draws
-        )
-        return through.attack_model(draws=draws, generator=generator)
+            return super().attacked_transform()
+        return Bpda(self._searched_once, self.quilt.soft)
 
     def _searched_once(self, images: Tensor) -> Tensor:
         # The substitute needs more neighbours than the quilt; found before, they serve both.

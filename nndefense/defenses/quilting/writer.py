@@ -5,9 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from nndefense.database.faiss_tools import faiss_available, import_faiss
 from nndefense.database.index import FaissIndex
 from nndefense.database.index_training import build_index
 from nndefense.database.manifest import FileEntry
+from nndefense.database.writer import writing
 from nndefense.defenses.quilting.manifest import FORMAT, INDEX, NAME, PIXELS, PatchManifest
 from nndefense.defenses.quilting.patches import CENTRE, probes_of, set_probes
 from nndefense.errors import DatabaseError, DataError, InputError
@@ -110,7 +109,7 @@ def write_patches(
         factory = index_for(len(stored), stored[0].numel()) if faiss_available() else None
     # A misspelt index is refused before anything is written.
     built = None if factory is None else _build_index(factory, stored, probes)
-    with _writing(folder):
+    with writing(folder):
         _clear(folder)
         write_atomically(folder / PIXELS, lambda part: _write_hdf5(part, stored.numpy(), origins))
         files = {PIXELS: FileEntry.of(folder / PIXELS)}
@@ -174,16 +173,3 @@ def _clear(folder: Path) -> None:
     for name in (NAME, PIXELS, INDEX):
         for path in [folder / name, *folder.glob(f"{name}.*{PART}")]:
             path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Say in one line that a disk is full or read-only; HDF5 and FAISS have errors of their own for it."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        number = error.errno if isinstance(error, OSError) else None
-        reason = os.strerror(number) if number else str(error).strip().splitlines()[-1]
-        raise DatabaseError(
-            f"{folder} cannot be written ({reason}): free some space or choose another folder"
-        ) from error

@@ -1,6 +1,6 @@
 """The input transformations of Guo et al. (ICLR 2018), and the defences made of them."""
 
-from nndefense.defenses.transforms.bit_depth import BitDepth
+from nndefense.defenses.transforms.compression import BitDepth, Jpeg
 from nndefense.defenses.transforms.crops import GridCrops, RandomCrop, resized_crops
 from nndefense.defenses.transforms.defended import (
     GridCropEnsemble,
@@ -9,10 +9,8 @@ from nndefense.defenses.transforms.defended import (
     jpeg_compression,
     tv_minimization,
 )
-from nndefense.defenses.transforms.jpeg import Jpeg
-from nndefense.defenses.transforms.total_variation import TotalVariation
+from nndefense.defenses.transforms.total_variation import TotalVariation, TvSolution, minimize_total_variation
 from nndefense.defenses.transforms.tv_problem import TvProblem, total_variation
-from nndefense.defenses.transforms.tv_solver import TvSolution, minimize_total_variation
 
 __all__ = [
     "BitDepth",

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from nndefense.attacks.checks import at_least
 from nndefense.defenses.transformed import TransformDefense
-from nndefense.defenses.transforms.bit_depth import BitDepth
+from nndefense.defenses.transforms.compression import BitDepth, Jpeg
 from nndefense.defenses.transforms.crops import CROP_SIZE, GridCrops, RandomCrop
-from nndefense.defenses.transforms.jpeg import Jpeg
 from nndefense.defenses.transforms.total_variation import TotalVariation
-from nndefense.images import check_images
 from nndefense.models import Classifier
 
 
-class GridCropEnsemble(nn.Module):
+class GridCropEnsemble(TransformDefense):
     """The average of a classifier's probabilities over crops on a grid; without chance, and differentiable.
 
     Args:
@@ -31,41 +25,7 @@ class GridCropEnsemble(nn.Module):
     """
 
     def __init__(self, classifier: Classifier, *, size: float = CROP_SIZE, crops: int = 9) -> None:
-        super().__init__()
-        self.classifier, self.transform = classifier, GridCrops(size, crops)
-        self.eval()
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Images N x C x H x W in [0, 1] -> log-probabilities N x classes.
-
-        Raises:
-            InputError: images that are not finite, not in [0, 1] or of the wrong shape.
-        """
-        check_images(images, channels=self.classifier.input_shape[0])
-        return self._averaged(images)
-
-    def attack_model(self, *, draws: int | None = None, generator: torch.Generator | None = None) -> nn.Module:
-        """The attack surface: the defence itself with its exact gradient.
-
-        ``draws`` and ``generator`` are there for defences that draw, and change nothing here.
-        """
-        return _Differentiable(self)
-
-    def _averaged(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.transform(images))
-        each = logits.log_softmax(1).view(len(images), self.transform.crops, -1)
-        return each.logsumexp(1) - math.log(self.transform.crops)
-
-
-class _Differentiable(nn.Module):
-    def __init__(self, defense: GridCropEnsemble) -> None:
-        super().__init__()
-        self.defense = defense
-        self.eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.defense._averaged(images)
+        super().__init__(classifier, GridCrops(size, crops), differentiable=True, random=False, views=crops)
 
 
 def crop_ensemble(
@@ -76,7 +36,7 @@ def crop_ensemble(
     grid: bool = False,
     attack_draws: int | None = None,
     seed: int | None = 0,
-) -> TransformDefense | GridCropEnsemble:
+) -> TransformDefense:
     """Average the classifier over crops of the image (Guo et al., ICLR 2018, section 4).
 
     30 crops of 90 / 224 of the side at random places, each resized to the image's size, softmax averaged. Athalye et

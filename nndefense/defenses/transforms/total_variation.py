@@ -1,16 +1,230 @@
-"""Total variation minimisation as a transformation: drop pixels at random, and redraw them as plainly as possible."""
+"""Total variation minimisation of a whole batch to a duality gap: a relaxed primal-dual method in torch.
+
+And as a transformation: drop pixels at random, and redraw them as plainly as possible.
+"""
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from nndefense.attacks.checks import at_least
-from nndefense.defenses.transforms.tv_problem import check_terms
-from nndefense.defenses.transforms.tv_solver import minimize_total_variation
+from nndefense.defenses.transforms.tv_iterates import Iterates
+from nndefense.defenses.transforms.tv_problem import TvProblem, check_terms
 from nndefense.errors import InputError
 
 MASKS = ("pixel", "entry")
+#: Entries that are worked on together: on a CPU what stays in a core's cache.
+_CPU_ENTRIES, _GPU_ENTRIES = 2**16, 2**27
+
+
+@dataclass(frozen=True)
+class TvSolution:
+    """Minimisers and what is proved of them.
+
+    Attributes:
+        images: N x C x H x W, each entry between the least and the greatest kept value of its channel.
+        objective: the objective there, float64, N.
+        gap: what the objective lies above the true minimum at most, float64, N.
+        iterations: that each image took, int64, N.
+        dual: the dual variables along x and y, each N x C x H x W, for a warm start.
+    """
+
+    images: Tensor
+    objective: Tensor
+    gap: Tensor
+    iterations: Tensor
+    dual: tuple[Tensor, Tensor]
+
+
+@torch.no_grad()
+def minimize_total_variation(
+    images: Tensor,
+    weight: float = 0.03,
+    *,
+    keep: Tensor | None = None,
+    kind: str = "isotropic",
+    data: str = "squared",
+    tolerance: float | Tensor = 1e-4,
+    max_iterations: int = 5000,
+    start: TvSolution | Tensor | None = None,
+) -> TvSolution:
+    """Minimise the data term plus ``weight`` times the total variation, each image on its own.
+
+    The problem and its readings stand in :mod:`nndefense.defenses.transforms.tv_problem`. The method is the primal-dual
+    one of Chambolle & Pock (2011, algorithm 1), over-relaxed (Condat 2013). It is stopped for each image when the
+    duality gap is proved to be at most ``tolerance`` of the objective, and finished images leave the batch. With the
+    squared data term the channels are problems of their own and finish apart. What an image becomes does not depend on
+    its batch, but for rounding.
+
+    Args:
+        images: N x C x H x W, float32 or float64, finite.
+        weight: of the total variation, positive.
+        keep: mask of kept pixels, zeros and ones or booleans, of a shape that broadcasts to the images'; None keeps
+            all. A dropped pixel's value is never looked at.
+        kind: ``isotropic``, ``anisotropic`` or ``lines``.
+        data: ``squared`` or ``norm``.
+        tolerance: greatest gap as a share of the objective, one number or one per image, at least 1e-6 for float32.
+        max_iterations: after which an image is given back as it is, with a warning.
+        start: where to begin: an earlier solution, or images; None begins at the images themselves, holes filled from
+            their neighbours.
+
+    Raises:
+        InputError: images or settings that cannot be used.
+    """
+    check_terms(kind, data, weight)
+    at_least("max_iterations", max_iterations)
+    begin = start.images if isinstance(start, TvSolution) else start
+    mask = _checked(images, keep, begin)
+    each = _tolerances(images, tolerance)
+    count, channels = images.shape[:2]
+    # Each channel by itself where no term joins them.
+    units = count * channels if data == "squared" else count
+    shape = (units, count * channels // max(units, 1), *images.shape[2:])
+    problem = TvProblem(images.contiguous().view(shape), None if mask is None else mask.view(shape), weight, kind, data)
+    dual = (images.new_empty(shape), images.new_empty(shape))
+    zeros = images.new_zeros(units, dtype=torch.float64)
+    out = TvSolution(images.new_empty(shape), zeros, zeros.clone(), zeros.long(), dual)
+    if begin is not None:
+        out.images.copy_(begin.reshape(shape))
+    if isinstance(start, TvSolution):
+        dual[0].copy_(start.dual[0].reshape(shape))
+        dual[1].copy_(start.dual[1].reshape(shape))
+    each = each.repeat_interleave(units // max(count, 1))
+
+    def solve(rows: slice) -> None:
+        work = Iterates(problem.select(rows))
+        work.begin(
+            None if begin is None else out.images[rows],
+            (dual[0][rows], dual[1][rows]) if isinstance(start, TvSolution) else None,
+        )
+        _solve(work, each[rows], max_iterations, _rows_of(out, rows))
+
+    _in_parts(solve, problem.images)
+    late = int((out.gap > each * out.objective + _floor(problem)).sum())
+    if late:
+        warnings.warn(
+            f"total variation: {late} of {units} {'channels' if units != count else 'images'} did not reach the "
+            f"tolerance in {max_iterations:,} iterations; the solution's gap says how far they are: "
+            "raise max_iterations or tolerance",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    per_image = (count, units // max(count, 1))
+    return TvSolution(
+        out.images.view(images.shape),
+        out.objective.view(per_image).sum(1),
+        out.gap.view(per_image).sum(1),
+        out.iterations.view(per_image).amax(1) if units else out.iterations,
+        (dual[0].view(images.shape), dual[1].view(images.shape)),
+    )
+
+
+def _checked(images: Tensor, keep: Tensor | None, begin: Tensor | None) -> Tensor | None:
+    """The keep mask in the images' shape and type."""
+    if not isinstance(images, Tensor) or images.dim() != 4 or images.dtype not in (torch.float32, torch.float64):
+        raise InputError("images must be a float32 or float64 tensor N x C x H x W")
+    if 0 in images.shape[1:]:
+        raise InputError(f"images have shape {tuple(images.shape)}, but need at least one channel, row and column")
+    if begin is not None and begin.shape != images.shape:
+        raise InputError(f"start has shape {tuple(begin.shape)}, but the images have {tuple(images.shape)}")
+    if keep is None:
+        return None
+    try:
+        mask = keep.to(images).expand_as(images).contiguous()
+    except RuntimeError:
+        raise InputError(f"keep has shape {tuple(keep.shape)}, which does not fit {tuple(images.shape)}") from None
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError("keep must hold zeros and ones, or booleans")
+    return mask
+
+
+def _tolerances(images: Tensor, tolerance: float | Tensor) -> Tensor:
+    each = torch.as_tensor(tolerance, dtype=torch.float64, device=images.device)
+    least = 1e-6 if images.dtype == torch.float32 else 1e-12
+    if each.dim() > 1 or (each.dim() == 1 and len(each) != len(images)):
+        raise InputError(f"tolerance has shape {tuple(each.shape)}, but must be one number or one per image")
+    if not bool(((each >= least) & (each < 1)).all()):
+        raise InputError(f"tolerance is {tolerance}, but must be from {least:g} (the type's rounding) to 1")
+    return each.expand(len(images))
+
+
+def _in_parts(solve: Callable[[slice], None], images: Tensor) -> None:
+    """Solve slices of the batch: on a CPU as many at once as torch has threads, each on one.
+
+    An operation on a part is too short to be shared by threads, who would spend their time waiting for one another.
+    """
+    on_cpu = images.device.type == "cpu"
+    size = max(1, (_CPU_ENTRIES if on_cpu else _GPU_ENTRIES) // max(1, images[:1].numel()))
+    parts = [slice(first, min(first + size, len(images))) for first in range(0, len(images), size)]
+    threads = torch.get_num_threads()
+    if not on_cpu or threads == 1:
+        for part in parts:
+            solve(part)
+        return
+    try:
+        # The number of threads belongs to the thread that sets it, and to those that start later.
+        workers = min(threads, max(1, len(parts)))
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(torch.no_grad()(solve), parts))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rows_of(out: TvSolution, rows: slice) -> TvSolution:
+    return replace(
+        out,
+        images=out.images[rows],
+        objective=out.objective[rows],
+        gap=out.gap[rows],
+        iterations=out.iterations[rows],
+        dual=(out.dual[0][rows], out.dual[1][rows]),
+    )
+
+
+def _floor(problem: TvProblem) -> float:
+    """A gap that is rounding's, for images whose objective is 0."""
+    return torch.finfo(problem.images.dtype).eps * problem.weight * problem.images[:1].numel()
+
+
+def _checkpoints(limit: int) -> Iterator[int]:
+    """Iterations after which gaps are measured: soon, then ever more rarely."""
+    done, stride = 5, 4.0
+    while done < limit:
+        yield done
+        done += int(stride)
+        stride *= 1.15
+    yield limit
+
+
+def _solve(work: Iterates, tolerance: Tensor, limit: int, out: TvSolution) -> None:
+    """Solve a part of the batch, and write what comes out of it."""
+    rows, floor = torch.arange(len(tolerance), device=tolerance.device), _floor(work.problem)
+    for done in _checkpoints(limit):
+        work.advance(done)
+        objective, gap = work.certify(tolerance, floor)
+        finished = gap <= tolerance * objective + floor
+        if done == limit:
+            finished = torch.ones_like(finished)
+        ready = int(finished.sum())
+        if not ready:
+            continue
+        values = (work.best(), work.px, work.py, objective, gap)
+        for target, found in zip((out.images, *out.dual, out.objective, out.gap), values, strict=True):
+            if ready == len(out.images):
+                target.copy_(found)
+            else:
+                target[rows[finished]] = found[finished]
+        out.iterations[rows[finished]] = done
+        if ready == len(rows):
+            return
+        rows, tolerance = rows[~finished], tolerance[~finished]
+        work.drop(finished)
 
 
 class TotalVariation(nn.Module):
@@ -26,11 +240,9 @@ class TotalVariation(nn.Module):
     average over masks (EOT).
 
     Args:
-        weight: of the total variation, positive.
+        weight, kind, data: as for :func:`minimize_total_variation`.
         keep: share of pixels that are kept, in (0, 1]; 1 draws no mask.
         mask: ``pixel`` or ``entry``.
-        kind: ``isotropic``, ``anisotropic`` or ``lines``.
-        data: ``squared`` or ``norm``.
         tolerance: greatest gap as a share of the objective.
         max_iterations: of the solver; an image that needs more is given back as it is then, with a warning.
         warm_start: begin each solution at the last one for a batch of the same shape, which helps when images
