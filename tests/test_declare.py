@@ -95,6 +95,8 @@ def test_a_default_of_the_command_stands_before_those_of_the_record() -> None:
 def test_lists_may_be_given_several_times() -> None:
     assert run(records_first, "--name", "x", "--eps", "1,8/255", "--eps", "3")[2] == "1,8/255,3"
     assert run(records_first, "--name", "x", "--sizes", "a", "--sizes", "b,c")[0].sizes == "a,b,c"
+    table = ("evaluate", "table2", "--dataset", "digits")
+    fails(2, "--only names magic, sorcery", *table, "--only", "magic", "--only", "none,sorcery")
     # Said and empty is not the default.
     assert run(records_first, "--name", "x", "--eps", "")[2] == ""
 
