@@ -37,7 +37,7 @@ from nndefense.datasets import (
     open_dataset,
     write_hdf5,
 )
-from nndefense.datasets import hdf5 as hdf5_module
+from nndefense.datasets import arrays as hdf5_module
 from nndefense.datasets.parallel import decoder_threads
 from nndefense.errors import DataError, InputError
 from nndefense.images import check_images

@@ -17,7 +17,7 @@ from nndefense.datasets import ImageDataset
 from nndefense.datasets.arrays import ArrayDataset
 from nndefense.defenses.quilting import PatchDatabase, PatchManifest, quilt, write_patches, writer
 from nndefense.defenses.quilting import patches as module
-from nndefense.defenses.quilting.manifest import FileEntry
+from nndefense.defenses.quilting.patches import FileEntry
 from nndefense.errors import DatabaseError, DataError, InputError
 
 # What SplitMix64 gives for seed 0, modulo 1000 x 24 x 24 places.

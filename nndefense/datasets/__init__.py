@@ -1,18 +1,16 @@
 """Data sets of images as float tensors in [0, 1], all opened with :func:`open_dataset`."""
 
-from nndefense.datasets.arrays import ArrayDataset
+from nndefense.datasets.arrays import ArrayDataset, HDF5Dataset, write_hdf5
 from nndefense.datasets.base import ImageDataset, SubsetDataset, holdout
+from nndefense.datasets.derived import ConcatenatedDataset, TransformedDataset, concatenate
 from nndefense.datasets.folder import ImageFolderDataset
-from nndefense.datasets.hdf5 import HDF5Dataset, write_hdf5
 from nndefense.datasets.image_files import image_channels, load_image
-from nndefense.datasets.joined import ConcatenatedDataset, concatenate
 from nndefense.datasets.listing import FileListDataset
 from nndefense.datasets.parquet import ParquetDataset
 from nndefense.datasets.pixels import pixel_digests
 from nndefense.datasets.rejected import REJECTED_KINDS, BadImage, Reading, Rejected, SourceError
 from nndefense.datasets.spec import KNOWN_SPECS, default_data_dir, open_dataset, open_recorded
 from nndefense.datasets.torchvision_set import TorchvisionDataset
-from nndefense.datasets.transform import TransformedDataset
 from nndefense.datasets.webdataset import WebDataset
 
 __all__ = [

@@ -1,9 +1,14 @@
-"""Data sets whose images lie in memory as 8-bit or float arrays."""
+"""Data sets whose images are stored as arrays: in memory, or in HDF5 files that may be far larger than the memory."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,9 +16,24 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from nndefense.datasets.base import ImageDataset, update_with_strings
-from nndefense.datasets.ids import NumberedIds
+from nndefense.datasets.ids import Ids, NumberedIds, RowNumbers
+from nndefense.datasets.pixels import Pixels
+from nndefense.datasets.rejected import BadImage, SourceError
+from nndefense.datasets.remote import open_store
+from nndefense.datasets.store import LocalStore
 from nndefense.errors import DataError, InputError
+from nndefense.files import write_atomically
 from nndefense.images import check_images, shape_text
+
+if TYPE_CHECKING:
+    import h5py
+
+
+SUFFIXES = (".h5", ".hdf5")
+_REMEDY = "write or fetch the file again"
+_FINGERPRINT_IMAGES = 1000
+# Rows up to this far apart are read in one go: reading a few rows too many is cheaper than another call.
+_NEAR = 4
 
 
 class ArrayDataset(ImageDataset):
@@ -32,7 +52,7 @@ class ArrayDataset(ImageDataset):
 
     def __init__(
         self,
-        images: NDArray[np.uint8] | NDArray[np.float32],
+        images: Pixels,
         labels: ArrayLike,
         *,
         name: str,
@@ -54,7 +74,7 @@ class ArrayDataset(ImageDataset):
             except InputError as error:
                 raise DataError(str(error)) from error
 
-    def _read(self, rows: NDArray[np.int64]) -> Tensor:
+    def _read(self, rows: RowNumbers) -> Tensor:
         return to_float(self._images[rows])
 
     def _digest(self) -> str:
@@ -86,9 +106,262 @@ def image_shape(shape: tuple[int, ...], dtype: np.dtype[np.generic], name: str) 
     return (sides[2], sides[0], sides[1]) if channel_axis == 3 else (sides[0], sides[1], sides[2])
 
 
-def to_float(stored: NDArray[np.uint8] | NDArray[np.float32]) -> Tensor:
+def to_float(stored: Pixels) -> Tensor:
     """Turn uint8 n x H x W x C or float32 n x C x H x W into a float32 tensor n x C x H x W in [0, 1]."""
     if stored.dtype == np.float32:
         return torch.from_numpy(stored)
     # By numpy: in a thread of a reader's, torch would begin a team of threads of its own.
     return torch.from_numpy(np.divide(stored.transpose(0, 3, 1, 2), np.float32(255), order="C"))
+
+
+class HDF5Dataset(ImageDataset):
+    """Images in an HDF5 file.
+
+    The file holds ``images`` (uint8 N x H x W x C, or float32 N x C x H x W in [0, 1]) and, where known, ``labels``
+    (N whole numbers from 0, -1 for unknown), ``ids`` (N strings) and the attribute ``classes`` (the names). Without
+    ids they are ``<file name>/00000`` and so on; without names the classes are called 0, 1, ... Only the labels
+    are kept in memory.
+
+    The path may be a URL.
+
+    Raises:
+        DataError: the file is missing, damaged or of another form; later, rows cannot be read or are out of range.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, name: str | None = None) -> None:
+        self._store = _Store(os.fspath(path))
+        images = self._store.dataset("images")
+        shape = image_shape(images.shape, images.dtype, str(path))
+        count = int(images.shape[0])
+        labels = self._store.labels(count)
+        classes = self._store.classes()
+        if classes is None:
+            classes = [str(label) for label in range(int(labels.max(initial=-1)) + 1)]
+        elif count and labels.max() >= len(classes):
+            raise DataError(f"{path} has label {labels.max()}, but names only {len(classes)} classes: {_REMEDY}")
+        ids: Ids = NumberedIds(Path(self._store.path).stem, count)
+        if self._store.has_ids(count):
+            ids = _StoredIds(self._store, count)
+        super().__init__(name=name or f"hdf5:{path}", classes=classes, shape=shape, ids=ids, labels=labels)
+
+    @property
+    def class_names_given(self) -> bool:
+        """Whether the file names its classes."""
+        return self._store.classes() is not None
+
+    def stored(self, rows: RowNumbers) -> Pixels:
+        """Return the images at ``rows`` as they are in the file."""
+        pixels = self._store.read("images", rows)
+        # Torch takes no arrays in the byte order of another machine.
+        return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+
+    def _read(self, rows: RowNumbers) -> Tensor:
+        pixels = self.stored(rows)
+        images = to_float(pixels)
+        if pixels.dtype != np.uint8:
+            try:
+                check_images(images, name=f"images of {self._store.path}")
+            except InputError as error:
+                raise BadImage(str(error), "out of range", f"it has pixels that are not in [0, 1] ({error})") from error
+        return images
+
+    def _digest(self) -> str:
+        """Hash the form, the labels and up to 1,000 evenly spaced images: reading all could take hours."""
+        digest = hashlib.sha256(f"hdf5 {self.shape} {len(self)}\n".encode())
+        digest.update(self.labels.astype("<i8").tobytes())
+        update_with_strings(digest, self.classes)
+        picked = np.unique(np.linspace(0, len(self) - 1, min(len(self), _FINGERPRINT_IMAGES)).astype(np.int64))
+        for start in range(0, len(picked), 100):
+            pixels = self.stored(picked[start : start + 100])
+            digest.update(np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("<")).data)
+        return digest.hexdigest()
+
+
+class _StoredIds(Ids):
+    """The ids in an HDF5 file, read when asked for."""
+
+    def __init__(self, store: _Store, count: int) -> None:
+        self._store = store
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def take(self, rows: RowNumbers) -> list[str]:
+        return [_text(item) for item in self._store.read("ids", rows).tolist()]
+
+
+class _Store:
+    """An HDF5 file opened for reading, opened anew in each process."""
+
+    def __init__(self, path: str) -> None:
+        self._files, self._place = open_store(path)
+        self.path = path
+        self._file: h5py.File | None = None
+        self._process = 0
+        if not self._files.is_file(self._place):
+            raise DataError(f"there is no file {path}: check the path")
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_file": None, "_process": 0}
+
+    def file(self) -> h5py.File:
+        # A forked process must not share the open file with its parent.
+        if self._file is None or self._process != os.getpid():
+            import h5py
+
+            if self._file is not None:
+                self._file.close()
+            with self._reading():
+                # HDF5 reads files of this machine by itself, which is faster than through an open one.
+                local = isinstance(self._files, LocalStore)
+                self._file = h5py.File(self._place if local else self._files.open(self._place), "r")
+            self._process = os.getpid()
+        return self._file
+
+    def dataset(self, key: str) -> h5py.Dataset:
+        import h5py
+
+        if key not in self.file():
+            raise DataError(f"{self.path} has no data set {key!r}: store the images as {key}, uint8 N x H x W x C")
+        with self._reading():
+            found = self.file()[key]
+        if not isinstance(found, h5py.Dataset) or found.shape is None:
+            raise DataError(f"{self.path} has no array in {key!r}: {_REMEDY}")
+        return found
+
+    def labels(self, count: int) -> NDArray[np.int64]:
+        if "labels" not in self.file():
+            return np.full(count, -1, dtype=np.int64)
+        stored = self.dataset("labels")
+        self._check_length("labels", stored.shape, count)
+        if stored.dtype.kind not in "iu":
+            raise DataError(f"{self.path} has labels of type {stored.dtype}: store whole numbers from 0")
+        with self._reading():
+            labels = np.asarray(stored[...], dtype=np.int64)
+        if labels.min(initial=0) < -1:
+            raise DataError(f"{self.path} has label {labels.min()}: store numbers from 0, or -1 where unknown")
+        return labels
+
+    def classes(self) -> list[str] | None:
+        with self._reading():
+            stored = self.file().attrs.get("classes")
+        if stored is None:
+            return None
+        names = np.asarray(stored)
+        if names.ndim != 1 or names.dtype.kind not in "SUO":
+            raise DataError(f"{self.path} has a classes attribute that is no list of names: {_REMEDY}")
+        return [_text(item) for item in names.tolist()]
+
+    def has_ids(self, count: int) -> bool:
+        import h5py
+
+        if "ids" not in self.file():
+            return False
+        stored = self.dataset("ids")
+        self._check_length("ids", stored.shape, count)
+        if h5py.check_string_dtype(stored.dtype) is None:
+            raise DataError(f"{self.path} has ids of type {stored.dtype}: store them as strings")
+        return True
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Say in one line what h5py raises in many ways: the file is gone, damaged or of another kind."""
+        try:
+            yield
+        except (KeyError, OSError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            if not self._files.is_file(self._place):
+                raise SourceError(
+                    f"cannot read {self.path} ({reason}): it is gone; bring it back, then go on"
+                ) from error
+            raise DataError(
+                f"cannot read {self.path} as an HDF5 file ({reason}): it is damaged or of another kind; {_REMEDY}"
+            ) from error
+
+    def _check_length(self, key: str, shape: tuple[int, ...], count: int) -> None:
+        if shape != (count,):
+            raise DataError(
+                f"{self.path} has {count} images, but {key} of shape {shape_text(shape)}: store one for each image"
+            )
+
+    def read(self, key: str, rows: RowNumbers) -> NDArray[np.generic]:
+        """Return the given rows of a data set, in that order."""
+        stored = self.dataset(key)
+        with self._reading():
+            if len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+                return np.asarray(stored[int(rows[0]) : int(rows[-1]) + 1])
+            # HDF5 reads slices well, but long lists of rows slowly and only in ascending order.
+            wanted, places = np.unique(rows, return_inverse=True)
+            found = np.empty((len(wanted), *stored.shape[1:]), dtype=stored.dtype)
+            compressed = stored.chunks is not None and stored.compression is not None
+            for run in _runs(wanted, stored.chunks[0] if compressed else None):
+                first = int(wanted[run.start])
+                found[run] = stored[first : int(wanted[run.stop - 1]) + 1][wanted[run] - first]
+        return found[places]
+
+
+def _runs(rows: RowNumbers, chunk: int | None) -> Iterator[slice]:
+    """Cut ascending rows into runs to be read in one go each: neighbours, or those within a compressed chunk."""
+    breaks = np.diff(rows) > _NEAR if chunk is None else np.diff(rows // chunk) > 0
+    for start, stop in itertools.pairwise([0, *(np.flatnonzero(breaks) + 1).tolist(), len(rows)]):
+        if stop > start:
+            yield slice(start, stop)
+
+
+def _text(item: object) -> str:
+    return item.decode("utf-8", "surrogateescape") if isinstance(item, bytes) else str(item)
+
+
+def write_hdf5(
+    path: str | os.PathLike[str],
+    images: Tensor | NDArray[np.float32],
+    labels: ArrayLike | Tensor | None = None,
+    ids: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+) -> None:
+    """Write a data set that :class:`HDF5Dataset` opens, e.g. attacked images. The file appears only when complete.
+
+    Args:
+        path: the file; an existing one is replaced.
+        images: float32 N x C x H x W in [0, 1], stored without loss.
+        labels: N class numbers, -1 where unknown.
+        ids: N ids, e.g. those of the original images.
+        classes: the names of the classes.
+
+    Raises:
+        InputError: images are out of range, or the numbers of images, labels and ids differ.
+        DataError: the file cannot be written.
+    """
+    import h5py
+
+    tensor = images.detach().cpu() if isinstance(images, Tensor) else torch.from_numpy(np.asarray(images))
+    check_images(tensor)
+    pixels = tensor.to(torch.float32).numpy()
+    numbers = None
+    if labels is not None:
+        numbers = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
+        if numbers.shape != (len(pixels),) or numbers.dtype.kind not in "iu":
+            raise InputError(f"give one whole-number label for each of the {len(pixels)} images")
+    if ids is not None and len(ids) != len(pixels):
+        raise InputError(f"give one id for each of the {len(pixels)} images, not {len(ids)}")
+
+    target = Path(path)
+
+    def write(part: Path) -> None:
+        # Version 1.10 of the format, because older ones hold at most 64 KiB of class names.
+        with h5py.File(part, "w", libver=("v110", "v110")) as file:
+            file["images"] = pixels
+            if numbers is not None:
+                file["labels"] = numbers.astype(np.int64)
+            if ids is not None:
+                encoded = [item.encode("utf-8", "surrogateescape") for item in ids]
+                file["ids"] = np.array(encoded, dtype=f"S{max(map(len, encoded), default=1) or 1}")
+            if classes is not None:
+                file.attrs["classes"] = np.array(list(classes), dtype=h5py.string_dtype())
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, write)
+    except OSError as error:
+        raise DataError(f"cannot write {target} ({error}): check the folder and the space that is left") from error

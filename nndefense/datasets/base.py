@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nndefense.datasets.ids import Ids, PickedIds, as_ids
-from nndefense.datasets.pixels import pixel_digests
+from nndefense.datasets.ids import Ids, PickedIds, RowNumbers, as_ids
+from nndefense.datasets.pixels import Digests, pixel_digests
 from nndefense.datasets.rejected import BadImage, Reading, Rejected, SourceError
 from nndefense.errors import DataError, InputError
 from nndefense.images import shape_text
@@ -64,12 +64,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             )
 
     @abstractmethod
-    def _read(self, rows: NDArray[np.int64]) -> Tensor:
+    def _read(self, rows: RowNumbers) -> Tensor:
         """Return the images at ``rows`` (each in 0..N-1) as a new float32 tensor n x C x H x W in [0, 1]."""
 
-    def read_into(
-        self, rows: NDArray[np.int64], images: Tensor, digests: NDArray[np.uint8] | None = None
-    ) -> dict[int, BadImage]:
+    def read_into(self, rows: RowNumbers, images: Tensor, digests: Digests | None = None) -> dict[int, BadImage]:
         """Read into memory that the caller has made, and say what is wrong with each image that cannot be read.
 
         This one halves a batch that fails until the bad images are alone; subclasses that know better do better.
@@ -189,7 +187,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             rows, images = rows[good], images[torch.from_numpy(good)]
         return Reading(rows, images, torch.from_numpy(self.labels[rows]), self.ids.take(rows), rejected)
 
-    def rejected(self, rows: NDArray[np.int64], wrong: dict[int, BadImage]) -> tuple[Rejected, ...]:
+    def rejected(self, rows: RowNumbers, wrong: dict[int, BadImage]) -> tuple[Rejected, ...]:
         """Describe what :meth:`read_into` returned for ``rows``, in order."""
         places = sorted(wrong)
         items = self.ids.take(rows[places]) if places else []
@@ -240,7 +238,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 class SubsetDataset(ImageDataset):
     """Some items of another data set, in a given order; made by :meth:`ImageDataset.subset`."""
 
-    def __init__(self, parent: ImageDataset, rows: NDArray[np.int64], *, name: str | None = None) -> None:
+    def __init__(self, parent: ImageDataset, rows: RowNumbers, *, name: str | None = None) -> None:
         name = name or f"{parent.name} ({len(rows)} of {len(parent)})"
         # A subset of a subset points at the origin, so its fingerprint does not depend on how it was reached.
         if isinstance(parent, SubsetDataset):
@@ -255,12 +253,10 @@ class SubsetDataset(ImageDataset):
             labels=parent.labels[rows],
         )
 
-    def _read(self, rows: NDArray[np.int64]) -> Tensor:
+    def _read(self, rows: RowNumbers) -> Tensor:
         return self.origin._read(self.origin_rows[rows])
 
-    def read_into(
-        self, rows: NDArray[np.int64], images: Tensor, digests: NDArray[np.uint8] | None = None
-    ) -> dict[int, BadImage]:
+    def read_into(self, rows: RowNumbers, images: Tensor, digests: Digests | None = None) -> dict[int, BadImage]:
         """As for every data set: see :meth:`ImageDataset.read_into`."""
         return self.origin.read_into(self.origin_rows[rows], images, digests)
 

@@ -8,18 +8,18 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nndefense.datasets.base import ImageDataset, update_with_strings
+from nndefense.datasets.ids import RowNumbers
 from nndefense.datasets.image_files import decode, fill
 from nndefense.datasets.parallel import each
-from nndefense.datasets.pixels import pixel_digest
+from nndefense.datasets.pixels import Digests, Pixels, pixel_digest
 from nndefense.datasets.rejected import BadImage
 from nndefense.errors import DataError
 from nndefense.images import shape_text
 
-Pixels = NDArray[np.uint8] | NDArray[np.float32]
 _PROBED = 1000
 
 
@@ -39,19 +39,17 @@ class PictureDataset(ImageDataset):
         return digest
 
     @abstractmethod
-    def _pixels_of(self, rows: NDArray[np.int64]) -> Callable[[int], Pixels]:
+    def _pixels_of(self, rows: RowNumbers) -> Callable[[int], Pixels]:
         """Return a function that gives the pixels of the place in ``rows`` or raises :class:`BadImage`."""
 
-    def _read(self, rows: NDArray[np.int64]) -> Tensor:
+    def _read(self, rows: RowNumbers) -> Tensor:
         images = torch.empty((len(rows), *self.shape))
         wrong = self.read_into(rows, images)
         if wrong:
             raise wrong[min(wrong)]
         return images
 
-    def read_into(
-        self, rows: NDArray[np.int64], images: Tensor, digests: NDArray[np.uint8] | None = None
-    ) -> dict[int, BadImage]:
+    def read_into(self, rows: RowNumbers, images: Tensor, digests: Digests | None = None) -> dict[int, BadImage]:
         """As for every data set: see :meth:`ImageDataset.read_into`."""
         wrong: dict[int, BadImage] = {}
         pixels_of = self._pixels_of(rows)
@@ -110,7 +108,7 @@ class EncodedDataset(PictureDataset):
         """
         raise NotImplementedError
 
-    def _fetcher(self, rows: NDArray[np.int64]) -> Callable[[int], tuple[str, bytes]]:
+    def _fetcher(self, rows: RowNumbers) -> Callable[[int], tuple[str, bytes]]:
         """Return a function that gives :meth:`_fetch` of the place in ``rows``; a source may read them ahead here."""
         items = self.ids.take(rows)
         numbers = rows.tolist()
@@ -127,7 +125,7 @@ class EncodedDataset(PictureDataset):
                 first = first or error
         raise first or DataError(f"{self.name} has no images: check its place")
 
-    def _pixels_of(self, rows: NDArray[np.int64]) -> Callable[[int], Pixels]:
+    def _pixels_of(self, rows: RowNumbers) -> Callable[[int], Pixels]:
         fetch = self._fetcher(rows)
 
         def read(place: int) -> Pixels:

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nndefense.datasets.derived import Size, check_form
 from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import PackedIds
 from nndefense.datasets.image_files import SUFFIXES
 from nndefense.datasets.remote import open_store
 from nndefense.datasets.store import Store
-from nndefense.datasets.transform import Size, check_form
 from nndefense.errors import DataError
 
 # Folders with these names are taken for splits if there is nothing else beside them.
@@ -66,14 +66,8 @@ class ImageFolderDataset(EncodedDataset):
         find = _find_images if labelled else _find_loose_images
         classes, labels, ids, self._sizes = find(self._store, home, f"{split}/" if split else "")
         kind = "imagefolder" if labelled else "images"
-        super().__init__(
-            name=name or f"{kind}:{root}" + (f":{split}" if split else ""),
-            classes=classes,
-            ids=ids,
-            labels=labels,
-            size=form,
-            channels=channels,
-        )
+        title = name or f"{kind}:{root}" + (f":{split}" if split else "")
+        super().__init__(name=title, classes=classes, ids=ids, labels=labels, size=form, channels=channels)
 
     def path(self, row: int) -> Path:
         """Return the image file of a row; of a remote folder, its path there."""

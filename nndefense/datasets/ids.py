@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 _BLOCK = 8192
 
+RowNumbers = NDArray[np.int64]
+"""n numbers of rows, int64."""
+
 
 class Ids(Sequence[str]):
     """A read-only sequence of strings that can give many of its items at once.
@@ -20,7 +23,7 @@ class Ids(Sequence[str]):
     """
 
     @abstractmethod
-    def take(self, rows: NDArray[np.int64]) -> list[str]:
+    def take(self, rows: RowNumbers) -> list[str]:
         """Return the ids at ``rows`` (each in 0..len-1), in that order."""
 
     @overload
@@ -65,7 +68,7 @@ class NumberedIds(Ids):
     def __len__(self) -> int:
         return self._count
 
-    def take(self, rows: NDArray[np.int64]) -> list[str]:
+    def take(self, rows: RowNumbers) -> list[str]:
         return [f"{self._prefix}/{row:05d}" for row in rows.tolist()]
 
 
@@ -89,7 +92,7 @@ class PackedIds(Ids):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def take(self, rows: NDArray[np.int64]) -> list[str]:
+    def take(self, rows: RowNumbers) -> list[str]:
         bounds = zip(self._ends[rows].tolist(), self._ends[rows + 1].tolist(), strict=True)
         return [self._bytes[start:end].decode("utf-8", "surrogateescape") for start, end in bounds]
 
@@ -97,14 +100,14 @@ class PackedIds(Ids):
 class PickedIds(Ids):
     """Some of another sequence's ids."""
 
-    def __init__(self, ids: Ids, rows: NDArray[np.int64]) -> None:
+    def __init__(self, ids: Ids, rows: RowNumbers) -> None:
         self._ids = ids
         self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def take(self, rows: NDArray[np.int64]) -> list[str]:
+    def take(self, rows: RowNumbers) -> list[str]:
         return self._ids.take(self._rows[rows])
 
 
@@ -118,7 +121,7 @@ class JoinedIds(Ids):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def take(self, rows: NDArray[np.int64]) -> list[str]:
+    def take(self, rows: RowNumbers) -> list[str]:
         taken = [""] * len(rows)
         owners = np.searchsorted(self._starts, rows, side="right") - 1
         for owner in np.unique(owners).tolist():

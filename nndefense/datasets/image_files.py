@@ -18,17 +18,19 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from nndefense.datasets.derived import Sides, Size, check_form, crop_box
+from nndefense.datasets.pixels import Pixels
 from nndefense.datasets.rejected import BadImage, SourceError
-from nndefense.datasets.transform import Size, check_form, crop_box
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Only these decoders: Pillow has others that start helper programs, and a file's suffix proves nothing.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
+FilePath = str | os.PathLike[str]
 _GREY_MODES = ("1", "L", "LA", "La", "F", "I")
 
 
-def load_image(path: str | os.PathLike[str], *, channels: int = 3, size: Size | None = None) -> Tensor:
+def load_image(path: FilePath, *, channels: int = 3, size: Size | None = None) -> Tensor:
     """Read one image file.
 
     Args:
@@ -47,7 +49,7 @@ def load_image(path: str | os.PathLike[str], *, channels: int = 3, size: Size | 
     return to_tensor(decode(path, channels, check_form(size, channels)))
 
 
-def image_channels(path: str | os.PathLike[str]) -> int:
+def image_channels(path: FilePath) -> int:
     """Return 1 if the image file is grey (with or without transparency), else 3.
 
     Raises:
@@ -60,9 +62,7 @@ def image_channels(path: str | os.PathLike[str]) -> int:
         raise _unreadable(path, error) from error
 
 
-def decode(
-    path: str | os.PathLike[str], channels: int, size: tuple[int, int] | None, data: bytes | None = None
-) -> NDArray[np.uint8] | NDArray[np.float32]:
+def decode(path: FilePath, channels: int, size: Sides | None, data: bytes | None = None) -> Pixels:
     """Read an image file as an array H x W x C: uint8 in 0..255, or float32 in [0, 1] from more than 8 bits.
 
     ``size`` is H, W; the rest is as in :func:`load_image`. Where ``data`` is given, it is the file's content, and
@@ -86,9 +86,7 @@ def decode(
         raise _unreadable(path, error, data) from error
 
 
-def convert(
-    name: str | os.PathLike[str], image: Image.Image, channels: int, size: tuple[int, int] | None
-) -> NDArray[np.uint8] | NDArray[np.float32]:
+def convert(name: FilePath, image: Image.Image, channels: int, size: Sides | None) -> Pixels:
     """Turn an image that Pillow has opened into what :func:`decode` gives; the image may be changed.
 
     ``name`` is what a DataError about its grey values calls it.
@@ -102,14 +100,14 @@ def convert(
     )
 
 
-def to_tensor(pixels: NDArray[np.uint8] | NDArray[np.float32]) -> Tensor:
+def to_tensor(pixels: Pixels) -> Tensor:
     """Turn what :func:`decode` gives into a float32 tensor C x H x W in [0, 1]."""
     # Decoded arrays may be read-only views of Pillow's memory, which torch must not get hold of: so a copy.
     image = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1).contiguous()
     return image.div_(255) if pixels.dtype == np.uint8 else image
 
 
-def fill(image: Tensor, pixels: NDArray[np.uint8] | NDArray[np.float32]) -> None:
+def fill(image: Tensor, pixels: Pixels) -> None:
     """Write what :func:`decode` gives into a float32 tensor C x H x W, as :func:`to_tensor` would make it."""
     # By numpy: in a thread of a reader's, torch would begin a team of threads of its own.
     if pixels.dtype == np.uint8:
@@ -122,7 +120,7 @@ def _is_grey(image: Image.Image) -> bool:
     return image.mode in _GREY_MODES or image.mode.startswith("I;16")
 
 
-def check_pixels(path: str | os.PathLike[str], image: Image.Image) -> None:
+def check_pixels(path: FilePath, image: Image.Image) -> None:
     """Raise :class:`BadImage` where an opened image has more pixels than Pillow's ``Image.MAX_IMAGE_PIXELS``."""
     # Pillow only warns from here up to twice as many pixels; a small file that unpacks to gigabytes is refused.
     limit = Image.MAX_IMAGE_PIXELS
@@ -141,7 +139,7 @@ def _flat(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _fit(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+def _fit(image: Image.Image, size: Sides | None) -> Image.Image:
     if size is None or (image.height, image.width) == size:
         return image
     top, left, height, width = crop_box(image.height, image.width, size)
@@ -149,9 +147,7 @@ def _fit(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     return image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
 
 
-def _deep_grey(
-    name: str | os.PathLike[str], image: Image.Image, channels: int, size: tuple[int, int] | None
-) -> NDArray[np.float32]:
+def _deep_grey(name: FilePath, image: Image.Image, channels: int, size: Sides | None) -> NDArray[np.float32]:
     """Read a grey image of 16-bit or 32-bit integers or floats as float32 H x W x C in [0, 1]."""
     values = np.asarray(image).astype(np.float32)
     if image.mode != "F":
@@ -164,7 +160,7 @@ def _deep_grey(
     return np.repeat(pixels[:, :, None], channels, axis=2)
 
 
-def _unreadable(path: str | os.PathLike[str], error: Exception, data: bytes | None = None) -> BadImage:
+def _unreadable(path: FilePath, error: Exception, data: bytes | None = None) -> BadImage:
     if isinstance(error, FileNotFoundError):
         return BadImage(f"there is no image file {path}: check the path", "missing", "there is no such file")
     words = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
@@ -183,7 +179,7 @@ def _unreadable(path: str | os.PathLike[str], error: Exception, data: bytes | No
     return BadImage(f"cannot read the image {path} ({words}): repair, replace or remove it", kind, reason)
 
 
-def _is_empty(path: str | os.PathLike[str]) -> bool:
+def _is_empty(path: FilePath) -> bool:
     try:
         return Path(path).stat().st_size == 0
     except OSError:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from nndefense.datasets.base import update_with_strings
+from nndefense.datasets.derived import Size, check_form
 from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import PackedIds
 from nndefense.datasets.labels import class_numbers, written_labels
 from nndefense.datasets.remote import has_suffix, open_store
 from nndefense.datasets.store import LocalStore, Store, is_url
-from nndefense.datasets.transform import Size, check_form
 from nndefense.errors import DataError
 
 _TABLES = {".csv": ",", ".tsv": "\t"}
@@ -69,14 +69,8 @@ class FileListDataset(EncodedDataset):
                     )
         classes, numbers = class_numbers(labels, None, title, text)
         self._paths = PackedIds(paths)
-        super().__init__(
-            name=title,
-            classes=classes,
-            ids=self._paths if ids is paths else PackedIds(ids),
-            labels=numbers,
-            size=form,
-            channels=channels,
-        )
+        kept = self._paths if ids is paths else PackedIds(ids)
+        super().__init__(name=title, classes=classes, ids=kept, labels=numbers, size=form, channels=channels)
 
     def _place(self, row: int) -> tuple[Store, str]:
         item = self._paths[row]

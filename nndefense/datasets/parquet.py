@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from nndefense.datasets.derived import Size, check_form
 from nndefense.datasets.encoded import EncodedDataset
-from nndefense.datasets.ids import Ids, JoinedIds, NumberedIds, PackedIds
+from nndefense.datasets.ids import Ids, JoinedIds, NumberedIds, PackedIds, RowNumbers
 from nndefense.datasets.labels import class_numbers
 from nndefense.datasets.parquet_cells import Cells
 from nndefense.datasets.rejected import BadImage
 from nndefense.datasets.remote import find_files
 from nndefense.datasets.store import Store, check_bytes, empty_image
-from nndefense.datasets.transform import Size, check_form
 from nndefense.errors import DataError
 
 SUFFIXES = (".parquet",)
@@ -86,7 +85,7 @@ class ParquetDataset(EncodedDataset):
             name=title, classes=classes, ids=_ids(tables, title), labels=numbers, size=form, channels=channels
         )
 
-    def _fetcher(self, rows: NDArray[np.int64]) -> Callable[[int], tuple[str, bytes]]:
+    def _fetcher(self, rows: RowNumbers) -> Callable[[int], tuple[str, bytes]]:
         items = self.ids.take(rows)
         groups = np.searchsorted(self._group_start, rows, side="right") - 1
         cells: dict[int, Any] = {}
@@ -125,9 +124,13 @@ class _Table:
     """What the footer of one file tells, and its labels and ids."""
 
     def __init__(self, store: Store, path: str) -> None:
-        import_pyarrow()
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
+        try:
+            import pyarrow as arrow
+            import pyarrow.parquet as parquet
+        except ImportError:
+            raise DataError(
+                "Parquet files are read by pyarrow, which is not installed: pip install 'nndefense[parquet]'"
+            ) from None
 
         self.place = store.url(path)
         self.stem = Path(path.rpartition("/")[2]).stem
@@ -138,26 +141,14 @@ class _Table:
                 schema, metadata = file.schema_arrow, file.metadata
                 self.image = _image_column(schema, self.place, arrow)
                 self.label = next((name for name in _LABEL_NAMES if name in schema.names), None)
-                ids = (
-                    name
-                    for name in _ID_NAMES
-                    if name in schema.names and arrow.types.is_string(schema.field(name).type)
-                )
-                self.id = next(ids, None)
+                texts = [name for name in schema.names if arrow.types.is_string(schema.field(name).type)]
+                self.id = next((name for name in _ID_NAMES if name in texts), None)
                 self.rows = metadata.num_rows
-                columns = (
-                    [
-                        number
-                        for number in range(metadata.num_columns)
-                        if metadata.row_group(0).column(number).path_in_schema.split(".")[0] == self.image
-                    ]
-                    if metadata.num_row_groups
-                    else []
-                )
-                self.groups = [
-                    (group.num_rows, sum(group.column(number).total_uncompressed_size for number in columns))
-                    for group in map(metadata.row_group, range(metadata.num_row_groups))
-                ]
+                self.groups = []
+                for group in map(metadata.row_group, range(metadata.num_row_groups)):
+                    columns = map(group.column, range(metadata.num_columns))
+                    own = (part for part in columns if part.path_in_schema.split(".")[0] == self.image)
+                    self.groups.append((group.num_rows, sum(part.total_uncompressed_size for part in own)))
                 wanted = [name for name in (self.label, self.id) if name]
                 self._columns = file.read(columns=wanted) if wanted else None
         except (OSError, ValueError, arrow.ArrowException) as error:
@@ -188,16 +179,6 @@ class _Table:
         if None in found:
             raise DataError(f"{self.place} has rows without an id in the column {self.id}: fill it or leave it out")
         return PackedIds(found)
-
-
-def import_pyarrow() -> None:
-    """Raise DataError where pyarrow is not installed."""
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise DataError(
-            "Parquet files are read by pyarrow, which is not installed: pip install 'nndefense[parquet]'"
-        ) from None
 
 
 def _image_column(schema: Any, place: str, arrow: Any) -> str:

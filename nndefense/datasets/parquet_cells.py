@@ -8,9 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from nndefense.datasets.ids import RowNumbers
 from nndefense.datasets.rejected import SourceError
 from nndefense.datasets.store import Store
 
@@ -49,7 +47,7 @@ class Cells:
         # Of the cursor: its row group, the row that its next piece begins with, and the pieces to come.
         self._cursor: tuple[tuple[int, int], int, Iterator[Any]] | None = None
 
-    def read(self, file: int, group: int, group_bytes: int, rows: NDArray[np.int64]) -> list[Any]:
+    def read(self, file: int, group: int, group_bytes: int, rows: RowNumbers) -> list[Any]:
         """Return the cells at ``rows`` (ascending, within the row group), as Python values.
 
         Raises:

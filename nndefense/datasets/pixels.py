@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 DIGEST_BYTES = 16
+Digests = NDArray[np.uint8]
+Pixels = NDArray[np.uint8] | NDArray[np.float32]
+"""One image or several, uint8 in 0..255 or float32 in [0, 1]."""
 _TOGETHER = 1 << 17
 """Pixels that are looked at in one go: a batch of small images costs no more than a large one."""
 
@@ -42,7 +45,7 @@ def pixel_digests(images: Tensor) -> NDArray[np.uint8]:
     return digests
 
 
-def pixel_digest(pixels: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.uint8]:
+def pixel_digest(pixels: Pixels) -> NDArray[np.uint8]:
     """The digest of one image H x W x C, uint8 in 0..255 or float32 in [0, 1]: see :func:`pixel_digests`."""
     if pixels.dtype != np.uint8:
         values = np.array(pixels, dtype=np.float32)[None]

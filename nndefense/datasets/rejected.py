@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
+from nndefense.datasets.ids import RowNumbers
 from nndefense.errors import DataError
 
 REJECTED_KINDS = (
@@ -69,7 +68,7 @@ class Reading:
         rejected: the images that cannot be used, in the order asked for.
     """
 
-    rows: NDArray[np.int64]
+    rows: RowNumbers
     images: Tensor
     labels: Tensor
     ids: list[str]

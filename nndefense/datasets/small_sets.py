@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nndefense.datasets.arrays import ArrayDataset
+from nndefense.datasets.arrays import ArrayDataset, HDF5Dataset
 from nndefense.datasets.base import stratified_rows
-from nndefense.datasets.hdf5 import HDF5Dataset
 from nndefense.datasets.ids import NumberedIds, PickedIds
 from nndefense.errors import DataError
 from nndefense.images import shape_text

@@ -4,51 +4,33 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nndefense.datasets import hdf5
+from nndefense.datasets import arrays
 from nndefense.datasets.base import ImageDataset
+from nndefense.datasets.derived import Sides, Size, check_form, concatenate, in_form
 from nndefense.datasets.folder import ImageFolderDataset
-from nndefense.datasets.joined import concatenate
 from nndefense.datasets.listing import FileListDataset
 from nndefense.datasets.parquet import ParquetDataset
 from nndefense.datasets.remote import has_suffix, open_store
 from nndefense.datasets.small_sets import open_cifar10, open_digits, open_idx
 from nndefense.datasets.store import is_url
 from nndefense.datasets.torchvision_set import SETS, TorchvisionDataset
-from nndefense.datasets.transform import Size, check_form, in_form
 from nndefense.datasets.webdataset import WebDataset
 from nndefense.errors import DataError
 
-KNOWN_SPECS = (
-    "digits",
-    "mnist",
-    "fashion-mnist",
-    "cifar10",
-    "imagefolder:PATH",
-    "images:PATH",
-    "files:LIST",
-    "hdf5:PATH",
-    "webdataset:PATH",
-    "parquet:PATH",
-    "torchvision:NAME:PATH",
-)
-
 _NAMED = ("digits", "mnist", "fashion-mnist", "cifar10")
+_PATH_KINDS = ("imagefolder", "images", "files", "hdf5", "webdataset", "parquet")
+_PATHS = tuple(f"{kind}:{'LIST' if kind == 'files' else 'PATH'}" for kind in _PATH_KINDS)
+KNOWN_SPECS = (*_NAMED, *_PATHS, "torchvision:NAME:PATH")
+
 _SPLITS = ("train", "test")
-# The kinds that are opened from a path, and how their files end where a pattern may stand for several.
-_PATH_KINDS: dict[str, str | None] = {
-    "imagefolder": None,
-    "images": None,
-    "files": None,
-    "hdf5": None,
-    "webdataset": ".tar",
-    "parquet": ".parquet",
-}
+# How the files of a kind end where a pattern may stand for several.
+_SUFFIXES = {"webdataset": ".tar", "parquet": ".parquet"}
 _SLICE = re.compile(r"(?P<body>.*?)(?P<cut>\[[^\[\]]*\])?", re.DOTALL)
 _SPLIT_OF_URL = re.compile(r"(?P<head>.*[^:]):(?P<split>[^:/\[\]{}*]+)", re.DOTALL)
 _BOUNDS = re.compile(r"\[\s*(-?\d+)?\s*:\s*(-?\d+)?\s*(?::\s*(-?\d+)?\s*)?\]")
@@ -102,7 +84,7 @@ def open_dataset(
     if kind == "torchvision":
         dataset, cut = _open_torchvision(rest, folder, form, channels, download)
     elif kind in _PATH_KINDS:
-        path, split, cut = locate(kind, rest, _PATH_KINDS[kind])
+        path, split, cut = locate(kind, rest, _SUFFIXES.get(kind))
         dataset = _open_path(kind, path, split, form, channels)
     else:
         body, cut = split_slice(spec)
@@ -162,13 +144,10 @@ def _open_named(name: str, split: str, data_dir: Path, download: bool) -> ImageD
     return open_idx(name, split, data_dir, download=download)
 
 
-def _open_path(
-    kind: str, path: str, split: str | None, size: tuple[int, int] | None, channels: int | None
-) -> ImageDataset:
-    if kind == "webdataset":
-        return WebDataset(path, split=split, size=size, channels=channels)
-    if kind == "parquet":
-        return ParquetDataset(path, split=split, size=size, channels=channels)
+def _open_path(kind: str, path: str, split: str | None, size: Sides | None, channels: int | None) -> ImageDataset:
+    if kind in ("webdataset", "parquet"):
+        opened = WebDataset if kind == "webdataset" else ParquetDataset
+        return opened(path, split=split, size=size, channels=channels)
     if kind == "hdf5":
         return in_form(_open_hdf5(path, split), size, channels)
     if kind == "files":
@@ -179,7 +158,7 @@ def _open_path(
 
 
 def _open_torchvision(
-    rest: str, data_dir: Path, size: tuple[int, int] | None, channels: int | None, download: bool
+    rest: str, data_dir: Path, size: Sides | None, channels: int | None, download: bool
 ) -> tuple[ImageDataset, str | None]:
     name, _, place = rest.partition(":")
     cut = None
@@ -197,21 +176,23 @@ def _open_torchvision(
 
 
 def _open_hdf5(path: str, split: str | None) -> ImageDataset:
-    if has_suffix(path, hdf5.SUFFIXES) if is_url(path) else not os.path.isdir(path):
+    if has_suffix(path, arrays.SUFFIXES) if is_url(path) else not os.path.isdir(path):
         if split is not None:
             raise DataError(f"{path} is a file, so it has no split {split!r}: open hdf5:{path}")
-        return hdf5.HDF5Dataset(path)
+        return arrays.HDF5Dataset(path)
     store, folder = open_store(path)
-    names = [name for name in store.listing(folder)[1] if has_suffix(name, hdf5.SUFFIXES)]
+    names = [name for name in store.listing(folder)[1] if has_suffix(name, arrays.SUFFIXES)]
     # Where there are both, the shorter suffix goes before the longer.
     files = {name.rpartition(".")[0]: name for name in sorted(names, key=len, reverse=True)}
     if not files:
         raise DataError(f"the folder {path} has no files *.h5: give the path of an HDF5 file")
     split = split or "train"
     if split not in files:
-        known = _choices(f"hdf5:{path}:{stem}" for stem in sorted(files))
+        known = " or ".join(f"hdf5:{path}:{stem}" for stem in sorted(files)[:4]) + (
+            " or another" if len(files) > 4 else ""
+        )
         raise DataError(f"the folder {path} has no {split}.h5: open {known}")
-    return hdf5.HDF5Dataset(f"{path.rstrip('/')}/{files[split]}", name=f"hdf5:{path}:{split}")
+    return arrays.HDF5Dataset(f"{path.rstrip('/')}/{files[split]}", name=f"hdf5:{path}:{split}")
 
 
 def _sliced(dataset: ImageDataset, cut: str) -> ImageDataset:
@@ -223,11 +204,6 @@ def _sliced(dataset: ImageDataset, cut: str) -> ImageDataset:
     if len(rows) == 0:
         raise DataError(f"the slice {cut} leaves none of the {len(dataset)} images of {dataset.name}: widen it")
     return dataset.subset(rows, name=dataset.name + cut)
-
-
-def _choices(names: Iterable[str]) -> str:
-    shown = list(names)
-    return " or ".join(shown[:4]) + (" or another" if len(shown) > 4 else "")
 
 
 def split_slice(text: str) -> tuple[str, str | None]:

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nndefense.datasets.base import update_with_strings
-from nndefense.datasets.encoded import PictureDataset, Pixels
-from nndefense.datasets.ids import NumberedIds
+from nndefense.datasets.derived import Size, check_form
+from nndefense.datasets.encoded import PictureDataset
+from nndefense.datasets.ids import NumberedIds, RowNumbers
 from nndefense.datasets.image_files import FORMATS, check_pixels, convert
+from nndefense.datasets.pixels import Pixels
 from nndefense.datasets.rejected import BadImage, SourceError
-from nndefense.datasets.transform import Size, check_form
 from nndefense.errors import DataError
 from nndefense.images import shape_text
 
@@ -137,10 +138,7 @@ class TorchvisionDataset(PictureDataset):
         except MemoryError as error:
             raise SourceError(f"there is not enough memory left to read {called}: use fewer workers") from error
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise BadImage(
-                f"torchvision cannot read {called} ({reason}): fetch it again", "damaged", f"it is damaged ({reason})"
-            ) from error
+            raise _damaged(f"torchvision cannot read {called}", error) from error
         if not isinstance(picture, Image.Image):
             raise DataError(f"{called} is no picture but a {type(picture).__name__}: open another set")
         return picture
@@ -151,17 +149,14 @@ class TorchvisionDataset(PictureDataset):
         except BadImage:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise BadImage(
-                f"cannot read the image {called} ({reason}): fetch it again", "damaged", f"it is damaged ({reason})"
-            ) from error
+            raise _damaged(f"cannot read the image {called}", error) from error
         if pixels.shape[:2] != self.shape[1:]:
             sizes = f"{shape_text(pixels.shape[:2])}, but the first one is {shape_text(self.shape[1:])}"
             reason = f"it is {sizes}: give a size that all images are brought to"
             raise BadImage(f"the image {called}: {reason}", "other size", reason)
         return pixels
 
-    def _pixels_of(self, rows: NDArray[np.int64]) -> Callable[[int], Pixels]:
+    def _pixels_of(self, rows: RowNumbers) -> Callable[[int], Pixels]:
         items, numbers = self.ids.take(rows), rows.tolist()
         return lambda place: self._pixels(numbers[place], items[place])
 
@@ -176,6 +171,11 @@ class TorchvisionDataset(PictureDataset):
         digest.update(images.numpy().astype("<f4").tobytes())
         update_with_strings(digest, (wrong[place].kind for place in sorted(wrong)))
         return digest.hexdigest()
+
+
+def _damaged(what: str, error: Exception) -> BadImage:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return BadImage(f"{what} ({reason}): fetch it again", "damaged", f"it is damaged ({reason})")
 
 
 def _open(name: str, root: Path, split: str, download: bool) -> Any:
@@ -197,15 +197,11 @@ def _open(name: str, root: Path, split: str, download: bool) -> Any:
         options["loader"] = _load
     if "root" in known:
         options["root"] = root
-    able = "download" in known
-    try:
-        return kind(**options)
-    except (OSError, RuntimeError, ValueError, ImportError) as error:
-        reason: Exception = error
-    if able and download:
+    reason: Exception | None = None
+    for further in ({}, {"download": True}) if download and "download" in known else ({},):
         try:
-            return kind(**options, download=True)
-        except (OSError, RuntimeError, ValueError, ImportError) as error:
+            return kind(**options, **further)
+        except (OSError, RuntimeError, ValueError, ImportError) as error:  # noqa: PERF203
             reason = error
     words = textwrap.shorten(str(reason), 160)
     remedy = f"put it there as torchvision's {name} expects it"

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from nndefense.datasets.derived import Size, check_form
 from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import PackedIds
 from nndefense.datasets.image_files import SUFFIXES
@@ -24,7 +25,6 @@ from nndefense.datasets.labels import class_numbers, read_class_names
 from nndefense.datasets.rejected import BadImage, SourceError
 from nndefense.datasets.remote import find_files
 from nndefense.datasets.store import Store, check_bytes
-from nndefense.datasets.transform import Size, check_form
 from nndefense.errors import DataError
 
 CLASSES_FILE = "classes.txt"

@@ -1,6 +1,7 @@
 """Features: a layer of the classifier, pooled and reduced, as one differentiable module from pixels to vectors."""
 
 from nndefense.features.extractor import (
+    PCA,
     WIDEST,
     FeatureExtractor,
     FeatureSpec,
@@ -11,7 +12,6 @@ from nndefense.features.extractor import (
     spread,
     vector_widths,
 )
-from nndefense.features.pca import PCA
 from nndefense.features.pooling import POOLINGS, pool, rmac
 from nndefense.features.taps import LAYER_ALIASES, resolve_layer, spatial_layers, tapped
 

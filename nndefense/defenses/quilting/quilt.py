@@ -227,11 +227,5 @@ def quilting(
             channel_message(patches.channels, classifier.input_shape[0], f"the patches of {patches.path}").split(":")[0]
             + ": build patches from images with as many channels"
         )
-    return QuiltingDefense(
-        classifier,
-        Quilt(patches, k=k, overlap=overlap),
-        substitute=substitute,
-        draws=draws,
-        attack_draws=attack_draws,
-        seed=seed,
-    )
+    quilt = Quilt(patches, k=k, overlap=overlap)
+    return QuiltingDefense(classifier, quilt, substitute=substitute, draws=draws, attack_draws=attack_draws, seed=seed)

@@ -20,8 +20,16 @@ from nndefense.database.index import FaissIndex
 from nndefense.database.index_training import build_index
 from nndefense.database.manifest import FileEntry
 from nndefense.database.writer import writing
-from nndefense.defenses.quilting.manifest import FORMAT, INDEX, NAME, PIXELS, PatchManifest
-from nndefense.defenses.quilting.patches import CENTRE, probes_of, set_probes
+from nndefense.defenses.quilting.patches import (
+    CENTRE,
+    FORMAT,
+    INDEX,
+    NAME,
+    PIXELS,
+    PatchManifest,
+    probes_of,
+    set_probes,
+)
 from nndefense.errors import DatabaseError, DataError, InputError
 from nndefense.files import PART, make_folder, read_json, write_atomically
 from nndefense.images import check_images

@@ -58,24 +58,12 @@ def crop_ensemble(
     at_least("crops", count)
     if grid:
         return GridCropEnsemble(classifier, size=size, crops=count)
-    return TransformDefense(
-        classifier,
-        RandomCrop(size),
-        differentiable=True,
-        random=True,
-        draws=count,
-        attack_draws=attack_draws,
-        seed=seed,
-    )
+    options: dict[str, Any] = {"draws": count, "attack_draws": attack_draws, "seed": seed}
+    return TransformDefense(classifier, RandomCrop(size), differentiable=True, random=True, **options)
 
 
 def tv_minimization(
-    classifier: Classifier,
-    *,
-    draws: int = 1,
-    attack_draws: int | None = None,
-    seed: int | None = 0,
-    **settings: Any,
+    classifier: Classifier, *, draws: int = 1, attack_draws: int | None = None, seed: int | None = 0, **settings: Any
 ) -> TransformDefense:
     """Total variation minimisation before the classifier; attacked with BPDA (identity) and EOT over masks.
 
@@ -90,15 +78,8 @@ def tv_minimization(
         InputError: settings that cannot be used.
     """
     transform = TotalVariation(**settings)
-    return TransformDefense(
-        classifier,
-        transform,
-        differentiable=False,
-        random=transform.keep < 1,
-        draws=draws,
-        attack_draws=attack_draws,
-        seed=seed,
-    )
+    options: dict[str, Any] = {"draws": draws, "attack_draws": attack_draws, "seed": seed}
+    return TransformDefense(classifier, transform, differentiable=False, random=transform.keep < 1, **options)
 
 
 def jpeg_compression(classifier: Classifier, *, quality: int = 75, subsampling: str = "4:2:0") -> TransformDefense:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nndefense.attacks.checks import at_least
-from nndefense.defenses.transforms.tv_iterates import Iterates
-from nndefense.defenses.transforms.tv_problem import TvProblem, check_terms
+from nndefense.defenses.transforms.tv_problem import Iterates, TvProblem, check_terms
 from nndefense.errors import InputError
 
 MASKS = ("pixel", "entry")

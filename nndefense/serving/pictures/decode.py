@@ -28,8 +28,8 @@ from contextlib import contextmanager
 from PIL import Image
 from torch import Tensor
 
+from nndefense.datasets.derived import check_form
 from nndefense.datasets.image_files import convert, to_tensor
-from nndefense.datasets.transform import check_form
 from nndefense.errors import DataError
 from nndefense.serving.pictures.containers import read_container
 from nndefense.serving.pictures.limits import MEDIA_TYPES, Limits
