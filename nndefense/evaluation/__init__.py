@@ -11,7 +11,7 @@ from nndefense.evaluation.results import assemble
 from nndefense.evaluation.runner import Evaluated, run
 from nndefense.evaluation.store import CellStore
 from nndefense.evaluation.subjects import layer_subject, subjects_of, threats_of
-from nndefense.evaluation.suite import attack_all, run_attack
+from nndefense.evaluation.suite import run_attack
 from nndefense.evaluation.threats import AttackSettings, ThreatModel
 from nndefense.statistics import mcnemar_p, wilson_interval
 
@@ -30,7 +30,6 @@ __all__ = [
     "Subject",
     "ThreatModel",
     "assemble",
-    "attack_all",
     "calibration_text",
     "compare",
     "evaluate",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +12,8 @@ from torch import Tensor
 from nndefense import attacks
 from nndefense.attacks import registry
 from nndefense.attacks.retrieval import RetrievalSurface
-from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
 from nndefense.evaluation.threats import AttackSettings
-from nndefense.models import Classifier
 
 # How far an attack that is not the library's may pass its budget or the box, for rounding.
 _ROUNDING = 1e-5
@@ -108,43 +105,6 @@ def _checked(made: Any, x: Tensor, eps: float, settings: AttackSettings) -> Tens
             f"{int((passed > _ROUNDING).sum())} of {len(x)} images: project them on the ball"
         )
     return images
-
-
-def attack_all(
-    settings: AttackSettings,
-    classifier: Classifier,
-    dataset: ImageDataset,
-    eps: float,
-    *,
-    batch_size: int,
-    seed: int,
-    device: str | torch.device,
-    progress: Callable[[int], object] = lambda images: None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attack a classifier on a whole data set, which must fit in memory, as for calibration.
-
-    Args:
-        settings, eps: as for :func:`run_attack`.
-        classifier: what is attacked.
-        dataset: N labelled images.
-        batch_size: images per forward pass.
-        seed: draws the random starts.
-        device: where the images are put.
-        progress: called with the number of images after each batch.
-
-    Returns:
-        The images N x C x H x W, the same attacked, and their class numbers N of the classifier.
-    """
-    labels_of = classifier.label_map(dataset.classes)
-    generator = torch.Generator().manual_seed(seed)
-    clean, attacked, truth = [], [], []
-    for batch, labels, _ in dataset.batches(batch_size):
-        images, aims = batch.to(device), labels_of[labels].to(device)
-        clean.append(images)
-        attacked.append(run_attack(settings, classifier, images, aims, eps, generator).images)
-        truth.append(aims)
-        progress(len(images))
-    return torch.cat(clean), torch.cat(attacked), torch.cat(truth)
 
 
 def peak_memory_mb() -> float:

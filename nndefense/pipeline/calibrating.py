@@ -18,7 +18,7 @@ from nndefense.datasets import ImageDataset
 from nndefense.defenses import DEFAULT_KS, calibrate
 from nndefense.defenses.stored import store_calibration
 from nndefense.errors import InputError
-from nndefense.evaluation import AttackSettings, attack_all
+from nndefense.evaluation import AttackSettings, run_attack
 from nndefense.features import WIDEST, FeatureSpec, spatial_layers, spread, vector_widths
 from nndefense.files import make_folder
 from nndefense.models import Classifier
@@ -104,19 +104,17 @@ def attacked_images(
     seed: int,
     progress: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The calibration images, the same attacked (gray box), and their classes, as for ``attack_all``, with a bar."""
+    """Calibration images, which must fit in memory: N x C x H x W, attacked (gray box), and class numbers N."""
+    labels_of, generator = classifier.label_map(held.classes), torch.Generator().manual_seed(seed)
+    found = []
     hidden = None if progress else True
     with tqdm(total=len(held), desc="attacking calibration images", unit=" images", delay=1, disable=hidden) as bar:
-        return attack_all(
-            attack,
-            classifier,
-            held,
-            eps,
-            batch_size=batch_size,
-            seed=seed,
-            device=classifier.device,
-            progress=bar.update,
-        )
+        for batch, labels, _ in held.batches(batch_size):
+            images, aims = batch.to(classifier.device), labels_of[labels].to(classifier.device)
+            found.append((images, run_attack(attack, classifier, images, aims, eps, generator).images, aims))
+            bar.update(len(images))
+    clean, attacked, truth = map(torch.cat, zip(*found, strict=True))
+    return clean, attacked, truth
 
 
 def choose(
