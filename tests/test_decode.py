@@ -29,9 +29,8 @@ from nndefense.errors import InputError
 from nndefense.serving.http.bodies import Part, parse
 from nndefense.serving.pictures.containers import read_container
 from nndefense.serving.pictures.decode import decode, decode_all, from_base64, inspect
-from nndefense.serving.pictures.limits import Limits
-from nndefense.serving.pictures.orientation import orientation
-from nndefense.serving.pictures.refused import STATUS, Refused, refused
+from nndefense.serving.pictures.limits import STATUS, Limits, Refused, refused
+from nndefense.serving.pictures.picture import orientation
 
 LIMITS = Limits()
 SHAPE = (1, 8, 8)

@@ -15,7 +15,7 @@ from command import fails, nndefense
 
 from nndefense.cli import reproduce as reproduce_command
 from nndefense.errors import DataError, InputError
-from nndefense.evaluation.outcomes import from_hex
+from nndefense.evaluation.ladder import from_hex
 from nndefense.evaluation.threats import AttackSettings
 from nndefense.experiments import (
     SCALES,

@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 
 from nndefense.errors import DataError, InputError
 from nndefense.evaluation import AttackSettings, CellStore, Recipe, Rung, compare, mcnemar_p, read_recipe, worst_cases
-from nndefense.evaluation.outcomes import from_hex, to_hex
+from nndefense.evaluation.ladder import from_hex, to_hex
 from nndefense.evaluation.recipe import recipe_from
 
 BITS = st.lists(st.booleans(), min_size=1, max_size=200)

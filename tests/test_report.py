@@ -30,8 +30,7 @@ from nndefense.evaluation.report import (
     write_report,
 )
 from nndefense.evaluation.report.gallery import amplification, picture
-from nndefense.reporting.charts import spread
-from nndefense.reporting.ticks import log_ticks, nice_ticks
+from nndefense.reporting.charts import log_ticks, nice_ticks, spread
 
 VOID = {"meta", "link", "img", "br"}
 

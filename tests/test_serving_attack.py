@@ -33,8 +33,11 @@ from nndefense.serving.demo_attacks.attack import (
     Late,
     Stopped,
     attack_picture,
+    eight_bits,
+    magnified,
+    picture_within,
+    png_text,
 )
-from nndefense.serving.demo_attacks.pixels import eight_bits, magnified, picture_within, png_text
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,7 @@ from served import Process, Served, home, process, serving
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nndefense.serving.http.problem import PROBLEMS
-from nndefense.serving.pictures.limits import Limits
-from nndefense.serving.pictures.refused import STATUS
+from nndefense.serving.pictures.limits import STATUS, Limits
 
 SLOW = 1.0
 LONGEST = 5.0

@@ -104,29 +104,32 @@ def serve(
             body_seconds=body_seconds,
         ),
     )
+
+    def started(addresses: list[str]) -> None:
+        where = f"{' and '.join(addresses)}; {f'Ray at {address()}; ' if engine == 'ray' else ''}Ctrl-C ends it"
+        print(f"nndefense: {data.database} on {where}", flush=True)
+        if allow_open and api_key_file is None:
+            print("nndefense: warning: no keys are asked for; whoever reaches the address may use it", file=sys.stderr)
+
     if engine == "ray":
         if find_spec("ray") is None:
             raise InputError('--engine ray needs Ray: pip install "nndefense[ray]"')
-        from nndefense.serving.cluster import deployment
+        from nndefense.database.cluster import address
+        from nndefense.serving.cluster import serve as run_on_ray
 
-        deployment.serve(
+        run_on_ray(
             guard,
             settings,
             replicas=replicas,
             shards=shards,
             max_replicas=max_replicas,
             ray_address=ray_address,
-            started=partial(deployment.announce, guard, settings),
+            started=started,
         )
         return
     if (replicas, shards, max_replicas, ray_address) != (1, 1, None, None):
         raise InputError("--replicas, --max-replicas, --shards and --ray-address are for --engine ray")
     from nndefense.guard import Guard
     from nndefense.serving.server import serve as run
-
-    def started(addresses: list[str]) -> None:
-        print(f"nndefense: {data.database} on {' and '.join(addresses)}; Ctrl-C ends it", flush=True)
-        if allow_open and api_key_file is None:
-            print("nndefense: warning: no keys are asked for; whoever reaches the address may use it", file=sys.stderr)
 
     run(partial(Guard.open, **guard), settings, started=started)

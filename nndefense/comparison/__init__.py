@@ -1,6 +1,5 @@
 """The comparison: every defence of a published table on the same images, each met by an attacker who knows it."""
 
-from nndefense.comparison.from_names import compare
 from nndefense.comparison.published import CAVEATS, PUBLISHED, PrintedRow
 from nndefense.comparison.recipe import (
     ComparisonRecipe,
@@ -13,8 +12,7 @@ from nndefense.comparison.recipe import (
     shipped_comparison,
 )
 from nndefense.comparison.report import write_comparison
-from nndefense.comparison.row import Row, make_row
-from nndefense.comparison.runner import read_comparison, run_comparison
+from nndefense.comparison.runner import Row, compare, make_row, read_comparison, run_comparison
 from nndefense.comparison.table import TableRow, markdown_of, summary_of, table_of
 
 __all__ = [

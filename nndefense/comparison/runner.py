@@ -4,20 +4,60 @@ from __future__ import annotations
 
 import datetime
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from nndefense import pipeline
 from nndefense.comparison.published import CAVEATS, PUBLISHED, SETTING, TITLE
-from nndefense.comparison.recipe import ComparisonRecipe
-from nndefense.comparison.row import Row, make_row
+from nndefense.comparison.recipe import ComparisonRecipe, RowSpec
+from nndefense.comparison.report import write_comparison
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError
-from nndefense.evaluation import AttackSettings, CellStore, evaluate, threats_of, worst_cases
+from nndefense.evaluation import AttackSettings, CellStore, Subject, evaluate, threats_of, worst_cases
+from nndefense.evaluation.ladder import BARE
 from nndefense.evaluation.results import identity
 from nndefense.files import make_folder, read_json, write_json
-from nndefense.pipeline.materials import Materials
+from nndefense.models import Classifier, resolve_device
+from nndefense.pipeline import Materials, defenses, make_defense, subject_of
 from nndefense.versions import library_versions
+
+
+@dataclass(frozen=True)
+class Row:
+    """A defence of the comparison.
+
+    Attributes:
+        spec: what it was to be.
+        subject: what is measured; None where it is not there.
+        facts: what is to be known of it, as plain values.
+        reason: why it is not there, for people; empty where it is.
+    """
+
+    spec: RowSpec
+    subject: Subject | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """What it is called in the records."""
+        return BARE if self.spec.kind == "none" else self.spec.name
+
+
+def make_row(materials: Materials, spec: RowSpec) -> Row:
+    """Make a row's defence, or say why it is not there."""
+    defense = defenses.get(spec.kind)
+    if defense.trained and not materials.scope.training:
+        reason = "not trained: this data set has no training settings here, or training was left out"
+        return Row(spec, reason=reason)
+    made = make_defense(defense, materials, spec.options)
+    subject = subject_of(made, Row(spec).name, spec.kind, materials, informed=spec.informed)
+    return Row(spec, subject, made.facts)
+
 
 FORMAT, VERSION = "nndefense-comparison", 1
 NAME = "results.json"
@@ -156,3 +196,73 @@ def _images(dataset: Any) -> dict[str, Any]:
         "classes": len(dataset.classes),
         "fingerprint": dataset.fingerprint,
     }
+
+
+def compare(
+    recipe: ComparisonRecipe,
+    dataset: str,
+    out: Path,
+    *,
+    train_sets: Sequence[str] = (),
+    classifier: str | None = None,
+    surrogate: str | None = None,
+    classes: Path | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    data_dir: Path | None = None,
+    device: str = "auto",
+    say: Callable[[str], object] = lambda text: None,
+    progress: bool = True,
+    command: str = "",
+) -> tuple[dict[str, Any], list[Path]]:
+    """Run a comparison and write its files.
+
+    Args:
+        recipe: what is compared, and how.
+        dataset: a set with splits of its own, or, with ``train_sets``, the images to report on.
+        out: folder for everything; what is finished in it is not made again.
+        train_sets: the images that fill databases and train nets; none for the training split of ``dataset``.
+        classifier, surrogate: sources of ready nets; without them nets are trained.
+        classes, input_shape: of classifiers of one's own.
+        data_dir: the folder of the data sets.
+        device: where to compute.
+        say: called with a line for people before everything that takes long.
+        progress: whether to show bars.
+        command: recorded.
+
+    Returns:
+        The results, and the files that hold them: ``results.json``, table, figure and page.
+
+    Raises:
+        NNDefenseError: something cannot be opened, or does not fit together.
+    """
+    sources = list(train_sets) or [dataset]
+    reported = dataset if train_sets else pipeline.reported_split(dataset, "give the others by --train-set")
+    target = resolve_device(device)
+
+    def opened(source: str | None) -> Classifier | None:
+        if source is None:
+            return None
+        return pipeline.open_classifier(
+            source, device=device, data_dir=data_dir, classes=classes, input_shape=input_shape, specs=sources
+        )
+
+    model, other = opened(classifier), opened(surrogate)
+    if model is not None:
+        pipeline.check_surrogate(other, model)
+    images = pipeline.open_datasets(sources, data_dir=data_dir, like=model)
+    test = pipeline.open_datasets([reported], data_dir=data_dir, like=model)
+    pipeline.check_disjoint(test, images)
+    materials = pipeline.Materials(
+        recipe.scope,
+        images,
+        out,
+        target,
+        recipe.seed,
+        given=model,
+        given_surrogate=other,
+        specs=tuple(sources),
+        say=say,
+        progress=progress,
+    )
+    results = run_comparison(recipe, materials, pipeline.drawn(test, recipe.scope.limit, recipe.seed), command)
+    return results, [out / "results.json", *write_comparison(results, out)]

@@ -3,12 +3,11 @@
 from nndefense.attacks.registry import THREAT_MODELS
 from nndefense.evaluation.audit import AuditLine
 from nndefense.evaluation.evaluate import Record, Subject, evaluate
-from nndefense.evaluation.illustrate import illustrate
 from nndefense.evaluation.ladder import Comparison, compare, worst_cases
 from nndefense.evaluation.recipe import Recipe, Rung, read_recipe, rungs_for
 from nndefense.evaluation.report import GalleryNeighbor, GalleryRow, calibration_text, summary, write_report
 from nndefense.evaluation.results import assemble
-from nndefense.evaluation.runner import Evaluated, run
+from nndefense.evaluation.runner import Evaluated, illustrate, run
 from nndefense.evaluation.store import CellStore
 from nndefense.evaluation.subjects import layer_subject, subjects_of, threats_of
 from nndefense.evaluation.suite import run_attack

@@ -14,7 +14,7 @@ from nndefense import attacks
 from nndefense.attacks.retrieval import RetrievalSurface
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError
-from nndefense.evaluation.outcomes import to_hex
+from nndefense.evaluation.ladder import to_hex
 from nndefense.evaluation.store import CellStore
 from nndefense.evaluation.suite import peak_memory_mb, run_attack
 from nndefense.evaluation.threats import AttackSettings, ThreatModel

@@ -16,7 +16,7 @@ from nndefense import attacks
 from nndefense.attacks.spatial import spatial_grid
 from nndefense.datasets import ImageDataset
 from nndefense.evaluation import CellStore, run_attack, wilson_interval
-from nndefense.evaluation.outcomes import Bits, from_hex, to_hex
+from nndefense.evaluation.ladder import Bits, from_hex, to_hex
 from nndefense.experiments.recipe import SPATIAL, ExperimentRecipe, Threat
 from nndefense.models import Classifier
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from nndefense.evaluation.outcomes import from_hex
+from nndefense.evaluation.ladder import from_hex
 from nndefense.statistics import mcnemar_p
 
 Results = dict[str, Any]

@@ -26,8 +26,7 @@ from nndefense.errors import DatabaseError, InputError
 from nndefense.files import sha256_of
 from nndefense.guard.batch_invariant import SteadyForward
 from nndefense.guard.batches import batches
-from nndefense.guard.clean_distances import clean_distances, record, some_ids
-from nndefense.guard.nearest_rows import NearestRows
+from nndefense.guard.nearest_rows import NearestRows, clean_distances, record, some_ids
 from nndefense.guard.percentile import FILE, Percentile, check_rate
 from nndefense.guard.pictures import Pictures, Sample
 from nndefense.guard.prediction import Defended

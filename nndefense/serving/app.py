@@ -26,10 +26,9 @@ from nndefense import __version__
 from nndefense.errors import InputError
 from nndefense.guard import Defended, Guard
 from nndefense.serving import demo_attacks, pages
-from nndefense.serving.demo_attacks.pixels import png
+from nndefense.serving.demo_attacks.attack import png
 from nndefense.serving.http.bodies import parse
 from nndefense.serving.http.envelope import Envelope
-from nndefense.serving.http.openapi import describe, problems
 from nndefense.serving.http.problem import ServiceProblem, busy, explain, of_status
 from nndefense.serving.http.schema import (
     MOST,
@@ -38,13 +37,14 @@ from nndefense.serving.http.schema import (
     HealthAnswer,
     ReloadAnswer,
     SamplesAnswer,
+    describe,
+    problems,
     whole_number,
 )
 from nndefense.serving.http.settings import ServingSettings
 from nndefense.serving.http.state import ServingState
 from nndefense.serving.pictures.decode import decode_all
-from nndefense.serving.pictures.limits import MEDIA_TYPES, Limits
-from nndefense.serving.pictures.refused import refused
+from nndefense.serving.pictures.limits import MEDIA_TYPES, Limits, refused
 
 SAMPLES = 8
 TOP = 5

@@ -7,9 +7,8 @@ from nndefense.evaluation.report.calibration import calibration_text
 from nndefense.evaluation.report.figures import accuracy_vs_eps, accuracy_vs_rows
 from nndefense.evaluation.report.gallery import GalleryNeighbor, GalleryRow
 from nndefense.evaluation.report.ladder import LadderRow, ladder, obscurity, summary
-from nndefense.evaluation.report.page import report_html, write_report
+from nndefense.evaluation.report.page import report_html, verdict, write_report
 from nndefense.evaluation.report.table import Accuracy, Table2Row, table2
-from nndefense.evaluation.report.verdict import verdict
 
 __all__ = [
     "Accuracy",

@@ -22,7 +22,7 @@ from nndefense.evaluation.report.records import (
     under_attack,
 )
 from nndefense.reporting import Cell, Table, charts, figure, folded, section
-from nndefense.reporting.ticks import log_ticks, nice_ticks
+from nndefense.reporting.charts import log_ticks, nice_ticks
 from nndefense.reporting.wording import BLANK, count_text, interval, norm_name, number, percent, raw_budget
 
 # Colour stands for the defence, dashes and marker for the threat model; each line is labelled where it ends.

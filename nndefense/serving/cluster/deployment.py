@@ -7,7 +7,6 @@ import importlib
 import logging
 import os
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import Any
 
 from nndefense import errors
 from nndefense.database import Manifest
-from nndefense.database.cluster import NAMESPACE, address, import_ray, join, leave
+from nndefense.database.cluster import NAMESPACE, import_ray, join, leave
 from nndefense.errors import DatabaseError, InputError, NNDefenseError
 from nndefense.serving.cluster.door import Door
 from nndefense.serving.cluster.replica import Replica, ReplicaBoard, ReplicaSpec
@@ -214,12 +213,3 @@ def _end_actors(prefixes: list[str]) -> None:
         if one["namespace"] == NAMESPACE and one["name"].startswith(tuple(prefixes)):
             with contextlib.suppress(ValueError):
                 ray.kill(ray.get_actor(one["name"], namespace=NAMESPACE), no_restart=True)
-
-
-def announce(guard: dict[str, Any], settings: ServingSettings, addresses: list[str]) -> None:
-    """Print where the service is, for the command."""
-    print(
-        f"nndefense: {guard['database']} on {' and '.join(addresses)}; Ray at {address()}; Ctrl-C ends it", flush=True
-    )
-    if settings.allow_open and settings.api_key_file is None:
-        print("nndefense: warning: no keys are asked for; whoever reaches the address may use it", file=sys.stderr)

@@ -13,7 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from nndefense.database.cluster import import_ray
@@ -31,13 +31,6 @@ _PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 _PATIENCE = 60.0
 _RELOAD_SECONDS = 900.0
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Route:
-    """What the counters take the name of a route from."""
-
-    path: str
 
 
 class Door:
@@ -78,7 +71,8 @@ class Door:
             raise busy("stopping", "the server is being stopped", 1)
         body = (await receive())["body"] if has_body(scope) else b""
         status, headers, content, route = await self._answer(_plain(scope), body)
-        scope["route"] = _Route(route)
+        # What the counters take the name of a route from.
+        scope["route"] = SimpleNamespace(path=route)
         if status == 200 and path == "/metrics":
             content = await self._all_metrics()
         elif status == 200 and path == RELOAD:

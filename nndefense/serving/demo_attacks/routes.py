@@ -23,14 +23,15 @@ from nndefense.serving.demo_attacks.attack import (
     NormName,
     Stopped,
     attack_picture,
+    eight_bits,
+    magnified,
+    png_text,
 )
-from nndefense.serving.demo_attacks.pixels import eight_bits, magnified, png_text
-from nndefense.serving.http.openapi import problems
 from nndefense.serving.http.problem import ServiceProblem
-from nndefense.serving.http.schema import PredictionAnswer
+from nndefense.serving.http.schema import PredictionAnswer, problems
 from nndefense.serving.http.state import ServingState
 from nndefense.serving.pictures.decode import decode, from_base64
-from nndefense.serving.pictures.refused import refused
+from nndefense.serving.pictures.limits import refused
 
 STEPS = 20
 """Gradient steps that the page asks for; of the adaptive attack, in each of its stages."""

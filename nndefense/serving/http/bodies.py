@@ -15,8 +15,7 @@ from pydantic import ValidationError
 
 from nndefense.serving.http.schema import MOST, NUMBERS, ClassifyJson, whole_number
 from nndefense.serving.pictures.decode import from_base64, invalid_base64
-from nndefense.serving.pictures.limits import MEDIA_TYPES, Limits
-from nndefense.serving.pictures.refused import Refused, refused
+from nndefense.serving.pictures.limits import MEDIA_TYPES, Limits, Refused, refused
 
 FIELD = "files"
 """The name of the fields of a form that hold images."""

@@ -26,7 +26,7 @@ from nndefense.serving.http.security import (
     header,
 )
 from nndefense.serving.http.settings import ServingSettings
-from nndefense.serving.pictures.refused import Refused
+from nndefense.serving.pictures.limits import Refused
 
 _log = logging.getLogger(__name__)
 # How long, and how much of, a refused body is still read, so that its sender gets to see the answer.

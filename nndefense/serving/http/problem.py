@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from nndefense.serving.pictures.refused import STATUS
+from nndefense.serving.pictures.limits import STATUS
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -22,9 +22,10 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "queue_full": (503, "Too many requests are waiting"),
     "timed_out": (503, "The prediction took too long"),
     "stopping": (503, "The server is being stopped"),
+    **{code: (status, code.replace("_", " ").capitalize()) for code, status in STATUS.items()},
 }
-"""The server's own problems: code, status and title. Those of a refused request are in
-:data:`~nndefense.serving.pictures.refused.STATUS`; their title is the code in words."""
+"""By code the status and the title, which is the same for every occurrence: the server's own problems, and those of a
+refused request, whose title is the code in words."""
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -52,16 +53,11 @@ def busy(code: str, detail: str, seconds: float) -> ServiceProblem:
     return ServiceProblem(code, detail, headers={"retry-after": str(max(1, min(60, round(seconds + 0.5))))})
 
 
-def title_of(code: str) -> str:
-    """The title of a problem: the same for every occurrence."""
-    return PROBLEMS[code][1] if code in PROBLEMS else code.replace("_", " ").capitalize()
-
-
 def body_of(status: int, code: str, detail: str, request_id: str = "") -> bytes:
     """The JSON of a problem; ``type`` is a path of the service itself, under which the code is explained."""
     value: dict[str, Any] = {
         "type": f"/problems/{code}",
-        "title": title_of(code),
+        "title": PROBLEMS[code][1],
         "status": status,
         "detail": detail,
         "code": code,
@@ -84,5 +80,5 @@ def of_status(status: int, headers: Mapping[str, str] | None = None) -> ServiceP
 
 def explain(code: str) -> str | None:
     """A few lines about a problem type, or None for an unknown code."""
-    status = PROBLEMS[code][0] if code in PROBLEMS else STATUS.get(code)
-    return None if status is None else f"{code}: {title_of(code)} (status {status}).\n"
+    status, title = PROBLEMS.get(code, (None, ""))
+    return None if status is None else f"{code}: {title} (status {status}).\n"

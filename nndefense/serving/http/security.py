@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from nndefense.errors import InputError
 from nndefense.serving.http.problem import ServiceProblem, busy
 from nndefense.serving.http.settings import ServingSettings, is_loopback
-from nndefense.serving.pictures.refused import Refused, refused
+from nndefense.serving.pictures.limits import Refused, refused
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

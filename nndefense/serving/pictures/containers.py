@@ -8,14 +8,13 @@ The pixels are the same, which ``tests/test_decode.py`` holds against the loadin
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from nndefense.serving.pictures.jpeg import read_jpeg
-from nndefense.serving.pictures.orientation import orientation
-from nndefense.serving.pictures.picture import MAX_STEPS, Picture, damaged
-from nndefense.serving.pictures.refused import refused
+from nndefense.serving.pictures.limits import refused
+from nndefense.serving.pictures.picture import MAX_STEPS, Picture, damaged, orientation
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
@@ -34,7 +33,7 @@ def read_container(data: bytes) -> Picture:
     """
     if not data:
         raise refused("empty_image", "the image file is empty: send one that holds a picture")
-    reader = _reader_of(data)
+    reader = next((read for begins, read in _READERS if begins.match(data)), None)
     if reader is None:
         raise refused("unsupported_image", "this is no PNG, JPEG, WebP or GIF image: save it as one of these")
     try:
@@ -46,16 +45,80 @@ def read_container(data: bytes) -> Picture:
     return picture
 
 
-def _reader_of(data: bytes) -> Callable[[bytes], Picture] | None:
-    if data.startswith(_PNG):
-        return _read_png
-    if data.startswith(b"\xff\xd8\xff"):
-        return read_jpeg
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return _read_webp
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return _read_gif
-    return None
+# JPEG: ITU-T T.81
+
+# The most scans of one picture; the usual progressive files have 10, and none needs more than a few dozen.
+_MAX_SCANS = 64
+_JUNK = 2**16
+_APP0, _APP1, _APP14, _COMMENT = 0xE0, 0xE1, 0xEE, 0xFE
+_START, _END, _SCAN = 0xD8, 0xD9, 0xDA
+_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive, with Huffman codes
+_OTHER_FRAMES = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0), 0xDE}
+_ALONE = {0x01, *range(0xD0, 0xD8)}
+# A marker inside the compressed data: neither an escaped 255 nor a restart nor filling. No "+" after the first byte:
+# that would be quadratic in the length of the filling.
+_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
+_XMP = b"http://ns.adobe.com/xap/1.0/\0"
+
+
+def _read_jpeg(data: bytes) -> Picture:
+    """Segments that make no pixels (EXIF, profiles, comments) are left out, and so is whatever follows the end."""
+    kept, exif, xmp = [b"\xff\xd8"], b"", b""
+    frame, scans, place = b"", 0, 2
+    for _ in range(MAX_STEPS):
+        match = _MARKER.search(data, place)
+        if match is None:
+            # The decoder decides whether a file without its end is whole enough.
+            if scans:
+                kept.append(data[place:])
+                break
+            raise damaged("it ends early")
+        if scans:
+            kept.append(data[place : match.start()])
+        elif match.start() - place > _JUNK:
+            raise damaged("its segments do not follow one another")
+        marker, place = match[1][0], match.end()
+        if marker == _END:
+            kept.append(b"\xff\xd9")
+            break
+        if marker in _ALONE:
+            continue
+        if marker == _START:
+            raise damaged("it has two beginnings")
+        (length,) = struct.unpack_from(">H", data, place)
+        segment = data[place : place + length]
+        if length < 2 or len(segment) < length:
+            raise damaged("it ends early")
+        place += length
+        if marker in _OTHER_FRAMES:
+            kinds = "arithmetic, lossless or hierarchical"
+            raise refused("unsupported_image", f"this kind of JPEG ({kinds}) is not read: save it anew")
+        if marker in _FRAMES:
+            if frame or length < 8:
+                raise damaged("it has two headers" if frame else "its header is too short")
+            frame = segment
+        elif marker == _SCAN:
+            scans += 1
+            if not frame or scans > _MAX_SCANS:
+                raise damaged("it has too many scans" if frame else "its header does not come first")
+        elif marker == _APP1:
+            if segment[2:].startswith(b"Exif\0\0") and len(exif) < _JUNK:
+                exif += segment[8:]
+            elif segment[2:].startswith(_XMP):
+                xmp = segment[2 + len(_XMP) :]
+        # What tells the decoder how colours are coded stays, and of the other applications nothing.
+        if _APP0 <= marker <= 0xEF or marker == _COMMENT:
+            if (marker, segment[2:6]) not in ((_APP0, b"JFIF"), (_APP14, b"Adob")):
+                continue
+            segment = segment[:16]
+            segment = struct.pack(">H", len(segment)) + segment[2:]
+        kept.append(bytes((0xFF, marker)) + segment)
+    else:
+        raise damaged("it has too many parts")
+    if not scans:
+        raise damaged("it has no pixels")
+    height, width = struct.unpack_from(">HH", frame, 3)
+    return Picture("JPEG", width, height, b"".join(kept), orientation(exif, xmp), scans)
 
 
 # PNG: https://www.w3.org/TR/png-3/#5DataRep
@@ -267,3 +330,11 @@ def _read_webp(data: bytes) -> Picture:
         kept = [(name, content)]
     body = b"WEBP" + b"".join(_riff_chunk(name, content) for name, content in kept)
     return Picture("WEBP", width, height, b"RIFF" + struct.pack("<L", len(body)) + body, orientation(exif, xmp))
+
+
+_READERS = (
+    (re.compile(_PNG), _read_png),
+    (re.compile(rb"\xff\xd8\xff"), _read_jpeg),
+    (re.compile(rb"RIFF[\0-\xff]{4}WEBP"), _read_webp),
+    (re.compile(rb"GIF8[79]a"), _read_gif),
+)

@@ -32,9 +32,8 @@ from nndefense.datasets.derived import check_form
 from nndefense.datasets.image_files import convert, to_tensor
 from nndefense.errors import DataError
 from nndefense.serving.pictures.containers import read_container
-from nndefense.serving.pictures.limits import MEDIA_TYPES, Limits
+from nndefense.serving.pictures.limits import MEDIA_TYPES, Limits, Refused, refused
 from nndefense.serving.pictures.picture import Picture, damaged
-from nndefense.serving.pictures.refused import Refused, refused
 
 _MOUTHFUL = 4096
 _PASSES = 16
