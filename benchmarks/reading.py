@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from index_build.reader import read
 from nndefense.datasets import ImageFolderDataset, open_dataset
-from nndefense.datasets.parallel import processors
+from nndefense.datasets.encoded import processors
 
 BATCH = 64
 

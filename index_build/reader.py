@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nndefense.datasets import BadImage, ImageDataset, Rejected
-from nndefense.datasets.parallel import one_of_many, processors
+from nndefense.datasets.encoded import one_of_many, processors
 from nndefense.datasets.pixels import DIGEST_BYTES
 from nndefense.errors import InputError
 

@@ -38,7 +38,7 @@ from nndefense.datasets import (
     write_hdf5,
 )
 from nndefense.datasets import arrays as hdf5_module
-from nndefense.datasets.parallel import decoder_threads
+from nndefense.datasets.encoded import decoder_threads
 from nndefense.errors import DataError, InputError
 from nndefense.images import check_images
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -72,15 +72,21 @@ class Eot(nn.Module):
         stacked = torch.stack([draw.log_softmax(1) for draw in draws])
         return stacked.logsumexp(0) - torch.log(torch.tensor(float(len(draws)))).to(stacked)
 
-    @contextmanager
-    def _seeded(self, device: torch.device) -> Iterator[None]:
-        if self.generator is None:
-            yield
-            return
-        seed = int(torch.randint(2**62, (), generator=self.generator, device=self.generator.device))
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
+    def _seeded(self, device: torch.device) -> AbstractContextManager[None]:
+        chance = self.generator
+        seed = None if chance is None else int(torch.randint(2**62, (), generator=chance, device=chance.device))
+        return seeded(seed, device)
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Draw from generators of this seed, if there is one; the global state is the same afterwards."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 class Bpda(nn.Module):

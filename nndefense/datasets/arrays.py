@@ -181,11 +181,7 @@ class _StoredIds(Ids):
     """The ids in an HDF5 file, read when asked for."""
 
     def __init__(self, store: _Store, count: int) -> None:
-        self._store = store
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
+        self._store, self._count = store, count
 
     def take(self, rows: RowNumbers) -> list[str]:
         return [_text(item) for item in self._store.read("ids", rows).tolist()]

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nndefense.datasets.ids import Ids, PickedIds, RowNumbers, as_ids
+from nndefense.datasets.ids import Ids, PackedIds, PickedIds, RowNumbers
 from nndefense.datasets.pixels import Digests, pixel_digests
 from nndefense.datasets.rejected import BadImage, Reading, Rejected, SourceError
 from nndefense.errors import DataError, InputError
@@ -53,7 +53,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         self.name = name
         self.classes = tuple(classes)
         self.shape = shape
-        self.ids: Ids = as_ids(ids)
+        self.ids: Ids = ids if isinstance(ids, Ids) else PackedIds(ids)
         self.labels: NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
         if self.labels.shape != (len(self.ids),):
             raise DataError(f"{name} has {len(self.ids)} images, but labels of shape {shape_text(self.labels.shape)}")

@@ -1,26 +1,34 @@
-"""What data sets of encoded pictures have in common, whether these are files, parts of archives or cells of a table."""
+"""What data sets of encoded pictures have in common, whether these are files, parts of archives or cells of a table.
+
+Images are decoded by threads: Pillow lets go of the interpreter lock meanwhile, so they do run side by side.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from nndefense.datasets.base import ImageDataset, update_with_strings
 from nndefense.datasets.ids import RowNumbers
 from nndefense.datasets.image_files import decode, fill
-from nndefense.datasets.parallel import each
 from nndefense.datasets.pixels import Digests, Pixels, pixel_digest
 from nndefense.datasets.rejected import BadImage
 from nndefense.errors import DataError
 from nndefense.images import shape_text
 
 _PROBED = 1000
+_here = threading.local()
 
 
 class PictureDataset(ImageDataset):
@@ -145,3 +153,32 @@ class EncodedDataset(PictureDataset):
                 "other size",
                 f"it is {own} pixels, but the first image is {others}: give a size that all images are brought to",
             )
+
+
+def each(function: Callable[[int], None], count: int) -> None:
+    """Call ``function`` with 0 to ``count`` - 1, side by side unless this thread or process is one of many already.
+
+    The first call in that order that raises an error has its error raised here.
+    """
+    if count < 2 or get_worker_info() is not None or getattr(_here, "one_of_many", False):
+        for number in range(count):
+            function(number)
+    else:
+        for _ in decoder_threads(os.getpid()).map(function, range(count)):
+            pass
+
+
+def one_of_many() -> None:
+    """Say that the calling thread is one of several that read at the same time: threads in each would only compete."""
+    _here.one_of_many = True
+
+
+@functools.lru_cache(maxsize=1)
+def decoder_threads(process: int) -> ThreadPoolExecutor:
+    """Return the process's decoding threads. They do not survive a fork, hence one pool for each process id."""
+    return ThreadPoolExecutor(max_workers=processors(), thread_name_prefix="decode", initializer=one_of_many)
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -22,6 +22,11 @@ class Ids(Sequence[str]):
     Equal to any other sequence with the same strings, so ``dataset.ids == ["a", "b"]`` works.
     """
 
+    _count: int
+
+    def __len__(self) -> int:
+        return self._count
+
     @abstractmethod
     def take(self, rows: RowNumbers) -> list[str]:
         """Return the ids at ``rows`` (each in 0..len-1), in that order."""
@@ -62,11 +67,7 @@ class NumberedIds(Ids):
     """``prefix/00000``, ``prefix/00001``, ... (at least five digits, so that text order is number order)."""
 
     def __init__(self, prefix: str, count: int) -> None:
-        self._prefix = prefix
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
+        self._prefix, self._count = prefix, count
 
     def take(self, rows: RowNumbers) -> list[str]:
         return [f"{self._prefix}/{row:05d}" for row in rows.tolist()]
@@ -88,9 +89,7 @@ class PackedIds(Ids):
             ends.append(len(packed))
         self._ends = np.frombuffer(ends, dtype=np.int64)
         self._bytes = bytes(packed)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
+        self._count = len(ends) - 1
 
     def take(self, rows: RowNumbers) -> list[str]:
         bounds = zip(self._ends[rows].tolist(), self._ends[rows + 1].tolist(), strict=True)
@@ -101,11 +100,7 @@ class PickedIds(Ids):
     """Some of another sequence's ids."""
 
     def __init__(self, ids: Ids, rows: RowNumbers) -> None:
-        self._ids = ids
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
+        self._ids, self._rows, self._count = ids, rows, len(rows)
 
     def take(self, rows: RowNumbers) -> list[str]:
         return self._ids.take(self._rows[rows])
@@ -117,9 +112,7 @@ class JoinedIds(Ids):
     def __init__(self, parts: Sequence[Ids]) -> None:
         self._parts = tuple(parts)
         self._starts = np.cumsum([0, *map(len, self._parts)], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
+        self._count = int(self._starts[-1])
 
     def take(self, rows: RowNumbers) -> list[str]:
         taken = [""] * len(rows)
@@ -130,8 +123,3 @@ class JoinedIds(Ids):
             for place, string in zip(places.tolist(), strings, strict=True):
                 taken[place] = string
         return taken
-
-
-def as_ids(ids: Sequence[str]) -> Ids:
-    """Return ``ids`` itself if it already is an :class:`Ids`, else packed."""
-    return ids if isinstance(ids, Ids) else PackedIds(ids)

@@ -57,7 +57,7 @@ def image_channels(path: FilePath) -> int:
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return 1 if _is_grey(image) else 3
+            return 1 if image.mode in _GREY_MODES or image.mode.startswith("I;16") else 3
     except Exception as error:
         raise _unreadable(path, error) from error
 
@@ -114,10 +114,6 @@ def fill(image: Tensor, pixels: Pixels) -> None:
         np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=image.numpy())
     else:
         image.numpy()[:] = pixels.transpose(2, 0, 1)
-
-
-def _is_grey(image: Image.Image) -> bool:
-    return image.mode in _GREY_MODES or image.mode.startswith("I;16")
 
 
 def check_pixels(path: FilePath, image: Image.Image) -> None:

@@ -26,37 +26,21 @@ from nndefense.datasets.rejected import BadImage, SourceError
 from nndefense.errors import DataError
 from nndefense.images import shape_text
 
-# The sets whose items are a picture and the number of its class; for each, the splits, the first of which is the
-# usual one. "" stands for a set without splits.
-_TRAIN_TEST = ("train", "test")
-SETS: dict[str, tuple[str, ...]] = {
-    "CIFAR10": _TRAIN_TEST,
-    "CIFAR100": _TRAIN_TEST,
-    "Caltech101": ("",),
-    "Caltech256": ("",),
-    "Country211": ("train", "valid", "test"),
-    "DTD": ("train", "val", "test"),
-    "EuroSAT": ("",),
-    "FER2013": _TRAIN_TEST,
-    "FGVCAircraft": ("trainval", "train", "val", "test"),
-    "FashionMNIST": _TRAIN_TEST,
-    "Flowers102": ("train", "val", "test"),
-    "Food101": _TRAIN_TEST,
-    "GTSRB": _TRAIN_TEST,
-    "ImageNet": ("train", "val"),
-    "Imagenette": ("train", "val"),
-    "KMNIST": _TRAIN_TEST,
-    "MNIST": _TRAIN_TEST,
-    "OxfordIIITPet": ("trainval", "test"),
-    "Places365": ("train-standard", "train-challenge", "val"),
-    "RenderedSST2": ("train", "val", "test"),
-    "SEMEION": ("",),
-    "STL10": ("train", "test", "unlabeled", "train+unlabeled"),
-    "SUN397": ("",),
-    "SVHN": ("train", "test", "extra"),
-    "StanfordCars": _TRAIN_TEST,
-    "USPS": _TRAIN_TEST,
+# The sets whose items are a picture and the number of its class, by their splits, the first of which is the usual
+# one. "" stands for a set without splits.
+_NAMES = {
+    ("train", "test"): "CIFAR10 CIFAR100 FER2013 FashionMNIST Food101 GTSRB KMNIST MNIST StanfordCars USPS",
+    ("",): "Caltech101 Caltech256 EuroSAT SEMEION SUN397",
+    ("train", "valid", "test"): "Country211",
+    ("train", "val", "test"): "DTD Flowers102 RenderedSST2",
+    ("trainval", "train", "val", "test"): "FGVCAircraft",
+    ("train", "val"): "ImageNet Imagenette",
+    ("trainval", "test"): "OxfordIIITPet",
+    ("train-standard", "train-challenge", "val"): "Places365",
+    ("train", "test", "unlabeled", "train+unlabeled"): "STL10",
+    ("train", "test", "extra"): "SVHN",
 }
+SETS = dict(sorted((name, splits) for splits, names in _NAMES.items() for name in names.split()))
 _LABEL_ATTRIBUTES = ("targets", "labels", "_labels", "y")
 _CLASS_ATTRIBUTES = ("classes", "categories")
 _FINGERPRINT_IMAGES = 100

@@ -108,9 +108,8 @@ def calibrate(
     if not measured:
         raise InputError("there is nothing to calibrate: give candidate databases with at least as many rows as a k")
     with torch.no_grad():
-        bare = [
-            _accuracy(torch.cat([classifier(b) for b in torch.split(x, batch_size)]), labels) for x in (clean, attacked)
-        ]
+        logits = [torch.cat([classifier(b) for b in torch.split(x, batch_size)]) for x in (clean, attacked)]
+    bare = [float((each.argmax(1).cpu() == labels.cpu()).double().mean()) for each in logits]
     # A small slack, so that a bound of exactly n images is not missed by rounding.
     floor = bare[0] - max_clean_loss - 1e-9
     measured.sort(key=lambda m: (m[0].clean >= floor, m[0].attacked, m[0].clean, -m[0].k), reverse=True)
@@ -156,7 +155,3 @@ def _measure(
         Choice(feature.layer, feature.pooling, database.dimension, k, w, right[0] / len(clean), right[1] / len(clean))
         for (k, w), right in correct.items()
     ]
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return float((logits.argmax(1).cpu() == labels.cpu()).double().mean())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from nndefense.attacks import Bpda, Eot
 from nndefense.attacks.checks import at_least
+from nndefense.attacks.wrappers import seeded
 from nndefense.images import check_images
 from nndefense.models import Classifier
 
@@ -72,7 +72,7 @@ class TransformDefense(nn.Module):
             InputError: images that are not finite, not in [0, 1] or of the wrong shape.
         """
         check_images(images, channels=self.classifier.input_shape[0])
-        with _seeded(self.seed, images.device):
+        with seeded(self.seed, images.device):
             found = [self._answer(self.transform, images) for _ in range(self.draws)]
         return torch.stack(found).logsumexp(0) - math.log(self.draws)
 
@@ -116,14 +116,3 @@ class _Through(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.defense._answer(self.transform, images)
-
-
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draw from generators of this seed; the global state is the same afterwards."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

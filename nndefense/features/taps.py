@@ -120,8 +120,14 @@ class Truncated(nn.Module):
         super().__init__()
         self.layer = layer
         self.net = net
-        with _evaluating(net):
+        # In evaluation mode, so that running statistics stay as they are; then each module has its own mode again.
+        modes = [(module, module.training) for module in net.modules()]
+        net.eval()
+        try:
             self.traced = _trace(net, layer, example)
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def forward(self, images: Tensor) -> Tensor:
         """N x C x H x W -> the layer's output."""
@@ -167,18 +173,6 @@ def _trace(net: nn.Module, layer: str, example: Tensor) -> nn.Module | None:
         except Exception:
             # Tracing runs a stranger's forward method on symbols, and can fail in any way: the hook always works.
             return None
-
-
-@contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, so that running statistics stay as they are; then each module's own mode again."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _tensor(output: Any, layer: str) -> Tensor:

@@ -2,8 +2,7 @@
 
 from nndefense.models.architectures import ARCHITECTURES, Architecture
 from nndefense.models.checkpoint import save_classifier
-from nndefense.models.classes import read_classes
-from nndefense.models.classifier import Classifier
+from nndefense.models.classifier import Classifier, read_classes
 from nndefense.models.load import build_classifier, load_classifier, resolve_device
 
 __all__ = [

@@ -14,8 +14,7 @@ from nndefense.errors import InputError, ModelError, one_line
 from nndefense.images import shape_text
 from nndefense.models.architectures import ARCHITECTURES
 from nndefense.models.checkpoint import load_folder
-from nndefense.models.classes import Classes, given_classes
-from nndefense.models.classifier import Classifier, check_input_shape
+from nndefense.models.classifier import Classes, Classifier, check_input_shape, given_classes
 from nndefense.models.torchvision_source import TORCHVISION, load_torchvision
 from nndefense.own_code import PYTHON, own_function
 
@@ -54,7 +53,11 @@ def load_classifier(
     else:
         classifier = load_folder(Path(text).expanduser())
     if input_shape is not None:
-        _set_shape(classifier, check_input_shape(input_shape), text)
+        own, shape = classifier.input_shape, check_input_shape(input_shape)
+        if shape[0] != own[0] or (classifier.fixed_size and shape != own):
+            given = f"images {shape_text(own)}, not {shape_text(shape)}"
+            raise ModelError(f"{text} takes {given}: leave the input shape out")
+        classifier.input_shape = shape
     if classes is not None:
         names, ids = given_classes(classes)
         if len(names) != len(classifier.classes):
@@ -63,13 +66,6 @@ def load_classifier(
             )
         classifier.classes, classifier.class_ids = names, ids
     return classifier.to(target).eval()
-
-
-def _set_shape(classifier: Classifier, shape: tuple[int, int, int], source: str) -> None:
-    own = classifier.input_shape
-    if shape[0] != own[0] or (classifier.fixed_size and shape != own):
-        raise ModelError(f"{source} takes images {shape_text(own)}, not {shape_text(shape)}: leave the input shape out")
-    classifier.input_shape = shape
 
 
 def build_classifier(

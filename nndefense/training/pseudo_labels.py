@@ -15,7 +15,7 @@ from nndefense.datasets.base import check_pool, shuffle_keys
 from nndefense.datasets.ids import Ids, PickedIds
 from nndefense.errors import DataError, InputError
 from nndefense.models import Classifier
-from nndefense.models.classes import match_classes
+from nndefense.models.classifier import match_classes
 from nndefense.training.pools import PseudoLabelledDataset, without_labels
 from nndefense.training.pseudo_file import BLOCK, encode_ids, read_file, teachers_of, write_file
 

@@ -1,4 +1,4 @@
-"""Transformations that drop what the eye does not miss: JPEG compression, and fewer bits per channel."""
+"""Transformations that drop what the eye does not miss, and their defences: JPEG, and fewer bits per channel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nndefense.attacks.checks import at_least
+from nndefense.defenses.transformed import TransformDefense
 from nndefense.errors import InputError
+from nndefense.models import Classifier
 
 SUBSAMPLING = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
 MODES = ("round", "floor")
@@ -110,3 +112,17 @@ class BitDepth(nn.Module):
     def extra_repr(self) -> str:
         """The settings, for people."""
         return f"bits={self.bits}, mode={self.mode}"
+
+
+def jpeg_compression(classifier: Classifier, *, quality: int = 75, subsampling: str = "4:2:0") -> TransformDefense:
+    """JPEG before the classifier; attacked with BPDA. Arguments and errors as for
+    :class:`~nndefense.defenses.transforms.Jpeg`.
+    """
+    return TransformDefense(classifier, Jpeg(quality, subsampling), differentiable=False, random=False)
+
+
+def bit_depth_reduction(classifier: Classifier, *, bits: int = 3, mode: str = "round") -> TransformDefense:
+    """Fewer bits before the classifier; attacked with BPDA. Arguments and errors as for
+    :class:`~nndefense.defenses.transforms.BitDepth`.
+    """
+    return TransformDefense(classifier, BitDepth(bits, mode), differentiable=False, random=False)

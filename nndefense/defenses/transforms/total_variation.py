@@ -8,14 +8,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nndefense.attacks.checks import at_least
+from nndefense.defenses.transformed import TransformDefense
 from nndefense.defenses.transforms.tv_problem import Iterates, TvProblem, check_terms
 from nndefense.errors import InputError
+from nndefense.models import Classifier
 
 MASKS = ("pixel", "entry")
 #: Entries that are worked on together: on a CPU what stays in a core's cache.
@@ -98,11 +101,11 @@ def minimize_total_variation(
 
     def solve(rows: slice) -> None:
         work = Iterates(problem.select(rows))
-        work.begin(
-            None if begin is None else out.images[rows],
-            (dual[0][rows], dual[1][rows]) if isinstance(start, TvSolution) else None,
-        )
-        _solve(work, each[rows], max_iterations, _rows_of(out, rows))
+        pair = (dual[0][rows], dual[1][rows])
+        warm = isinstance(start, TvSolution)
+        work.begin(None if begin is None else out.images[rows], pair if warm else None)
+        part = TvSolution(out.images[rows], out.objective[rows], out.gap[rows], out.iterations[rows], pair)
+        _solve(work, each[rows], max_iterations, part)
 
     _in_parts(solve, problem.images)
     late = int((out.gap > each * out.objective + _floor(problem)).sum())
@@ -173,17 +176,6 @@ def _in_parts(solve: Callable[[slice], None], images: Tensor) -> None:
             list(pool.map(torch.no_grad()(solve), parts))
     finally:
         torch.set_num_threads(threads)
-
-
-def _rows_of(out: TvSolution, rows: slice) -> TvSolution:
-    return replace(
-        out,
-        images=out.images[rows],
-        objective=out.objective[rows],
-        gap=out.gap[rows],
-        iterations=out.iterations[rows],
-        dual=(out.dual[0][rows], out.dual[1][rows]),
-    )
 
 
 def _floor(problem: TvProblem) -> float:
@@ -313,3 +305,23 @@ class TotalVariation(nn.Module):
             f"weight={self.weight}, keep={self.keep}, mask={self.mask}, kind={self.kind}, data={self.data}, "
             f"tolerance={self.tolerance:g}"
         )
+
+
+def tv_minimization(
+    classifier: Classifier, *, draws: int = 1, attack_draws: int | None = None, seed: int | None = 0, **settings: Any
+) -> TransformDefense:
+    """Total variation minimisation before the classifier; attacked with BPDA (identity) and EOT over masks.
+
+    Args:
+        classifier: any classifier.
+        draws: masks that a prediction averages; Guo et al. take one.
+        attack_draws: masks per step of an attack; by default 10, or ``draws`` if that is more.
+        seed: of the masks; None leaves them to torch's default generators.
+        settings: as for :class:`~nndefense.defenses.transforms.TotalVariation`.
+
+    Raises:
+        InputError: settings that cannot be used.
+    """
+    transform = TotalVariation(**settings)
+    options: dict[str, Any] = {"draws": draws, "attack_draws": attack_draws, "seed": seed}
+    return TransformDefense(classifier, transform, differentiable=False, random=transform.keep < 1, **options)
