@@ -6,13 +6,20 @@ for two CPU cores. Nothing is chosen on test images: validation images are split
 
 from nndefense.experiments.data import Images, open_images
 from nndefense.experiments.figures import figure_of
-from nndefense.experiments.plan import Run, runs_of
-from nndefense.experiments.reading import SCALES, recipe_from, recipe_names, shipped_recipe
-from nndefense.experiments.recipe import ExperimentRecipe, Method, Published, Threat
-from nndefense.experiments.report import write_outputs
+from nndefense.experiments.recipe import (
+    SCALES,
+    ExperimentRecipe,
+    Method,
+    Published,
+    Threat,
+    recipe_from,
+    recipe_names,
+    shipped_recipe,
+)
+from nndefense.experiments.report import tables_of, write_outputs
 from nndefense.experiments.runner import read_results, run
 from nndefense.experiments.spread import Spread, differences
-from nndefense.experiments.tables import tables_of
+from nndefense.experiments.train import Run, runs_of
 
 __all__ = [
     "SCALES",

@@ -17,10 +17,9 @@ from nndefense.errors import DataError, InputError
 from nndefense.evaluation import CellStore
 from nndefense.experiments.data import Images
 from nndefense.experiments.measure import Judge
-from nndefense.experiments.plan import Run, runs_of, threats_of
 from nndefense.experiments.recipe import ExperimentRecipe
 from nndefense.experiments.spread import differences
-from nndefense.experiments.train import Workshop
+from nndefense.experiments.train import Run, Workshop, runs_of, threats_of
 from nndefense.files import make_folder, read_json, write_json
 from nndefense.models import resolve_device
 from nndefense.versions import library_versions
@@ -71,14 +70,14 @@ def run(
     begun = time.perf_counter()
     for number, one in enumerate(runs, 1):
         say(f"{number}/{len(runs)} {one.name}: training")
-        trained = workshop.train(one)
-        records.append(trained.record)
+        trained, record = workshop.train(one)
+        records.append(record)
         judged = len(images.test) + len(images.attacked) * len(threats_of(recipe, one))
         with tqdm(total=judged, desc="measuring", unit=" images", delay=1, disable=None if progress else True) as bar:
             judge = Judge(recipe, images.test, images.attacked, CellStore(out / "cells"), bar.update)
-            found = [judge.clean(trained.classifier)]
-            found += [judge.robust(trained.classifier, threat) for threat in threats_of(recipe, one)]
-        measured += [{**_of(one, trained.record), **measurement} for measurement in found]
+            found = [judge.clean(trained)]
+            found += [judge.robust(trained, threat) for threat in threats_of(recipe, one)]
+        measured += [{**_of(one, record), **measurement} for measurement in found]
         shares = ", ".join(f"{entry['threat'] or 'clean'} {100 * entry['accuracy']:.2f} %" for entry in found)
         say(f"{number}/{len(runs)} {one.name}: {shares}; {time.perf_counter() - begun:.0f} s in all")
     results: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""One training of a recipe: opened again where it is finished, continued where it was stopped."""
+"""The trainings of a recipe, each opened again where it is finished and continued where it was stopped."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from nndefense.database.near_images import NearSearch
 from nndefense.datasets import ImageDataset
 from nndefense.experiments.data import Images
-from nndefense.experiments.plan import Run
-from nndefense.experiments.recipe import ExperimentRecipe
+from nndefense.experiments.recipe import TEACHER, ExperimentRecipe, Method, Threat
 from nndefense.models import Classifier, build_classifier, load_classifier
 from nndefense.pipeline.finished import find_or_train
 from nndefense.training import make_objective
@@ -23,18 +22,56 @@ from nndefense.training.pseudo_job import write_pseudo_labels
 from nndefense.training.pseudo_labels import label_accuracy
 from nndefense.training.validation import CatastrophicOverfitting
 
+# What a run's record takes over from the net's own.
+_KEPT = ("objective", "settings", "attack", "data", "unlabelled", "selection", "best")
+
 
 @dataclass(frozen=True)
-class Trained:
-    """A finished net and how it came about.
+class Run:
+    """One training.
 
     Attributes:
-        classifier: in evaluation mode, on its device.
-        record: plain values for the results.
+        method: how.
+        threat: what the training attacks with; None where it does not attack.
+        labels: number of labelled images; 0 for all.
+        seed: of weights, order, labelled images and attacks.
     """
 
-    classifier: Classifier
-    record: dict[str, Any]
+    method: Method
+    threat: Threat | None
+    labels: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Names the run, and its folder."""
+        threat = [] if self.threat is None else [self.threat.name]
+        labels = [f"n{self.labels}"] if self.labels else []
+        return "-".join([self.method.name.replace(" ", "-"), *threat, *labels, f"seed{self.seed}"])
+
+    @property
+    def teacher(self) -> str | None:
+        """The name of the run whose net gives the pseudo-labels, for a method that needs some."""
+        if not self.method.unlabelled:
+            return None
+        return Run(Method(TEACHER, "standard"), None, self.labels, self.seed).name
+
+
+def runs_of(recipe: ExperimentRecipe) -> list[Run]:
+    """All runs of a recipe, every teacher before its pupils."""
+    methods = sorted(recipe.methods, key=lambda method: method.name != TEACHER)
+    return [
+        Run(method, threat, labels, seed)
+        for labels in recipe.labels
+        for seed in range(recipe.seeds)
+        for method in methods
+        for threat in (recipe.threats if method.attacks else (None,))
+    ]
+
+
+def threats_of(recipe: ExperimentRecipe, run: Run) -> tuple[Threat, ...]:
+    """What a run's net is measured under: what it was trained for, or everything."""
+    return recipe.threats if run.threat is None else (run.threat,)
 
 
 @dataclass(frozen=True)
@@ -59,8 +96,11 @@ class Workshop:
         """The folder of the training with this name."""
         return self.out / "trainings" / name
 
-    def train(self, run: Run) -> Trained:
+    def train(self, run: Run) -> tuple[Classifier, dict[str, Any]]:
         """Train one net, or open it where that was done.
+
+        Returns:
+            The net in evaluation mode, on its device, and plain values for the results.
 
         Raises:
             InputError: the folder holds a training with other settings.
@@ -75,17 +115,9 @@ class Workshop:
         options = recipe.options_of(run.method)
         chosen = recipe.settings_of(run.method, len(labelled), run.seed).keep_best
         first = self._first_stage(run, labelled, unlabelled)
-        finished = self._net(
-            run,
-            run.name,
-            labelled,
-            unlabelled,
-            options,
-            None if run.threat is None else recipe.attack_of(run.method, run.threat),
-            initial=first,
-            chosen=chosen,
-        )
-        return Trained(finished, _record(self, run, finished, first, pseudo))
+        attack = None if run.threat is None else recipe.attack_of(run.method, run.threat)
+        finished = self._net(run, run.name, labelled, unlabelled, options, attack, initial=first, chosen=chosen)
+        return finished, self._record(run, finished, first, pseudo)
 
     def _first_stage(self, run: Run, labelled: ImageDataset, unlabelled: ImageDataset | None) -> Classifier | None:
         """The net that the easier first stage makes, where the recipe has one for this run."""
@@ -162,31 +194,29 @@ class Workshop:
             record |= label_accuracy(found, truth)["all"]
         return unlabelled, record
 
-
-def _record(
-    workshop: Workshop,
-    run: Run,
-    classifier: Classifier,
-    first: Classifier | None,
-    pseudo: dict[str, Any] | None,
-) -> dict[str, Any]:
-    info = classifier.info
-    history = info["history"]
-    stages = [*(first.info["history"] if first is not None else []), *history]
-    checks = [check for row in history for check in row.get("checks", [])]
-    return {
-        "name": run.name,
-        "method": run.method.name,
-        "threat": None if run.threat is None else run.threat.name,
-        "labels": run.labels or len(workshop.images.train),
-        "seed": run.seed,
-        "folder": str(workshop.folder(run.name).relative_to(workshop.out)),
-        "fingerprint": classifier.fingerprint,
-        **{name: info[name] for name in ("objective", "settings", "attack", "data", "unlabelled", "selection", "best")},
-        "start": None if first is None else {key: first.info[key] for key in ("settings", "attack")},
-        "pseudo_labels": pseudo,
-        "epochs_done": len(history),
-        # Steps alone; checks and checkpoints come on top.
-        "training_seconds": round(sum(row["seconds"] for row in stages), 1),
-        "catastrophic_overfitting": any(check.get("catastrophic_overfitting") for check in checks),
-    }
+    def _record(
+        self, run: Run, classifier: Classifier, first: Classifier | None, pseudo: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        info = classifier.info
+        history = info["history"]
+        stages = [*(first.info["history"] if first is not None else []), *history]
+        checks = [check for row in history for check in row.get("checks", [])]
+        return {
+            "name": run.name,
+            "method": run.method.name,
+            "threat": None if run.threat is None else run.threat.name,
+            "labels": run.labels or len(self.images.train),
+            "seed": run.seed,
+            "folder": str(self.folder(run.name).relative_to(self.out)),
+            "fingerprint": classifier.fingerprint,
+            **{
+                name: info[name]
+                for name in ("objective", "settings", "attack", "data", "unlabelled", "selection", "best")
+            },
+            "start": None if first is None else {key: first.info[key] for key in ("settings", "attack")},
+            "pseudo_labels": pseudo,
+            "epochs_done": len(history),
+            # Steps alone; checks and checkpoints come on top.
+            "training_seconds": round(sum(row["seconds"] for row in stages), 1),
+            "catastrophic_overfitting": any(check.get("catastrophic_overfitting") for check in checks),
+        }

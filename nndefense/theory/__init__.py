@@ -5,12 +5,19 @@ Accuracy* (ICML 2020), with the toy distributions of Tsipras et al. (ICLR 2019) 
 SciPy in float64; of the house only the errors and the intervals are imported.
 """
 
-from nndefense.theory.decomposition import Decomposition, NoHarm, decompose
-from nndefense.theory.directions import boundaries, change, harmless_share
-from nndefense.theory.estimators import min_norm, robust_error_in_ball, rst, rst_closed_form, standard_error
+from nndefense.theory.decomposition import Decomposition, NoHarm, boundaries, change, decompose, harmless_share
+from nndefense.theory.estimators import (
+    Estimators,
+    Population,
+    estimators,
+    min_norm,
+    robust_error_in_ball,
+    rst,
+    rst_closed_form,
+    standard_error,
+)
 from nndefense.theory.experiments import Count, harm_by_condition, random_populations, rst_guarantees
 from nndefense.theory.monte_carlo import SIZES, Curve, error_against_size
-from nndefense.theory.population import Estimators, Population, estimators
 from nndefense.theory.staircase import LEFT_KNOTS, Staircase
 from nndefense.theory.toys import Intervals, RobustFeature
 

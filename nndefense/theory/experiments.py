@@ -10,7 +10,7 @@ import numpy as np
 from nndefense.errors import InputError
 from nndefense.statistics import wilson_interval
 from nndefense.theory.decomposition import decompose
-from nndefense.theory.population import Population, estimators
+from nndefense.theory.estimators import Population, estimators
 from nndefense.theory.solve import Array
 
 # One problem: x_std n x d, x_ext m x d, theta* d, Sigma d x d.
@@ -76,7 +76,7 @@ def rst_guarantees(draws: int = 2000, *, seed: int = 0) -> list[Count]:
     """Count random populations in which each inequality about robust self-training fails, beyond rounding.
 
     The first three cannot fail. The last, without a condition, does: see
-    :func:`nndefense.theory.population.estimators`.
+    :func:`nndefense.theory.estimators.estimators`.
     """
     _check(draws, 1, 0)
     failed = dict.fromkeys(

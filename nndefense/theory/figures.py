@@ -10,11 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nndefense.theory.decomposition import Decomposition
-from nndefense.theory.directions import boundaries, change, harmless_share
+from nndefense.theory.decomposition import Decomposition, boundaries, change, harmless_share
+from nndefense.theory.estimators import Estimators
 from nndefense.theory.experiments import Count
 from nndefense.theory.monte_carlo import Curve
-from nndefense.theory.population import Estimators
 from nndefense.theory.solve import Array
 from nndefense.theory.staircase import Staircase
 from nndefense.theory.toys import Intervals, RobustFeature
@@ -32,7 +31,7 @@ def staircase_fits(staircase: Staircase, labelled: Sequence[float], fits: Estima
     """What the three estimators predict between the labelled stairs and beyond them."""
     figure, (axes,) = _figure(1, width=7.2, height=4.4)
     t = np.linspace(0, staircase.stairs - 0.5, 600)
-    for name, theta in (("std", fits.std), ("aug", fits.aug), ("rst", fits.rst)):
+    for name, theta in fits.thetas.items():
         label = f"{NAMES[name]}: $L_{{std}}$ {fits.standard[name]:.3g}, $L_{{rob}}$ {fits.robust[name]:.3g}"
         axes.plot(t, staircase.predict(theta, t), _LINES[name], color=COLOURS[name], linewidth=1.8, label=label)
     stairs = np.arange(staircase.stairs)

@@ -81,19 +81,12 @@ def error_against_size(
     if unlabelled is not None and unlabelled < 1:
         raise InputError(f"robust self-training needs at least 1 unlabelled point, not {unlabelled}")
     generator = np.random.default_rng(seed)
-    standard: dict[str, list[Array]] = {name: [] for name in ESTIMATORS}
-    robust: dict[str, list[Array]] = {name: [] for name in ESTIMATORS}
-    for size in sizes:
-        seen, weights = _draw(staircase, size, trials, unlabelled, generator)
-        thetas = _fit(staircase, seen, weights)
-        tested = staircase.population()
-        for name, theta in thetas.items():
-            standard[name].append(tested.standard_error(theta, staircase.theta_star))
-            robust[name].append(tested.robust_error(theta, staircase.theta_star))
+    fits = [_fit(staircase, *_draw(staircase, size, trials, unlabelled, generator)) for size in sizes]
+    tested, star = staircase.population(), staircase.theta_star
     return Curve(
         tuple(sizes),
-        {name: np.stack(errors) for name, errors in standard.items()},
-        {name: np.stack(errors) for name, errors in robust.items()},
+        {name: np.stack([tested.standard_error(fit[name], star) for fit in fits]) for name in ESTIMATORS},
+        {name: np.stack([tested.robust_error(fit[name], star) for fit in fits]) for name in ESTIMATORS},
     )
 
 
@@ -127,7 +120,7 @@ def _fit(staircase: Staircase, seen: Array, weights: Array) -> dict[str, Array]:
 
 
 def _fit_stack(staircase: Staircase, seen: Array, weights: Array) -> dict[str, Array]:
-    """The estimators of a stack of B trials, as :func:`nndefense.theory.population.estimators` fits one."""
+    """The estimators of a stack of B trials, as :func:`nndefense.theory.estimators.estimators` fits one."""
     dimension = staircase.dimension
     smooth = root(staircase.penalty, "the penalty")
     nothing = np.zeros((1, len(smooth)))

@@ -14,8 +14,7 @@ from numpy.typing import ArrayLike
 from scipy.interpolate import BSpline
 
 from nndefense.errors import InputError
-from nndefense.theory.estimators import min_norm
-from nndefense.theory.population import Estimators, Population, estimators
+from nndefense.theory.estimators import Estimators, Population, estimators, min_norm
 from nndefense.theory.solve import Array
 
 _DEGREE = 3
@@ -136,12 +135,7 @@ class Staircase:
         trained = estimators(
             self.population(self.noise_in_training), places, self.theta_star, norm=self.penalty, teacher=teacher
         )
-        tested, thetas = self.population(), {"std": trained.std, "aug": trained.aug, "rst": trained.rst}
-        return Estimators(
-            **thetas,
-            standard={n: float(tested.standard_error(theta, self.theta_star)) for n, theta in thetas.items()},
-            robust={n: float(tested.robust_error(theta, self.theta_star)) for n, theta in thetas.items()},
-        )
+        return Estimators.on(self.population(), self.theta_star, **trained.thetas)
 
     def predict(self, theta: Array, t: ArrayLike) -> Array:
         """The spline with coefficients theta at points t in [0, s - 1/2]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,7 @@ from matplotlib.figure import Figure
 from nndefense.errors import InputError
 from nndefense.files import make_folder, read_json, write_atomically, write_json
 from nndefense.theory import figures
-from nndefense.theory.decomposition import decompose
-from nndefense.theory.directions import boundaries, harmless_share
+from nndefense.theory.decomposition import boundaries, decompose, harmless_share
 from nndefense.theory.experiments import harm_by_condition, rst_guarantees
 from nndefense.theory.monte_carlo import SIZES, error_against_size
 from nndefense.theory.staircase import Staircase
@@ -59,12 +59,9 @@ class Study:
         make_folder(out)
         write_json(out / f"{self.name}.json", self.value)
         for title, figure in self.drawn.items():
-            for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-
-                def save(part: Path, figure: Figure = figure, suffix: str = suffix, metadata: Any = metadata) -> None:
-                    figure.savefig(part, format=suffix[1:], dpi=_DPI, metadata=metadata)
-
-                write_atomically(out / f"{title}{suffix}", save)
+            for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+                save = functools.partial(figure.savefig, format=kind, dpi=_DPI, metadata=metadata)
+                write_atomically(out / f"{title}.{kind}", save)
         return [out / f"{self.name}.json", *(out / f"{title}.png" for title in self.drawn)]
 
 
@@ -115,7 +112,7 @@ def spline(staircase: Staircase, labelled: Sequence[float] = (0, 1, 2, 3), *, te
     support = np.arange(2 * staircase.stairs) / 2
     extra = np.setdiff1d(support, labelled)
     changes = staircase.one_extra_point(labelled, extra)
-    thetas = {"std": fits.std, "aug": fits.aug, "rst": fits.rst}
+    thetas = fits.thetas
     value = {
         "stairs": staircase.stairs,
         "labelled": list(labelled),

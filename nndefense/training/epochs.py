@@ -15,7 +15,7 @@ import torch
 from nndefense.errors import ModelError
 from nndefense.training.batches import EpochBatches
 from nndefense.training.display import LOOK_SECONDS, Curves, Display
-from nndefense.training.progress import BEST, TrainingFolder
+from nndefense.training.progress import BEST, TrainingFolder, part_of
 from nndefense.training.random_state import kept
 from nndefense.training.settings import learning_rate
 from nndefense.training.state import HistoryRow, Standing, Sums
@@ -41,40 +41,31 @@ class Checkpoints:
         return by_steps or (self.seconds is not None and seconds >= self.seconds)
 
 
+@dataclass
 class TrainingRun:
     """A training from where it stands to its end.
 
-    Args:
+    Attributes:
         stepper, batches, watch, checkpoints: its parts.
         folder: where checkpoints go, or None; given to the leading process alone.
         identity: what checkpoints record beside the state.
         shown: whether to show progress.
     """
 
-    def __init__(
-        self,
-        stepper: Stepper,
-        batches: EpochBatches,
-        watch: ValidationChecks,
-        folder: TrainingFolder | None,
-        checkpoints: Checkpoints,
-        identity: dict[str, Any],
-        *,
-        shown: bool,
-    ) -> None:
-        self.stepper = stepper
-        self.batches = batches
-        self.watch = watch
-        self.folder = folder
-        self.checkpoints = checkpoints
-        self.identity = identity
-        self.settings = stepper.settings
-        self.device = stepper.team.device
+    stepper: Stepper
+    batches: EpochBatches
+    watch: ValidationChecks
+    folder: TrainingFolder | None
+    checkpoints: Checkpoints
+    identity: dict[str, Any]
+    shown: bool
+
+    def __post_init__(self) -> None:
+        self.settings, self.device = self.stepper.settings, self.stepper.team.device
         self.standing = Standing(Sums(self.device))
-        self.shown = shown
         # Evenly over the epoch, the last at its end.
         each = self.settings.checks_per_epoch
-        self.check_steps = {max(1, batches.count * part // each) for part in range(1, each + 1)}
+        self.check_steps = {max(1, self.batches.count * part // each) for part in range(1, each + 1)}
 
     def restore(self, folder: TrainingFolder, state: dict[str, Any]) -> None:
         """Go on from a saved state.
@@ -86,11 +77,7 @@ class TrainingRun:
         with folder.fitting():
             self.stepper.load(tensors)
             self.stepper.precision.load(state["precision"])
-            best = {
-                name.removeprefix(BEST): tensor.to(self.device)
-                for name, tensor in tensors.items()
-                if name.startswith(BEST)
-            }
+            best = {name: tensor.to(self.device) for name, tensor in part_of(tensors, BEST).items()}
             self.standing = Standing.from_dict(state, best or None, self.device)
 
     def save(self) -> None:

@@ -139,15 +139,8 @@ def train_classifier(
         classifier.to(memory_format=torch.channels_last)
     team.agree(classifier)
     stepper = Stepper(classifier, loss, attack, chosen, team)
-    run = TrainingRun(
-        stepper,
-        batches,
-        watch,
-        folder if team.leads else None,
-        checkpoints,
-        identity,
-        shown=progress and team.leads,
-    )
+    kept = folder if team.leads else None
+    run = TrainingRun(stepper, batches, watch, kept, checkpoints, identity, shown=progress and team.leads)
     if folder is not None and state is not None:
         run.restore(folder, state)
         team.wait()

@@ -167,6 +167,11 @@ def _named(epochs: int, steps: int, kind: str = "") -> str:
     return _TENSORS.replace("*", f"{kind}{epochs:04d}" + (f"-{steps:06d}" if steps else ""))
 
 
+def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, under what follows it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def flat_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimiser's state as named tensors ``optimizer.<parameter number>.<key>``.
 
@@ -183,11 +188,9 @@ def flat_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def restore_flat_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Give an optimiser the state that :func:`flat_state` took."""
     state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "optimizer":
-            number, _, key = rest.partition(".")
-            state.setdefault(int(number), {})[key] = value
+    for name, value in part_of(tensors, "optimizer.").items():
+        number, _, key = name.partition(".")
+        state.setdefault(int(number), {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for index, values in state.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,10 @@ COLUMNS = ("rows", "label", "confidence", "near_row", "near_distance")
 _REMEDY = "restore it or label the pool again"
 
 
-@dataclass(frozen=True)
-class Stored:
-    """The contents of a file; see :class:`nndefense.training.pseudo_labels.PseudoLabels`."""
-
-    columns: dict[str, Array]
-    ids: Ids
-    classes: tuple[str, ...]
-    class_ids: tuple[str, ...] | None
-    job: dict[str, Any]
-    selection: dict[str, Any] | None
-
-
-def read_file(path: Path) -> Stored:
-    """Read all columns but the ids.
+def read_file(
+    path: Path,
+) -> tuple[dict[str, Array], Ids, tuple[str, ...], tuple[str, ...] | None, dict[str, Any], dict[str, Any] | None]:
+    """What :class:`nndefense.training.pseudo_labels.PseudoLabels` is made of; all columns are read but the ids.
 
     Raises:
         DataError: the file is missing, damaged or of another kind.
@@ -66,8 +55,7 @@ def read_file(path: Path) -> Stored:
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path} cannot be read as pseudo-labels ({reason}): {_REMEDY}") from error
-    ids = FileIds(path, len(labels))
-    return Stored(columns, ids, names["classes"], names.get("class_ids"), job, selection)
+    return columns, FileIds(path, len(labels)), names["classes"], names.get("class_ids"), job, selection
 
 
 def teachers_of(job: Mapping[str, Any]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +22,6 @@ Array = NDArray[Any]
 SHORT = ("keep", "equalize")
 
 
-@dataclass(frozen=True)
-class Selection:
-    """How images were chosen from a pool.
-
-    Attributes:
-        per_class: how many were asked for of each class; None for all.
-        min_confidence: the least confidence asked for.
-        short: what was done about classes with fewer: ``keep`` all that they have, or ``equalize`` the others.
-        seed: of the draw among images of equal confidence.
-        counts: how many were chosen, by class.
-        lowest: the lowest confidence chosen, by class.
-        too_few: the classes that have fewer than were asked for, and how many.
-        tied: the classes where images of the lowest confidence were left out, and how many: the draw chose among them.
-        excluded: images left out because they are near to the test set.
-        unlabelled: images left out because they have no label.
-        foreign: images left out because their class is none of the labelled set's.
-    """
-
-    per_class: int | None
-    min_confidence: float
-    short: str
-    seed: int
-    counts: dict[str, int]
-    lowest: dict[str, float]
-    too_few: dict[str, int] = field(default_factory=dict)
-    tied: dict[str, int] = field(default_factory=dict)
-    excluded: int = 0
-    unlabelled: int = 0
-    foreign: int = 0
-
-
 class PseudoLabels:
     """The pseudo-labels of a pool, or of a choice from it.
 
@@ -71,7 +39,13 @@ class PseudoLabels:
     """
 
     def __init__(
-        self, columns: Mapping[str, Array], ids: Ids, classes: Sequence[str], class_ids: Sequence[str] | None, job: Any
+        self,
+        columns: Mapping[str, Array],
+        ids: Ids,
+        classes: Sequence[str],
+        class_ids: Sequence[str] | None,
+        job: Any,
+        selection: dict[str, Any] | None = None,
     ) -> None:
         self.rows, self.labels, self.confidence = columns["rows"], columns["label"], columns["confidence"]
         self.near_rows, self.near_distances = columns["near_row"], columns["near_distance"]
@@ -79,7 +53,7 @@ class PseudoLabels:
         self.parts = {name: (columns[f"{name}_label"], columns[f"{name}_confidence"]) for name in names}
         self._columns, self.ids, self.job = dict(columns), ids, job
         self.classes, self.class_ids = tuple(classes), None if class_ids is None else tuple(class_ids)
-        self.selection: dict[str, Any] | None = None
+        self.selection = selection
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -95,9 +69,7 @@ class PseudoLabels:
         Raises:
             DataError: the file is missing, damaged, of another kind, or made by another teacher.
         """
-        stored = read_file(Path(path))
-        found = cls(stored.columns, stored.ids, stored.classes, stored.class_ids, stored.job)
-        found.selection = stored.selection
+        found = cls(*read_file(Path(path)))
         if teacher is not None and teacher.fingerprint not in found.teachers:
             made = ", ".join(f"{source} ({print_[:12]})" for print_, source in found.teachers.items())
             raise DataError(
@@ -128,7 +100,10 @@ class PseudoLabels:
         """Choose the most confident images of each class (Carmon et al. 2019, step 2: 50,000 of each).
 
         Images without a label and those near to the test set are always left out. Among images of equal confidence at
-        the cut, the seed draws. What had to be left out or was missing stands in ``selection``.
+        the cut, the seed draws. ``selection`` then holds the arguments and, by class, ``counts`` of what was chosen,
+        the ``lowest`` confidence, how many the classes have that have ``too_few``, and how many images of the lowest
+        confidence were left out where the draw chose (``tied``); and how many images were left out because they are
+        near to the test set (``excluded``), ``unlabelled``, or ``foreign``, of a class that ``like`` has not.
 
         Args:
             per_class: so many of each class; None for all.
@@ -169,21 +144,10 @@ class PseudoLabels:
             number: int((self.confidence[ranked[number][len(taken[number]) :]] == least).sum())
             for number, least in lowest.items()
         }
-        selection = Selection(
-            per_class,
-            min_confidence,
-            short,
-            seed,
-            counts={self.classes[number]: len(rows) for number, rows in taken.items()},
-            lowest={self.classes[number]: least for number, least in lowest.items()},
-            too_few={
-                self.classes[number]: len(rows) for number, rows in ranked.items() if len(rows) < (per_class or 1)
-            },
-            tied={self.classes[number]: count for number, count in tied.items() if count},
-            excluded=int((self.near_rows >= 0).sum()),
-            unlabelled=int(((self.near_rows < 0) & (self.labels < 0)).sum()),
-            foreign=int((usable & ~native).sum()),
-        )
+
+        def named(numbers: Mapping[int, Any]) -> dict[str, Any]:
+            return {self.classes[number]: value for number, value in numbers.items()}
+
         found = PseudoLabels(
             {name: column[chosen] for name, column in self._columns.items()},
             PickedIds(self.ids, chosen),
@@ -191,7 +155,19 @@ class PseudoLabels:
             self.class_ids,
             self.job,
         )
-        found.selection = asdict(selection)
+        found.selection = {
+            "per_class": per_class,
+            "min_confidence": min_confidence,
+            "short": short,
+            "seed": seed,
+            "counts": named({number: len(rows) for number, rows in taken.items()}),
+            "lowest": named(lowest),
+            "too_few": named({number: len(rows) for number, rows in ranked.items() if len(rows) < (per_class or 1)}),
+            "tied": named({number: count for number, count in tied.items() if count}),
+            "excluded": int((self.near_rows >= 0).sum()),
+            "unlabelled": int(((self.near_rows < 0) & (self.labels < 0)).sum()),
+            "foreign": int((usable & ~native).sum()),
+        }
         return found
 
     def dataset(self, pool: ImageDataset, like: ImageDataset | Sequence[str] | None = None) -> PseudoLabelledDataset:

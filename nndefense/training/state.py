@@ -145,9 +145,8 @@ class Standing:
         """The standing that :meth:`as_dict` described."""
         best = None
         if best_weights is not None:
-            best = Best(
-                float(state["best"]["score"]), int(state["best"]["epoch"]), int(state["best"]["step"]), best_weights
-            )
+            kept = state["best"]
+            best = Best(float(kept["score"]), int(kept["epoch"]), int(kept["step"]), best_weights)
         return cls(
             sums=Sums.from_state(state["sums"], device),
             step=int(state["step"]),

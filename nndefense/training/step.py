@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from nndefense.training.batches import StepShare
 from nndefense.training.ema import WeightAverage, copy_weights
 from nndefense.training.launcher import Team
 from nndefense.training.precision import Precision
-from nndefense.training.progress import flat_state, restore_flat_state
+from nndefense.training.progress import flat_state, part_of, restore_flat_state
 from nndefense.training.settings import TrainingSettings
 from nndefense.training.state import Sums
 
@@ -24,12 +25,13 @@ _AVERAGE = "average."
 _ACCURACIES = {"clean_accuracy": "accuracy"}
 
 
+@dataclass
 class Stepper:
     """What a step needs, and all the tensors that it changes.
 
     Nothing in it waits for a GPU, except the optimiser's step in float16.
 
-    Args:
+    Attributes:
         classifier: on the team's device.
         objective, attack, settings, team: of the training.
 
@@ -37,19 +39,14 @@ class Stepper:
         InputError: the classifier has no weights to train.
     """
 
-    def __init__(
-        self,
-        classifier: Classifier,
-        objective: Objective,
-        attack: Attack | None,
-        settings: TrainingSettings,
-        team: Team,
-    ) -> None:
-        self.classifier = classifier
-        self.objective = objective
-        self.attack = attack
-        self.settings = settings
-        self.team = team
+    classifier: Classifier
+    objective: Objective
+    attack: Attack | None
+    settings: TrainingSettings
+    team: Team
+
+    def __post_init__(self) -> None:
+        classifier, settings, team = self.classifier, self.settings, self.team
         self.weights = [weight for weight in classifier.parameters() if weight.requires_grad]
         if not self.weights:
             raise InputError("the classifier has no weights to train: they are all frozen")
@@ -95,10 +92,9 @@ class Stepper:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from the tensors that :meth:`tensors` returned."""
-        weights = _part(tensors, _MODEL)
-        self.classifier.load_state_dict(weights)
+        self.classifier.load_state_dict(part_of(tensors, _MODEL))
         if self.average is not None:
-            self.average.load(_part(tensors, _AVERAGE))
+            self.average.load(part_of(tensors, _AVERAGE))
         restore_flat_state(self.solver, tensors)
 
     def settle(self, best: Mapping[str, Tensor] | None) -> None:
@@ -122,18 +118,10 @@ def _figures(outcome: Outcome, share: StepShare) -> dict[str, tuple[Tensor, int]
     return found
 
 
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
 def _optimizer(weights: list[nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
-            weights,
-            lr=settings.lr,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-            weight_decay=settings.weight_decay,
+            weights, settings.lr, settings.momentum, weight_decay=settings.weight_decay, nesterov=settings.nesterov
         )
     kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
     return kind(weights, lr=settings.lr, weight_decay=settings.weight_decay)
