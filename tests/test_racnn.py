@@ -26,8 +26,7 @@ from nndefense.features import FeatureSpec
 from nndefense.models import build_classifier, load_classifier, save_classifier
 from nndefense.models.architectures.attentive import AttentiveNet, attention_scores, projected
 from nndefense.models.racnn import RaCnn, RowTable, attentive, features_of, load_racnn, save_racnn
-from nndefense.training.objectives.local_mixup import RetrievalAugmented, local_mixup, simplex_draws
-from nndefense.training.racnn import train_racnn
+from nndefense.training.racnn import RetrievalAugmented, local_mixup, simplex_draws, train_racnn
 
 K = 5
 

@@ -25,8 +25,7 @@ from nndefense.training import Batch, TrainingSettings, neighbors
 from nndefense.training.batches import EpochBatches
 from nndefense.training.launcher import Team
 from nndefense.training.neighbors import nearest_others, row_images
-from nndefense.training.objectives.local_mixup import RetrievalAugmented, local_mixup
-from nndefense.training.racnn import train_racnn
+from nndefense.training.racnn import RetrievalAugmented, local_mixup, train_racnn
 
 FEATURE = FeatureSpec("block2", "grid4", pca=48)
 ROWS = 300

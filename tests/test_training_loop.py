@@ -27,9 +27,8 @@ from nndefense.training import (
     standard,
     train_classifier,
 )
-from nndefense.training.ema import WeightAverage
-from nndefense.training.precision import Precision, unsafe
 from nndefense.training.settings import SettingsOptions, learning_rate, make_settings, setting_defaults
+from nndefense.training.step import Precision, WeightAverage, unsafe
 from nndefense.training.validation import CatastrophicOverfitting, collapsed, stronger
 
 CPU = torch.device("cpu")

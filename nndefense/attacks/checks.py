@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +108,18 @@ def at_least(name: str, value: int, least: int = 1) -> None:
     """Raise :class:`InputError` unless a count is a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name} is {value}, but must be a whole number and at least {least}")
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise :class:`InputError` unless a setting is one of some words."""
+    if value not in choices:
+        raise InputError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
+
+
+def not_negative(name: str, value: float) -> None:
+    """Raise :class:`InputError` unless a setting is a finite number, and no truth value, of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise InputError(f"{name} is {value}, but must be a finite number and at least 0")
 
 
 def fraction(name: str, value: float) -> None:

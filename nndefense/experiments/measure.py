@@ -59,10 +59,8 @@ class Judge:
         still stand after those before it.
         """
         fingerprint = classifier.fingerprint
-        names = self._attack_names(threat)
         right: list[Bits] = []
-        broken, largest = dict.fromkeys(names, 0), 0.0
-        cost = {"seconds": 0.0, "forwards": 0, "backwards": 0}
+        blocks = []
         for first in range(0, len(self.attacked), BLOCK):
             rows = np.arange(first, min(first + BLOCK, len(self.attacked)))
             key = [fingerprint, self.attacked.fingerprint, first, len(rows), self._key(threat)]
@@ -73,11 +71,7 @@ class Judge:
             else:
                 self.step(len(rows))
             right.append(from_hex(found["right"], len(rows)))
-            for name in names:
-                broken[name] += found["broken"][name]
-            for name in cost:
-                cost[name] += found[name]
-            largest = max(largest, found["largest_change"])
+            blocks.append(found)
         return {
             "kind": "robust",
             "threat": threat.name,
@@ -85,9 +79,9 @@ class Judge:
             "eps": threat.eps,
             **rate(np.concatenate(right)),
             "attacks": [attack.to_json() for attack in self.recipe.evaluation_of(threat)] or [self._grid()],
-            "broken_by": broken,
-            "largest_change": largest,
-            **cost,
+            "broken_by": {name: sum(one["broken"][name] for one in blocks) for name in self._attack_names(threat)},
+            "largest_change": max(one["largest_change"] for one in blocks),
+            **{name: sum(one[name] for one in blocks) for name in ("seconds", "forwards", "backwards")},
         }
 
     def _attack_names(self, threat: Threat) -> list[str]:

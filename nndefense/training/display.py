@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from nndefense.training.state import HistoryRow
 LOOK_SECONDS = 0.5
 
 
+@dataclass
 class Display:
     """The bar of the running epoch and the lines of those before, on standard error.
 
-    Args:
+    Attributes:
         epochs: of the training.
         steps: of an epoch.
         images: of an epoch.
@@ -28,9 +30,14 @@ class Display:
         shown: whether anything is shown.
     """
 
-    def __init__(self, epochs: int, steps: int, images: int, done: int, *, shown: bool) -> None:
-        self.epochs, self.steps, self.images, self.shown = epochs, steps, images, shown
-        self._first, self._started = done, time.perf_counter()
+    epochs: int
+    steps: int
+    images: int
+    done: int
+    shown: bool
+
+    def __post_init__(self) -> None:
+        self._started = time.perf_counter()
 
     def bar(self, epoch: int, done: int) -> Any:
         """A bar for an epoch of which ``done`` images are done."""
@@ -46,7 +53,7 @@ class Display:
 
     def left(self, done: int) -> str:
         """The time that the rest of the training takes at the pace so far, after ``done`` steps of all epochs."""
-        seconds = (time.perf_counter() - self._started) / max(1, done - self._first)
+        seconds = (time.perf_counter() - self._started) / max(1, done - self.done)
         return str(tqdm.format_interval(round(seconds * (self.epochs * self.steps - done))))
 
     def figures(self, means: dict[str, float], check: dict[str, Any] | None, done: int) -> str:

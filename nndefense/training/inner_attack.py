@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nndefense.attacks import LOSSES, NORMS, Model, check_labels, kl, norms
-from nndefense.attacks.checks import at_least
+from nndefense.attacks.checks import at_least, check_choice, not_negative
 from nndefense.attacks.losses import Loss
 from nndefense.attacks.modes import attacked_in, check_mode
 from nndefense.attacks.objective import loss_and_gradient, negated
@@ -68,20 +67,17 @@ class InnerAttack:
 
     def __post_init__(self) -> None:
         """Raise :class:`InputError` for settings that make no attack."""
-        if self.norm not in NORMS:
-            raise InputError(f"norm is {self.norm!r}, but must be one of {', '.join(NORMS)}")
-        if self.start not in STARTS:
-            raise InputError(f"start is {self.start!r}, but must be one of {', '.join(STARTS)}")
+        check_choice("norm", self.norm, NORMS)
+        check_choice("start", self.start, STARTS)
         if self.start == "sign" and self.norm != "linf":
             raise InputError(f"the start 'sign' is a corner of a cube: use it with linf, not with {self.norm}")
-        if self.target not in TARGETS:
-            raise InputError(f"target is {self.target!r}, but must be one of {', '.join(TARGETS)}")
+        check_choice("target", self.target, TARGETS)
         check_mode(self.mode)
         at_least("steps", self.steps)
         for name, value in (("eps", self.eps), ("start_scale", self.start_scale), ("momentum", self.momentum)):
-            _check_number(name, value)
+            not_negative(name, value)
         if self.step_size is not None:
-            _check_number("step_size", self.step_size)
+            not_negative("step_size", self.step_size)
 
     @classmethod
     def single_step(cls, eps: float, norm: str = "linf", mode: str = "eval") -> InnerAttack:
@@ -117,9 +113,9 @@ class InnerAttack:
         Raises:
             InputError: alpha is not between 0 and eps.
         """
-        _check_number("eps", eps)
+        not_negative("eps", eps)
         alpha = eps / 6 if alpha is None else alpha
-        _check_number("alpha", alpha)
+        not_negative("alpha", alpha)
         if alpha > eps:
             raise InputError(f"the noise of R+FGSM is {alpha}, but must leave something of eps {eps} for the step")
         return cls(eps=eps, steps=1, step_size=eps - alpha, start="sign", start_scale=alpha, mode=mode, target=target)
@@ -198,8 +194,7 @@ class InnerAttack:
         return logits.argmin(1) if self.target == "least-likely" else logits.argmax(1)
 
     def _checked_loss(self, images: Tensor, y: Tensor, loss: str) -> Loss:
-        if loss not in LOSSES:
-            raise InputError(f"loss is {loss!r}, but must be one of {', '.join(LOSSES)}")
+        check_choice("loss", loss, LOSSES)
         raised = LOSSES[loss]
         if raised is kl and self.target != "label":
             raise InputError(f"a step on the KL divergence knows no classes: use the target 'label', not {self.target}")
@@ -220,8 +215,3 @@ class InnerAttack:
             # No step depends on the length of the gradient.
             return lambda logits, goal: raised(logits, goal) * _FLOAT16_SCALE
         return raised
-
-
-def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise InputError(f"{name} is {value}, but must be a finite number and at least 0")

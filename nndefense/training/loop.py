@@ -128,7 +128,10 @@ def train_classifier(
     state = None
     if folder is not None and resume:
         if not folder.is_unfinished():
-            return _finished(folder, identity, team.device)
+            # It was resumed although it is finished.
+            finished = load_classifier(folder.folder, device=team.device)
+            check_same({**finished.info, "classifier": form(finished)}, identity, folder.folder)
+            return finished
         state = folder.state()
         check_same(state, identity, folder.folder)
 
@@ -255,10 +258,3 @@ def _open_folder(
         else:
             folder.check_free()
     return folder
-
-
-def _finished(folder: TrainingFolder, identity: dict[str, Any], device: torch.device) -> Classifier:
-    """The classifier of a training that was resumed although it is finished."""
-    classifier = load_classifier(folder.folder, device=device)
-    check_same({**classifier.info, "classifier": form(classifier)}, identity, folder.folder)
-    return classifier

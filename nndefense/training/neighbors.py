@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,16 +95,13 @@ def nearest_others(
     search = _searching(database, classifier.device)
     row_of = {item: row for row, item in enumerate(database.ids(database.row_numbers))}
     itself = np.array([row_of.get(item, -1) for item in dataset.ids], dtype=np.int64)
-    bar = (
-        tqdm(total=len(dataset), desc="finding neighbours", unit=" images", delay=1, disable=None) if progress else None
-    )
     found = []
-    with bar or contextlib.nullcontext():
+    shown = None if progress else True
+    with tqdm(total=len(dataset), desc="finding neighbours", unit=" images", delay=1, disable=shown) as bar:
         for images, _, numbers in dataset.batches(_BATCH):
             vectors = extractor(images.to(classifier.device))
             found.append(_others(vectors, search, len(database), itself[numbers], k))
-            if bar is not None:
-                bar.update(len(images))
+            bar.update(len(images))
     return torch.cat(found)
 
 

@@ -79,7 +79,7 @@ class TrainingSettings:
             and the final weights are those of the average.
         clip_norm: the gradient is shortened to this l2 length where it is longer; None: never.
         precision: ``float32``, or ``bfloat16`` or ``float16`` for the forward and backward passes (weights and
-            evaluation stay in float32; see :mod:`nndefense.training.precision`).
+            evaluation stay in float32; see :class:`nndefense.training.step.Precision`).
         channels_last: keep images and weights with the channels innermost, which is faster on most GPUs.
         compile: run the net through ``torch.compile``; the first steps take minutes.
         steps_per_epoch: the length of an epoch, where it is not to follow from the labelled set: its images are then

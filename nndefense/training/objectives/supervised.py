@@ -1,4 +1,8 @@
-"""Objectives on labelled images alone."""
+"""Objectives on labelled images alone.
+
+Each is called with the net, a batch of labelled images, and the attack that gives x'; it raises :class:`InputError` for
+unlabelled images, and where it needs an attack and has none.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +51,7 @@ def half_half(model: nn.Module, batch: Batch, attack: Attack | None, *, mix: str
     Batches come in random order, so that the first half is a random one.
 
     Raises:
-        InputError: an unknown mix, no attack, or unlabelled images.
+        InputError: an unknown mix.
     """
     only_labelled(batch, "half-half")
     attack = needed(attack, "half-half")
@@ -142,13 +146,12 @@ def ensemble_adversarial(model: nn.Module, batch: Batch, attack: Attack | None, 
     It is meant against attacks carried over from other nets; attacks of many steps on f itself break it.
 
     Args:
-        model: the net.
-        batch: labelled images; ``batch.others`` is used where it is given.
+        batch: ``batch.others`` is used where it is given.
         attack: an :class:`nndefense.training.EnsembleAttack`.
         mix: B, 0 to 1.
 
     Raises:
-        InputError: another attack or none, or unlabelled images.
+        InputError: another attack.
     """
     only_labelled(batch, "ensemble-adversarial")
     attack = needed(attack, "ensemble-adversarial")
@@ -192,16 +195,13 @@ def alp(
     :meth:`InnerAttack.fgsm`.
 
     Args:
-        model: the net.
-        batch: labelled images.
-        attack: gives x'.
         pairing: 0.5 (:data:`EXAMPLES_WEIGHT`), or 0.25 (:data:`IMAGENET_WEIGHT`).
         smoothing: share of the label's weight that goes to all classes alike, 0 to 1.
         passes: ``joint`` sends clean and attacked images through the net as one batch, as the authors do;
             ``separate`` normalises each kind by its own statistics. The same where no layer looks at the batch.
 
     Raises:
-        InputError: no attack, unlabelled images, or other passes.
+        InputError: other passes.
     """
     only_labelled(batch, "alp")
     attacked = needed(attack, "alp")(model, batch.images, batch.labels)
@@ -239,15 +239,9 @@ def clp(
     pairs are random. ``attack`` is not used.
 
     Args:
-        model: the net.
-        batch: labelled images.
-        attack: none.
         pairing, smoothing: as for :func:`alp`.
         noise: standard deviation of Gaussian noise on every image before it is clipped to [0, 1], with which the paper
             combines it; 0 for none. Then no accuracy of clean images is reported.
-
-    Raises:
-        InputError: unlabelled images.
     """
     only_labelled(batch, "clp")
     images = batch.images
@@ -275,8 +269,6 @@ def worst_of_10(model: nn.Module, batch: Batch, attack: Attack | None = None, *,
     rotations and translations. That code uses B = 1/2; Engstrom et al. train on x'_i alone, B = 1.
 
     Args:
-        model: the net.
-        batch: labelled images.
         attack: a :class:`SpatialAttack` of 10 draws; by default the one with the paper's limits.
         mix: B, 0 to 1.
     """
@@ -290,8 +282,6 @@ def random_augmentation(model: nn.Module, batch: Batch, attack: Attack | None = 
     The loss of :func:`worst_of_10` with a single draw, which the model is not asked about.
 
     Args:
-        model: the net.
-        batch: labelled images.
         attack: a :class:`SpatialAttack` of 1 draw; by default the one with the paper's limits.
         mix: B, 0 to 1.
     """
