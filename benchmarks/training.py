@@ -39,8 +39,8 @@ from nndefense.training import InnerAttack, Objective, Outcome, make_objective, 
 from nndefense.training.batch import Attack, Batch
 from nndefense.training.batches import EpochBatches
 from nndefense.training.launcher import join
+from nndefense.training.progress import Sums
 from nndefense.training.settings import TrainingSettings
-from nndefense.training.state import Sums
 from nndefense.training.step import Stepper
 
 CLASSES = tuple(str(number) for number in range(10))

@@ -29,7 +29,7 @@ from nndefense.training import (
     Batch,
     EnsembleAttack,
     InnerAttack,
-    attacked_images,
+    ensemble_attack,
     make_objective,
     train_classifier,
     write_attacked_images,
@@ -222,8 +222,8 @@ def everything(found: AttackedImages) -> Tensor:
 
 def small_shards(patch: pytest.MonkeyPatch) -> None:
     """Shards of 32 images in batches of 16."""
-    patch.setattr(attacked_images, "_SHARD_BYTES", 32 * 64 * 4)
-    patch.setattr(attacked_images, "_BATCH", 16)
+    patch.setattr(ensemble_attack, "_SHARD_BYTES", 32 * 64 * 4)
+    patch.setattr(ensemble_attack, "_BATCH", 16)
 
 
 @pytest.mark.parametrize("step", [STEP, InnerAttack.fgsm(EPS, target="least-likely")], ids=["fgsm", "step-ll"])
@@ -294,7 +294,7 @@ def test_a_damaged_shard_is_seen_and_made_again(tmp_path: Path, monkeypatch: pyt
 def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, dataset = taught(1), few()
     with monkeypatch.context() as patch:
-        patch.setattr(attacked_images.shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
+        patch.setattr(ensemble_attack.shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
         with pytest.raises(DataError, match="choose another folder, or do without the cache"):
             write_attacked_images(source, dataset, STEP, tmp_path, progress=False)
 

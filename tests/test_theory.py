@@ -33,7 +33,7 @@ from nndefense.theory import (
     rst_guarantees,
     standard_error,
 )
-from nndefense.theory.monte_carlo import ESTIMATORS, _fit_stack
+from nndefense.theory.staircase import ESTIMATORS, _fit_stack
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 SEEDS = st.integers(0, 2**32 - 1)

@@ -254,7 +254,7 @@ class ExperimentRecipe:
                 self.attack_of(method, threat)
             if self.start:
                 make_settings(10**6, self.start_options_of(method))
-                self.start_attack_of(method, self.threats[0])
+                self.attack_of(method, self.threats[0], start=True)
 
     def _known(self, given: Any, names: list[str], where: str) -> None:
         for name in given:
@@ -269,24 +269,18 @@ class ExperimentRecipe:
         """What the recipe says about a method's training settings."""
         return {**self.settings, **method.settings}
 
-    def attack_of(self, method: Method, threat: Threat) -> Attack | None:
-        """The inner attack of a method's training against a threat; None where it does not attack."""
-        if not method.attacks:
-            return None
-        return self._attack(method, threat, {**self.attack, **method.attack})
-
     def start_options_of(self, method: Method) -> dict[str, Any]:
         """The training settings of the first stage; its last weights count, so nothing is chosen."""
         return {**self.options_of(method), "keep_best": False, "patience": None, **self.start.get("settings", {})}
 
-    def start_attack_of(self, method: Method, threat: Threat) -> Attack | None:
-        """The inner attack of the first stage; None where the method does not attack."""
+    def attack_of(self, method: Method, threat: Threat, *, start: bool = False) -> Attack | None:
+        """The inner attack of a method's training against a threat, or of its ``start``; None where it has none."""
         if not method.attacks:
             return None
-        easier = replace(threat, eps=threat.eps * self.start.get("eps", 1.0))
-        return self._attack(method, easier, {**self.attack, **method.attack, **self.start.get("attack", {})})
-
-    def _attack(self, method: Method, threat: Threat, given: dict[str, Any]) -> Attack:
+        given = {**self.attack, **method.attack}
+        if start:
+            given |= self.start.get("attack", {})
+            threat = replace(threat, eps=threat.eps * self.start.get("eps", 1.0))
         if threat.norm == SPATIAL:
             draws = _DRAWS.get(method.objective, given.get("draws", 10))
             return SpatialAttack(draws=draws, degrees=threat.degrees, shift=threat.shift)

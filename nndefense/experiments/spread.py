@@ -34,10 +34,6 @@ class Spread:
     values: tuple[float, ...]
     over: str
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
 
 def student_interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the mean of n >= 2 values by Student's t with n - 1 degrees of freedom."""
@@ -48,12 +44,12 @@ def student_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def accuracy_of(results: Results, method: str, labels: int, threat: str) -> Spread | None:
     """A method's accuracy under a threat; None where it was not measured."""
-    return _spread(_measured(results, method, labels, threat, "robust"))
+    return _share(_measured(results, method, labels, threat, "robust"))
 
 
 def clean_of(results: Results, method: str, labels: int, threat: str) -> Spread | None:
     """Clean accuracy of the nets that a method made against a threat, or of its only nets where it does not attack."""
-    return _spread(_measured(results, method, labels, threat, "standard"))
+    return _share(_measured(results, method, labels, threat, "standard"))
 
 
 def differences(results: Results) -> list[dict[str, Any]]:
@@ -74,13 +70,7 @@ def differences(results: Results) -> list[dict[str, Any]]:
                 break
             values = [one["accuracy"] - other["accuracy"] for one, other in pairs]
             bits = [(from_hex(a["outcomes"], a["n"]), from_hex(b["outcomes"], b["n"])) for a, b in pairs]
-            if len(values) > 1:
-                low, high = student_interval(values)
-                over = "seeds"
-            else:
-                low, high = _paired_interval(*bits[0])
-                over = "images"
-            row[kind] = Spread(float(np.mean(values)), low, high, tuple(values), over).to_json()
+            row[kind] = asdict(_spread(values, _paired_interval(*bits[0])))
             row[f"{kind}_mcnemar"] = [mcnemar_p(int((a & ~b).sum()), int((b & ~a).sum())) for a, b in bits]
         else:
             rows.append(row)
@@ -118,11 +108,13 @@ def _measured(results: Results, method: str, labels: int, threat: str, kind: str
     ]
 
 
-def _spread(found: list[dict[str, Any]]) -> Spread | None:
-    values = tuple(one["accuracy"] for one in sorted(found, key=lambda one: one["seed"]))
-    if not values:
-        return None
-    if len(values) == 1:
-        return Spread(values[0], found[0]["ci_low"], found[0]["ci_high"], values, "images")
-    low, high = student_interval(values)
-    return Spread(float(np.mean(values)), low, high, values, "seeds")
+def _share(found: list[dict[str, Any]]) -> Spread | None:
+    values = [one["accuracy"] for one in sorted(found, key=lambda one: one["seed"])]
+    return _spread(values, (found[0]["ci_low"], found[0]["ci_high"])) if values else None
+
+
+def _spread(values: Sequence[float], alone: tuple[float, float]) -> Spread:
+    """A figure of one seed or more; ``alone`` is its interval over the images, where there is one seed."""
+    several = len(values) > 1
+    low, high = student_interval(values) if several else alone
+    return Spread(float(np.mean(values)), low, high, tuple(values), "seeds" if several else "images")

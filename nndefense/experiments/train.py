@@ -124,7 +124,7 @@ class Workshop:
         recipe, threat = self.recipe, run.threat
         if not recipe.start or threat is None:
             return None
-        attack, options = recipe.start_attack_of(run.method, threat), recipe.start_options_of(run.method)
+        attack, options = recipe.attack_of(run.method, threat, start=True), recipe.start_options_of(run.method)
         return self._net(run, f"{run.name}-start", labelled, unlabelled, options, attack)
 
     def _net(

@@ -17,8 +17,7 @@ from nndefense.theory.estimators import (
     standard_error,
 )
 from nndefense.theory.experiments import Count, harm_by_condition, random_populations, rst_guarantees
-from nndefense.theory.monte_carlo import SIZES, Curve, error_against_size
-from nndefense.theory.staircase import LEFT_KNOTS, Staircase
+from nndefense.theory.staircase import LEFT_KNOTS, SIZES, Curve, Staircase, error_against_size
 from nndefense.theory.toys import Intervals, RobustFeature
 
 __all__ = [

@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from nndefense.theory.decomposition import Decomposition, boundaries, change, harmless_share
 from nndefense.theory.estimators import Estimators
 from nndefense.theory.experiments import Count
-from nndefense.theory.monte_carlo import Curve
 from nndefense.theory.solve import Array
-from nndefense.theory.staircase import Staircase
+from nndefense.theory.staircase import Curve, Staircase
 from nndefense.theory.toys import Intervals, RobustFeature
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito, 2008); markers and lines differ too.

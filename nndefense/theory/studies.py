@@ -16,8 +16,7 @@ from nndefense.files import make_folder, read_json, write_atomically, write_json
 from nndefense.theory import figures
 from nndefense.theory.decomposition import boundaries, decompose, harmless_share
 from nndefense.theory.experiments import harm_by_condition, rst_guarantees
-from nndefense.theory.monte_carlo import SIZES, error_against_size
-from nndefense.theory.staircase import Staircase
+from nndefense.theory.staircase import SIZES, Staircase, error_against_size
 from nndefense.theory.toys import Intervals, RobustFeature
 from nndefense.versions import library_versions
 

@@ -1,9 +1,7 @@
 """Training classifiers, repeatable under a seed and resumable."""
 
-from nndefense.training.accuracy import accuracy
-from nndefense.training.attacked_images import AttackedImages, write_attacked_images
 from nndefense.training.batch import Attack, Batch, Outcome
-from nndefense.training.ensemble_attack import EnsembleAttack
+from nndefense.training.ensemble_attack import AttackedImages, EnsembleAttack, write_attacked_images
 from nndefense.training.inner_attack import STARTS, TARGETS, InnerAttack
 from nndefense.training.loop import train_classifier
 from nndefense.training.objectives import (
@@ -23,7 +21,7 @@ from nndefense.training.settings import (
     default_batch_size,
     default_epochs,
 )
-from nndefense.training.validation import CatastrophicOverfitting
+from nndefense.training.validation import CatastrophicOverfitting, accuracy
 
 __all__ = [
     "OBJECTIVES",

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
-from nndefense.training.attacked_images import AttackedImages
 from nndefense.training.batch import Batch
+from nndefense.training.ensemble_attack import AttackedImages
 from nndefense.training.launcher import Team
 from nndefense.training.random_state import generator, reseed
 from nndefense.training.settings import TrainingSettings

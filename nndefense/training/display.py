@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nndefense.errors import InputError
-from nndefense.training.state import HistoryRow
+from nndefense.training.progress import HistoryRow
 
 # Reading figures makes a GPU wait for its queue, so they are looked at this often, in seconds.
 LOOK_SECONDS = 0.5

@@ -15,10 +15,9 @@ import torch
 from nndefense.errors import ModelError
 from nndefense.training.batches import EpochBatches
 from nndefense.training.display import LOOK_SECONDS, Curves, Display
-from nndefense.training.progress import BEST, TrainingFolder, part_of
+from nndefense.training.progress import BEST, HistoryRow, Standing, Sums, TrainingFolder, part_of
 from nndefense.training.random_state import kept
 from nndefense.training.settings import learning_rate
-from nndefense.training.state import HistoryRow, Standing, Sums
 from nndefense.training.step import Stepper
 from nndefense.training.validation import CatastrophicOverfitting, ValidationChecks, collapsed
 

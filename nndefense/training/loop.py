@@ -16,7 +16,6 @@ from nndefense.files import make_folder
 from nndefense.memory import reused_memory
 from nndefense.models import Classifier, load_classifier, resolve_device, save_classifier
 from nndefense.models.checkpoint import check_savable
-from nndefense.training.accuracy import check_labels
 from nndefense.training.batch import Attack, Objective
 from nndefense.training.batches import EpochBatches
 from nndefense.training.display import Curves, tensorboard_module
@@ -25,11 +24,10 @@ from nndefense.training.epochs import Checkpoints, TrainingRun, fastest_convolut
 from nndefense.training.identity import check_same, described, described_attack, form, identity_of
 from nndefense.training.launcher import Team, join
 from nndefense.training.objectives import find_spec, make_objective
-from nndefense.training.progress import TrainingFolder
+from nndefense.training.progress import HistoryRow, TrainingFolder
 from nndefense.training.settings import SettingsOptions, TrainingSettings, check_whole, make_settings
-from nndefense.training.state import HistoryRow
 from nndefense.training.step import Stepper
-from nndefense.training.validation import ValidationChecks
+from nndefense.training.validation import ValidationChecks, check_labels
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

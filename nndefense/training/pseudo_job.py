@@ -98,12 +98,11 @@ def write_pseudo_labels(
         for number in range(parts.count):
             rows = parts.rows(number)
             if not parts.holds(number):
-                batches = (rows[first : first + batch_size] for first in range(0, len(rows), batch_size))
                 done = []
-                for batch in batches:
-                    done.append(_label(labeller, pool, batch, exclude))
-                    bar.update(len(batch))
-                parts.save(number, _joined(done))
+                for first in range(0, len(rows), batch_size):
+                    done.append(_label(labeller, pool, rows[first : first + batch_size], exclude))
+                    bar.update(len(done[-1]["rows"]))
+                parts.save(number, {name: np.concatenate([batch[name] for batch in done]) for name in done[0]})
             else:
                 bar.update(len(rows))
     class_ids = classifier.class_ids
@@ -132,10 +131,6 @@ def _label(
         columns[f"{name}_label"] = labels.numpy().astype(np.int64)
         columns[f"{name}_confidence"] = confidence.numpy().astype(np.float32)
     return columns
-
-
-def _joined(batches: list[dict[str, Array]]) -> dict[str, Array]:
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
 class _Parts:

@@ -35,8 +35,8 @@ from nndefense.training.batches import DeviceImages
 from nndefense.training.launcher import leads
 from nndefense.training.loop import train_classifier
 from nndefense.training.neighbors import nearest_others, row_images
+from nndefense.training.progress import HistoryRow
 from nndefense.training.settings import SettingsOptions
-from nndefense.training.state import HistoryRow
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

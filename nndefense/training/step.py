@@ -15,9 +15,8 @@ from nndefense.models import Classifier
 from nndefense.training.batch import Attack, Objective, Outcome
 from nndefense.training.batches import StepShare
 from nndefense.training.launcher import Team
-from nndefense.training.progress import flat_state, part_of, restore_flat_state
+from nndefense.training.progress import Sums, flat_state, part_of, restore_flat_state
 from nndefense.training.settings import TrainingSettings
-from nndefense.training.state import Sums
 
 # In the first steps a long memory would hold mostly the weights of the start.
 _YOUNG = 10
