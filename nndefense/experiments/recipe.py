@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from nndefense import recipes
 from nndefense.attacks import NORMS, registry
+from nndefense.attacks.checks import check_choice
 from nndefense.attacks.spatial import SHIFT, SpatialAttack
 from nndefense.errors import InputError
 from nndefense.evaluation.threats import AttackSettings
@@ -225,17 +226,17 @@ class ExperimentRecipe:
                 raise InputError(f"a recipe needs {what}")
             if len(set(found)) < len(found):
                 raise InputError(f"two of the {what} have one name: {', '.join(found)}")
-        if self.architecture not in ARCHITECTURES:
-            raise InputError(f"architecture is {self.architecture!r}, but must be one of {', '.join(ARCHITECTURES)}")
+        check_choice("architecture", self.architecture, ARCHITECTURES)
         recipes.check_least(self, 1, "seeds", "check_steps", "batch_size", "images")
         recipes.check_least(self, 0, "validation")
         if min(self.grid) < 1:
             raise InputError("both numbers of grid must be at least 1")
         if not self.labels or min(self.labels) < 0 or len(set(self.labels)) < len(self.labels):
             raise InputError("labels must be different numbers of images, with 0 for all of them")
-        for pair in self.compare:
-            self._known(pair, names, "compare")
-        self._known([one.method for one in self.published], names, "published")
+        compared = [("compare", name) for pair in self.compare for name in pair]
+        for where, name in [*compared, *(("published", one.method) for one in self.published)]:
+            if name not in names:
+                raise InputError(f"{where} names the method {name!r}, which is none of {', '.join(names)}")
         threats = {"", *(threat.name for threat in self.threats)}
         for one in self.published:
             if one.threat not in threats:
@@ -255,11 +256,6 @@ class ExperimentRecipe:
             if self.start:
                 make_settings(10**6, self.start_options_of(method))
                 self.attack_of(method, self.threats[0], start=True)
-
-    def _known(self, given: Any, names: list[str], where: str) -> None:
-        for name in given:
-            if name not in names:
-                raise InputError(f"{where} names the method {name!r}, which is none of {', '.join(names)}")
 
     def settings_of(self, method: Method, images: int, seed: int = 0) -> TrainingSettings:
         """The settings of a method's training on so many labelled images."""

@@ -40,12 +40,9 @@ def _tradeoff(results: Results) -> Table:
     recipe = results["recipe"]
     methods = [method["name"] for method in recipe["methods"]]
     labels = results["runs"][0]["labels"]
-    columns = ["norm", "ε"]
-    for prefix in ("standard acc.", "robust acc."):
-        columns += [f"{prefix}: {method}" for method in methods]
-    if recipe["published"]:
-        for prefix in ("published standard", "published robust"):
-            columns += [f"{prefix}: {method}" for method in methods]
+    kinds = ["standard acc.", "robust acc."]
+    kinds += ["published standard", "published robust"] if recipe["published"] else []
+    columns = ["norm", "ε", *(f"{kind}: {method}" for kind in kinds for method in methods)]
     rows: list[list[str]] = []
     norm = ""
     for threat, name in zip(recipe["threats"], [one["name"] for one in results["threats"]], strict=True):

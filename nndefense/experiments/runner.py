@@ -19,7 +19,7 @@ from nndefense.experiments.data import Images
 from nndefense.experiments.measure import Judge
 from nndefense.experiments.recipe import ExperimentRecipe
 from nndefense.experiments.spread import differences
-from nndefense.experiments.train import Run, Workshop, runs_of, threats_of
+from nndefense.experiments.train import Workshop, runs_of, threats_of
 from nndefense.files import make_folder, read_json, write_json
 from nndefense.models import resolve_device
 from nndefense.versions import library_versions
@@ -77,7 +77,9 @@ def run(
             judge = Judge(recipe, images.test, images.attacked, CellStore(out / "cells"), bar.update)
             found = [judge.clean(trained)]
             found += [judge.robust(trained, threat) for threat in threats_of(recipe, one)]
-        measured += [{**_of(one, record), **measurement} for measurement in found]
+        whose = {"run": one.name, "method": one.method.name, "trained_for": record["threat"]}
+        whose |= {"labels": record["labels"], "seed": one.seed}
+        measured += [{**whose, **measurement} for measurement in found]
         shares = ", ".join(f"{entry['threat'] or 'clean'} {100 * entry['accuracy']:.2f} %" for entry in found)
         say(f"{number}/{len(runs)} {one.name}: {shares}; {time.perf_counter() - begun:.0f} s in all")
     results: dict[str, Any] = {
@@ -122,17 +124,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "processor": platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-    }
-
-
-def _of(one: Run, record: dict[str, Any]) -> dict[str, Any]:
-    """Whose measurement it is."""
-    return {
-        "run": one.name,
-        "method": one.method.name,
-        "trained_for": record["threat"],
-        "labels": record["labels"],
-        "seed": one.seed,
     }
 
 

@@ -130,15 +130,13 @@ def directions(theta_star: Array, sigmas: Sequence[Array]) -> Figure:
         values, vectors = np.linalg.eigh(sigma)
         ellipse = vectors @ (circle / np.sqrt(values.clip(1e-12))[:, None]) * np.sqrt(values.clip(1e-12).min()) * 0.5
         axes.plot(theta_star[0] + ellipse[0], theta_star[1] + ellipse[1], color=_GREY, linewidth=1)
-        axes.annotate(
-            "", tuple(theta_star), (0, 0), arrowprops={"arrowstyle": "-|>", "color": "black", "linewidth": 1.6}
-        )
+        arrow = {"arrowstyle": "-|>", "color": "black", "linewidth": 1.6}
+        axes.annotate("", tuple(theta_star), (0, 0), arrowprops=arrow)
         axes.text(theta_star[0] * 0.86, theta_star[1] + 0.09, "$\\theta^*$", fontsize=11)
         spread = ", ".join(f"{value:g}" for value in np.diag(sigma))
         share = harmless_share(theta_star, sigma)
-        axes.set_title(
-            f"$\\Sigma$ = diag({spread})\n{100 * share:.1f} % of directions do not hurt", fontsize=10, pad=10
-        )
+        title = f"$\\Sigma$ = diag({spread})\n{100 * share:.1f} % of directions do not hurt"
+        axes.set_title(title, fontsize=10, pad=10)
         axes.set(xlim=(-1.15, 1.65), ylim=(-1.1, 1.1), aspect="equal")
         axes.set_axis_off()
     figure.set_layout_engine("constrained", h_pad=0.12)
@@ -153,8 +151,7 @@ def directions(theta_star: Array, sigmas: Sequence[Array]) -> Figure:
 
 def decomposition(found: Decomposition, counts: Sequence[Count] = ()) -> Figure:
     """Benefit and cost of one problem, and how often augmentation hurts in random ones."""
-    panels = _figure(2 if counts else 1, width=9.6 if counts else 4.4, height=3.6)
-    figure, axes = panels[0], panels[1][0]
+    figure, (axes, *others) = _figure(2 if counts else 1, width=9.6 if counts else 4.4, height=3.6)
     bars = [
         ("benefit\n$v^T \\Sigma v$", found.benefit, COLOURS["rst"]),
         ("cost\n$-2 w^T \\Sigma v$", found.cost, COLOURS["aug"]),
@@ -166,8 +163,7 @@ def decomposition(found: Decomposition, counts: Sequence[Count] = ()) -> Figure:
     axes.margins(y=0.14)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_title("Augmentation " + ("hurts: cost > benefit" if found.hurts else "does not hurt here"))
-    if counts:
-        right = panels[1][1]
+    for right in others:
         names, shares = [count.name for count in counts][::-1], np.array([count.share for count in counts][::-1])
         ends = np.array([count.interval for count in counts][::-1])
         right.barh(names, 100 * shares, color=COLOURS["aug"])

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from nndefense.errors import ModelError
+from nndefense.errors import InputError, ModelError
 from nndefense.training.batches import EpochBatches
 from nndefense.training.display import LOOK_SECONDS, Curves, Display
 from nndefense.training.progress import BEST, HistoryRow, Standing, Sums, TrainingFolder, part_of
 from nndefense.training.random_state import kept
-from nndefense.training.settings import learning_rate
+from nndefense.training.settings import check_whole, learning_rate
 from nndefense.training.step import Stepper
 from nndefense.training.validation import CatastrophicOverfitting, ValidationChecks, collapsed
 
@@ -29,10 +29,19 @@ class Checkpoints:
     Attributes:
         steps: after so many steps; None: not by steps.
         seconds: when so many seconds have gone by since the last; None: not by time.
+
+    Raises:
+        InputError: no whole number of steps from 1 up, or no seconds above 0.
     """
 
     steps: int | None
     seconds: float | None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            check_whole("number of steps between checkpoints", self.steps)
+        if self.seconds is not None and not (math.isfinite(self.seconds) and self.seconds > 0):
+            raise InputError(f"the seconds between checkpoints must be above 0, not {self.seconds}")
 
     def due(self, step: int, seconds: float) -> bool:
         """Whether to save after step ``step`` of an epoch, ``seconds`` after the last time."""

@@ -18,6 +18,7 @@ import atexit
 import importlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from nndefense.errors import InputError
 
 
+@dataclass
 class Team:
     """The processes that train one net together; by default there is one.
 
@@ -34,10 +36,9 @@ class Team:
         device: where this process computes.
     """
 
-    def __init__(self, device: torch.device, rank: int = 0, size: int = 1) -> None:
-        self.device = device
-        self.rank = rank
-        self.size = size
+    device: torch.device
+    rank: int = 0
+    size: int = 1
 
     @property
     def leads(self) -> bool:
@@ -92,13 +93,9 @@ class Team:
 
 def running_statistics(net: nn.Module) -> list[Tensor]:
     """The tensors that a forward pass in training mode changes: means and variances of normalisation layers."""
-    found = []
-    for module in net.modules():
-        for name in ("running_mean", "running_var"):
-            value = getattr(module, name, None)
-            if isinstance(value, Tensor):
-                found.append(value)
-    return found
+    names = ("running_mean", "running_var")
+    found = (getattr(module, name, None) for module in net.modules() for name in names)
+    return [value for value in found if isinstance(value, Tensor)]
 
 
 def join(device: torch.device) -> Team:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from nndefense.training.identity import check_same, described, described_attack,
 from nndefense.training.launcher import Team, join
 from nndefense.training.objectives import find_spec, make_objective
 from nndefense.training.progress import HistoryRow, TrainingFolder
-from nndefense.training.settings import SettingsOptions, TrainingSettings, check_whole, make_settings
+from nndefense.training.settings import SettingsOptions, TrainingSettings, make_settings
 from nndefense.training.step import Stepper
 from nndefense.training.validation import ValidationChecks, check_labels
 
@@ -98,7 +97,7 @@ def train_classifier(
     chosen = make_settings(len(dataset), dict(settings))
     loss = make_objective(objective) if isinstance(objective, str) else objective
     _check_parts(classifier, dataset, loss, attack, unlabelled, validation, validation_attack, chosen)
-    checkpoints = _checkpoints(checkpoint_steps, checkpoint_seconds)
+    checkpoints = Checkpoints(checkpoint_steps, checkpoint_seconds)
     if tensorboard:
         tensorboard_module()
         if out is None:
@@ -215,14 +214,6 @@ def _check_parts(
         raise InputError("the best weights are those on images held out: give a validation set")
     if validation is None and validation_attack is not None:
         raise InputError("there are no images for the validation attack: give a validation set")
-
-
-def _checkpoints(steps: int | None, seconds: float | None) -> Checkpoints:
-    if steps is not None:
-        check_whole("number of steps between checkpoints", steps)
-    if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
-        raise InputError(f"the seconds between checkpoints must be above 0, not {seconds}")
-    return Checkpoints(steps, seconds)
 
 
 def _selection(
