@@ -276,8 +276,8 @@ def test_subset_keeps_row_numbers(tmp_path, small_shards):
 
 def test_opening_reads_no_rows(tmp_path, small_shards, monkeypatch):
     write(tmp_path, table(30))
-    monkeypatch.setattr(rows.Rows, "slice", lambda *_: pytest.fail("rows were read"))
-    monkeypatch.setattr(rows.Rows, "take", lambda *_: pytest.fail("rows were read"))
+    monkeypatch.setattr(rows.StoredRows, "slice", lambda *_: pytest.fail("rows were read"))
+    monkeypatch.setattr(rows.StoredRows, "take", lambda *_: pytest.fail("rows were read"))
     database = ImageDatabase.open(tmp_path, backend="torch")
     for name in rows.COLUMNS:
         for part in database._table._columns[name]:
@@ -298,7 +298,7 @@ def test_a_repacked_shard_that_cannot_be_mapped_is_read(tmp_path):
     with h5py.File(tmp_path / "packed.h5", "w") as file:
         for name, column in columns.items():
             file.create_dataset(name, data=column, chunks=True, compression="gzip")
-    packed = rows.Rows([tmp_path / "packed.h5"])
+    packed = rows.StoredRows([tmp_path / "packed.h5"])
     assert np.array_equal(packed.slice("features", 2, 9), columns["features"][2:9])
     assert np.array_equal(packed.take("ids", np.array([[11, 0]])), columns["ids"][[[11, 0]]])
 
