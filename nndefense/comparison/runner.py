@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +110,7 @@ def run_comparison(
         "published": {
             "title": TITLE,
             "setting": SETTING,
-            "rows": {
-                name: {"name": row.name, "clean": row.clean, "gray": row.gray, "black": row.black, "note": row.note}
-                for name, row in PUBLISHED.items()
-            },
+            "rows": {name: asdict(row) for name, row in PUBLISHED.items()},
             "caveats": list(CAVEATS),
         },
         "records": plain,

@@ -1,28 +1,20 @@
 """Evaluation: accuracies under attack with intervals, a results file, and a report to look at."""
 
-from nndefense.attacks.registry import THREAT_MODELS
-from nndefense.evaluation.audit import AuditLine
 from nndefense.evaluation.evaluate import Record, Subject, evaluate
-from nndefense.evaluation.ladder import Comparison, compare, worst_cases
+from nndefense.evaluation.ladder import compare, worst_cases
 from nndefense.evaluation.recipe import Recipe, Rung, read_recipe, rungs_for
-from nndefense.evaluation.report import GalleryNeighbor, GalleryRow, calibration_text, summary, write_report
+from nndefense.evaluation.report import calibration_text, summary, write_report
 from nndefense.evaluation.results import assemble
-from nndefense.evaluation.runner import Evaluated, illustrate, run
+from nndefense.evaluation.runner import illustrate, run
 from nndefense.evaluation.store import CellStore
-from nndefense.evaluation.subjects import layer_subject, subjects_of, threats_of
+from nndefense.evaluation.subjects import layer_subject, threats_of
 from nndefense.evaluation.suite import run_attack
 from nndefense.evaluation.threats import AttackSettings, ThreatModel
 from nndefense.statistics import mcnemar_p, wilson_interval
 
 __all__ = [
-    "THREAT_MODELS",
     "AttackSettings",
-    "AuditLine",
     "CellStore",
-    "Comparison",
-    "Evaluated",
-    "GalleryNeighbor",
-    "GalleryRow",
     "Recipe",
     "Record",
     "Rung",
@@ -39,7 +31,6 @@ __all__ = [
     "run",
     "run_attack",
     "rungs_for",
-    "subjects_of",
     "summary",
     "threats_of",
     "wilson_interval",

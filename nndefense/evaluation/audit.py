@@ -113,11 +113,11 @@ def _stronger_than_transfer(records: Sequence[Record]) -> AuditLine:
     both = [r for r in records if r.defense in (BARE, DEFENDED)]
     black = [r for r in both if r.threat_model == "black"]
     compared, weaker = _weaker(black, [r for r in both if r.threat_model in ("gray", "white", "adaptive")])
-    names = ", ".join(f"{r.defense} at {r.norm} {r.eps:g}" for r in weaker)
-    text = f"The transferred attack is stronger: {names}."
-    if not weaker:
+    text = f"The transferred attack is stronger: {', '.join(f'{r.defense} at {r.norm} {r.eps:g}' for r in weaker)}."
+    if not compared:
+        text = "No black-box attack stands beside a stronger one."
+    elif not weaker:
         text = "With the model in hand no attack is weaker than the transferred one."
-    text = text if compared else "No black-box attack stands beside a stronger one."
     return AuditLine("white box beats transfer", not weaker if compared else None, text)
 
 
@@ -126,9 +126,10 @@ def _adaptive_is_strongest(records: Sequence[Record]) -> AuditLine:
     compared, weaker = _weaker(ignorant, _of(records, DEFENDED, "adaptive"))
     names = ", ".join(f"{r.threat_model} box at {r.norm} {r.eps:g}" for r in weaker)
     text = f"An attack that ignores the database is stronger: {names}."
-    if not weaker:
+    if not compared:
+        text = "No adaptive attack was run, so the accuracies are upper bounds only."
+    elif not weaker:
         text = "Against the defence nothing that ignores the database is stronger than the adaptive attack."
-    text = text if compared else "No adaptive attack was run, so the accuracies are upper bounds only."
     return AuditLine("adaptive is the strongest", not weaker if compared else None, text)
 
 

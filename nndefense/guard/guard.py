@@ -26,9 +26,9 @@ from nndefense.errors import DatabaseError, InputError
 from nndefense.files import sha256_of
 from nndefense.guard.batch_invariant import SteadyForward
 from nndefense.guard.batches import batches
-from nndefense.guard.nearest_rows import NearestRows, clean_distances, record, some_ids
+from nndefense.guard.nearest_rows import NearestRows, clean_distances, record
 from nndefense.guard.percentile import FILE, Percentile, check_rate
-from nndefense.guard.pictures import Pictures, Sample
+from nndefense.guard.pictures import Pictures, Sample, spread
 from nndefense.guard.prediction import Defended
 from nndefense.guard.verdicts import Verdicts
 from nndefense.images import shape_text
@@ -39,6 +39,7 @@ Given = Tensor | Image.Image | NDArray[np.uint8] | str | Path | ImageDataset
 
 # Rows up to half of the machine's memory are held in it; a reload holds two databases at once for a moment.
 HELD_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 2**31
+_SAMPLES = 64
 _log = logging.getLogger(__name__)
 
 
@@ -57,6 +58,10 @@ class Guard:
         k: K, the number of neighbours.
         weighting: ``uniform``, ``cbw-e`` or ``cbw-d``.
         calibration: the distances of clean images, or None: then there are no percentiles and nobody abstains.
+        fingerprint: the classifier's, as it was when the guard was opened.
+        classes: the names of the classes, in the order of the probabilities.
+        input_shape: C, H, W of the tensors that it takes.
+        threshold: the distance beyond which it abstains, or None.
         reject_rate: the share of clean images that it may abstain on, or None where it never abstains.
         observe: where set, it is called with ``forward``, ``search`` or ``explain`` and the seconds that this part of a
             batch took.
@@ -93,9 +98,10 @@ class Guard:
         self.k, self.weighting = k, weighting
         self.calibration, self.reject_rate = calibration, reject_rate
         self.observe: Callable[[str, float], None] | None = None
-        self._fingerprint = classifier.fingerprint
+        self.fingerprint, self.classes = classifier.fingerprint, database.classes
+        self.input_shape = classifier.input_shape
         self._manifest_sha256 = sha256_of(database.path / "manifest.json")
-        self._threshold = self._checked_threshold()
+        self.threshold = self._checked_threshold()
         self._forward = SteadyForward(classifier, database.feature, database.pca, classifier.input_shape)
         self._nearest = NearestRows(database, k)
         self._verdicts = Verdicts(database, weighting)
@@ -215,7 +221,7 @@ class Guard:
             passed = time.perf_counter()
             rows, distances = self._nearest(vectors)
             found = time.perf_counter()
-            done = self._verdicts(bare, rows, distances, top, shown, self.calibration, self._threshold)
+            done = self._verdicts(bare, rows, distances, top, shown, self.calibration, self.threshold)
             if self.observe is not None:
                 ended = time.perf_counter()
                 self.observe("forward", passed - begun)
@@ -260,21 +266,16 @@ class Guard:
         found = Percentile(
             distances=distances,
             manifest=self._manifest_sha256,
-            classifier=self._fingerprint,
+            classifier=self.fingerprint,
             dataset=record(dataset, specs),
-            samples=some_ids(dataset) if specs else (),
+            samples=tuple(spread(dataset.ids, _SAMPLES)) if specs else (),
             reject_rate=reject_rate,
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
         threshold = None if reject_rate is None else found.threshold(reject_rate)
-        self.calibration, self.reject_rate, self._threshold = found, reject_rate, threshold
+        self.calibration, self.reject_rate, self.threshold = found, reject_rate, threshold
         self._pictures = Pictures(self.database, found, self.classifier.input_shape, self._pictures.data_dir)
         return found
-
-    @property
-    def threshold(self) -> float | None:
-        """The distance beyond which it abstains, or None."""
-        return self._threshold
 
     def _checked_threshold(self) -> float | None:
         made = self.calibration
@@ -285,7 +286,7 @@ class Guard:
                     "guard calibrate', or choose no rejection rate"
                 )
             return None
-        if made.manifest != self._manifest_sha256 or made.classifier != self._fingerprint:
+        if made.manifest != self._manifest_sha256 or made.classifier != self.fingerprint:
             raise DatabaseError(
                 f"the calibration of the guard belongs to another state of the database {self.database.path}: run "
                 "'nndefense guard calibrate' again, or remove it"
@@ -295,21 +296,6 @@ class Guard:
         return None if self.reject_rate is None else made.threshold(self.reject_rate)
 
     # -- what it is and what it shows ---------------------------------------------------------------------------
-
-    @property
-    def fingerprint(self) -> str:
-        """The classifier's, as it was when the guard was opened."""
-        return self._fingerprint
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of the probabilities."""
-        return self.database.classes
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """C, H, W of the tensors that it takes."""
-        return self.classifier.input_shape
 
     @property
     def defense(self) -> NearestNeighborDefense:
@@ -347,7 +333,7 @@ class Guard:
             "rows": len(self.database),
             "dimension": self.database.dimension,
             "index": {"factory": manifest.index["factory"], "metric": manifest.index["metric"]},
-            "classifier": {"arch": manifest.classifier.get("arch", ""), "fingerprint": self._fingerprint},
+            "classifier": {"arch": manifest.classifier.get("arch", ""), "fingerprint": self.fingerprint},
             "database": {
                 "fingerprint": self.database.fingerprint,
                 "data": manifest.data["name"],
@@ -358,7 +344,7 @@ class Guard:
             if made is None
             else {"n": len(made), "dataset": made.dataset.get("name", ""), "created": made.created},
             "reject_rate": self.reject_rate,
-            "threshold": self._threshold,
+            "threshold": self.threshold,
             "pictures": self._pictures.at_hand,
             "batches": list(self._forward.sizes),
             "versions": library_versions(),

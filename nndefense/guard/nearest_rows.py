@@ -104,7 +104,6 @@ def _sorted(rows: Rows, distances: Distances, k: int) -> tuple[Rows, Distances]:
     return np.take_along_axis(rows, order, 1), np.take_along_axis(distances, order, 1)
 
 
-_SAMPLES = 64
 # An image nearer to a row than this share of its own vector's length is that row's image, but for rounding.
 _SAME = 1e-3
 # Real data sets hold a few images twice; more than this share of them are no accident.
@@ -154,9 +153,3 @@ def record(dataset: ImageDataset, specs: Sequence[str]) -> dict[str, Any]:
     """What opens the data set again: its name, fingerprint and specs, and the ids where it is a part of them."""
     ids = {"ids": list(dataset.ids)} if specs and isinstance(dataset, SubsetDataset) else {}
     return {"name": dataset.name, "fingerprint": dataset.fingerprint, "specs": list(specs), **ids}
-
-
-def some_ids(dataset: ImageDataset) -> tuple[str, ...]:
-    """At most 64 of the ids, evenly from the first to the last."""
-    count = min(_SAMPLES, len(dataset))
-    return tuple(dataset.ids[i * len(dataset) // count] for i in range(count))

@@ -80,12 +80,12 @@ class Pictures:
         """At most ``count`` images: calibration images, or rows of the database where those are not at hand."""
         dataset = self._held_out()
         if dataset is not None and self.calibration is not None and self.calibration.samples:
-            chosen = _spread(self.calibration.samples, count)
+            chosen = spread(self.calibration.samples, count)
             return [_sample(dataset, dataset.index_of(item), held_out=True) for item in chosen]
         dataset = self._rows()
         if dataset is None:
             return []
-        return [_sample(dataset, place, held_out=False) for place in _spread(range(len(dataset)), count)]
+        return [_sample(dataset, place, held_out=False) for place in spread(range(len(dataset)), count)]
 
     def _rows(self) -> ImageDataset | None:
         return self._open("rows", self.database.manifest.data, lambda: self.database.ids(self.database.row_numbers))
@@ -117,7 +117,7 @@ def _sample(dataset: ImageDataset, place: int, *, held_out: bool) -> Sample:
     return Sample(dataset.ids[place], _picture(dataset, place), name, held_out)
 
 
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
+def spread(items: Sequence[Any], count: int) -> list[Any]:
     """At most ``count`` of the items, evenly from the first to the last."""
     if len(items) <= count:
         return list(items)

@@ -50,6 +50,7 @@ SAMPLES = 8
 TOP = 5
 # Of the 50 that a defence may have, most clients look at none; all of them make an answer of 17 KB.
 NEIGHBORS = 10
+_BINARY = {"type": "string", "format": "binary"}
 
 
 def create_app(guard: Guard | Callable[[], Guard], settings: ServingSettings | None = None) -> FastAPI:
@@ -132,6 +133,8 @@ def _says(summary: str, answer: dict[str, Any], *statuses: int) -> dict[str, Any
 def _add_classify(app: FastAPI, state: ServingState) -> None:
     limits, parts = state.settings.limits, state.metrics.part
     numbers = {name: {"type": "integer", "minimum": least, "maximum": MOST} for name, (least, _) in NUMBERS.items()}
+    files = {"type": "array", "minItems": 1, "maxItems": limits.max_images, "items": _BINARY}
+    form = {"type": "object", "required": ["files"], "properties": {"files": files, **numbers}}
 
     @app.post(
         "/v1/classify",
@@ -149,23 +152,9 @@ def _add_classify(app: FastAPI, state: ServingState) -> None:
                 "required": True,
                 "description": "Images as multipart files named ``files``, one image as it is, or base64 in JSON.",
                 "content": {
-                    "multipart/form-data": {
-                        "schema": {
-                            "type": "object",
-                            "required": ["files"],
-                            "properties": {
-                                "files": {
-                                    "type": "array",
-                                    "minItems": 1,
-                                    "maxItems": limits.max_images,
-                                    "items": {"type": "string", "format": "binary"},
-                                },
-                                **numbers,
-                            },
-                        }
-                    },
+                    "multipart/form-data": {"schema": form},
                     "application/json": {"schema": {"$ref": "#/components/schemas/ClassifyJson"}},
-                    **{name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES},
+                    **{name: {"schema": _BINARY} for name in MEDIA_TYPES},
                 },
             },
         },
@@ -209,7 +198,7 @@ def _add_pictures(app: FastAPI, state: ServingState) -> None:
         "/v1/neighbors/{id:path}/image",
         **_says(
             "The picture of a row of the database",
-            {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
+            {"content": {"image/png": {"schema": _BINARY}}},
             *(404, 422, 503),
         ),
     )

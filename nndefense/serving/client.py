@@ -17,7 +17,6 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -78,9 +77,7 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -104,10 +101,8 @@ class Client:
         boundary = uuid.uuid4().hex
         pieces: list[bytes] = []
         for image in images:
-            pieces += [
-                f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="image"\r\n\r\n'.encode()
-            ]
-            pieces += [image if isinstance(image, bytes) else _content(Path(image)), b"\r\n"]
+            head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="image"\r\n\r\n'
+            pieces += [head.encode(), image if isinstance(image, bytes) else _content(Path(image)), b"\r\n"]
         pieces.append(f"--{boundary}--\r\n".encode())
         wanted = {name: value for name, value in (("top", top), ("neighbors", neighbors)) if value is not None}
         path = "/v1/classify" + (f"?{urlencode(wanted)}" if wanted else "")

@@ -6,16 +6,13 @@
 from nndefense.evaluation.report.calibration import calibration_text
 from nndefense.evaluation.report.figures import accuracy_vs_eps, accuracy_vs_rows
 from nndefense.evaluation.report.gallery import GalleryNeighbor, GalleryRow
-from nndefense.evaluation.report.ladder import LadderRow, ladder, obscurity, summary
+from nndefense.evaluation.report.ladder import ladder, obscurity, summary
 from nndefense.evaluation.report.page import report_html, verdict, write_report
-from nndefense.evaluation.report.table import Accuracy, Table2Row, table2
+from nndefense.evaluation.report.table import table2
 
 __all__ = [
-    "Accuracy",
     "GalleryNeighbor",
     "GalleryRow",
-    "LadderRow",
-    "Table2Row",
     "accuracy_vs_eps",
     "accuracy_vs_rows",
     "calibration_text",

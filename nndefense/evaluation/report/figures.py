@@ -10,11 +10,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from nndefense.attacks.registry import attack_name
+from nndefense.evaluation.ladder import BARE, DEFENDED
 from nndefense.evaluation.report.records import (
-    BARE,
-    DEFENDED,
     Record,
     Results,
+    accuracy_cell,
     at_headline,
     lowest,
     other_defenses,
@@ -23,7 +23,7 @@ from nndefense.evaluation.report.records import (
 )
 from nndefense.reporting import Cell, Table, charts, figure, folded, section
 from nndefense.reporting.charts import log_ticks, nice_ticks
-from nndefense.reporting.wording import BLANK, count_text, interval, norm_name, number, percent, raw_budget
+from nndefense.reporting.wording import BLANK, count_text, norm_name, number, percent, raw_budget
 
 # Colour stands for the defence, dashes and marker for the threat model; each line is labelled where it ends.
 _COLORS = {"bare": charts.BARE, "defended": charts.DEFENDED}
@@ -295,8 +295,6 @@ def _points_table(lines: Sequence[Line], x_name: str, describe: Callable[[float]
     rows: list[tuple[str | Cell, ...]] = []
     for x in sorted({x for line in measured for x in line.points}):
         found = [line.points.get(x) for line in measured]
-        rows.append((describe(x), *(
-            Cell(percent(r["accuracy"]), interval(r["ci_low"], r["ci_high"])) if r else BLANK for r in found
-        )))  # fmt: skip
+        rows.append((describe(x), *(accuracy_cell(one, "") if one else BLANK for one in found)))
     table = Table((x_name, *(line.label for line in measured)), tuple(rows))
     return folded("The same as a table", table.html())

@@ -86,6 +86,7 @@ def gallery_section(results: Results, gallery: Sequence[GalleryRow]) -> str:
     k = (results.get("defense") or {}).get("k")
     factor = amplification(gallery)
     drawn = f"amplified {factor} times in every row" if factor > 1 else "not amplified"
+    rows = "\n".join(_row_html(row, factor, int(k) if k else None) for row in gallery)
     body = f"""<p class="lead">Left, an image before and after the attack, with what the bare classifier says of each;
 between them the change, {drawn}, where mid-grey means none. Right, the database images nearest to the attacked image in
 feature space. The defence never asks what the classifier says of the attacked image: its answer is the weighted mean of
@@ -94,7 +95,7 @@ class, a <span class="key-bar other"></span> hollow one is of another; its lengt
 <p class="lead">Of these {len(gallery)} images, the defence mends {rescued}, fails together with the bare classifier on
 {both} and breaks {lost} that the bare classifier gets right. They were drawn at random; the rates are in the
 table above.</p>
-{gallery_html(gallery, k=int(k) if k else None)}"""
+{rows}"""
     return section(_TITLE, body, "gallery")
 
 
@@ -115,20 +116,6 @@ def amplification(rows: Sequence[GalleryRow]) -> int:
         return 1
     factors = [1, 2, 3, 5, 10, 20, 30, 50, 100]
     return max(factor for factor in factors if factor == 1 or factor * typical <= 0.5)
-
-
-def gallery_html(rows: Sequence[GalleryRow], *, k: int | None = None) -> str:
-    """The rows of the gallery as HTML.
-
-    Args:
-        rows: what to show; may be empty, which gives ``""``.
-        k: how many neighbours the defence retrieved, where that is known.
-
-    Raises:
-        InputError: a picture that is not C x H x W, or an attacked image of another shape than its clean one.
-    """
-    factor = amplification(rows)
-    return "\n".join(_row_html(row, factor, k) for row in rows)
 
 
 def picture(image: Pixels, alt: str, *, display: int, side: int = 224) -> str:
@@ -190,9 +177,12 @@ def _row_html(row: GalleryRow, factor: int, k: int | None) -> str:
 def _draw_row(row: GalleryRow, factor: int, k: int | None, side: int) -> str:
     change = np.asarray(row.attacked, dtype=np.float64) - np.asarray(row.clean, dtype=np.float64)
     length = float(np.linalg.norm(np.asarray(row.clean, dtype=np.float64)))
-    size = f"largest change of a value {number(round(float(np.abs(change).max(initial=0.0)), 3))}"
+    largest = float(np.abs(change).max(initial=0.0))
+    size, short = f"largest change of a value {number(round(largest, 3))}", f"ℓ∞ {largest:.2f}"
+    # Of a black image there is no share.
     if length > 0:
-        size = f"‖x′ − x‖₂ / ‖x‖₂ = {float(np.linalg.norm(change)) / length:.3f}, {size}"
+        share = float(np.linalg.norm(change)) / length
+        size, short = f"‖x′ − x‖₂ / ‖x‖₂ = {share:.3f}, {size}", f"relative ℓ₂ {share:.2f}"
     # The clean image is on the page beside the change, so its own range needs no rescaling: grey means no change.
     amplified = np.clip(0.5 + factor * change, 0, 1)
     strength = f"× {factor}"
@@ -202,18 +192,18 @@ def _draw_row(row: GalleryRow, factor: int, k: int | None, side: int) -> str:
         f"<figcaption><span>clean</span>{answer_html(row.bare_clean, row.label)}</figcaption></figure>"
         f"<figure>{picture(amplified, f'perturbation, {strength}, grey means no change', display=104, side=side)}"
         f'<figcaption title="{escape(size)}"><span>change {escape(strength)}</span>'
-        f'<span class="size">{escape(_relative(change, length))}</span></figcaption></figure>'
+        f'<span class="size">{escape(short)}</span></figcaption></figure>'
         f"<figure>{picture(row.attacked, f'attacked image of class {row.label}', display=104, side=side)}"
         f"<figcaption><span>attacked</span>{answer_html(row.bare, row.label)}</figcaption></figure>"
     )
     shown = row.neighbors[:MOST_NEIGHBORS]
     heaviest = max((neighbor.weight for neighbor in shown), default=0.0)
     neighbors = "".join(_neighbor_html(neighbor, row.label, heaviest, min(side, 128)) for neighbor in shown)
-    share = sum(neighbor.weight for neighbor in shown)
+    weight = sum(neighbor.weight for neighbor in shown)
     counted = plural(len(shown), "neighbour")
     if k is not None and k > len(shown):
         counted = f"{len(shown)} of {count_text(k)} neighbours"
-    carried = f"{counted}, {percent(share, 0)} % of the weight" if shown else "no neighbours at hand"
+    carried = f"{counted}, {percent(weight, 0)} % of the weight" if shown else "no neighbours at hand"
     agree = sum(neighbor.label == row.label for neighbor in shown)
     return (
         '<article class="case">'
@@ -226,13 +216,6 @@ def _draw_row(row: GalleryRow, factor: int, k: int | None, side: int) -> str:
         f'<span class="share">{escape(carried)}; {agree} of the true class</span></p></div>'
         "</article>"
     )
-
-
-def _relative(change: Pixels, length: float) -> str:
-    """The size of the change as relative l2 distance, or the largest value where the image is black."""
-    if length > 0:
-        return f"relative ℓ₂ {float(np.linalg.norm(change)) / length:.2f}"
-    return f"ℓ∞ {float(np.abs(change).max(initial=0.0)):.2f}"
 
 
 def _neighbor_html(neighbor: GalleryNeighbor, label: str, heaviest: float, side: int) -> str:

@@ -6,10 +6,17 @@ import math
 from dataclasses import dataclass
 
 from nndefense.attacks.registry import attack_name
-from nndefense.evaluation.ladder import RUNGS
-from nndefense.evaluation.report.records import BARE, DEFENDED, Record, Results, at_headline, other_defenses, records_of
+from nndefense.evaluation.ladder import BARE, DEFENDED, RUNGS
+from nndefense.evaluation.report.records import (
+    Record,
+    Results,
+    accuracy_cell,
+    at_headline,
+    other_defenses,
+    under_attack,
+)
 from nndefense.reporting import Cell, Table, section
-from nndefense.reporting.wording import BLANK, budget, escape, interval, p_text, percent, percent_in
+from nndefense.reporting.wording import BLANK, budget, escape, p_text, percent, percent_in
 
 KNOWS = {
     "clean": "nothing is attacked",
@@ -107,7 +114,7 @@ def _every_defense(results: Results) -> str:
     cells = {(name, rung): at_headline(results, name, rung, any_attack=True) for name in names for rung in RUNGS}
     rungs = [rung for rung in RUNGS if any(cells[name, rung] for name in names)]
     rows: list[tuple[str | Cell, ...]] = [
-        (label, *(_accuracy(cells[name, rung], "not run") for rung in rungs))
+        (label, *(accuracy_cell(cells[name, rung], "not run") for rung in rungs))
         for name, label in names.items()
         if any(cells[name, rung] for rung in rungs)
     ]
@@ -124,20 +131,14 @@ def _row(results: Results, rung: LadderRow) -> tuple[str | Cell, ...]:
     return (
         "worst case" if rung.name == "worst" else rung.name,
         KNOWS[rung.name] + level,
-        _accuracy(rung.bare, "as gray box" if rung.name in ("white", "adaptive") else "not run"),
-        _accuracy(rung.defended, "not run"),
+        accuracy_cell(rung.bare, "as gray box" if rung.name in ("white", "adaptive") else "not run"),
+        accuracy_cell(rung.defended, "not run"),
         "" if rung.p is None else p_text(rung.p),
         _attacks(results, rung.name),
         f"{record.get('attack_seconds') or 0:,.0f}\u00a0s" if own else "",
         f"{passes / max(int(record['n']), 1):,.0f} an image" if own and passes else "",
         f"{record['peak_memory_mb']:,.0f}\u00a0MB" if own and record.get("peak_memory_mb") else "",
     )
-
-
-def _accuracy(record: Record | None, absent: str) -> Cell:
-    if record is None:
-        return Cell(reason=absent)
-    return Cell(percent(record["accuracy"]), interval(record["ci_low"], record["ci_high"]))
 
 
 def _attacks(results: Results, threat_model: str) -> str:
@@ -147,11 +148,8 @@ def _attacks(results: Results, threat_model: str) -> str:
     headline = results["headline"]
     found = [
         record
-        for record in records_of(results)
-        if record["threat_model"] == threat_model
-        and record["defense"] == DEFENDED
-        and record["norm"] == headline["norm"]
-        and math.isclose(record["eps"], headline["eps"], rel_tol=1e-6)
+        for record in under_attack(results, DEFENDED, threat_model, any_attack=True)
+        if math.isclose(record["eps"], headline["eps"], rel_tol=1e-6)
     ]
     found.sort(key=lambda record: float(record["accuracy"]))
     return ", ".join(

@@ -12,11 +12,12 @@ from typing import Any
 
 from nndefense.attacks.registry import attack_name
 from nndefense.errors import InputError
+from nndefense.evaluation.ladder import BARE, DEFENDED
 from nndefense.evaluation.report.calibration import calibration_section
 from nndefense.evaluation.report.figures import figure_section
 from nndefense.evaluation.report.gallery import GalleryRow, gallery_section
 from nndefense.evaluation.report.ladder import informed_record, ladder_section, obscurity
-from nndefense.evaluation.report.records import BARE, DEFENDED, Results, at_headline
+from nndefense.evaluation.report.records import Results, at_headline
 from nndefense.evaluation.report.run import audit_section, limits_section, records_section, run_section
 from nndefense.evaluation.report.table import table_section
 from nndefense.evaluation.results import FORMAT, VERSION
@@ -126,25 +127,17 @@ def verdict_parts(results: Results) -> list[tuple[str, str]]:
         before, after = "with the nearest-neighbour defence it gets only ", f": here the defence hurts{costs}."
     elif defended["ci_low"] <= bare["ci_high"]:
         after = f", and the 95 % intervals overlap: this run does not show that the defence helps{costs}."
+    # What is left against attackers who know the database, where any was run.
+    known = informed_record(results)
+    left = f"{percent(known['accuracy'])} %" if known else ""
+    told = [("", " Against attackers who know the database it gets "), ("defended", left), ("", ".")] if known else []
     return [
         ("", f"Under {threat_model}-box {attack} the bare classifier gets "),
         ("bare", f"{percent(bare['accuracy'])} %"),
         ("", f" of {number(bare['n'])} images right; {before}"),
         ("defended", f"{percent(defended['accuracy'])} %"),
         ("", after),
-        *_informed(results),
-    ]
-
-
-def _informed(results: Results) -> list[tuple[str, str]]:
-    """What is left against attackers who know the database, where any was run."""
-    found = informed_record(results)
-    if found is None:
-        return []
-    return [
-        ("", " Against attackers who know the database it gets "),
-        ("defended", f"{percent(found['accuracy'])} %"),
-        ("", "."),
+        *told,
     ]
 
 
@@ -160,8 +153,5 @@ def _clean_cost(results: Results) -> tuple[str, str]:
         return ", at no cost in clean accuracy", "; clean accuracy stays the same"
     unit = f"{abs(points):.1f} points"
     if points > 0:
-        return (
-            f", at a cost of {unit} of clean accuracy{within}",
-            f"; it costs {unit} of clean accuracy{within}",
-        )
+        return f", at a cost of {unit} of clean accuracy{within}", f"; it costs {unit} of clean accuracy{within}"
     return f", and {unit} more on clean images{within}", f"; it gets {unit} more on clean images{within}"

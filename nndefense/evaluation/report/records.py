@@ -6,22 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nndefense.evaluation.ladder import BARE, DEFENDED
-from nndefense.reporting.wording import number, raw_budget, weighting_name
-
-__all__ = [
-    "BARE",
-    "DEFENDED",
-    "Record",
-    "Results",
-    "at_headline",
-    "headline_raw",
-    "lowest",
-    "other_defenses",
-    "records_of",
-    "settings_text",
-    "under_attack",
-]
+from nndefense.reporting import Cell
+from nndefense.reporting.wording import interval, number, percent, raw_budget, weighting_name
 
 Results = Mapping[str, Any]  # results.json as a dict
 Record = Mapping[str, Any]  # one of its records
@@ -74,6 +60,13 @@ def at_headline(results: Results, defense: str, threat_model: str, *, any_attack
         eps = results["headline"]["eps"]
         found = [record for record in found if math.isclose(record["eps"], eps, rel_tol=1e-6)]
     return lowest(found) if found else None
+
+
+def accuracy_cell(record: Record | None, absent: str) -> Cell:
+    """The accuracy of a record with its interval; without one, why not."""
+    if record is None:
+        return Cell(reason=absent)
+    return Cell(percent(record["accuracy"]), interval(record["ci_low"], record["ci_high"]))
 
 
 def settings_text(results: Results) -> str:

@@ -69,8 +69,16 @@ def run_section(results: Results) -> str:
 def audit_section(results: Results) -> str:
     """The self-audit: each check with its verdict."""
     about = "<p>A weak attack flatters every defence. These checks are necessary, not sufficient.</p>"
-    checks = f'{about}\n<ul class="checks">\n{_checks_html(results)}\n</ul>'
-    return section("Was the attack strong enough?", checks, "audit")
+    signs = {True: ("✓", "holds", "right"), False: ("✗", "fails", "wrong"), None: ("–", "not known", "open")}
+    lines = []
+    for line in results.get("audit") or ():
+        mark, word, kind = signs[line["passed"]]
+        lines.append(
+            f'<li class="{kind}"><span class="mark"><span aria-hidden="true">{mark}</span> {word}</span> '
+            f"<span><b>{escape(line['name'])}.</b> {escape(line['text'])}</span></li>"
+        )
+    listed = "\n".join(lines)
+    return section("Was the attack strong enough?", f'{about}\n<ul class="checks">\n{listed}\n</ul>', "audit")
 
 
 def _attack_texts(results: Results) -> list[str]:
@@ -89,18 +97,6 @@ def _attack_texts(results: Results) -> list[str]:
         listed = ", ".join(number(eps) for eps in sorted(budgets))
         texts.append(f"{attack_name(str(attack))}{many}, {norm_name(str(norm))}, ε {listed}")
     return texts
-
-
-def _checks_html(results: Results) -> str:
-    signs = {True: ("✓", "holds", "right"), False: ("✗", "fails", "wrong"), None: ("–", "not known", "open")}
-    lines = []
-    for line in results.get("audit") or ():
-        mark, word, kind = signs[line["passed"]]
-        lines.append(
-            f'<li class="{kind}"><span class="mark"><span aria-hidden="true">{mark}</span> {word}</span> '
-            f"<span><b>{escape(line['name'])}.</b> {escape(line['text'])}</span></li>"
-        )
-    return "\n".join(lines)
 
 
 def _network(network: Mapping[str, Any] | None) -> str:

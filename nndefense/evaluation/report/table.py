@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nndefense.attacks.registry import attack_name
+from nndefense.evaluation.ladder import BARE, DEFENDED
 from nndefense.evaluation.report.records import (
-    BARE,
-    DEFENDED,
     Results,
     at_headline,
     headline_raw,

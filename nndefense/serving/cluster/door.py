@@ -74,7 +74,8 @@ class Door:
         # What the counters take the name of a route from.
         scope["route"] = SimpleNamespace(path=route)
         if status == 200 and path == "/metrics":
-            content = await self._all_metrics()
+            members = await self._members()
+            content = merged(self.metrics.text(), {name: member.metrics for name, member in members.items()})
         elif status == 200 and path == RELOAD:
             content = json.dumps({**json.loads(content), **await self._spread()}).encode()
         # The length may have changed, and the id is put on by the envelope, which gave it to the replica.
@@ -153,11 +154,6 @@ class Door:
     async def _members(self) -> dict[str, Member]:
         found: dict[str, Member] = await self._board.members.remote()
         return found
-
-    async def _all_metrics(self) -> bytes:
-        members = await self._members()
-        texts = {name: member.metrics for name, member in members.items()}
-        return merged(self.metrics.text(), texts)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()

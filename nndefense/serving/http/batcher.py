@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
-from nndefense.serving.http.problem import ServiceProblem, busy
+from nndefense.serving.http.problem import busy
 
 K = TypeVar("K")
 P = TypeVar("P")
@@ -243,7 +243,5 @@ class Batcher(Generic[K, P, R]):
 
     def _expire(self, job: _Job[K, P, R]) -> None:
         if not job.future.done():
-            error: ServiceProblem = busy(
-                "timed_out", "the prediction was not ready in time: try later", self.backlog_seconds
-            )
-            job.future.set_exception(error)
+            late = "the prediction was not ready in time: try later"
+            job.future.set_exception(busy("timed_out", late, self.backlog_seconds))

@@ -27,7 +27,10 @@ PROBLEMS: dict[str, tuple[int, str]] = {
 """By code the status and the title, which is the same for every occurrence: the server's own problems, and those of a
 refused request, whose title is the code in words."""
 
-_CODES = {404: "not_found", 405: "method_not_allowed"}
+_OF_STATUS = {
+    404: ("not_found", "check the path; /openapi.json lists those that exist"),
+    405: ("method_not_allowed", "see the Allow header, or /openapi.json, for the methods of this path"),
+}
 
 
 class ServiceProblem(Exception):
@@ -69,12 +72,8 @@ def body_of(status: int, code: str, detail: str, request_id: str = "") -> bytes:
 
 def of_status(status: int, headers: Mapping[str, str] | None = None) -> ServiceProblem:
     """The problem for a status that the framework itself answers with: an unknown path, a wrong method and such."""
-    code = _CODES.get(status, "malformed_request" if status < 500 else "internal")
-    details = {
-        404: "check the path; /openapi.json lists those that exist",
-        405: "see the Allow header, or /openapi.json, for the methods of this path",
-    }
-    detail = details.get(status, "the request could not be understood; /openapi.json describes what is expected")
+    unclear = "the request could not be understood; /openapi.json describes what is expected"
+    code, detail = _OF_STATUS.get(status, ("malformed_request" if status < 500 else "internal", unclear))
     return ServiceProblem(code, detail, headers=headers, status=status)
 
 
