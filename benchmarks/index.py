@@ -19,6 +19,7 @@ Usage: python benchmarks/index.py [--only PART] [--rows N] [--threads N] [--auto
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -40,8 +41,7 @@ from index_vectors import pieces, queries
 from torch import Tensor, nn
 
 from index_build.mapper import Mapper
-from nndefense.database.index_choice import choose_index
-from nndefense.database.index_training import build_index, sample_rows, train_index, training_rows
+from nndefense.database.index_training import build_index, choose_index, sample_rows, train_index, training_rows
 from nndefense.database.tuning import exact_neighbours, recall_at, tune
 from nndefense.features import FeatureSpec
 from nndefense.memory import reused_memory
@@ -121,7 +121,8 @@ def mapper_part(options: argparse.Namespace, clock: Callable[[], float]) -> list
             f"{ratio['bare']:.3f} of a bare loop ({ratio['bare_reused']:.3f} of one that keeps its memory too), "
             f"{ratio['plain']:.2f} times a plain float32 loop"
         )
-        rows.append({"what": title, "choice": choice.to_json(), "images_per_second": rate, "of_bare": ratio["bare"],
+        rows.append({"what": title, "choice": dataclasses.asdict(choice), "images_per_second": rate,
+                     "of_bare": ratio["bare"],
                      "of_bare_with_reused_memory": ratio["bare_reused"], "times_plain": ratio["plain"]})  # fmt: skip
     rows += index_jobs.extract(options.rounds, clock)
     return rows

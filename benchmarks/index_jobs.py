@@ -24,11 +24,13 @@ from index_vectors import PIECE, pieces, queries
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from index_build import extract as extracting
 from index_build.begin import begin
 from index_build.job import Options
-from index_build.runner import building, complete, extract_rows
+from index_build.mapper import ShardTools
+from index_build.runner import building, complete
 from nndefense.database import DatabaseWriter, ImageDatabase
-from nndefense.database.index_choice import choose_index
+from nndefense.database.index_training import choose_index
 from nndefense.database.tuning import exact_neighbours, tune
 from nndefense.datasets import ImageDataset
 from nndefense.datasets.ids import NumberedIds
@@ -90,7 +92,7 @@ def extract(rounds: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
                     job = begin(dataset, classifier, {folder: feature}, options, progress=False)
                     precision = job.precision["precision"]
                     start = clock()
-                    extract_rows(job, dataset, classifier, progress=False)
+                    extracting.extract(job, ShardTools.of(job, dataset, classifier), progress=False)
                     ours = clock() - start
             rates.append(count / ours)
             for reused, kept in ratios.items():
@@ -186,7 +188,7 @@ def _child(count: int) -> None:
         with building([folder]):
             options = Options(index="Flat", batch_size=512)
             job = begin(dataset, classifier, {folder: FeatureSpec("2", "flatten", pca=0)}, options, progress=False)
-            extract_rows(job, dataset, classifier, progress=False)
+            extracting.extract(job, ShardTools.of(job, dataset, classifier), progress=False)
             stage = "index_mb"
             complete(folder, progress=False)
     seconds = time.perf_counter() - start

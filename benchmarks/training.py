@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nndefense.attacks import kl
-from nndefense.attacks.modes import attacked_in
+from nndefense.attacks.wrappers import attacked_in
 from nndefense.datasets.arrays import ArrayDataset
 from nndefense.models import Classifier, build_classifier, resolve_device
 from nndefense.training import InnerAttack, Objective, Outcome, make_objective, train_classifier

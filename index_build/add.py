@@ -1,21 +1,33 @@
-"""Add: the rows of shards -> parts of the index. A part covers fixed shards, so parts can be made by anybody."""
+"""Add and merge: rows -> parts of the index -> one index, then the manifest, which makes the folder a database.
+
+A part covers fixed shards, so parts can be made by anybody.
+"""
 
 from __future__ import annotations
 
+import datetime
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from index_build import pieces
 from index_build.extract import bar, read_extracted
 from index_build.fit import TRAINED, Fitted, fitted, rows_key
+from index_build.job import NAME, BuildJob, key_of
 from nndefense.database.faiss_tools import import_faiss
 from nndefense.database.index import FaissIndex
+from nndefense.database.manifest import NAME as MANIFEST
+from nndefense.database.manifest import FileEntry, Manifest
+from nndefense.database.merging import merge_parts
 from nndefense.database.rows import StoredRows
+from nndefense.database.writer import PCA_FILE, store, writing
 from nndefense.errors import DatabaseError, InputError
+from nndefense.versions import library_versions
 
+INDEX = "index.faiss"
 PART_ROWS = 1 << 18
 """A part takes shards until it has so many rows: 256 MiB of 256 dimensions in float32."""
 
@@ -137,17 +149,107 @@ def add(folder: Path, *, workers: int = 1, device: str = "cpu", make: Make | Non
     found = read_extracted(folder)
     done = found.rows - sum(found.files[name].rows for number in missing for name in parts[number])
     with bar(found.rows, "adding to the index", progress, done, " rows") as shown:
-        for report in (make or _in_threads(folder, workers, device))(missing):
+        for report in make(missing) if make else _in_threads(folder, missing, workers, device):
             if shown is not None:
                 shown.update(report.rows)
     return len(parts)
 
 
-def _in_threads(folder: Path, workers: int, device: str) -> Make:
+def _in_threads(folder: Path, numbers: Sequence[int], workers: int, device: str) -> Iterator[PartReport]:
     threads = max((os.cpu_count() or 1) // workers, 1) if workers > 1 else None
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        yield from pool.map(lambda number: make_part(folder, number, device=device, threads=threads), numbers)
 
-    def make(numbers: Sequence[int]) -> Iterator[PartReport]:
-        with ThreadPoolExecutor(max_workers=workers) as pool:
-            yield from pool.map(lambda number: make_part(folder, number, device=device, threads=threads), numbers)
 
-    return make
+def merge(folder: Path) -> Manifest:
+    """Put the parts together, and write the manifest of the finished database.
+
+    Args:
+        folder: the build's folder.
+
+    Returns:
+        The manifest; where there is one already, nothing is done.
+
+    Raises:
+        InputError: an index that cannot be put together within the memory that was given.
+        DatabaseError: no unfinished build, missing rows, index or parts, or a disk that cannot be written.
+    """
+    job = BuildJob.read(folder)
+    settings = job.settings(job.targets[0])
+    done = sealed(folder, settings)
+    if done is not None:
+        return done
+    found, trained = read_extracted(folder), standing(folder)
+    files = dict(found.files)
+    if job.targets[0].pca:
+        files[PCA_FILE] = FileEntry.of(folder / PCA_FILE)
+    for path in _index_files(folder, job, trained.mergeable):
+        files[path.name] = FileEntry.of(path)
+    index: dict[str, Any] = {"factory": trained.factory, "metric": "l2", "file": INDEX}
+    if trained.why:
+        index["why"] = trained.why
+    manifest = Manifest(
+        rows=found.rows,
+        dimension=job.targets[0].dimension,
+        classes=job.classes,
+        feature=job.targets[0].feature.to_json(),
+        classifier=job.classifier,
+        data=job.data,
+        index=index,
+        files=files,
+        versions=library_versions(),
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        storage={"features": job.options.storage, "posteriors": f"top-{job.top}" if job.top else "dense"},
+        rejected=found.rejected,
+        build={
+            **asdict(job.options),
+            "job": key_of(settings),
+            "images": job.images,
+            "shard_rows": job.shard_rows,
+            "precision": job.precision,
+            "excluded": job.excluded,
+        },
+    )
+    with writing(folder):
+        manifest.write(folder)
+    return manifest
+
+
+def sealed(folder: Path, settings: Mapping[str, Any]) -> Manifest | None:
+    """The manifest that a build with these settings has written, if it has.
+
+    Raises:
+        DatabaseError: there is one that cannot be read.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = Manifest.read(folder)
+    return manifest if manifest.build.get("job") == key_of(settings) else None
+
+
+def tidy(folder: Path) -> None:
+    """Remove what only the unfinished build needed; the job goes last, and with it the build is finished."""
+    for path in [*folder.glob("index-part-*.faiss"), folder / TRAINED]:
+        pieces.discard(path)
+    for path in folder.glob("index-part-*.faiss.json"):
+        path.unlink(missing_ok=True)
+    for path in [*folder.glob("rows-*.h5.json"), *folder.glob(f"{PCA_FILE}.json")]:
+        pieces.forget(path.with_name(path.name.removesuffix(".json")))
+    (folder / "extracted.json").unlink(missing_ok=True)
+    (folder / NAME).unlink(missing_ok=True)
+
+
+def _index_files(folder: Path, job: BuildJob, mergeable: bool) -> list[Path]:
+    if mergeable:
+        names = [part_name(number) for number in range(len(parts_of(folder)))]
+        trained = standing(folder)
+        for name in names:
+            piece = pieces.finished(folder / name)
+            if piece is None or piece.notes.get("inputs") != trained.inputs:
+                raise DatabaseError(f"{folder / name} is missing or not of these rows: run 'nndefense index add' first")
+        with writing(folder):
+            return merge_parts([folder / name for name in names], folder / INDEX, memory=job.options.memory)
+    index = FaissIndex.read(folder / TRAINED)
+    fill(index, [folder / name for name, entry in read_extracted(folder).files.items() if entry.rows], 0)
+    store(folder / INDEX, index.write)
+    return [folder / INDEX]

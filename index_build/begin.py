@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from index_build import pieces
+from index_build.add import sealed
 from index_build.extract import EXTRACTED, rejection_limit
-from index_build.fit import fit_pcas, probe_images, reduced_length, sample_positions
+from index_build.fit import fit_pcas, probe_images, reduced_length
 from index_build.job import (
     NAME,
     BuildJob,
     BuildTarget,
     Options,
-    classifier_of,
+    check_same,
     identity_of,
-    key_of,
-    same_settings,
     settings_of,
     shard_size,
 )
-from index_build.mapper import Mapper
-from index_build.shard_tools import label_numbers
-from nndefense.database import Manifest, check_vacant
-from nndefense.database.index_training import check_factory
+from index_build.mapper import Mapper, label_numbers
+from nndefense.database import check_vacant
+from nndefense.database.index_training import check_factory, sample_rows
 from nndefense.database.manifest import NAME as MANIFEST
 from nndefense.database.near_images import NearSearch
-from nndefense.database.writer import PCA_FILE, clear, store_pca, writing
+from nndefense.database.writer import PCA_FILE, clear, made_by, pca_writer, writing
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DatabaseError, DataError, InputError
 from nndefense.features import FeatureSpec
@@ -57,15 +55,10 @@ def begin(
     A job is written down once its PCAs are fitted, and nothing in the folders is touched before.
 
     Args:
-        dataset, classifier, features, options, specs: as for :func:`~index_build.runner.build_databases`.
-        exclude: images to keep out, or None.
-        exclude_eps: the L2 distance, in pixels of [0, 1], up to which an image is near one of them; by default as for
-            :class:`~nndefense.database.near_images.NearSearch`.
+        options: the settings that decide the result.
+        exclude_eps: by default as for :class:`~nndefense.database.near_images.NearSearch`.
         max_rejected: as for :func:`~index_build.extract.extract`, of the PCA's sample.
-        overwrite: replace finished databases, and unfinished builds with other settings.
-        workers: threads that read and decode.
-        reopen: whatever the caller needs to open images and classifier again, as plain values.
-        progress: show bars.
+        dataset, classifier, features, and all others: as for :func:`~index_build.runner.build_databases`.
 
     Returns:
         The job, for those of the folders that are not finished by it.
@@ -79,16 +72,16 @@ def begin(
     if len(dataset) == 0:
         raise DataError(f"the data set {dataset.name} is empty: there is nothing to build a database from")
     rejection_limit(max_rejected, len(dataset))
-    data, made_by = identity_of(dataset, specs), classifier_of(classifier)
+    data, made = identity_of(dataset, specs), made_by(classifier)
     excluded = _excluded(exclude, exclude_eps)
-    asked = {folder: settings_of(data, made_by, feature, options, excluded) for folder, feature in features.items()}
+    asked = {folder: settings_of(data, made, feature, options, excluded) for folder, feature in features.items()}
     standing = _standing(asked, overwrite)
     if standing is not None:
         return standing
     # The checks that need no forward pass come before the first one.
     label_numbers(dataset, classifier)
     mapper = Mapper(classifier.eval(), list(features.values()), classifier.device, precision=options.precision)
-    chosen = sample_positions(len(dataset), options.pca_sample, options.seed)
+    chosen = sample_rows(len(dataset), options.pca_sample, options.seed)
     if options.precision == "auto":
         mapper.resolve(probe_images(dataset, chosen, options.batch_size))
     assert mapper.choice is not None
@@ -107,20 +100,18 @@ def begin(
         images=len(dataset),
         data=data,
         classes=tuple(classifier.classes),
-        classifier=made_by,
+        classifier=made,
         excluded=excluded,
         shard_rows=shard_size(options, [target.dimension for target in targets], len(classifier.classes)),
         top=options.top(len(classifier.classes)),
-        precision=mapper.choice.to_json(),
+        precision=asdict(mapper.choice),
         reopen=dict(reopen or {}),
     )
     for target, pca in zip(job.targets, pcas, strict=True):
         with writing(target.folder):
             clear(target.folder)
         if pca is not None:
-            path = target.folder / PCA_FILE
-            store_pca(target.folder, pca)
-            pieces.vouch(path)
+            pieces.finish(target.folder / PCA_FILE, pca_writer(pca))
     job.write()
     return job
 
@@ -131,7 +122,7 @@ def _standing(asked: Mapping[Path, Mapping[str, Any]], overwrite: bool) -> Build
     for folder, settings in asked.items():
         if (folder / NAME).exists():
             try:
-                same_settings(folder, settings)
+                check_same(folder, settings)
             except DatabaseError:
                 if not overwrite:
                     raise
@@ -140,7 +131,7 @@ def _standing(asked: Mapping[Path, Mapping[str, Any]], overwrite: bool) -> Build
     rest = [folder for folder in asked if folder not in begun]
     if begun and rest:
         # Killed while the databases of one job were being finished one after another, or while it was being begun.
-        done = [folder for folder in rest if _made_by(folder, asked[folder])]
+        done = [folder for folder in rest if sealed(folder, asked[folder])]
         if len(done) < len(rest):
             if not overwrite and any(_has_rows(folder) for folder in begun):
                 raise DatabaseError(
@@ -162,13 +153,6 @@ def _standing(asked: Mapping[Path, Mapping[str, Any]], overwrite: bool) -> Build
     for folder in begun:
         pieces.sweep(folder)
     return job
-
-
-def _made_by(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a folder holds the finished database of such a build."""
-    if not (folder / MANIFEST).exists():
-        return False
-    return Manifest.read(folder).build.get("job") == key_of(settings)
 
 
 def _has_rows(folder: Path) -> bool:

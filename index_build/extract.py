@@ -18,10 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from index_build import pieces
-from index_build.dedupe import drop_repeats
 from index_build.job import BuildJob, BuildTarget
+from index_build.mapper import ShardTools
 from index_build.reader import ReadBatch, read
-from index_build.shard_tools import ShardTools
 from nndefense.database.manifest import FileEntry
 from nndefense.database.repeats import repeated_ids
 from nndefense.database.rows import DIGEST, StoredRows, write_shard, write_virtual
@@ -208,7 +207,7 @@ def extract(
     missing = [number for number in range(job.shards) if number not in whole]
     done = sum(last - first for first, last in map(job.bounds, whole))
     with bar(job.images, "extracting features", progress, done) as shown:
-        for report in (make or _one_by_one(job, tools))(missing):
+        for report in make(missing) if make else (make_shard(job, number, tools) for number in missing):
             bad.add(report.rejected)
             if shown is not None:
                 shown.update(report.images)
@@ -235,14 +234,6 @@ class _Unusable:
             )
 
 
-def _one_by_one(job: BuildJob, tools: ShardTools) -> Make:
-    def make(numbers: Sequence[int]) -> Iterator[ShardReport]:
-        for number in numbers:
-            yield make_shard(job, number, tools)
-
-    return make
-
-
 def _standing(job: BuildJob, bad: _Unusable) -> set[int]:
     """The shards that every target holds whole, by their checksums; what they rejected is counted."""
     whole = set(range(job.shards))
@@ -263,7 +254,7 @@ def _close(job: BuildJob, target: BuildTarget) -> Extracted:
     """Drop duplicates where that was asked for, join what was rejected, and show all shards as one table."""
     paths = job.paths(target)
     if job.options.dedupe:
-        drop_repeats(paths, lambda path, held, rejected: write_rows(path, held, job, rejected))
+        pieces.drop_repeats(paths, lambda path, held, rejected: write_rows(path, held, job, rejected))
     counts: Counter[str] = Counter()
     files: dict[str, FileEntry] = {}
     for path in paths:
@@ -280,7 +271,14 @@ def _close(job: BuildJob, target: BuildTarget) -> Extracted:
             f"none of the {job.images:,} images of {job.data['name']} can be used: {first['id']}: {first['reason']}"
         )
     shards = [target.folder / name for name in files]
-    _check_ids(target.folder, shards)
+    with writing(target.folder):
+        twice = repeated_ids(shards, target.folder)
+    if len(twice):
+        name = bytes(StoredRows(shards).take("ids", twice[:1])[0]).decode("utf-8", "replace")
+        raise DataError(
+            f"{len(twice):,} images have an id that another one has, such as {name!r}, so a row could not be told from "
+            "another: open folders that are laid out alike as splits of one folder (imagefolder:PATH:SPLIT)"
+        )
     store(target.folder / VIRTUAL, lambda part: write_virtual(part, shards))
     files[VIRTUAL] = FileEntry.of(target.folder / VIRTUAL)
     (target.folder / REJECTED).unlink(missing_ok=True)
@@ -298,17 +296,6 @@ def _rejections(paths: Iterable[Path]) -> Iterator[Rejection]:
     for path in paths:
         piece = pieces.finished(path)
         yield from piece.notes["rejected"] if piece else ()
-
-
-def _check_ids(folder: Path, shards: list[Path]) -> None:
-    with writing(folder):
-        twice = repeated_ids(shards, folder)
-    if len(twice):
-        name = bytes(StoredRows(shards).take("ids", twice[:1])[0]).decode("utf-8", "replace")
-        raise DataError(
-            f"{len(twice):,} images have an id that another one has, such as {name!r}, so a row could not be told from "
-            "another: open folders that are laid out alike as splits of one folder (imagefolder:PATH:SPLIT)"
-        )
 
 
 def read_extracted(folder: Path) -> Extracted:

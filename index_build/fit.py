@@ -15,11 +15,10 @@ from torch import Tensor
 
 from index_build import pieces
 from index_build.extract import bar, read_extracted, rejection_limit
-from index_build.job import BuildJob, BuildTarget, Options
+from index_build.job import BuildJob, Options
 from index_build.mapper import Mapper
 from index_build.reader import read
-from nndefense.database.index_choice import choose_index
-from nndefense.database.index_training import check_factory, sample_rows, train_index, training_rows
+from nndefense.database.index_training import check_factory, choose_index, sample_rows, train_index, training_rows
 from nndefense.database.rows import sample_of
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError
@@ -48,12 +47,6 @@ def probe_images(dataset: ImageDataset, positions: NDArray[np.int64], count: int
     if not len(images):
         raise DataError(f"no image of {dataset.name} can be used{reason}")
     return images
-
-
-def sample_positions(images: int, size: int, seed: int) -> NDArray[np.int64]:
-    """Source positions of a random sample without replacement, ascending; its memory is that of the sample."""
-    chosen = np.random.default_rng(seed).choice(images, min(size, images), replace=False, shuffle=False)
-    return np.sort(chosen).astype(np.int64)
 
 
 def reduced_length(feature: FeatureSpec, length: int) -> int:
@@ -87,7 +80,7 @@ def fit_pcas(
     needed = [needs_pca(feature, length) for feature, length in zip(mapper.features, lengths, strict=True)]
     if not any(needed):
         return [None] * len(needed)
-    chosen = sample_positions(len(dataset), options.pca_sample, options.seed)
+    chosen = sample_rows(len(dataset), options.pca_sample, options.seed)
     limit = rejection_limit(max_rejected, len(dataset))
     samples: list[list[Tensor]] = [[] for _ in needed]
     rejected = 0
@@ -151,7 +144,10 @@ def fit_index(folder: Path, *, device: str = "cpu") -> Fitted:
     standing = fitted(folder)
     if standing is not None and standing.inputs == inputs:
         return standing
-    factory, why = _settled(job.options, found.rows, target, device != "cpu")
+    factory, why = job.options.index, ""
+    if factory == "auto":
+        choice = choose_index(found.rows, target.dimension, memory=job.options.memory, gpu=device != "cpu")
+        factory, why = choice.factory, choice.why
     mergeable = check_factory(factory, target.dimension)
     wanted = training_rows(factory, target.dimension, found.rows)
     sample: NDArray[Any] = np.empty((0, target.dimension), np.float32)
@@ -177,10 +173,3 @@ def rows_key(folder: Path) -> str:
     settings = (job.options.index, job.options.memory, job.options.seed)
     text = "".join(f"{name} {entry.sha256}\n" for name, entry in sorted(found.files.items()) if entry.rows)
     return hashlib.sha256(f"{settings}\n{text}".encode()).hexdigest()
-
-
-def _settled(options: Options, rows: int, target: BuildTarget, gpu: bool) -> tuple[str, str]:
-    if options.index != "auto":
-        return options.index, ""
-    choice = choose_index(rows, target.dimension, memory=options.memory, gpu=gpu)
-    return choice.factory, choice.why

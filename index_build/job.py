@@ -11,10 +11,9 @@ from typing import Any
 
 from nndefense.database.writer import shard_name, writing
 from nndefense.datasets import ImageDataset
-from nndefense.errors import DatabaseError, DataError, InputError
+from nndefense.errors import DatabaseError, DataError, InputError, check_choice
 from nndefense.features import FeatureSpec
 from nndefense.files import read_json, write_json
-from nndefense.models import Classifier
 
 NAME = "job.json"
 FORMAT, VERSION = "nndefense-index-job", 1
@@ -64,12 +63,8 @@ class Options:
         """
         if self.batch_size < 1 or self.pca_sample < 2:
             raise InputError("a build needs a batch size of at least 1 and a PCA sample of at least 2 images")
-        for name, value, known in (
-            ("storage", self.storage, STORAGES),
-            ("precision", self.precision, PRECISIONS),
-        ):
-            if value not in known:
-                raise InputError(f"{name} is {value!r}, but must be one of {', '.join(known)}")
+        check_choice("storage", self.storage, STORAGES)
+        check_choice("precision", self.precision, PRECISIONS)
         if self.shard_rows is not None and self.shard_rows < 1:
             raise InputError(f"a shard needs at least 1 image, not {self.shard_rows}")
         if self.memory is not None and self.memory < 1 << 20:
@@ -143,13 +138,6 @@ class BuildJob:
         """Where the shards of a target are, or will be, in order."""
         return [target.folder / shard_name(number) for number in range(self.shards)]
 
-    def storage(self) -> dict[str, str]:
-        """How rows are stored, for the manifest."""
-        return {
-            "features": self.options.storage,
-            "posteriors": f"top-{self.top}" if self.top else "dense",
-        }
-
     def settings(self, target: BuildTarget) -> dict[str, Any]:
         """What decides the result of a target, as plain values."""
         return settings_of(self.data, self.classifier, target.feature, self.options, self.excluded)
@@ -216,8 +204,8 @@ def key_of(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
 
 
-def same_settings(folder: Path, asked: Mapping[str, Any]) -> bool:
-    """Whether the unfinished job of a folder is the one that is asked for.
+def check_same(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Make sure that the unfinished job of a folder is the one that is asked for.
 
     Raises:
         DatabaseError: it is another one (naming the settings that differ), or cannot be read.
@@ -226,7 +214,7 @@ def same_settings(folder: Path, asked: Mapping[str, Any]) -> bool:
     begun = job.settings(job.targets[0])
     differ = [name for name in asked if asked[name] != begun[name]]
     if not differ:
-        return True
+        return
     told = ", ".join(f"{name.replace('_', ' ')} {_short(begun[name])}, now {_short(asked[name])}" for name in differ)
     raise DatabaseError(
         f"{folder} holds an unfinished build with other settings ({told}): continue it with the same ones, choose "
@@ -237,16 +225,6 @@ def same_settings(folder: Path, asked: Mapping[str, Any]) -> bool:
 def identity_of(dataset: ImageDataset, specs: Sequence[str]) -> dict[str, Any]:
     """What a database records of its images."""
     return {"name": dataset.name, "fingerprint": dataset.fingerprint, "specs": list(specs)}
-
-
-def classifier_of(classifier: Classifier) -> dict[str, Any]:
-    """What a database records of its classifier."""
-    return {
-        "fingerprint": classifier.fingerprint,
-        "arch": classifier.arch,
-        "source": classifier.source,
-        "input_shape": list(classifier.input_shape),
-    }
 
 
 def shard_size(options: Options, dimensions: Sequence[int], classes: int) -> int:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from nndefense.errors import InputError
-from nndefense.features import FeatureSpec, layer_in, pooled, tapped
+from index_build import pieces
+from index_build.job import BuildJob, BuildTarget
+from nndefense.database.near_images import NearSearch
+from nndefense.database.tuning import fastest
+from nndefense.database.writer import PCA_FILE, load_pca
+from nndefense.datasets import ImageDataset
+from nndefense.errors import DatabaseError, check_choice
+from nndefense.features import PCA, FeatureSpec, layer_in, pooled, tapped
 from nndefense.images import check_images
 from nndefense.models import Classifier
 from nndefense.models.folding import fold_batch_norms
@@ -56,10 +61,6 @@ class PrecisionChoice:
     posterior_error: float
     vector_error: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
 
 class Mapper:
     """Runs the classifier once per batch and pools every layer that is asked for (Dubey et al. 2019, section 3).
@@ -90,8 +91,7 @@ class Mapper:
         Raises:
             InputError: an unknown precision, or a layer that the classifier does not have.
         """
-        if precision not in PRECISIONS:
-            raise InputError(f"precision is {precision!r}, but must be one of {', '.join(PRECISIONS)}")
+        check_choice("precision", precision, PRECISIONS)
         self.classifier, self.features, self.device = classifier, tuple(features), device
         self.layers = [layer_in(classifier, feature.layer) for feature in self.features]
         self.choice: PrecisionChoice | None = None
@@ -227,13 +227,8 @@ class Mapper:
 
     def _rate(self, probe: Tensor) -> float:
         """Images per second on the probe: the best of at least two passes in half a second."""
-        best, begun, done = float("inf"), time.perf_counter(), 0
-        while done < 2 or time.perf_counter() - begun < _PROBE_SECONDS:
-            start = time.perf_counter()
-            # Fetching the posteriors waits for a GPU.
-            self._map(self._sent(probe)).posteriors.cpu()
-            best, done = min(best, time.perf_counter() - start), done + 1
-        return len(probe) / best
+        # Fetching the posteriors waits for a GPU.
+        return len(probe) / fastest(lambda: self._map(self._sent(probe)).posteriors.cpu(), _PROBE_SECONDS)
 
     def _overlapped(self, pairs: Iterable[tuple[T, Tensor]]) -> Iterator[tuple[T, Mapped]]:
         copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -287,3 +282,76 @@ def _errors(mapped: Mapped, exact: Mapped) -> tuple[float, float]:
     ]
     worst = max(shares, default=0.0)
     return (posterior if posterior == posterior else float("inf"), worst if worst == worst else float("inf"))
+
+
+@dataclass(frozen=True)
+class ShardTools:
+    """Made once in a process, for all shards that it makes.
+
+    Attributes:
+        dataset: the images.
+        mapper: classifier and layers, in the precision of the job.
+        pcas: for each target its PCA, on the mapper's results' device (the CPU), or None.
+        numbers: the data set's class numbers as the classifier's, and -1 at the end, where the label -1 finds it.
+        near: finds images that are to be kept out, or None.
+        workers: threads that read and decode; None for one for each CPU.
+    """
+
+    dataset: ImageDataset
+    mapper: Mapper
+    pcas: Sequence[PCA | None]
+    numbers: Tensor
+    near: NearSearch | None = None
+    workers: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        job: BuildJob,
+        dataset: ImageDataset,
+        classifier: Classifier,
+        exclude: ImageDataset | None = None,
+        *,
+        workers: int | None = None,
+    ) -> ShardTools:
+        """Prepare to work on a job that has begun; what is given must be what it was begun with.
+
+        Raises:
+            DatabaseError: a PCA that is missing or damaged.
+        """
+        precision, last = job.precision["precision"], job.precision["channels_last"]
+        features = [target.feature for target in job.targets]
+        mapper = Mapper(classifier.eval(), features, classifier.device, precision=precision, channels_last=last)
+        near = None
+        if exclude is not None and job.excluded is not None:
+            near = NearSearch(exclude, job.excluded["eps"], device=classifier.device)
+        pcas = [pca_of(target) for target in job.targets]
+        return cls(dataset, mapper, pcas, label_numbers(dataset, classifier), near, workers)
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """The data set's class numbers as the classifier's; -1 stays -1."""
+        return self.numbers[labels].to(labels)
+
+
+def label_numbers(dataset: ImageDataset, classifier: Classifier) -> Tensor:
+    """For each class of the data set its number among the classifier's, and -1 at the end.
+
+    Raises:
+        ModelError: a class that is none of the classifier's.
+    """
+    known = classifier.label_map(dataset.classes).cpu() if dataset.classes else torch.empty(0, dtype=torch.int64)
+    return torch.cat([known, torch.tensor([-1])])
+
+
+def pca_of(target: BuildTarget) -> PCA | None:
+    """The PCA of a target of a job that has begun.
+
+    Raises:
+        DatabaseError: it is missing or damaged.
+    """
+    if not target.pca:
+        return None
+    path = target.folder / PCA_FILE
+    if pieces.finished(path, checksum=True) is None:
+        raise DatabaseError(f"{path} is missing or damaged: begin the build again with --overwrite")
+    return load_pca(path)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
+from index_build.extract import bar
 from index_build.reader import read
 from nndefense.datasets import ImageDataset
 from nndefense.datasets.base import shuffle_keys
 from nndefense.defenses.quilting import PatchDatabase, check_patch_folder, write_patches
-from nndefense.errors import DataError, InputError
+from nndefense.errors import DataError, InputError, check_choice
 from nndefense.images import check_images
 
 PATCHES, SIDE = 1_000_000, 5
@@ -71,8 +70,7 @@ def build_patches(
     """
     if len(dataset) == 0:
         raise DataError(f"the data set {dataset.name} is empty: there is nothing to cut patches from")
-    if storage not in STORAGES:
-        raise InputError(f"storage is {storage!r}, but must be one of {', '.join(STORAGES)}")
+    check_choice("storage", storage, STORAGES)
     if patches < 1 or batch_size < 1:
         raise InputError("a build needs at least 1 patch and a batch size of at least 1")
     _, height, width = dataset.shape
@@ -85,12 +83,7 @@ def build_patches(
     check_patch_folder(Path(out), overwrite=overwrite)
     origins = draw_places(len(dataset), height - side + 1, width - side + 1, patches, seed)
     pixels = _cut_all(dataset, origins, side, storage, batch_size, progress)
-    data = {
-        "name": dataset.name,
-        "fingerprint": dataset.fingerprint,
-        "images": len(dataset),
-        "specs": list(specs),
-    }
+    data = {"name": dataset.name, "fingerprint": dataset.fingerprint, "images": len(dataset), "specs": list(specs)}
     write_patches(out, pixels, origins, data=data, seed=seed, index=index, probes=probes, overwrite=overwrite)
     return PatchDatabase.open(out)
 
@@ -126,12 +119,7 @@ def _cut_all(
     numbers, begins = np.unique(origins[:, 0], return_index=True)
     ends = np.append(begins[1:], len(origins))
     parts: list[Tensor] = []
-    bar = (
-        tqdm(total=len(numbers), desc="cutting patches", unit=" images", delay=1, disable=None)
-        if progress
-        else nullcontext()
-    )
-    with bar as shown:
+    with bar(len(numbers), "cutting patches", progress) as shown:
         done = 0
         for batch in read(dataset, numbers, batch_size):
             for image in batch.rejected:
@@ -139,9 +127,8 @@ def _cut_all(
             check_images(batch.images, channels=dataset.shape[0])
             here = slice(begins[done], ends[done + len(batch.ids) - 1])
             places = torch.from_numpy(origins[here])
-            found = cut_at(
-                batch.images, torch.from_numpy(np.searchsorted(numbers, origins[here, 0]) - done), places, side
-            )
+            within = torch.from_numpy(np.searchsorted(numbers, origins[here, 0]) - done)
+            found = cut_at(batch.images, within, places, side)
             levels = (found * 255).round_()
             whole = storage == "uint8" or (storage == "auto" and bool(((found * 255 - levels).abs_() <= _LEVEL).all()))
             if not whole and storage == "auto":

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nndefense.database.manifest import FileEntry
-from nndefense.database.repeats import SPILL
-from nndefense.database.writer import PIECE, store
+from nndefense.database.repeats import SPILL, repeats
+from nndefense.database.rows import DIGEST, StoredRows, pieces_of, read_columns
+from nndefense.database.writer import PIECE, store, writing
 from nndefense.errors import DataError
 from nndefense.files import PART, read_json, sha256_of
+
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -50,15 +56,6 @@ def finish(path: Path, write: Callable[[Path], None] | None, *, rows: int = 0, *
     else:
         path.unlink(missing_ok=True)
     return _describe(path, Piece(FileEntry.of(path, rows=rows) if write is not None else FileEntry("", 0), notes))
-
-
-def vouch(path: Path) -> Piece:
-    """Describe a file that was just written whole.
-
-    Raises:
-        DatabaseError: the disk is full or cannot be written.
-    """
-    return _describe(path, Piece(FileEntry.of(path)))
 
 
 def finished(path: Path, *, checksum: bool = False) -> Piece | None:
@@ -109,3 +106,48 @@ def _describe(path: Path, piece: Piece) -> Piece:
 
     store(_beside(path), write)
     return piece
+
+
+def drop_repeats(
+    paths: Sequence[Path], write: Callable[[Path, dict[str, Array], Sequence[dict[str, str]]], None]
+) -> int:
+    """Write the shards that hold exact duplicates (the same pixels) again, without them; the first in order stays.
+
+    Killed in the middle, what is left to drop is found again: the first of several equals is never dropped, and what a
+    shard has dropped stands in its description. A shard whose description was not reached is made anew by extract.
+
+    Args:
+        paths: the shards, in source order; all of them finished.
+        write: writes a shard: its path, its columns and all that was rejected from its positions.
+
+    Returns:
+        How many rows were dropped.
+
+    Raises:
+        DatabaseError: the disk is full or cannot be written.
+    """
+    held = [(path, piece) for path in paths if (piece := finished(path)) and piece.entry.rows]
+    if not held:
+        return 0
+    table = StoredRows([path for path, _ in held])
+    with writing(held[0][0].parent):
+        rows, firsts = repeats(pieces_of([path for path, _ in held], DIGEST), held[0][0].parent)
+    shard = np.searchsorted(table.starts, rows, side="right") - 1
+    for number in np.unique(shard).tolist():
+        path, piece = held[number]
+        here = shard == number
+        within = rows[here] - table.starts[number]
+        stored, _ = read_columns(path)
+        dropped = [
+            {"id": _text(name), "kind": "duplicate", "reason": f"duplicate of {_text(first)}"}
+            for name, first in zip(stored["ids"][within], table.take("ids", firsts[here]), strict=True)
+        ]
+        keep = np.ones(piece.entry.rows, dtype=np.bool_)
+        keep[within] = False
+        left = {name: column[keep] for name, column in stored.items()} if keep.any() else {}
+        write(path, left, [*piece.notes["rejected"], *dropped])
+    return len(rows)
+
+
+def _text(name: Any) -> str:
+    return bytes(name).decode("utf-8", "surrogateescape")

@@ -27,7 +27,7 @@ from index_build.job import BuildJob
 from index_build.ray_worker import Attempts, Extractor, Work, heard, tell_part
 from nndefense.database import cluster
 from nndefense.datasets import ImageDataset
-from nndefense.errors import DatabaseError, InputError
+from nndefense.errors import DatabaseError, InputError, check_choice
 from nndefense.models import Classifier
 
 R = TypeVar("R")
@@ -183,8 +183,7 @@ def engine_of(engine: str, *, address: str | None = None, workers: int | None = 
         InputError: another engine, options without it, or Ray (or Ray Data) is not installed.
         DatabaseError: the cluster cannot be reached or started.
     """
-    if engine not in ENGINES:
-        raise InputError(f"the engine is {engine!r}, but must be one of {', '.join(ENGINES)}")
+    check_choice("the engine", engine, ENGINES)
     if engine == "local":
         if address is not None or workers is not None:
             raise InputError("a Ray address and a number of Ray's workers are for the engine 'ray': add --engine ray")

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from index_build.add import PartReport, make_part
 from index_build.extract import ShardReport, make_shard
 from index_build.job import BuildJob
-from index_build.shard_tools import ShardTools
+from index_build.mapper import ShardTools
 from nndefense.database.cluster import import_ray
 from nndefense.datasets import ImageDataset, SourceError
 from nndefense.errors import DatabaseError, DataError, InputError, ModelError, NNDefenseError

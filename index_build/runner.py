@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from index_build.add import PartReport, add
+from index_build.add import PartReport, add, merge, sealed, tidy
 from index_build.begin import begin
-from index_build.extract import Extracted, ShardReport, extract
+from index_build.extract import Extracted, extract
 from index_build.fit import fit_index
 from index_build.job import NAME, BuildJob, Options
-from index_build.lock import locked
-from index_build.merge import merge, sealed, tidy
-from index_build.ray_engine import engine_of
-from index_build.shard_tools import ShardTools
-from index_build.verify import check, measure
+from index_build.mapper import ShardTools
+from index_build.ray_engine import RayEngine, engine_of
 from nndefense.database import ImageDatabase
-from nndefense.database.gpu import check_device
+from nndefense.database.faiss_tools import check_device
 from nndefense.database.manifest import Manifest
+from nndefense.database.tuning import measure
 from nndefense.datasets import ImageDataset
-from nndefense.errors import InputError
+from nndefense.errors import DatabaseError, InputError
 from nndefense.features import FeatureSpec
 from nndefense.models import Classifier
 
-PCA_SAMPLE = 4096
+try:
+    import fcntl
+except ImportError:  # pragma: no cover  # not a Unix: there is no such lock there
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = "build.lock"
 
 
 def build_database(
@@ -43,19 +48,9 @@ def build_databases(
     classifier: Classifier,
     features: Mapping[Path, FeatureSpec],
     *,
-    specs: Sequence[str] = (),
-    overwrite: bool = False,
-    max_rejected: int | str | None = None,
-    exclude: ImageDataset | None = None,
-    exclude_eps: float | None = None,
-    workers: int | None = None,
     index_device: str = "cpu",
-    engine: str = "local",
-    ray_address: str | None = None,
-    ray_workers: int | None = None,
-    reopen: Mapping[str, Any] | None = None,
     progress: bool = True,
-    **options: Any,
+    **settings: Any,
 ) -> list[ImageDatabase]:
     """Build a database for each feature, all from the same forward passes.
 
@@ -97,53 +92,55 @@ def build_databases(
         DatabaseError: a folder that already holds a database or an unfinished build with other settings, that somebody
             else is building in, or that cannot be written; or a Ray cluster that cannot be reached, or gives up.
     """
-    chosen = options_of(options)
     # Asked now: without such a device the index would fail hours later.
     check_device(index_device)
     places = {Path(folder): feature for folder, feature in features.items()}
-    with building(list(places)), engine_of(engine, address=ray_address, workers=ray_workers) as ray:
-        job = begin(
-            dataset,
-            classifier,
-            places,
-            chosen,
-            specs=specs,
-            exclude=exclude,
-            exclude_eps=exclude_eps,
-            max_rejected=max_rejected,
-            overwrite=overwrite,
-            workers=workers,
-            reopen=reopen,
-            progress=progress,
-        )
-        if any(sealed(target.folder, job) is None for target in job.targets):
-            extract_rows(
-                job,
-                dataset,
-                classifier,
-                exclude,
-                max_rejected=max_rejected,
-                workers=workers,
-                make=ray.shards(job, dataset, classifier, exclude, readers=workers) if ray else None,
-                progress=progress,
-            )
+    with extracted(dataset, classifier, places, progress=progress, **settings) as (job, _, ray):
         for target in job.targets:
             make = ray.parts(target.folder, device=index_device) if ray else None
             complete(target.folder, device=index_device, make=make, progress=progress)
     return [ImageDatabase.open(folder, verify=False) for folder in places]
 
 
-def options_of(values: Mapping[str, Any]) -> Options:
-    """The settings by name.
+@contextmanager
+def extracted(
+    dataset: ImageDataset,
+    classifier: Classifier,
+    features: Mapping[Path, FeatureSpec],
+    *,
+    specs: Sequence[str] = (),
+    overwrite: bool = False,
+    max_rejected: int | str | None = None,
+    exclude: ImageDataset | None = None,
+    exclude_eps: float | None = None,
+    workers: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
+    ray_workers: int | None = None,
+    reopen: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Iterator[tuple[BuildJob, list[Extracted], RayEngine | None]]:
+    """Hold the locks of a build that has begun or is taken up, whose rows are complete.
 
-    Raises:
-        InputError: a name that is none, or a value out of range.
-        TypeError: as for any call with a wrong name.
+    Arguments and errors are those of :func:`build_databases`. Gives the job, the rows of each of its targets (none
+    where all are merged already), and Ray's engine where that is asked for.
     """
-    unknown = sorted(set(values) - set(Options.__dataclass_fields__))
-    if unknown:
-        raise TypeError(f"build_databases() has no argument {unknown[0]!r}")
-    return Options(**values)
+    for name in sorted(set(options) - set(Options.__dataclass_fields__)):
+        raise TypeError(f"build_databases() has no argument {name!r}")
+    chosen = Options(**options)
+    with building(list(features)), engine_of(engine, address=ray_address, workers=ray_workers) as ray:
+        job = begin(
+            dataset, classifier, features, chosen, specs=specs, exclude=exclude, exclude_eps=exclude_eps,
+            max_rejected=max_rejected, overwrite=overwrite, workers=workers, reopen=reopen, progress=progress,
+        )  # fmt: skip
+        found: list[Extracted] = []
+        settings = job.settings(job.targets[0])
+        if any(sealed(target.folder, settings) is None for target in job.targets):
+            tools = ShardTools.of(job, dataset, classifier, exclude, workers=workers)
+            make = ray.shards(job, dataset, classifier, exclude, readers=workers) if ray else None
+            found = extract(job, tools, max_rejected=max_rejected, make=make, progress=progress)
+        yield job, found, ray
 
 
 @contextmanager
@@ -161,20 +158,58 @@ def building(folders: Sequence[Path]) -> Iterator[None]:
         yield
 
 
-def extract_rows(
-    job: BuildJob,
-    dataset: ImageDataset,
-    classifier: Classifier,
-    exclude: ImageDataset | None = None,
-    *,
-    max_rejected: int | str | None = None,
-    workers: int | None = None,
-    make: Callable[[Sequence[int]], Iterable[ShardReport]] | None = None,
-    progress: bool = True,
-) -> list[Extracted]:
-    """Extract, for a job that has begun; see :func:`~index_build.extract.extract`."""
-    tools = ShardTools.of(job, dataset, classifier, exclude, workers=workers)
-    return extract(job, tools, max_rejected=max_rejected, make=make, progress=progress)
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the folder is made if it is missing, and removed again if it is then left empty.
+
+    The system lets go of the lock when the process ends, so none is ever stale. Where the system has no such lock
+    (Windows), nothing is locked.
+
+    Raises:
+        DatabaseError: another process builds there, or the folder cannot be made or written.
+    """
+    made = not folder.exists()
+    descriptor = -1
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _hold(folder)
+    except OSError as error:
+        raise DatabaseError(f"{folder} cannot be written ({error.strerror}): choose another folder") from error
+    try:
+        yield
+    finally:
+        if descriptor >= 0:
+            (folder / LOCK).unlink(missing_ok=True)
+            os.close(descriptor)
+        if made:
+            # Mostly it holds something by now, as it should.
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _hold(folder: Path) -> int:
+    if fcntl is None:
+        return -1
+    path = folder / LOCK
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before removes the file when it is done: then this lock is on a file that nobody finds.
+            if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                return descriptor
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode("utf-8", "replace").strip() or "another process"
+            os.close(descriptor)
+            raise DatabaseError(
+                f"{folder} is being built by {holder}: wait for it to end, or choose another folder"
+            ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 def complete(
@@ -195,7 +230,7 @@ def complete(
         DatabaseError, InputError: as the stages do.
     """
     job = BuildJob.read(folder)
-    if sealed(folder, job) is None:
+    if sealed(folder, job.settings(job.targets[0])) is None:
         fit_index(folder, device=device)
         add(folder, workers=workers, device=device, make=make, progress=progress)
         merge(folder)
@@ -217,7 +252,7 @@ def finish(
 
     Args:
         folder: a database, or an unfinished build whose index is merged.
-        recall, k, queries, queries_from: as for :func:`~index_build.verify.measure`; None for those of the build.
+        recall, k, queries, queries_from: as for :func:`~nndefense.database.tuning.measure`; None: those of the build.
 
     Returns:
         ``rows``, ``files`` and ``index_rows`` as found, and ``search`` where it was measured.
@@ -225,7 +260,7 @@ def finish(
     Raises:
         DatabaseError: naming what is wrong and what to do.
     """
-    found = check(folder)
+    found = ImageDatabase.open(folder, verify=False).verify()
     unfinished = (folder / NAME).exists()
     manifest = Manifest.read(folder)
     asked = recall is not None or k is not None or queries is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from index_build import add as adding
-from index_build import merge as merging
-from index_build.begin import begin
 from index_build.extract import Extracted
 from index_build.fit import Fitted, fit_index
 from index_build.job import NAME, BuildJob
 from index_build.ray_engine import engine_of
-from index_build.runner import building, extract_rows, finish, options_of
+from index_build.runner import building, extracted, finish
 from nndefense.database import ImageDatabase
 from nndefense.database.manifest import Manifest
 from nndefense.datasets import ImageDataset
@@ -40,60 +38,18 @@ def _unfinished(folder: Path) -> Iterator[BuildJob]:
 
 
 def extract(
-    dataset: ImageDataset,
-    classifier: Classifier,
-    feature: FeatureSpec,
-    out: Path,
-    *,
-    specs: Sequence[str] = (),
-    overwrite: bool = False,
-    max_rejected: int | str | None = None,
-    exclude: ImageDataset | None = None,
-    exclude_eps: float | None = None,
-    workers: int | None = None,
-    engine: str = "local",
-    ray_address: str | None = None,
-    ray_workers: int | None = None,
-    reopen: Mapping[str, Any] | None = None,
-    progress: bool = True,
-    **options: Any,
+    dataset: ImageDataset, classifier: Classifier, feature: FeatureSpec, out: Path, **settings: Any
 ) -> Extracted:
     """Begin a build, or take up the one that is there, and extract its rows.
 
-    Arguments and errors are those of :func:`~index_build.runner.build_databases`.
+    Arguments and errors are those of :func:`~index_build.runner.build_databases`, but for ``index_device``.
 
     Returns:
         The rows and what was rejected; the folder holds an unfinished build.
     """
-    chosen = options_of(options)
-    with building([out]), engine_of(engine, address=ray_address, workers=ray_workers) as ray:
-        job = begin(
-            dataset,
-            classifier,
-            {out: feature},
-            chosen,
-            specs=specs,
-            exclude=exclude,
-            exclude_eps=exclude_eps,
-            max_rejected=max_rejected,
-            overwrite=overwrite,
-            workers=workers,
-            reopen=reopen,
-            progress=progress,
-        )
-        made = merging.sealed(out, job)
-        if made is not None:
-            return Extracted(made.rows, made.rejected, made.files)
-        return extract_rows(
-            job,
-            dataset,
-            classifier,
-            exclude,
-            max_rejected=max_rejected,
-            workers=workers,
-            make=ray.shards(job, dataset, classifier, exclude, readers=workers) if ray else None,
-            progress=progress,
-        )[0]
+    with extracted(dataset, classifier, {out: feature}, **settings) as (job, found, _):
+        made = adding.sealed(out, job.settings(job.targets[0]))
+        return found[0] if made is None else Extracted(made.rows, made.rejected, made.files)
 
 
 def fit(folder: Path, *, index: str | None = None, memory: int | None = None, device: str = "cpu") -> Fitted:
@@ -114,7 +70,7 @@ def fit(folder: Path, *, index: str | None = None, memory: int | None = None, de
             job.options, index=index or job.options.index, memory=memory if memory is not None else job.options.memory
         )
         if asked != job.options:
-            if merging.sealed(folder, job) is not None:
+            if adding.sealed(folder, job.settings(job.targets[0])):
                 raise DatabaseError(f"the index of {folder} is merged: verify it, or build again with another one")
             replace(job, options=asked).write()
         return fit_index(folder, device=device)
@@ -145,9 +101,9 @@ def add(
 
 
 def merge(folder: Path) -> Manifest:
-    """Make one index of the parts, and the manifest; see :func:`~index_build.merge.merge`."""
+    """Make one index of the parts, and the manifest; see :func:`~index_build.add.merge`."""
     with _unfinished(folder):
-        return merging.merge(folder)
+        return adding.merge(folder)
 
 
 def verify(

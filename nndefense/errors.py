@@ -5,6 +5,8 @@ The command line prints the message alone and ends with the class's ``exit_code`
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 
 class NNDefenseError(Exception):
     """Base of every error that a user can cause or mend."""
@@ -40,3 +42,9 @@ def one_line(error: BaseException) -> str:
     """What an error says, on one line and not too long; its kind where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def check_choice(name: str, value: str, known: Collection[str]) -> None:
+    """Raise :class:`InputError` unless the setting called ``name`` has one of the known values."""
+    if value not in known:
+        raise InputError(f"{name} is {value!r}, but must be one of {', '.join(known)}")

@@ -27,7 +27,7 @@ from nndefense.attacks import (
     run,
     square,
 )
-from nndefense.attacks.objective import loss_and_gradient
+from nndefense.attacks.losses import loss_and_gradient
 from nndefense.errors import InputError
 
 

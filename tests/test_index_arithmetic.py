@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nndefense.database.index_choice import choose_index
-from nndefense.database.index_training import training_rows
+from nndefense.database.index_training import choose_index, training_rows
 from nndefense.database.rows import DIGEST
 from nndefense.database.writer import columns
 

@@ -13,10 +13,17 @@ from helpers import nearest_by_loop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nndefense.database.gpu import check_device, list_finder
+from nndefense.database.faiss_tools import check_device, list_finder
 from nndefense.database.index import FaissIndex
-from nndefense.database.index_choice import EXACT_ROWS, choose_index, index_bytes
-from nndefense.database.index_training import check_factory, sample_rows, train_index, training_rows
+from nndefense.database.index_training import (
+    EXACT_ROWS,
+    check_factory,
+    choose_index,
+    index_bytes,
+    sample_rows,
+    train_index,
+    training_rows,
+)
 from nndefense.database.merging import merge_parts
 from nndefense.database.tuning import exact_neighbours, recall_at, tune
 from nndefense.errors import DatabaseError, InputError
@@ -278,7 +285,7 @@ def test_tuning_finds_the_smallest_value_that_reaches_the_recall(factory):
     assert tuned.recall == recall_at(index.search(asked, 10)[1], truth)
     assert tuned.queries_per_second > 0
     assert index.parameters == tuned.search
-    assert tuned.to_json()["k"] == 10
+    assert tuned.k == 10
     if factory == "IVF64,Flat":
         index.set_search({"nprobe": tuned.value - 1})
         assert recall_at(index.search(asked, 10)[1], truth) < 0.97

@@ -21,7 +21,7 @@ from PIL import Image
 from index_build import add as adding
 from index_build import build_database, build_databases, stages
 from index_build.job import BuildJob
-from index_build.lock import locked
+from index_build.runner import locked
 from nndefense import files
 from nndefense.database import ImageDatabase, Manifest, neighbor_weights, repeats, rows
 from nndefense.database.repeats import id_keys, repeated_ids

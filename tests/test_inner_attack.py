@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nndefense.attacks import pgd
-from nndefense.attacks.modes import attacked_in
+from nndefense.attacks.wrappers import attacked_in
 from nndefense.errors import InputError
 from nndefense.training import InnerAttack
 

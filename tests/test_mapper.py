@@ -105,7 +105,7 @@ def test_auto_takes_the_fastest_of_what_is_near_enough(monkeypatch):
     assert "3.00 times" in choice.why
     assert 0 < choice.vector_error <= VECTOR_TOLERANCE
     assert choice.posterior_error <= POSTERIOR_TOLERANCE
-    assert choice.to_json()["rates"] == rates
+    assert choice.rates == rates
     # Logits so large that bfloat16 cannot tell them apart.
     far = Mapper(counting(huge=True), [FeatureSpec("conv", "avg", pca=0)], CPU, precision="auto")
     choice = far.resolve(images(64))

@@ -11,7 +11,7 @@ from helpers import digits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nndefense.database.near_images import NearSearch, near_images, near_threshold
+from nndefense.database.near_images import Near, NearSearch, near_threshold
 from nndefense.datasets import ArrayDataset, ImageDataset
 from nndefense.datasets.base import check_pool, pool_identity
 from nndefense.errors import DataError, InputError
@@ -150,6 +150,13 @@ def test_near_is_exact(memory: int) -> None:
         assert (found.rows.numpy()[inside] == distances.argmin(1)[inside]).all()
         np.testing.assert_allclose(found.distances.numpy()[inside], distances.min(1)[inside], atol=1e-9)
         assert found.distances[~torch.from_numpy(inside)].isinf().all()
+
+
+def near_images(pool: ImageDataset, references: ImageDataset, eps: float, *, batch_size: int = 512) -> Near:
+    """Search for all images of a pool, batch by batch."""
+    search = NearSearch(references, eps)
+    found = [search(images) for images, _, _ in pool.batches(batch_size)]
+    return Near(torch.cat([f.rows for f in found]), torch.cat([f.distances for f in found]))
 
 
 def test_equal_images_are_found_and_their_neighbours_in_8_bits_are_not() -> None:

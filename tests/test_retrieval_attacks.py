@@ -11,7 +11,7 @@ from torch import Tensor
 from index_build import build_database
 from nndefense import attacks
 from nndefense.attacks import pgd, retrieval
-from nndefense.attacks.retrieval import Knowledge, RetrievalSurface, Rows, ascent, relaxation, starts
+from nndefense.attacks.retrieval import Knowledge, RetrievalSurface, Rows, ascent, ensemble, relaxation
 from nndefense.database import combine
 from nndefense.database.exact_search import ExactSearch
 from nndefense.defenses import NearestNeighborDefense, RelaxedDefense
@@ -239,7 +239,7 @@ def test_targets_and_starts(surface, defense, batch):
     aimed = retrieval.soft_top_k(surface, x, y, eps=0.4, steps=30, target=goal)
     assert float((defense(aimed).argmax(1) == goal).double().mean()) > 0.3
     problem = ascent.pose(surface, x, y, 0.2, "linf")
-    ranked, plain = starts.interpolations(problem, 3), starts.interpolations(problem, 3, pool=3)
+    ranked, plain = ensemble.interpolations(problem, 3), ensemble.interpolations(problem, 3, pool=3)
     assert len(ranked) == len(plain) == 3
     for start in (*ranked, *plain):
         assert float((start - x).abs().max()) <= 0.2 + 1e-6

@@ -11,38 +11,30 @@ from nndefense.faces import importing
 
 if TYPE_CHECKING:
     from nndefense.attacks.auto_pgd import apgd
-    from nndefense.attacks.carlini_wagner_l2 import carlini_wagner
     from nndefense.attacks.checks import check_labels, check_logits, check_model
-    from nndefense.attacks.counting import Counted
-    from nndefense.attacks.deepfool_l2 import deepfool
     from nndefense.attacks.fast_boundary import fab
     from nndefense.attacks.gradient import fgsm, pgd
-    from nndefense.attacks.losses import LOSSES, Loss, cross_entropy, dlr, kl, margin, targeted_dlr
+    from nndefense.attacks.least_l2 import carlini_wagner, deepfool
+    from nndefense.attacks.losses import LOSSES, Loss, Model, cross_entropy, dlr, kl, margin, targeted_dlr
     from nndefense.attacks.norms import distance, radius
-    from nndefense.attacks.objective import Model
     from nndefense.attacks.random_squares import square
     from nndefense.attacks.registry import NORMS, Attack, Norm, register
-    from nndefense.attacks.result import Result, run
     from nndefense.attacks.spatial import SpatialAttack, rotated_and_shifted, spatial_grid
-    from nndefense.attacks.standard_sequence import ATTACKS, WorstCase, autoattack
+    from nndefense.attacks.standard_sequence import ATTACKS, Counted, Result, WorstCase, autoattack, run
     from nndefense.attacks.wrappers import Bpda, Eot
 
 _NAMES = {
     "auto_pgd": "apgd",
-    "carlini_wagner_l2": "carlini_wagner",
+    "least_l2": "carlini_wagner deepfool",
     "checks": "check_labels check_logits check_model",
-    "counting": "Counted",
-    "deepfool_l2": "deepfool",
     "fast_boundary": "fab",
     "gradient": "fgsm pgd",
-    "losses": "LOSSES Loss cross_entropy dlr kl margin targeted_dlr",
+    "losses": "LOSSES Loss Model cross_entropy dlr kl margin targeted_dlr",
     "norms": "distance radius",
-    "objective": "Model",
     "random_squares": "square",
     "registry": "NORMS Attack Norm register",
-    "result": "Result run",
     "spatial": "SpatialAttack rotated_and_shifted spatial_grid",
-    "standard_sequence": "ATTACKS WorstCase autoattack",
+    "standard_sequence": "ATTACKS Counted Result WorstCase autoattack run",
     "wrappers": "Bpda Eot",
 }
 __getattr__ = importing(

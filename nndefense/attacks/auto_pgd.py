@@ -8,17 +8,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from nndefense.attacks import norms
+from nndefense.attacks import losses, norms
 from nndefense.attacks.checks import at_least, checked_inputs, fraction
-from nndefense.attacks.losses import Loss, find_loss, kl, targeted_dlr
-from nndefense.attacks.objective import (
-    Model,
-    checked_logits,
-    checking,
-    fooled_by,
-    likeliest_others,
-    loss_and_gradient,
-)
+from nndefense.attacks.losses import Loss, Model, fooled_by, loss_and_gradient
 from nndefense.errors import InputError
 from nndefense.memory import reusing_memory
 
@@ -69,15 +61,15 @@ def apgd(
     fraction("rho", rho)
     x = x.detach()
     rivals: Tensor | None = None
-    objective = find_loss(loss)
+    objective = losses.find_loss(loss)
     if targets is not None:
         at_least("targets", targets)
-        rivals, objective = likeliest_others(checked_logits(model, x, y), y, targets), _towards
-    elif objective is kl:
+        rivals, objective = losses.likeliest_others(losses.checked_logits(model, x, y), y, targets), _towards
+    elif objective is losses.kl:
         raise InputError("the KL divergence does not know the label: use pgd with it, or another loss")
 
     best, best_loss, standing = x.clone(), torch.full_like(radii, -torch.inf), torch.arange(len(x), device=x.device)
-    first = objective if rivals is not None else checking(objective)
+    first = objective if rivals is not None else losses.checking(objective)
     for column in range(1 if rivals is None else rivals.shape[1]):
         for _ in range(restarts):
             if len(standing) == 0:
@@ -104,7 +96,7 @@ def checkpoints(steps: int) -> Iterator[int]:
 
 def _towards(logits: Tensor, pair: Tensor) -> Tensor:
     """The targeted DLR with label and target side by side: N x K and N x 2 -> N."""
-    return targeted_dlr(logits, pair[:, 0], pair[:, 1])
+    return losses.targeted_dlr(logits, pair[:, 0], pair[:, 1])
 
 
 @dataclass
@@ -163,11 +155,17 @@ class _Run:
         for step in range(1, self.steps + 1):
             if len(s.row) == 0:
                 break
-            self._move(s, inside, 1.0 if step == 1 else _MOMENTUM)
+            # The gradient step with momentum.
+            share = 1.0 if step == 1 else _MOMENTUM
+            aim = inside(torch.addcmul(s.now, norms.per_image(s.step, s.x), norms.steepest(s.gradient, self.norm)))
+            s.before, s.now = s.now, inside(s.now + share * (aim - s.now) + (1 - share) * (s.now - s.before))
             value, logits, s.gradient = loss_and_gradient(model, s.now, s.goal, self.loss)
             s.rises = s.rises + (value > s.value)
             s.value = value
-            self._note_best(s)
+            better = s.value > s.best_value
+            wide = norms.per_image(better, s.x)
+            s.best, s.best_gradient = torch.where(wide, s.now, s.best), torch.where(wide, s.gradient, s.best_gradient)
+            s.best_value = torch.where(better, s.value, s.best_value)
             out = fooled_by(logits, s.y)
             if bool(out.any()):
                 gone = s.row[out]
@@ -179,20 +177,6 @@ class _Run:
                 reviewed = step
         found[s.row], loss[s.row] = s.best, s.best_value
         return found, loss, fooled
-
-    def _move(self, s: _State, inside: norms.Projector, share: float) -> None:
-        """The gradient step with momentum, in place."""
-        aim = inside(torch.addcmul(s.now, norms.per_image(s.step, s.x), norms.steepest(s.gradient, self.norm)))
-        moved = inside(s.now + share * (aim - s.now) + (1 - share) * (s.now - s.before))
-        s.before, s.now = s.now, moved
-
-    @staticmethod
-    def _note_best(s: _State) -> None:
-        better = s.value > s.best_value
-        wide = norms.per_image(better, s.x)
-        s.best = torch.where(wide, s.now, s.best)
-        s.best_gradient = torch.where(wide, s.gradient, s.best_gradient)
-        s.best_value = torch.where(better, s.value, s.best_value)
 
     def _review(self, s: _State, taken: int) -> None:
         """Conditions 1 and 2 of section 3.2: halve the step and go back to the best point where either holds."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -85,11 +85,8 @@ def checked_inputs(
     """Check model, images, labels and budget at the entry of an attack.
 
     Args:
-        model: images N x C x H x W in [0, 1] -> logits N x K.
-        x: images N x C x H x W.
-        y: labels N.
-        eps: radius, one number or one per image; None where an attack has no budget.
-        norm: one of :data:`nndefense.attacks.NORMS`.
+        model, x, y, norm: as for :func:`nndefense.attacks.pgd`.
+        eps: likewise; None where an attack has no budget.
 
     Returns:
         The radii N in raw pixel units; infinite where ``eps`` is None.
@@ -108,12 +105,6 @@ def at_least(name: str, value: int, least: int = 1) -> None:
     """Raise :class:`InputError` unless a count is a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name} is {value}, but must be a whole number and at least {least}")
-
-
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Raise :class:`InputError` unless a setting is one of some words."""
-    if value not in choices:
-        raise InputError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
 
 
 def not_negative(name: str, value: float) -> None:

@@ -6,15 +6,12 @@ neither computed nor touched.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from nndefense.attacks import norms
+from nndefense.attacks import losses, norms
 from nndefense.attacks.checks import at_least, checked_inputs
-from nndefense.attacks.losses import Loss, find_loss, kl
-from nndefense.attacks.objective import Model, checked_logits, checking, fooled_by, loss_and_gradient, negated
+from nndefense.attacks.losses import Loss, Model, fooled_by, loss_and_gradient
 from nndefense.errors import InputError
 from nndefense.memory import reusing_memory
 
@@ -43,13 +40,13 @@ def fgsm(
         The attacked images: same shape, dtype and device as ``x``, in [0, 1] and inside the ball.
     """
     radii = checked_inputs(model, x, y, eps, norm)
-    objective = find_loss(loss)
-    if objective is kl:
+    objective = losses.find_loss(loss)
+    if objective is losses.kl:
         raise InputError("the gradient of the KL divergence is 0 at the clean image: use pgd with a random start")
     if targeted:
-        objective = negated(objective)
+        objective = losses.negated(objective)
     x = x.detach()
-    _, _, gradient = loss_and_gradient(model, x, y, checking(objective))
+    _, _, gradient = loss_and_gradient(model, x, y, losses.checking(objective))
     return norms.projector(x, radii, norm)(x + norms.steepest(gradient, norm) * norms.per_image(radii, x))
 
 
@@ -110,22 +107,37 @@ def pgd(
         raise InputError("restarts without a random start all take the same path: turn random_start on")
     if not 0 <= momentum < float("inf"):
         raise InputError(f"momentum is {momentum}, but must be finite and at least 0")
-    objective = find_loss(loss)
-    if objective is kl and (targeted or not random_start):
+    objective = losses.find_loss(loss)
+    if objective is losses.kl and (targeted or not random_start):
         raise InputError("the KL divergence knows no target and is flat at the clean image: use it with random_start")
     stride = radii * (2.5 / steps) if step_size is None else norms.radius(x, step_size, norm)
     x = x.detach()
-    goal = checked_logits(model, x, y) if objective is kl else y
-    objective = negated(objective) if targeted else objective
-    path = _Path(objective, norm, steps, random_start, momentum, generator)
+    goal = losses.checked_logits(model, x, y) if objective is losses.kl else y
+    objective = losses.negated(objective) if targeted else objective
+
+    def ascend(x: Tensor, goal: Tensor, radii: Tensor, stride: Tensor, first: Loss) -> Tensor:
+        """One run from x or from a random start, N x C x H x W -> N x C x H x W; ``first`` is the first step's loss."""
+        stride, inside = norms.per_image(stride, x), norms.projector(x, radii, norm)
+        attacked = inside(x + norms.random_in_ball(x, radii, norm, generator)) if random_start else x
+        velocity: Tensor | None = None
+        for step in range(steps):
+            _, _, gradient = loss_and_gradient(model, attacked, goal, objective if step else first)
+            if momentum:
+                gradient = norms.unit_l1(gradient)
+                velocity = gradient if velocity is None else momentum * velocity + gradient
+                gradient = velocity
+            attacked = inside(torch.addcmul(attacked, stride, norms.steepest(gradient, norm)))
+        return attacked
+
+    first = losses.checking(objective) if goal is y else objective
     if restarts == 1:
-        return path.ascend(model, x, goal, radii, stride, checking(objective) if goal is y else objective)
+        return ascend(x, goal, radii, stride, first)
 
     best, best_loss, standing = x.clone(), torch.full_like(radii, -torch.inf), torch.arange(len(x), device=x.device)
-    for restart in range(restarts):
+    for _ in range(restarts):
         here = standing
-        first = checking(objective) if restart == 0 and goal is y else objective
-        attacked = path.ascend(model, x[here], goal[here], radii[here], stride[here], first)
+        attacked = ascend(x[here], goal[here], radii[here], stride[here], first)
+        first = objective
         with torch.no_grad():
             logits = model(attacked)
             reached, fooled = objective(logits, goal[here]), fooled_by(logits, y[here], targeted)
@@ -135,31 +147,3 @@ def pgd(
         if len(standing) == 0:
             break
     return best
-
-
-@dataclass(frozen=True)
-class _Path:
-    """The settings that every restart shares."""
-
-    loss: Loss
-    norm: str
-    steps: int
-    random_start: bool
-    momentum: float
-    generator: torch.Generator | None
-
-    def ascend(self, model: Model, x: Tensor, y: Tensor, radii: Tensor, stride: Tensor, first: Loss) -> Tensor:
-        """One run from x or from a random start, N x C x H x W -> N x C x H x W; ``first`` is the first step's loss."""
-        stride, inside = norms.per_image(stride, x), norms.projector(x, radii, self.norm)
-        attacked = x
-        if self.random_start:
-            attacked = inside(x + norms.random_in_ball(x, radii, self.norm, self.generator))
-        velocity: Tensor | None = None
-        for step in range(self.steps):
-            _, _, gradient = loss_and_gradient(model, attacked, y, self.loss if step else first)
-            if self.momentum:
-                gradient = norms.unit_l1(gradient)
-                velocity = gradient if velocity is None else self.momentum * velocity + gradient
-                gradient = velocity
-            attacked = inside(torch.addcmul(attacked, stride, norms.steepest(gradient, self.norm)))
-        return attacked

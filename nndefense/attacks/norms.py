@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nndefense.attacks.registry import NORMS
-from nndefense.errors import InputError
+from nndefense.errors import InputError, check_choice
 
 Projector = Callable[[Tensor], Tensor]
 
@@ -36,8 +36,7 @@ def radius(images: Tensor, eps: float | Tensor, norm: str) -> Tensor:
     Raises:
         InputError: an unknown norm; an eps that is negative, not finite or not one per image.
     """
-    if norm not in NORMS:
-        raise InputError(f"norm is {norm!r}, but must be one of {', '.join(NORMS)}")
+    check_choice("norm", norm, NORMS)
     # One number is checked as it is: a look at a tensor makes a GPU wait.
     valid = 0 <= eps < float("inf") if isinstance(eps, (int, float)) else None
     eps = torch.as_tensor(eps, dtype=images.dtype, device=images.device)
@@ -113,11 +112,11 @@ def projector(images: Tensor, radii: Tensor, norm: str) -> Projector:
 def random_on_sphere(images: Tensor, radii: Tensor, norm: str, generator: torch.Generator | None) -> Tensor:
     """Draw a perturbation whose norm is the radius: APGD's start (its authors' code), before the box is applied."""
     if norm == "linf":
-        drawn = 2 * _uniform(images, generator) - 1
-        largest = drawn.flatten(1).abs().amax(1) if drawn[:1].numel() else radii
-        return drawn * per_image(radii / largest.clamp_min(_TINY), images)
-    drawn = _normal(images, generator)
-    return drawn * per_image(radii * _SHRINK / length(drawn).clamp_min(_TINY), images)
+        delta = 2 * drawn(images, generator, torch.rand) - 1
+        largest = delta.flatten(1).abs().amax(1) if delta[:1].numel() else radii
+        return delta * per_image(radii / largest.clamp_min(_TINY), images)
+    delta = drawn(images, generator, torch.randn)
+    return delta * per_image(radii * _SHRINK / length(delta).clamp_min(_TINY), images)
 
 
 def distance(images: Tensor, attacked: Tensor, norm: str) -> Tensor:
@@ -129,18 +128,14 @@ def distance(images: Tensor, attacked: Tensor, norm: str) -> Tensor:
 def random_in_ball(images: Tensor, radii: Tensor, norm: str, generator: torch.Generator | None) -> Tensor:
     """Draw a perturbation uniformly from each image's ball (before the box [0, 1] is applied)."""
     if norm == "linf":
-        return (2 * _uniform(images, generator) - 1) * per_image(radii, images)
+        return (2 * drawn(images, generator, torch.rand) - 1) * per_image(radii, images)
     # A normal vector has a uniform direction; the d-th root of a uniform number is the right law of the length.
-    normal = _normal(images, generator)
-    share = _uniform(images[:, :1, :1, :1], generator).flatten() ** (1.0 / max(images.shape[1:].numel(), 1))
+    normal = drawn(images, generator, torch.randn)
+    share = drawn(images[:, :1, :1, :1], generator, torch.rand).flatten() ** (1.0 / max(images.shape[1:].numel(), 1))
     return normal * per_image(radii * share / length(normal).clamp_min(_TINY), images)
 
 
-def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+def drawn(like: Tensor, generator: torch.Generator | None, law: Callable[..., Tensor]) -> Tensor:
+    """Random numbers of a law such as ``torch.rand``, drawn on the generator's device; else like a given tensor."""
     device = like.device if generator is None else generator.device
-    return torch.rand(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
-
-
-def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+    return law(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)

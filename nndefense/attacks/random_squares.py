@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nndefense.attacks import losses, norms
 from nndefense.attacks.checks import at_least, checked_inputs, fraction
-from nndefense.attacks.objective import Model, checked_logits
+from nndefense.attacks.losses import Model, checked_logits
 from nndefense.memory import reusing_memory
 
 # Section 4.1: after these numbers of queries, of 10,000, the share of pixels is halved.

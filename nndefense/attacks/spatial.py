@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nndefense.attacks.checks import at_least, check_labels, check_model
-from nndefense.attacks.losses import LOSSES
-from nndefense.attacks.modes import attacked_in, check_mode
-from nndefense.attacks.objective import Model, checked_logits
-from nndefense.errors import InputError
+from nndefense.attacks.losses import LOSSES, Model, checked_logits
+from nndefense.attacks.wrappers import MODES, attacked_in
+from nndefense.errors import InputError, check_choice
 from nndefense.images import check_images
 
 # Three pixels of MNIST's 28, printed as 0.1071.
@@ -84,9 +83,8 @@ class SpatialAttack:
         """Raise :class:`InputError` for a setting out of range."""
         at_least("draws", self.draws)
         check_limits(self.degrees, self.shift)
-        if self.choice not in CHOICES:
-            raise InputError(f"choice is {self.choice!r}, but must be one of {', '.join(CHOICES)}")
-        check_mode(self.mode)
+        check_choice("choice", self.choice, CHOICES)
+        check_choice("mode", self.mode, MODES)
 
     @torch.no_grad()
     def __call__(self, model: Model, images: Tensor, y: Tensor, *, loss: str = "cross-entropy") -> Tensor:
@@ -147,9 +145,7 @@ def spatial_grid(
     Only images that still stand are tried further.
 
     Args:
-        model: images N x C x H x W in [0, 1] -> logits N x K.
-        x: clean images, N x C x H x W in [0, 1].
-        y: labels N.
+        model, x, y: as for :func:`nndefense.attacks.pgd`, and so are the errors.
         degrees: the largest angle either way, 0 to 180.
         shift: the largest shift either way, 0 to 1; see :func:`rotated_and_shifted`.
         rotations: how many angles, evenly spaced, both limits among them; 1 is angle 0 alone.
@@ -157,10 +153,6 @@ def spatial_grid(
 
     Returns:
         The attacked images: same shape, dtype and device as ``x``, in [0, 1].
-
-    Raises:
-        InputError: images, labels or settings that cannot be used, a model in training mode, or one that returns
-            probabilities.
     """
     check_model(model)
     check_images(x)
@@ -197,8 +189,7 @@ def _spaced(limit: float, count: int) -> list[float]:
 
 
 def _labels(y: Tensor, images: Tensor, loss: str) -> Tensor:
-    if loss not in LOSSES:
-        raise InputError(f"loss is {loss!r}, but must be one of {', '.join(LOSSES)}")
+    check_choice("loss", loss, LOSSES)
     if loss != "kl":
         check_labels(y, images)
         return y

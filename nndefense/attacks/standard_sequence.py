@@ -1,19 +1,25 @@
-"""AutoAttack: four attacks in sequence, each on what still stands (Croce and Hein, ICML 2020, section 5)."""
+"""AutoAttack: four attacks in sequence, each on what still stands (Croce and Hein, ICML 2020, section 5).
+
+And one attack or sequence with its bill, counted in images: forward and backward passes, queries and seconds.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nndefense.attacks import norms
 from nndefense.attacks.auto_pgd import apgd
 from nndefense.attacks.checks import at_least, checked_inputs
 from nndefense.attacks.fast_boundary import fab
-from nndefense.attacks.objective import Model, checked_logits, fooled_by
+from nndefense.attacks.losses import Loss, Model, checked_logits, fooled_by
 from nndefense.attacks.random_squares import square
+from nndefense.attacks.wrappers import adopt_mode
 from nndefense.errors import InputError
 from nndefense.memory import reusing_memory
 
@@ -83,30 +89,136 @@ def autoattack(
     few = logits.shape[1] < 4
     ball = "linf" if norm == "linf" else "l2"
 
-    def shared(more: dict[str, object]) -> dict[str, object]:
-        return {"norm": ball, "generator": generator} | more
-
-    settings: dict[str, tuple[str, Callable[..., Tensor], dict[str, object]]] = {
-        "apgd-ce": ("apgd-ce", apgd, shared({"steps": steps})),
-        "apgd-t": ("apgd-t", apgd, shared({"steps": steps, "targets": targets})),
-        "fab-t": ("fab-t", fab, shared({"steps": steps, "targets": targets, "searches": 0})),
-        "square": ("square", square, shared({"queries": queries})),
+    plan: dict[str, tuple[Callable[..., Tensor], dict[str, object]]] = {
+        "apgd-ce": (apgd, {"steps": steps}),
+        "apgd-t": (apgd, {"steps": steps, **({"loss": "margin"} if few else {"targets": targets})}),
+        "fab-t": (fab, {"steps": steps, "targets": targets, "searches": 0}),
+        "square": (square, {"queries": queries}),
     }
-    if few:
-        settings["apgd-t"] = ("apgd-margin", apgd, shared({"steps": steps, "loss": "margin"}))
-
     worst, broken = x.clone(), ["clean" if wrong else "" for wrong in fooled_by(logits, y).tolist()]
     for short in attacks:
-        name, attack, options = settings[short]
+        attack, options = plan[short]
         here = torch.tensor([row for row, by in enumerate(broken) if not by], dtype=torch.int64, device=x.device)
         if len(here) == 0:
             break
         # The radii are absolute by now, so both l2 norms are l2.
-        attacked = attack(model, x[here], y[here], eps=radii[here], **options)
+        attacked = attack(model, x[here], y[here], eps=radii[here], norm=ball, generator=generator, **options)
         with torch.no_grad():
             fooled = fooled_by(model(attacked), y[here])
         fooled &= norms.distance(x[here], attacked, ball) <= radii[here] * (1 + _ROUNDING) + _ROUNDING
         worst[here[fooled]] = attacked[fooled]
         for row in here[fooled].tolist():
-            broken[row] = name
+            broken[row] = "apgd-margin" if few and short == "apgd-t" else short
     return WorstCase(worst, tuple(broken))
+
+
+Attack = Callable[..., Tensor | WorstCase]
+
+
+class Counted(nn.Module):
+    """A model that counts what it is asked for; otherwise it is the same model.
+
+    Attributes:
+        forwards: images x forward passes; a pass of ``Eot`` over 20 draws counts 20 for each image.
+        backwards: images x gradients with respect to them, in the same measure.
+        queries: those of ``forwards`` that no gradient could follow, as a black box is asked.
+
+    Args:
+        model: images N x C x H x W in [0, 1] -> logits N x K.
+    """
+
+    def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.passes: int = int(getattr(model, "passes", 1))
+        self.forwards = self.backwards = self.queries = 0
+        if hasattr(model, "expected_loss"):
+            self.expected_loss = self._expected_loss
+        adopt_mode(self, model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's logits, counted: N x C x H x W -> N x K."""
+        return self.model(self._count(x))
+
+    def _expected_loss(self, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+        """The model's own expected loss, counted: what :class:`nndefense.attacks.Eot` declares."""
+        found: tuple[Tensor, Tensor] = self.model.expected_loss(self._count(x), y, loss)  # type: ignore[attr-defined]
+        return found
+
+    def _count(self, x: Tensor) -> Tensor:
+        cost = len(x) * self.passes
+        self.forwards += cost
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            self.queries += cost
+            return x
+        # A view, because a hook on it sees every gradient that goes through this call, and no other.
+        seen = x.view_as(x)
+        seen.register_hook(lambda _: self._count_gradient(cost))  # type: ignore[no-untyped-call]
+        return seen
+
+    def _count_gradient(self, cost: int) -> None:
+        self.backwards += cost
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an attack found and what it cost.
+
+    Attributes:
+        images: attacked images N x C x H x W in [0, 1].
+        success: N booleans: the judge gives another class than the label, or the target class.
+        forwards: images x forward passes in all, ``Eot`` draws counted singly.
+        backwards: images x gradients in all.
+        queries: those of ``forwards`` that were asked without a gradient.
+        seconds: wall time of the attack, without the judgement.
+        broken_by: for a sequence of attacks the one that broke each image; else None.
+    """
+
+    images: Tensor
+    success: Tensor
+    forwards: int
+    backwards: int
+    queries: int
+    seconds: float
+    broken_by: tuple[str, ...] | None = None
+
+    @property
+    def success_rate(self) -> float:
+        """Share of all images on which the attack succeeded, in [0, 1]; NaN without images."""
+        return float(self.success.double().mean())
+
+
+def run(attack: Attack, model: Model, x: Tensor, y: Tensor, *, judge: Model | None = None, **settings: Any) -> Result:
+    """Run an attack, count its cost, and judge the images that it made.
+
+    Args:
+        attack: a function (model, x, y, ...) -> images, as all in this package are.
+        model: what the attack sees: images N x C x H x W in [0, 1] -> logits N x K.
+        x: clean images, N x C x H x W in [0, 1].
+        y: labels N, or target classes where ``settings`` holds ``targeted=True``.
+        judge: the model that decides on success; by default ``model``. With another one this is a transfer attack
+            from ``model`` as surrogate.
+        settings: the attack's own keyword arguments.
+
+    Returns:
+        Images, successes and cost. The forward pass of the judgement is not counted.
+
+    Raises:
+        InputError: whatever the attack refuses.
+    """
+    counted = Counted(model)
+    wait(x)
+    begun = time.perf_counter()
+    found = attack(counted, x, y, **settings)
+    wait(x)
+    seconds = time.perf_counter() - begun
+    images, broken_by = (found.images, found.broken_by) if isinstance(found, WorstCase) else (found, None)
+    with torch.no_grad():
+        success = fooled_by((judge or model)(images), y, bool(settings.get("targeted", False)))
+    return Result(images, success, counted.forwards, counted.backwards, counted.queries, seconds, broken_by)
+
+
+def wait(x: Tensor) -> None:
+    """Wait for the device of ``x``, so that seconds are those of finished work."""
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)

@@ -1,4 +1,4 @@
-"""What a defence declares about itself so that attacks see through it: EOT for randomness, BPDA for lost gradients."""
+"""What a model declares of itself to attacks (EOT: randomness, BPDA: lost gradients), and how its mode is held."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from nndefense.attacks.checks import at_least
-from nndefense.attacks.losses import Loss
-from nndefense.errors import InputError
+from nndefense.attacks.losses import Loss, Model
+from nndefense.errors import InputError, check_choice
 
 AVERAGES = ("probabilities", "gradients")
+MODES = ("eval", "train")
 
 
 class Eot(nn.Module):
@@ -44,8 +45,7 @@ class Eot(nn.Module):
     ) -> None:
         super().__init__()
         at_least("samples", samples)
-        if average not in AVERAGES:
-            raise InputError(f"average is {average!r}, but must be one of {', '.join(AVERAGES)}")
+        check_choice("average", average, AVERAGES)
         self.model, self.samples, self.average, self.generator = model, samples, average, generator
         #: What one call costs, in forward passes of the innermost model.
         self.passes: int = samples * int(getattr(model, "passes", 1))
@@ -141,3 +141,39 @@ class _Swap(torch.autograd.Function):
 def adopt_mode(wrapper: nn.Module, *parts: object) -> None:
     """Set a fresh wrapper to training mode only if a part of it is: a wrapper has no mode of its own."""
     wrapper.training = any(part.training for part in parts if isinstance(part, nn.Module))
+
+
+@contextmanager
+def attacked_in(model: Model, mode: str = "eval") -> Iterator[None]:
+    """Hold a net still for an attack, and give it back as it was, whatever happens inside.
+
+    Inside, no parameter requires a gradient, so that no graph to the weights is built; the net is in evaluation mode,
+    or in training mode with copies in the place of its buffers. Afterwards every module has its own mode again, every
+    parameter its own ``requires_grad``, and every buffer (such as the statistics of batch normalisation) is untouched.
+
+    Args:
+        model: a module; a callable that is none is left as it is.
+        mode: ``eval``, or ``train`` for batch statistics and dropout.
+    """
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Put aside, not overwritten: the graph of an earlier pass may still need them as they are.
+    kept = model.modules() if mode != "eval" else ()
+    buffers = [(module, name, buffer) for module in kept for name, buffer in module.named_buffers(recurse=False)]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer.clone())
+        model.train(mode == "train")
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer)
+        for parameter in learning:
+            parameter.requires_grad_(True)

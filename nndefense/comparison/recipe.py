@@ -9,7 +9,7 @@ from typing import Any
 
 from nndefense import attacks, recipes
 from nndefense.comparison.published import PUBLISHED
-from nndefense.errors import InputError
+from nndefense.errors import InputError, check_choice
 from nndefense.own_code import PYTHON
 from nndefense.pipeline import defenses
 from nndefense.pipeline.materials import MaterialSettings
@@ -62,8 +62,7 @@ class Scope(MaterialSettings):
     informed_eps: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.norm not in attacks.NORMS:
-            raise InputError(f"norm is {self.norm!r}, but must be one of {', '.join(attacks.NORMS)}")
+        check_choice("norm", self.norm, attacks.NORMS)
         if not self.eps or not all(eps > 0 for eps in self.eps):
             raise InputError("a comparison needs at least one eps above 0")
         if self.headline not in self.eps:

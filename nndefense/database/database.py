@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from nndefense.database.repeats import repeated_ids
 from nndefense.database.rows import StoredRows
 from nndefense.database.sharded import ENGINES, ShardedIndex
 from nndefense.database.weighting import CBW_D_POWER, CBW_D_TERMS, neighbor_weights
-from nndefense.database.writer import VIRTUAL, DatabaseWriter, ShardWriter, read_pca, seal
-from nndefense.errors import DatabaseError, InputError
+from nndefense.database.writer import PCA_FILE, VIRTUAL, DatabaseWriter, ShardWriter, load_pca, seal
+from nndefense.errors import DatabaseError, InputError, check_choice
 from nndefense.features import PCA, FeatureExtractor, FeatureSpec
 from nndefense.models import Classifier
 
@@ -56,26 +56,9 @@ class ImageDatabase:
     # -- making and opening -------------------------------------------------------------------------------------
 
     @staticmethod
-    def create(
-        path: str | Path,
-        *,
-        classifier: Classifier,
-        feature: FeatureSpec,
-        pca: PCA | None = None,
-        data: Mapping[str, Any] | None = None,
-        index: str = "Flat",
-        overwrite: bool = False,
-    ) -> DatabaseWriter:
-        """Begin a new database; see :class:`~nndefense.database.writer.DatabaseWriter`."""
-        return DatabaseWriter(
-            Path(path),
-            classifier=classifier,
-            feature=feature,
-            pca=pca,
-            data=data or {"name": "unnamed", "fingerprint": "", "specs": []},
-            index=index,
-            overwrite=overwrite,
-        )
+    def create(path: str | Path, **settings: Any) -> DatabaseWriter:
+        """Begin a new database; settings and errors are those of :class:`~nndefense.database.writer.DatabaseWriter`."""
+        return DatabaseWriter(Path(path), **settings)
 
     @classmethod
     def open(
@@ -112,10 +95,8 @@ class ImageDatabase:
                 made with another classifier, or a Ray cluster that cannot be used.
             InputError: an unknown backend or engine; Ray is not installed.
         """
-        if backend not in BACKENDS:
-            raise InputError(f"backend is {backend!r}, but must be one of {', '.join(BACKENDS)}")
-        if engine not in ENGINES:
-            raise InputError(f"engine is {engine!r}, but must be one of {', '.join(ENGINES)}")
+        check_choice("backend", backend, BACKENDS)
+        check_choice("engine", engine, ENGINES)
         folder = Path(path)
         manifest = Manifest.read(folder)
         manifest.check_files(folder, checksums=verify)
@@ -136,10 +117,15 @@ class ImageDatabase:
                 folder, manifest, shards=shards, address=ray_address, backend=backend, device=device, name=ray_name
             )
         elif backend == "faiss":
-            index = _read_index(folder, manifest)
+            name = manifest.index["file"]
+            mapped = manifest.files[name].bytes > _MAPPED_BYTES
+            index = FaissIndex.read(folder / name, mapped=mapped, dimension=manifest.dimension, rows=manifest.rows)
+            # As was found to give the recall that was asked for.
+            index.set_search(manifest.index.get("search", {}).get("setting", {}))
         else:
             index = TorchIndex(lambda first, last: table.slice("features", first, last), len(table), device=device)
-        database = cls(folder, manifest, table, index, read_pca(folder, manifest), backend, device)
+        pca = load_pca(folder / PCA_FILE) if PCA_FILE in manifest.files else None
+        database = cls(folder, manifest, table, index, pca, backend, device)
         database._held = held
         return database
 
@@ -233,10 +219,9 @@ class ImageDatabase:
             DatabaseError: the database was made with another classifier.
         """
         self.check_classifier(classifier)
-        device = next(iter(_tensors(classifier))).device
-        example = torch.full((2, *classifier.input_shape), 0.5, device=device)
+        example = torch.full((2, *classifier.input_shape), 0.5, device=classifier.device)
         # A copy: the extractor moves with its classifier, and other extractors stay where they are.
-        return FeatureExtractor(classifier, self.feature, copy.deepcopy(self.pca), example).to(device)
+        return FeatureExtractor(classifier, self.feature, copy.deepcopy(self.pca), example).to(classifier.device)
 
     # -- searching and reading ----------------------------------------------------------------------------------
 
@@ -361,20 +346,3 @@ def _check_classifier(folder: Path, manifest: Manifest, classifier: Classifier) 
             f"{folder} was made with another classifier ({manifest.classifier['source']}, {made[:12]}) than this one "
             f"({classifier.source}, {given[:12]}): load that classifier, or build a database for this one"
         )
-
-
-def _read_index(folder: Path, manifest: Manifest) -> FaissIndex:
-    """The index, set to search as was found to give the recall that was asked for."""
-    name = manifest.index["file"]
-    index = FaissIndex.read(
-        folder / name,
-        mapped=manifest.files[name].bytes > _MAPPED_BYTES,
-        dimension=manifest.dimension,
-        rows=manifest.rows,
-    )
-    index.set_search(manifest.index.get("search", {}).get("setting", {}))
-    return index
-
-
-def _tensors(classifier: Classifier) -> list[Tensor]:
-    return [*classifier.parameters(), *classifier.buffers()]

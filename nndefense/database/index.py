@@ -10,8 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nndefense.database.exact_search import TorchIndex
-from nndefense.database.faiss_tools import import_faiss, is_graph, list_ids, threads, transforms, unusable
-from nndefense.database.gpu import list_finder, on_device
+from nndefense.database.faiss_tools import (
+    import_faiss,
+    is_graph,
+    list_finder,
+    list_ids,
+    on_device,
+    threads,
+    transforms,
+    unusable,
+)
 from nndefense.errors import DatabaseError, InputError
 
 Array = NDArray[Any]
@@ -113,17 +121,13 @@ class FaissIndex:
 
     @property
     def merges(self) -> str:
-        """How parts become one: ``lists`` (inverted lists), ``codes`` (rows in order), or nothing: they cannot."""
+        """How parts become one: ``lists`` (inverted lists), ``codes`` (rows in order), or nothing: they
+        cannot be filled apart from each other."""
         faiss, inner = import_faiss(), self.inner
         if isinstance(inner, faiss.IndexIVF):
             plain = isinstance(faiss.downcast_InvertedLists(inner.invlists), faiss.ArrayInvertedLists)
             return "lists" if plain else ""
         return "codes" if isinstance(inner, faiss.IndexFlatCodes) else ""
-
-    @property
-    def mergeable(self) -> bool:
-        """Whether parts of such an index, filled apart from each other, can be merged."""
-        return bool(self.merges)
 
     def held_rows(self) -> NDArray[np.int64]:
         """The row numbers in the index, in ascending order, as often as they are there."""
@@ -141,7 +145,7 @@ class FaissIndex:
             rows: M x d.
             first: the number of the first of them; None: they follow what is there. Inverted lists can begin
                 anywhere, which makes them a part of a larger index; other kinds count from 0 in each part.
-            device: where inverted lists are chosen; see :func:`~nndefense.database.gpu.check_device`.
+            device: where inverted lists are chosen; see :func:`~nndefense.database.faiss_tools.check_device`.
 
         Raises:
             InputError: rows of another length, an index that cannot be filled so, or a GPU that is not there.
@@ -150,7 +154,7 @@ class FaissIndex:
             raise InputError(f"the index takes rows M x {self.dimension}, but was given {rows.shape}")
         in_lists = self.merges == "lists"
         start = self.rows if first is None else first
-        if start != self.rows and not self.mergeable:
+        if start != self.rows and not self.merges:
             raise InputError("an index of this kind cannot be made in parts: add its rows from the first to the last")
         assign = None
         if in_lists and device != "cpu":
@@ -239,7 +243,7 @@ class FaissIndex:
         return type(self.inner).__name__.startswith("Gpu")
 
     def to_device(self, device: str, *, float16: bool = False) -> FaissIndex:
-        """A copy for searching; see :func:`nndefense.database.gpu.on_device`."""
+        """A copy for searching; see :func:`nndefense.database.faiss_tools.on_device`."""
         return FaissIndex(on_device(self.index, device, float16=float16))
 
     def to_cpu(self) -> FaissIndex:

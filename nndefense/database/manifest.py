@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nndefense.errors import DatabaseError
 from nndefense.features import FeatureSpec
@@ -15,6 +15,7 @@ from nndefense.files import sha256_of, write_json
 
 FORMAT, VERSION = "nndefense-database", 1
 NAME = "manifest.json"
+M = TypeVar("M")
 _REBUILD = "build the database again with 'nndefense index build'"
 
 
@@ -45,6 +46,42 @@ class FileEntry:
             raise DatabaseError(f"{path} is {what} ({size:,} of {self.bytes:,} bytes): restore it or {remedy}")
         if checksum and sha256_of(path) != self.sha256:
             raise DatabaseError(f"{path} has changed since it was built (wrong sha256): restore it or {remedy}")
+
+
+def read_manifest(
+    folder: Path, made: Callable[[dict[str, Any]], M], form: str, version: int, kind: str, a_kind: str, rebuild: str,
+    again: str,
+) -> M:  # fmt: skip
+    """Read the manifest of a folder: what ``made`` makes of its entries, whose ``files`` are :class:`FileEntry`.
+
+    Args:
+        folder: of the database.
+        made: raises one of Python's lookup, type or value errors for entries that cannot be used.
+        form, version: of the format.
+        kind, a_kind: what it is, in words.
+        rebuild, again: what to do where it is damaged, or not finished; the former ends ``again with COMMAND``.
+
+    Raises:
+        DatabaseError: no such folder, no manifest in it (an unfinished build), or one that cannot be read or used.
+    """
+    path = folder / NAME
+    if not folder.is_dir():
+        raise DatabaseError(f"there is no {kind} at {folder}: build one {rebuild.partition(' again ')[2]}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        what = f"({NAME} is missing; was its build interrupted?): {again}"
+        raise DatabaseError(f"{folder} holds no finished {kind} {what}") from error
+    except (OSError, ValueError) as error:
+        raise DatabaseError(f"{path} is damaged or cannot be read: restore it or {rebuild}") from error
+    if not isinstance(value, dict) or value.pop("format", None) != form:
+        raise DatabaseError(f"{path} is not the manifest of {a_kind}: give the folder of one")
+    if value.pop("version", None) != version:
+        raise DatabaseError(f"{path} is of another version of the format than {version}: {rebuild}")
+    try:
+        return made({**value, "files": {name: FileEntry(**entry) for name, entry in value["files"].items()}})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DatabaseError(f"{path} lacks entries or has unknown ones: restore it or {rebuild}") from error
 
 
 def in_row_order(names: Iterable[str]) -> list[str]:
@@ -120,28 +157,14 @@ class Manifest:
         Raises:
             DatabaseError: no such folder, no manifest in it (an unfinished build), or one that cannot be read.
         """
-        path = folder / NAME
-        if not folder.is_dir():
-            raise DatabaseError(f"there is no database at {folder}: build one with 'nndefense index build'")
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            what = "was its build interrupted?): build it again, or continue, with 'nndefense index build'"
-            raise DatabaseError(f"{folder} holds no finished database ({NAME} is missing; {what}") from error
-        except (OSError, ValueError) as error:
-            raise DatabaseError(f"{path} is damaged or cannot be read: restore it or {_REBUILD}") from error
-        if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
-            raise DatabaseError(f"{path} is not the manifest of an image database: give the folder of one")
-        if value.pop("version", None) != VERSION:
-            raise DatabaseError(f"{path} is of another version of the format than {VERSION}: {_REBUILD}")
-        try:
-            value["files"] = {name: FileEntry(**entry) for name, entry in value["files"].items()}
-            value["classes"] = tuple(value["classes"])
-            manifest = cls(**value)
+
+        def made(value: dict[str, Any]) -> Manifest:
+            manifest = cls(**value | {"classes": tuple(value["classes"])})
             manifest._check_entries()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DatabaseError(f"{path} lacks entries or has unknown ones: restore it or {_REBUILD}") from error
-        return manifest
+            return manifest
+
+        again = "build it again, or continue, with 'nndefense index build'"
+        return read_manifest(folder, made, FORMAT, VERSION, "database", "an image database", _REBUILD, again)
 
     def _check_entries(self) -> None:
         """Raise one of Python's lookup or type errors, or :class:`InputError`, for entries that cannot be used."""

@@ -114,18 +114,6 @@ class NearSearch:
             yield first, piece, (piece * piece).sum(1)
 
 
-def near_images(
-    pool: ImageDataset, references: ImageDataset, eps: float | None = None, *, batch_size: int = 512
-) -> Near:
-    """Search for all images of a pool; see :class:`NearSearch`.
-
-    The rows to keep are ``near.rows < 0``.
-    """
-    search = NearSearch(references, eps)
-    found = [search(images) for images, _, _ in pool.batches(batch_size)]
-    return Near(torch.cat([f.rows for f in found]), torch.cat([f.distances for f in found]))
-
-
 def near_threshold(shape: Sequence[int]) -> float:
     """The L2 distance, in pixels of [0, 1], below which an image counts as a copy of a test image.
 

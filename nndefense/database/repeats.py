@@ -52,7 +52,10 @@ def repeats(keys: Iterable[Array], folder: Path | None = None, *, held: int = _H
                 waiting, number = [], 0
         if files and waiting:
             _spill(files, np.concatenate(waiting))
-        found = [_found(_loaded(file)) for file in files] if files else [_found(np.concatenate(waiting or [_EMPTY]))]
+        for file in files:
+            file.seek(0)
+        held_in = (np.frombuffer(file.read(), dtype=_RECORD) for file in files)
+        found = [_found(part) for part in (held_in if files else [np.concatenate(waiting or [_EMPTY])])]
     rows, firsts = (np.concatenate(parts) for parts in zip(*found, strict=True))
     order = np.argsort(rows)
     return rows[order], firsts[order]
@@ -101,11 +104,6 @@ def _spill(files: list[Any], records: Array) -> None:
     ends = np.searchsorted(bucket[order], np.arange(_BUCKETS), side="right")
     for file, part in zip(files, np.split(records[order], ends[:-1]), strict=True):
         file.write(part.tobytes())
-
-
-def _loaded(file: Any) -> Array:
-    file.seek(0)
-    return np.frombuffer(file.read(), dtype=_RECORD)
 
 
 def _found(records: Array) -> tuple[Rownumbers, Rownumbers]:

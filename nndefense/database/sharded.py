@@ -132,7 +132,8 @@ class ShardedIndex:
         sent = self._ray.put(wanted) if wanted.nbytes > 100_000 else wanted
         found = self._all([actor.search.remote(sent, k) for actor in self._actors], _SEARCH_SECONDS)
         keys, rows = merge([keys for keys, _ in found], [rows for _, rows in found], k)
-        return (_rooted(keys) if self.backend == "faiss" else _completed(keys, wanted)), rows
+        # As FAISS's squares are made distances on one machine.
+        return np.sqrt(np.maximum(keys, 0)) if self.backend == "faiss" else _completed(keys, wanted), rows
 
     def check(self, seconds: float = 60.0) -> int:
         """Ask every part how many rows it holds; returns their sum.
@@ -226,11 +227,6 @@ def _merge_in_torch(keys: Sequence[NDArray[np.float32]], rows: Sequence[NDArray[
     best, order = together.sort(dim=1, stable=True)
     found = torch.from_numpy(np.concatenate(rows, axis=1)).gather(1, order)
     return best[:, :k].numpy(), found[:, :k].numpy()
-
-
-def _rooted(squared: NDArray[np.float32]) -> NDArray[np.float32]:
-    """As FAISS's squares are made distances on one machine."""
-    return np.sqrt(np.maximum(squared, 0)).astype(np.float32)
 
 
 def _completed(keys: NDArray[np.float32], queries: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nndefense.errors import InputError
+from nndefense.errors import InputError, check_choice
 
 Weighting = Literal["uniform", "cbw-e", "cbw-d"]
 WEIGHTINGS: tuple[Weighting, ...] = ("uniform", "cbw-e", "cbw-d")
@@ -22,8 +22,7 @@ CBW_D_TERMS = 20
 
 def check_weighting(weighting: str, power: float = CBW_D_POWER, terms: int = CBW_D_TERMS) -> None:
     """Raise :class:`InputError` for arguments that :func:`neighbor_weights` cannot use."""
-    if weighting not in WEIGHTINGS:
-        raise InputError(f"weighting is {weighting!r}, but must be one of {', '.join(WEIGHTINGS)}")
+    check_choice("weighting", weighting, WEIGHTINGS)
     if not 0 < power < math.inf or terms < 1:
         raise InputError(f"CBW-D needs a power above 0 and at least 1 term, but was given {power} and {terms}")
 

@@ -57,8 +57,8 @@ class DatabaseWriter:
         *,
         classifier: Classifier,
         feature: FeatureSpec,
-        pca: PCA | None,
-        data: Mapping[str, Any],
+        pca: PCA | None = None,
+        data: Mapping[str, Any] | None = None,
         index: str = "Flat",
         overwrite: bool = False,
     ) -> None:
@@ -86,13 +86,8 @@ class DatabaseWriter:
         self._identity: dict[str, Any] = {
             "classes": tuple(classifier.classes),
             "feature": feature.to_json(),
-            "classifier": {
-                "fingerprint": classifier.fingerprint,
-                "arch": classifier.arch,
-                "source": classifier.source,
-                "input_shape": list(classifier.input_shape),
-            },
-            "data": dict(data),
+            "classifier": made_by(classifier),
+            "data": dict(data or {"name": "unnamed", "fingerprint": "", "specs": []}),
         }
         self._shards = ShardWriter(folder, first=0, classes=len(classifier.classes))
 
@@ -123,8 +118,8 @@ class DatabaseWriter:
         if not files:
             raise DatabaseError(f"no image was added to the database {self.folder}: give a data set that is not empty")
         if self.pca is not None:
-            path = store_pca(self.folder, self.pca)
-            files[path.name] = FileEntry.of(path)
+            store(self.folder / PCA_FILE, pca_writer(self.pca))
+            files[PCA_FILE] = FileEntry.of(self.folder / PCA_FILE)
         seal(self.folder, files, self.factory, "index.faiss", self._identity)
 
 
@@ -147,11 +142,14 @@ class ShardWriter:
         check_rows(features, posteriors, ids, numbers, self.classes, self.dimension)
         self.dimension = features.shape[1]
         batch = columns(features, posteriors, ids, numbers, half=self.half, top=self.top)
-        for piece in _cut(batch, len(ids), self._room):
-            for name, column in piece.items():
+        first = 0
+        while first < len(ids):
+            last = min(first + self._rows_per_shard - self._pending, len(ids))
+            for name, column in batch.items():
                 # A copy, so that a small slice does not keep the caller's whole batch alive.
-                self._columns.setdefault(name, []).append(column.copy())
-            self._pending += len(piece["labels"])
+                self._columns.setdefault(name, []).append(column[first:last].copy())
+            self._pending += last - first
+            first = last
             if self._pending == self._rows_per_shard:
                 self._write()
 
@@ -165,15 +163,22 @@ class ShardWriter:
     def _rows_per_shard(self) -> int:
         return max(_SHARD_BYTES // (4 * ((self.dimension or 0) + self.classes + 8)), 1)
 
-    def _room(self) -> int:
-        return self._rows_per_shard - self._pending
-
     def _write(self) -> None:
         held = {name: np.concatenate(parts) for name, parts in self._columns.items()}
         path = self.folder / shard_name(self.number)
         store(path, lambda part: write_shard(part, held, {"classes": self.classes} if self.top else None))
         self._files[path.name] = FileEntry.of(path, rows=self._pending)
         self.number, self._pending, self._columns = self.number + 1, 0, {}
+
+
+def made_by(classifier: Classifier) -> dict[str, Any]:
+    """What a database records of its classifier."""
+    return {
+        "fingerprint": classifier.fingerprint,
+        "arch": classifier.arch,
+        "source": classifier.source,
+        "input_shape": list(classifier.input_shape),
+    }
 
 
 def shard_name(number: int) -> str:
@@ -268,33 +273,16 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
-def store_pca(folder: Path, pca: PCA) -> Path:
-    """Write a fitted PCA into a database's folder; returns the file."""
+def pca_writer(pca: PCA) -> Callable[[Path], None]:
+    """What writes a fitted PCA to a path."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in pca.state_dict().items()}
-    store(folder / PCA_FILE, lambda part: safetensors.torch.save_file(tensors, part))
-    return folder / PCA_FILE
+    return lambda part: safetensors.torch.save_file(tensors, part)
 
 
 def load_pca(path: Path) -> PCA:
-    """Read a PCA that :func:`store_pca` wrote."""
+    """Read a PCA that :func:`pca_writer` wrote."""
     tensors = safetensors.torch.load_file(path)
     return PCA(tensors["mean"], tensors["axes"], tensors["scale"])
-
-
-def read_pca(folder: Path, manifest: Manifest) -> PCA | None:
-    """The PCA of a database whose files were checked, or None where it has none."""
-    if PCA_FILE not in manifest.files:
-        return None
-    return load_pca(folder / PCA_FILE)
-
-
-def _cut(batch: Mapping[str, Array], size: int, room: Any) -> Iterator[dict[str, Array]]:
-    """Cut a batch where shards end; ``room()`` is asked anew after each piece."""
-    first = 0
-    while first < size:
-        last = min(first + room(), size)
-        yield {name: column[first:last] for name, column in batch.items()}
-        first = last
 
 
 def check_rows(

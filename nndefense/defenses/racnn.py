@@ -22,7 +22,7 @@ from nndefense.attacks.retrieval import Knowledge, RetrievalSurface, Rows, relax
 from nndefense.database import ImageDatabase
 from nndefense.database.exact_search import ExactSearch
 from nndefense.datasets import ImageDataset
-from nndefense.errors import DatabaseError, InputError, ModelError
+from nndefense.errors import DatabaseError, InputError, ModelError, check_choice
 from nndefense.images import check_images
 from nndefense.models import Classifier
 from nndefense.models.racnn import RaCnn, features_of, load_racnn
@@ -171,8 +171,7 @@ class RaCnnDefense(nn.Module):
         """
         if draws is not None:
             at_least("draws", draws)
-        if retrieval not in RETRIEVALS:
-            raise InputError(f"retrieval is {retrieval!r}, but must be one of {', '.join(RETRIEVALS)}")
+        check_choice("retrieval", retrieval, RETRIEVALS)
         if (held is None) == (retrieval == "held"):
             raise InputError("images whose neighbours are held go with retrieval='held', and only with it")
         if held is not None:

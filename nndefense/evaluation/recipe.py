@@ -9,7 +9,7 @@ from typing import Any
 
 from nndefense import recipes
 from nndefense.attacks import registry
-from nndefense.errors import InputError
+from nndefense.errors import InputError, check_choice
 from nndefense.evaluation.threats import AttackSettings
 
 
@@ -22,8 +22,7 @@ class Rung:
 
     def __post_init__(self) -> None:
         known = registry.THREAT_MODELS
-        if self.threat_model not in known:
-            raise InputError(f"threat_model is {self.threat_model!r}, but must be one of {', '.join(known)}")
+        check_choice("threat_model", self.threat_model, known)
         if self.threat_model not in self.attack.attack.threat_models:
             raise InputError(
                 f"the attack {self.attack.name!r} is not one for the threat model {self.threat_model!r}: choose one of "

@@ -9,7 +9,7 @@ from typing import Any
 
 from nndefense.attacks import registry
 from nndefense.attacks.registry import NORMS, Attack
-from nndefense.errors import InputError
+from nndefense.errors import InputError, check_choice
 
 LOSSES = ("cross-entropy", "margin", "dlr")
 
@@ -37,14 +37,12 @@ class AttackSettings:
     queries: int | None = None
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            raise InputError(f"norm is {self.norm!r}, but must be one of {', '.join(NORMS)}")
+        check_choice("norm", self.norm, NORMS)
         if not self.eps or not all(math.isfinite(eps) and eps > 0 for eps in self.eps):
             raise InputError("give at least one eps, each finite and above 0 (clean accuracy is always measured)")
         if min(self.steps or 1, self.queries or 1, self.restarts) < 1 or 0 in (self.steps, self.queries):
             raise InputError("an attack needs at least 1 step or query and 1 restart")
-        if self.loss not in LOSSES:
-            raise InputError(f"the loss is {self.loss!r}, but must be one of {', '.join(LOSSES)}")
+        check_choice("the loss", self.loss, LOSSES)
         self.attack.check(self.norm, self.steps, self.queries, self.restarts, self.loss)
         unit = self.attack.effort or "steps"
         if getattr(self, unit) is None and self.attack.standard:

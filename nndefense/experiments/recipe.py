@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 from nndefense import recipes
 from nndefense.attacks import NORMS, registry
-from nndefense.attacks.checks import check_choice
 from nndefense.attacks.spatial import SHIFT, SpatialAttack
-from nndefense.errors import InputError
+from nndefense.errors import InputError, check_choice
 from nndefense.evaluation.threats import AttackSettings
 from nndefense.models import ARCHITECTURES
 from nndefense.reporting.wording import budget

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.interpolate import BSpline
 
-from nndefense.errors import InputError
+from nndefense.errors import InputError, check_choice
 from nndefense.theory.estimators import Estimators, Population, estimators, min_norm
 from nndefense.theory.solve import Array, in_order, root
 
@@ -47,8 +47,7 @@ class Staircase:
         for name, value in (("x_noise", self.x_noise), ("train_noise", self.noise_in_training)):
             if not 0 <= value <= 1:
                 raise InputError(f"{name} is {value}, but must be a probability from 0 to 1")
-        if self.left_knots not in LEFT_KNOTS:
-            raise InputError(f"left_knots is {self.left_knots!r}, but must be one of {', '.join(LEFT_KNOTS)}")
+        check_choice("left_knots", self.left_knots, LEFT_KNOTS)
         if not 0 <= self.ridge < float("inf"):
             raise InputError(f"the ridge is {self.ridge}, but must be finite and at least 0")
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from nndefense.attacks import LOSSES, NORMS, Model, check_labels, kl, norms
-from nndefense.attacks.checks import at_least, check_choice, not_negative
-from nndefense.attacks.losses import Loss
-from nndefense.attacks.modes import attacked_in, check_mode
-from nndefense.attacks.objective import loss_and_gradient, negated
-from nndefense.errors import InputError
+from nndefense.attacks.checks import at_least, not_negative
+from nndefense.attacks.losses import Loss, loss_and_gradient, negated
+from nndefense.attacks.wrappers import MODES, attacked_in
+from nndefense.errors import InputError, check_choice
 
 STARTS = ("uniform", "gaussian", "sign", "none")
 TARGETS = ("label", "predicted", "least-likely")
@@ -72,7 +71,7 @@ class InnerAttack:
         if self.start == "sign" and self.norm != "linf":
             raise InputError(f"the start 'sign' is a corner of a cube: use it with linf, not with {self.norm}")
         check_choice("target", self.target, TARGETS)
-        check_mode(self.mode)
+        check_choice("mode", self.mode, MODES)
         at_least("steps", self.steps)
         for name, value in (("eps", self.eps), ("start_scale", self.start_scale), ("momentum", self.momentum)):
             not_negative(name, value)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nndefense.attacks.modes import attacked_in
+from nndefense.attacks.wrappers import attacked_in
 from nndefense.database import WEIGHTINGS, ImageDatabase
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError, ModelError

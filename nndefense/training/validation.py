@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nndefense.attacks.modes import attacked_in
+from nndefense.attacks.wrappers import attacked_in
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
 from nndefense.models import Classifier, resolve_device

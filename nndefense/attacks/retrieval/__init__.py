@@ -1,7 +1,8 @@
 """Attacks on defences that retrieve: they know tensors and callables, gathered in a :class:`RetrievalSurface`."""
 
 from nndefense.attacks.retrieval.ensemble import FULL_PLAN, PLAN, AdaptiveResult, adaptive, run_adaptive
-from nndefense.attacks.retrieval.fixed import (
+from nndefense.attacks.retrieval.minimum import push_pull_minimum
+from nndefense.attacks.retrieval.objectives import (
     class_scores,
     feature_drift,
     gray,
@@ -11,7 +12,6 @@ from nndefense.attacks.retrieval.fixed import (
     soft_top_k,
     straight_through,
 )
-from nndefense.attacks.retrieval.minimum import push_pull_minimum
 from nndefense.attacks.retrieval.surface import Counts, Knowledge, Nearest, RetrievalSurface, Rows
 
 __all__ = [

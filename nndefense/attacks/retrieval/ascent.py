@@ -239,10 +239,6 @@ def attack(
     return images
 
 
-def _nothing(images: Tensor) -> Tensor:
-    return images.flatten(1)[:, :0]
-
-
 def _unit(gradient: Tensor) -> Tensor:
     """Each image's gradient with mean size 1, so that momentum weighs directions and not the loss's scale."""
     mean = gradient.flatten(1).abs().mean(1).clamp_min(torch.finfo(gradient.dtype).tiny)

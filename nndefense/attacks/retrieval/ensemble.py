@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nndefense.attacks import norms
 from nndefense.attacks.checks import at_least
 from nndefense.attacks.losses import margin
-from nndefense.attacks.retrieval import ascent, objectives, starts
+from nndefense.attacks.retrieval import ascent, objectives
 from nndefense.attacks.retrieval.ascent import BATCH, Objective, Problem
 from nndefense.attacks.retrieval.objectives import ClassifierLoss, ClassScores, Drift, PushPull, SoftTopK
 from nndefense.attacks.retrieval.surface import Counts, RetrievalSurface
@@ -28,6 +29,7 @@ FULL_PLAN = (
 )  # fmt: skip
 # What a restart adds: the objective that breaks most, and the one that ignores the rows, each from a random start.
 AGAIN = ("soft-random", "gray")
+_CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -171,15 +173,16 @@ class _Run:
             index = self.standing.nonzero()[:, 0]
         if stage.target is not None:
             target = self.targets(stage.target)[index]
-        if len(index) == 0 or (stage.settings.get("loss") == "dlr" and self._classes() < 3):
+        if len(index) == 0:
             return
+        if stage.settings.get("loss") == "dlr":
+            rows = surface.need_rows("DLR")
+            if rows.posteriors(torch.zeros(1, dtype=torch.int64)).shape[1] < 3:
+                return
         aim = {} if target is None else {"target": target}
         objective = stage.objective(surface, **aim, **stage.settings)
         images, _ = ascent.ascend(self.problem.take(index), objective, begin[index], steps=self.steps)
         self.offer(name, images, index)
-
-    def _classes(self) -> int:
-        return self.problem.surface.need_rows("DLR").posteriors(torch.zeros(1, dtype=torch.int64)).shape[1]
 
     def starts(self) -> list[Tensor]:
         """Three interpolation starts for every image of the batch; made when the first stage asks."""
@@ -187,7 +190,7 @@ class _Run:
             # Images that fell already keep x: they are not attacked again.
             index = self.standing.nonzero()[:, 0]
             self._starts = []
-            for found in starts.interpolations(self.problem.take(index), 3, pool=40):
+            for found in interpolations(self.problem.take(index), 3, pool=40):
                 whole = self.problem.x.clone()
                 whole[index] = found
                 self._starts.append(whole)
@@ -200,6 +203,55 @@ class _Run:
             clean = objectives.clean_features(self.problem)
             self._targets = objectives.wrong_classes(rows, clean, self.problem.y, 2, max(k // 2, 1))
         return self._targets[:, min(place, self._targets.shape[1] - 1)]
+
+
+@torch.no_grad()
+def interpolations(problem: Problem, count: int, *, pool: int | None = None) -> list[Tensor]:
+    """Starts on the way to rows of other classes, best first.
+
+    Each of the ``pool`` nearest rows that are not predicted as y is brought into the ball around x: for l_2 the point
+    of the segment from x, for l_inf the clipped difference; where the radius reaches the row's image, that image.
+    They are ranked by how much nearer such a point lies to its row than to the rows of y: the nearest row by feature
+    distance is often not the one that the ball comes nearest to.
+
+    Args:
+        problem: with rows that have images.
+        count: how many starts, at least 1.
+        pool: how many rows are ranked; default 8 for each start; ``count`` takes the nearest in their own order.
+
+    Returns:
+        At most ``count`` batches N x C x H x W, empty where the rows have no images.
+    """
+    surface = problem.surface
+    rows, features = surface.need_rows("interpolation"), surface.need_features("interpolation")
+    if rows.images is None or not len(problem.x):
+        return []
+    pool = min(8 * count if pool is None else max(pool, count), rows.count)
+    count = min(count, pool)
+    clean = features(problem.x)
+    distances, found = rows.nearest(clean, pool, but=problem.y)  # N x pool
+    # A row whose place is not filled is replaced by the nearest one.
+    found = torch.where(torch.isfinite(distances), found, found[:, :1])
+    n = len(problem.x)
+    goals = rows.images(found.flatten()).to(problem.x).view(n, pool, *problem.x.shape[1:])
+    points = (problem.x.unsqueeze(1) + _into_ball(goals - problem.x.unsqueeze(1), problem)).clamp_(0, 1)
+    if pool > count:
+        flat = points.flatten(0, 1)
+        moved = torch.cat([features(part) for part in torch.split(flat, _CHUNK)]).view(n, pool, -1)
+        _, own = rows.nearest(clean, min(surface.k + 32, rows.count), of=problem.y)
+        # The row of y that has to be farther than the goal for the goal's class to have the majority of K.
+        rank = min((surface.k + 1) // 2, own.shape[1])
+        to_own = torch.cdist(moved, rows.vectors(own)).kthvalue(rank, dim=2).values
+        to_goal = (moved - rows.vectors(found)).norm(dim=2)
+        order = (to_own - to_goal).argsort(dim=1, descending=True, stable=True)[:, :count]
+        points = points.gather(1, order.view(n, count, 1, 1, 1).expand(-1, -1, *points.shape[2:]))
+    return list(points.unbind(1))
+
+
+def _into_ball(deltas: Tensor, problem: Problem) -> Tensor:
+    """Project N x P x C x H x W differences into each image's ball."""
+    radii = problem.radii.repeat_interleave(deltas.shape[1])
+    return norms.project(deltas.flatten(0, 1), radii, problem.norm).view_as(deltas)
 
 
 @dataclass(frozen=True)

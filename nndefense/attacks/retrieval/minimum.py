@@ -154,8 +154,7 @@ def _descend(
 ) -> tuple[Tensor, Tensor]:
     """One run of RMSprop: the nearest image that the attacker's copy misclassified, else the last; and whether."""
     features = surface.need_features("push-pull")
-    device = x.device if generator is None else generator.device
-    noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+    noise = norms.drawn(x, generator, torch.randn)
     current, average = _boxed(x + 0.01 * noise, box), torch.zeros_like(x)
     found, least = x.clone(), torch.full_like(c, torch.inf)
     hood: Neighborhood | None = None

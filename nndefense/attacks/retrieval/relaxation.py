@@ -42,6 +42,14 @@ class Neighborhood:
     classes: Tensor
     spread: Tensor
 
+    @classmethod
+    def of(cls, rows: Rows, near: Tensor, filled: Tensor, spread: Tensor) -> Neighborhood:
+        """Row numbers N x m, those that ``filled`` (N x m) tells to be there."""
+        posteriors = rows.posteriors(near)
+        # The defence falls back on the plain mean only where all K weights are 0; a floor does the same in the limit.
+        log_weights = rows.weights(near).clamp_min(_TINY).log().masked_fill(~filled, -torch.inf)
+        return cls(rows.vectors(near), log_weights, posteriors.clamp_min(_TINY).log(), posteriors.argmax(2), spread)
+
     def __getitem__(self, index: Tensor) -> Neighborhood:
         """The neighbourhoods of some of the images."""
         return Neighborhood(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
@@ -73,13 +81,7 @@ def retrieve(rows: Rows, features: Tensor, y: Tensor, k: int, *, m: int, others:
         far, strange = rows.nearest(features, others, but=y)
         known = (strange.unsqueeze(2) == near.unsqueeze(1)).any(2)
         near, filled = torch.cat([near, strange], 1), torch.cat([filled, torch.isfinite(far) & ~known], 1)
-    posteriors = rows.posteriors(near)
-    weights = rows.weights(near)
-    # The defence falls back on the plain mean only where all K weights are 0; a floor does the same in the limit.
-    log_weights = weights.clamp_min(_TINY).log().masked_fill(~filled, -torch.inf)
-    return Neighborhood(
-        rows.vectors(near), log_weights, posteriors.clamp_min(_TINY).log(), posteriors.argmax(2), spread
-    )
+    return Neighborhood.of(rows, near, filled, spread)
 
 
 def threshold(distances: Tensor, k: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nndefense.attacks.checks import check_model
-from nndefense.attacks.objective import Model
+from nndefense.attacks.losses import Model
 from nndefense.attacks.rp2.sticker import Sticker, check_scene
 from nndefense.attacks.rp2.views import ViewChanges, as_photographed
 from nndefense.errors import InputError
@@ -93,8 +93,7 @@ def look(
         model: images N x C x H x W in [0, 1] -> logits N x K.
         photos: N x C x H x W in [0, 1]; for an honest rate, none that the sticker was made with.
         sticker: the sticker.
-        matrices: N x 3 x 3 homographies from the canonical frame to each photo's; identities if not given.
-        light: N factors: how bright white paper is in each photo; 1 if not given.
+        matrices, light: as for :func:`~nndefense.attacks.rp2.rp2`.
         changes: synthetic view changes, drawn anew for each photo and view; None for the photos as they are.
         views: views of each photo; 1 without ``changes``.
         seed: of the view changes.

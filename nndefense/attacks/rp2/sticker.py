@@ -1,4 +1,7 @@
-"""A sticker: what it shows, where it may be, and how it comes into a photo (Eykholt et al. 2018, section 3.3)."""
+"""A sticker: what it shows, where it may be, how it comes into a photo or is printed (Eykholt et al. 2018).
+
+The non-printability score is that of Sharif et al. (CCS 2016) as used by RP2 (equation 3).
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nndefense.attacks.rp2.homography import warp
-from nndefense.errors import InputError
+from nndefense.attacks.rp2.views import warp
+from nndefense.errors import InputError, check_choice
 from nndefense.images import check_images, shape_text
 
 Mode = Literal["replace", "add"]
 MODES: tuple[Mode, ...] = ("replace", "add")
+# The largest product of so many distances, each at most sqrt(3), is far inside the range of float64.
+MOST_COLOURS = 1000
+
+# Thirty colours of our own choice, not those of the paper's authors: what a common inkjet printer can be relied on to
+# give on plain paper. Screen colours such as (0, 1, 0) are left out, ink is not (0, 0, 0), paper not (1, 1, 1).
+# Six greys from ink to paper, and eight hues (the inks, their mixtures, and orange and brown), each at three depths.
+_PALETTE = (
+    (18, 18, 20), (60, 60, 62), (105, 105, 106), (150, 150, 150), (195, 195, 194), (242, 242, 240),
+    (190, 30, 45), (220, 95, 95), (115, 25, 30),
+    (225, 115, 35), (240, 165, 100), (140, 75, 30),
+    (245, 220, 50), (250, 235, 150), (170, 145, 40),
+    (40, 140, 70), (120, 190, 130), (20, 80, 45),
+    (30, 155, 200), (130, 200, 225), (20, 90, 125),
+    (45, 60, 140), (105, 120, 185), (28, 34, 80),
+    (120, 50, 125), (170, 115, 175), (70, 30, 75),
+    (200, 50, 120), (225, 130, 170), (120, 30, 70),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,8 +52,7 @@ class Sticker:
     mode: Mode = "replace"
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise InputError(f"mode is {self.mode!r}, but must be one of {', '.join(MODES)}")
+        check_choice("mode", self.mode, MODES)
         if self.delta.dim() != 3 or self.mask.shape != (1, *self.delta.shape[1:]):
             raise InputError(
                 f"a sticker of {shape_text(self.delta.shape)} (C x h x w) needs a mask 1 x h x w, "
@@ -125,3 +144,53 @@ def paper_white(photos: Tensor, matrices: Tensor, *, quantile: float = 0.95) -> 
     size = (photos.shape[2], photos.shape[3])
     seen = warp(photos, torch.linalg.inv(matrices), size, padding="border").mean(1).flatten(1)
     return torch.quantile(seen.double(), quantile, dim=1).clamp(1 / 255, 1)
+
+
+def default_palette() -> Tensor:
+    """The palette used where none is given: 30 x 3 RGB in [0, 1], float64."""
+    return torch.tensor(_PALETTE, dtype=torch.float64) / 255
+
+
+def check_palette(palette: Tensor) -> Tensor:
+    """Return a palette in float64, P x 3 in [0, 1].
+
+    Raises:
+        InputError: another shape, too many colours, or values outside [0, 1].
+    """
+    palette = torch.as_tensor(palette)
+    if palette.dim() != 2 or palette.shape[1] != 3 or not 1 <= len(palette) <= MOST_COLOURS:
+        raise InputError(
+            f"the palette has shape {shape_text(palette.shape)}, but must be P x 3: 1 to {MOST_COLOURS} RGB colours"
+        )
+    palette = palette.double()
+    if not bool(((palette >= 0) & (palette <= 1)).all()):
+        raise InputError("the palette's colours must be finite and lie in [0, 1]: divide 8-bit values by 255")
+    return palette
+
+
+def non_printability(colours: Tensor, palette: Tensor) -> Tensor:
+    """The non-printability of each pixel: the product of its distances to every printable colour.
+
+    A product, so that one near colour is enough. It is summed up in logarithms and in float64, where thirty factors
+    neither underflow nor overflow; where a distance is 0 both the score and its gradient are exactly 0.
+
+    Args:
+        colours: ... x 3 x h x w; RGB, printable or not (a perturbation may be negative).
+        palette: P x 3 in [0, 1].
+
+    Returns:
+        ... x h x w scores in float64, at least 0.
+    """
+    pixels = colours.movedim(-3, -1).double().unsqueeze(-2)
+    squares = (pixels - palette.to(pixels)).square().sum(-1)
+    printable = squares == 0
+    logarithms = 0.5 * torch.where(printable, torch.ones_like(squares), squares).log().sum(-1)
+    return torch.where(printable.any(-1), torch.zeros_like(logarithms), logarithms.exp())
+
+
+def nearest_printable(colours: Tensor, palette: Tensor) -> Tensor:
+    """Each pixel's nearest printable colour: 3 x h x w -> 3 x h x w, same dtype; its score is 0."""
+    choices = palette.to(colours)
+    pixels = colours.detach().movedim(-3, -1)
+    nearest = torch.cdist(pixels.reshape(-1, 3).double(), choices.double()).argmin(1)
+    return choices[nearest].view(pixels.shape).movedim(-1, -3).contiguous()

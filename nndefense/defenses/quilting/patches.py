@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,13 +17,12 @@ from nndefense.attacks.checks import at_least
 from nndefense.database.exact_search import ExactSearch, squared_distances
 from nndefense.database.faiss_tools import faiss_available, import_faiss
 from nndefense.database.index import BACKENDS, FaissIndex
-from nndefense.database.manifest import FileEntry
-from nndefense.errors import DatabaseError, InputError
+from nndefense.database.manifest import NAME, FileEntry, read_manifest
+from nndefense.errors import DatabaseError, InputError, check_choice
 from nndefense.files import write_json
 from nndefense.images import shape_text
 
 FORMAT, VERSION = "nndefense-patches", 1
-NAME = "manifest.json"
 PIXELS, INDEX = "patches.h5", "index.faiss"
 STORAGES = ("uint8", "float32")
 REBUILD = "build it again with 'nndefense index patches'"
@@ -74,28 +72,13 @@ class PatchManifest:
         Raises:
             DatabaseError: no such folder, no manifest in it (an unfinished build), or one that cannot be used.
         """
-        path = folder / NAME
-        if not folder.is_dir():
-            raise DatabaseError(f"there is no patch database at {folder}: build one with 'nndefense index patches'")
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise DatabaseError(
-                f"{folder} holds no finished patch database ({NAME} is missing; was its build interrupted?): {REBUILD}"
-            ) from error
-        except (OSError, ValueError) as error:
-            raise DatabaseError(f"{path} is damaged or cannot be read: restore it or {REBUILD}") from error
-        if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
-            raise DatabaseError(f"{path} is not the manifest of a patch database: give the folder of one")
-        if value.pop("version", None) != VERSION:
-            raise DatabaseError(f"{path} is of another version of the format than {VERSION}: {REBUILD}")
-        try:
-            value["files"] = {name: FileEntry(**entry) for name, entry in value["files"].items()}
+
+        def made(value: dict[str, Any]) -> PatchManifest:
             manifest = cls(**value)
             manifest._check_entries()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DatabaseError(f"{path} lacks entries or has unknown ones: restore it or {REBUILD}") from error
-        return manifest
+            return manifest
+
+        return read_manifest(folder, made, FORMAT, VERSION, "patch database", "a patch database", REBUILD, REBUILD)
 
     def _check_entries(self) -> None:
         """Raise one of Python's errors for entries that cannot be used."""
@@ -161,8 +144,7 @@ class PatchDatabase:
                 than the manifest says.
             InputError: an unknown backend, or probes without an inverted index.
         """
-        if backend not in BACKENDS:
-            raise InputError(f"backend is {backend!r}, but must be one of {', '.join(BACKENDS)}")
+        check_choice("backend", backend, BACKENDS)
         folder = Path(path)
         manifest = PatchManifest.read(folder)
         manifest.check_files(folder)

@@ -13,7 +13,7 @@ from nndefense.database.exact_search import squared_distances
 from nndefense.defenses.quilting.layout import Layout, boundary_cut, check_tiling, lay_out
 from nndefense.defenses.quilting.patches import PatchDatabase
 from nndefense.defenses.transformed import Transform, TransformDefense
-from nndefense.errors import InputError
+from nndefense.errors import InputError, check_choice
 from nndefense.images import channel_message
 from nndefense.models import Classifier
 
@@ -177,8 +177,7 @@ class QuiltingDefense(TransformDefense):
         Raises:
             InputError: an unknown substitute, or a number of draws that cannot be used.
         """
-        if substitute not in SUBSTITUTES:
-            raise InputError(f"substitute is {substitute!r}, but must be one of {', '.join(SUBSTITUTES)}")
+        check_choice("substitute", substitute, SUBSTITUTES)
         super().__init__(classifier, quilt, differentiable=False, random=quilt.k > 1, **options)
         self.quilt, self.substitute = quilt, substitute
 

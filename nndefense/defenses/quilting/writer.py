@@ -18,13 +18,12 @@ from torch import Tensor
 from nndefense.database.faiss_tools import faiss_available, import_faiss
 from nndefense.database.index import FaissIndex
 from nndefense.database.index_training import build_index
-from nndefense.database.manifest import FileEntry
+from nndefense.database.manifest import NAME, FileEntry
 from nndefense.database.writer import writing
 from nndefense.defenses.quilting.patches import (
     CENTRE,
     FORMAT,
     INDEX,
-    NAME,
     PIXELS,
     PatchManifest,
     probes_of,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nndefense.attacks.checks import at_least
 from nndefense.defenses.transformed import TransformDefense
-from nndefense.errors import InputError
+from nndefense.errors import InputError, check_choice
 from nndefense.models import Classifier
 
 SUBSAMPLING = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
@@ -40,8 +40,7 @@ class Jpeg(nn.Module):
         at_least("quality", quality)
         if quality > 95:
             raise InputError(f"quality is {quality}, but must be from 1 to 95: above it JPEG hardly compresses")
-        if subsampling not in SUBSAMPLING:
-            raise InputError(f"subsampling is {subsampling!r}, but must be one of {', '.join(SUBSAMPLING)}")
+        check_choice("subsampling", subsampling, SUBSAMPLING)
         self.quality, self.subsampling = quality, subsampling
         self.eval()
 
@@ -95,8 +94,7 @@ class BitDepth(nn.Module):
         at_least("bits", bits)
         if bits > 8:
             raise InputError(f"bits is {bits}, but must be from 1 to 8")
-        if mode not in MODES:
-            raise InputError(f"mode is {mode!r}, but must be one of {', '.join(MODES)}")
+        check_choice("mode", mode, MODES)
         self.bits, self.mode = bits, mode
         self.eval()
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nndefense.attacks.checks import at_least
 from nndefense.defenses.transformed import TransformDefense
 from nndefense.defenses.transforms.tv_problem import Iterates, TvProblem, check_terms
-from nndefense.errors import InputError
+from nndefense.errors import InputError, check_choice
 from nndefense.models import Classifier
 
 MASKS = ("pixel", "entry")
@@ -261,8 +261,7 @@ class TotalVariation(nn.Module):
         at_least("max_iterations", max_iterations)
         if not 0 < keep <= 1:
             raise InputError(f"keep is {keep}, but must lie in (0, 1]: it is the share of pixels that stay")
-        if mask not in MASKS:
-            raise InputError(f"mask is {mask!r}, but must be one of {', '.join(MASKS)}")
+        check_choice("mask", mask, MASKS)
         if not 1e-6 <= tolerance < 1:
             raise InputError(f"tolerance is {tolerance}, but must be from 1e-6 to 1")
         self.weight, self.keep, self.mask, self.kind, self.data = weight, keep, mask, kind, data

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nndefense.errors import InputError
+from nndefense.errors import InputError, check_choice
 
 KINDS = ("isotropic", "anisotropic", "lines")
 DATA_TERMS = ("squared", "norm")
@@ -49,10 +49,8 @@ _BUFFERS = 9
 
 def check_terms(kind: str, data: str, weight: float) -> None:
     """Raise :class:`InputError` unless these name a problem that has a solution."""
-    if kind not in KINDS:
-        raise InputError(f"kind is {kind!r}, but must be one of {', '.join(KINDS)}")
-    if data not in DATA_TERMS:
-        raise InputError(f"data is {data!r}, but must be one of {', '.join(DATA_TERMS)}")
+    check_choice("kind", kind, KINDS)
+    check_choice("data", data, DATA_TERMS)
     if not 0 < weight < float("inf"):
         raise InputError(f"weight is {weight}, but must be positive and finite")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nndefense.attacks.modes import attacked_in
+from nndefense.attacks.wrappers import attacked_in
 from nndefense.errors import InputError
 from nndefense.training.batch import Attack, Batch, Outcome
 
