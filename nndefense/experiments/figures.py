@@ -108,11 +108,8 @@ def _error(one: Spread | None) -> Spread | None:
     if one is None:
         return None
     # A logarithmic axis has no room for an error of 0.
-    floor = 1e-4
-    return Spread(
-        max(1 - one.mean, floor), max(1 - one.high, floor), max(1 - one.low, floor),
-        tuple(max(1 - value, floor) for value in one.values), one.over,
-    )  # fmt: skip
+    mean, low, high, *values = (max(1 - value, 1e-4) for value in (one.mean, one.high, one.low, *one.values))
+    return Spread(mean, low, high, tuple(values), one.over)
 
 
 def _counts(results: Results) -> list[int]:

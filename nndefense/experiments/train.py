@@ -114,18 +114,14 @@ class Workshop:
             unlabelled, pseudo = self._pseudo_labelled(run, labelled, pool)
         options = recipe.options_of(run.method)
         chosen = recipe.settings_of(run.method, len(labelled), run.seed).keep_best
-        first = self._first_stage(run, labelled, unlabelled)
+        first = None
+        if recipe.start and run.threat is not None:
+            easier = recipe.attack_of(run.method, run.threat, start=True)
+            stage = recipe.start_options_of(run.method)
+            first = self._net(run, f"{run.name}-start", labelled, unlabelled, stage, easier)
         attack = None if run.threat is None else recipe.attack_of(run.method, run.threat)
         finished = self._net(run, run.name, labelled, unlabelled, options, attack, initial=first, chosen=chosen)
         return finished, self._record(run, finished, first, pseudo)
-
-    def _first_stage(self, run: Run, labelled: ImageDataset, unlabelled: ImageDataset | None) -> Classifier | None:
-        """The net that the easier first stage makes, where the recipe has one for this run."""
-        recipe, threat = self.recipe, run.threat
-        if not recipe.start or threat is None:
-            return None
-        attack, options = recipe.attack_of(run.method, threat, start=True), recipe.start_options_of(run.method)
-        return self._net(run, f"{run.name}-start", labelled, unlabelled, options, attack)
 
     def _net(
         self,

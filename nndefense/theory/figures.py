@@ -23,7 +23,6 @@ NAMES = {"std": "standard", "aug": "augmented", "rst": "robust self-training"}
 _LINES = {"std": "-", "aug": "--", "rst": "-."}
 _MARKERS = {"std": "o", "aug": "s", "rst": "^"}
 _GREY = "#555555"
-_STYLE: dict[str, Any] = {"color": "#dddddd", "linewidth": 0.6}
 
 
 def staircase_fits(staircase: Staircase, labelled: Sequence[float], fits: Estimators) -> Figure:
@@ -177,7 +176,7 @@ def _figure(panels: int, *, width: float = 9.6, height: float = 3.9) -> tuple[Fi
     figure = Figure(figsize=(width, height), layout="constrained")
     found = figure.subplots(1, panels, squeeze=False)[0]
     for axes in found:
-        axes.grid(**_STYLE)
+        axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, list(found)

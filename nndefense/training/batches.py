@@ -126,14 +126,13 @@ class EpochBatches:
             _check_fits("the number of unlabelled images a batch,", self.per_batch, unlabelled)
         self.count = settings.steps_per_epoch or math.ceil(len(dataset) / settings.batch_size)
         smallest = settings.batch_size if settings.steps_per_epoch else len(dataset) // self.count
-        if min(smallest, self.per_batch or smallest) < team.size:
+        smallest = min(smallest, self.per_batch or smallest)
+        if smallest < team.size:
             raise InputError(
-                f"a batch of {min(smallest, self.per_batch or smallest)} images cannot be shared by {team.size} "
-                "processes: choose a larger batch size"
+                f"a batch of {smallest} images cannot be shared by {team.size} processes: choose a larger batch size"
             )
-        self.images_per_epoch = (
-            settings.batch_size * self.count if settings.steps_per_epoch else len(dataset)
-        ) + self.per_batch * self.count
+        own = settings.batch_size * self.count if settings.steps_per_epoch else len(dataset)
+        self.images_per_epoch = own + self.per_batch * self.count
         self._sets = [DeviceImages(dataset, team.device, resident_bytes)]
         self._labels = [labels.to(team.device)]
         if unlabelled is not None and pseudo_labels is not None:

@@ -7,39 +7,8 @@ from typing import Any
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
 from nndefense.models import Classifier
-from nndefense.training.batch import Attack, Objective
-from nndefense.training.objectives import objective_name
-from nndefense.training.settings import TrainingSettings, setting_defaults
-
-
-def identity_of(
-    classifier: Classifier,
-    dataset: ImageDataset,
-    settings: TrainingSettings,
-    objective: Objective,
-    *,
-    attack: Attack | None,
-    unlabelled: ImageDataset | None,
-    selection: dict[str, Any] | None,
-    processes: int,
-) -> dict[str, Any]:
-    """All that the final weights depend on, as plain JSON values.
-
-    Args:
-        classifier, dataset, settings, objective, attack, unlabelled: of the training.
-        selection: what the final weights are chosen by, where they are.
-        processes: how many train together.
-    """
-    return {
-        "classifier": form(classifier),
-        "settings": settings.as_dict(),
-        "objective": objective_name(objective),
-        "attack": described_attack(attack),
-        "data": described(dataset),
-        "unlabelled": None if unlabelled is None else described(unlabelled),
-        "selection": selection,
-        "processes": processes,
-    }
+from nndefense.training.batch import Attack
+from nndefense.training.settings import setting_defaults
 
 
 def described(dataset: ImageDataset) -> dict[str, Any]:

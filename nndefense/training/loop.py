@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,9 +20,9 @@ from nndefense.training.batches import EpochBatches
 from nndefense.training.display import Curves, tensorboard_module
 from nndefense.training.ensemble_attack import EnsembleAttack
 from nndefense.training.epochs import Checkpoints, TrainingRun, fastest_convolutions
-from nndefense.training.identity import check_same, described, described_attack, form, identity_of
+from nndefense.training.identity import check_same, described, described_attack, form
 from nndefense.training.launcher import Team, join
-from nndefense.training.objectives import find_spec, make_objective
+from nndefense.training.objectives import find_spec, make_objective, objective_name
 from nndefense.training.progress import HistoryRow, TrainingFolder
 from nndefense.training.settings import SettingsOptions, TrainingSettings, make_settings
 from nndefense.training.step import Stepper
@@ -109,16 +109,19 @@ def train_classifier(
     batches = EpochBatches(dataset, labels, chosen, team, unlabelled=unlabelled, pseudo_labels=pseudo)
     watch = ValidationChecks(classifier, dataset, validation, attack, validation_attack, chosen, team)
 
-    identity = identity_of(
-        classifier,
-        dataset,
-        chosen,
-        loss,
-        attack=attack,
-        unlabelled=unlabelled,
-        selection=_selection(validation, watch, chosen),
-        processes=team.size,
-    )
+    held = None if validation is None else described(validation)
+    # All that the final weights depend on, and, where they are not those of the last step, what they are chosen by.
+    selected = {"validation": held, "attack": described_attack(watch.attack) if watch.active else None}
+    identity = {
+        "classifier": form(classifier),
+        "settings": chosen.as_dict(),
+        "objective": objective_name(loss),
+        "attack": described_attack(attack),
+        "data": described(dataset),
+        "unlabelled": None if unlabelled is None else described(unlabelled),
+        "selection": selected if chosen.keep_best or chosen.stop_on_collapse else None,
+        "processes": team.size,
+    }
     # The leading process may still be writing what an earlier call left.
     team.wait()
     folder = _open_folder(out, classifier, team, resume=resume, overwrite=overwrite)
@@ -163,7 +166,7 @@ def train_classifier(
     classifier.info = {
         **{name: identity[name] for name in ("data", "settings", "objective", "attack", "unlabelled", "selection")},
         "processes": team.size,
-        "validation": None if validation is None else described(validation),
+        "validation": held,
         "precision": {"used": stepper.precision.name, "reason": stepper.precision.reason},
         "best": None if run.standing.best is None else run.standing.best.as_dict(),
         "history": run.standing.history,
@@ -214,16 +217,6 @@ def _check_parts(
         raise InputError("the best weights are those on images held out: give a validation set")
     if validation is None and validation_attack is not None:
         raise InputError("there are no images for the validation attack: give a validation set")
-
-
-def _selection(
-    validation: ImageDataset | None, watch: ValidationChecks, settings: TrainingSettings
-) -> dict[str, Any] | None:
-    """What the final weights are chosen by; None where they are those of the last step."""
-    if not (settings.keep_best or settings.stop_on_collapse):
-        return None
-    held = described(validation) if validation is not None else None
-    return {"validation": held, "attack": described_attack(watch.attack) if watch.active else None}
 
 
 def _open_folder(

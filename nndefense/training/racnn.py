@@ -166,20 +166,17 @@ def train_racnn(
     if folder is None:
         return RaCnn(net, RowTable([torch.cat(list(_features(net, rows)))]), **made)
     if resume and (folder / DESCRIPTION_FILE).exists():
-        return _checked(load_racnn(folder, device=target), made, folder)
+        found = load_racnn(folder, device=target)
+        # Its net was compared by the training already.
+        if found.k != k or found.database["fingerprint"] != database.fingerprint:
+            raise ModelError(f"{folder} was trained with another K or database: start anew with --overwrite")
+        return found
     if leads():
         save_racnn(folder, net, _features(net, rows), **made)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # So that no process looks for the table before it is there.
         torch.distributed.barrier()
     return load_racnn(folder, device=target)
-
-
-def _checked(found: RaCnn, made: dict[str, Any], folder: Path) -> RaCnn:
-    """A finished one that was resumed; its net was compared by the training already."""
-    if found.k != made["k"] or found.database["fingerprint"] != made["database"]["fingerprint"]:
-        raise ModelError(f"{folder} was trained with another K or database: start anew with --overwrite")
-    return found
 
 
 @torch.no_grad()

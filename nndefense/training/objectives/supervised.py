@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nndefense.attacks import kl
+from nndefense.attacks.checks import check_choice
 from nndefense.attacks.spatial import SpatialAttack
 from nndefense.errors import InputError
 from nndefense.training.batch import Attack, Batch, Outcome
@@ -57,8 +58,7 @@ def half_half(model: nn.Module, batch: Batch, attack: Attack | None, *, mix: str
     attack = needed(attack, "half-half")
     if mix == "loss":
         return mixed_losses(model, batch, attack(model, batch.images, batch.labels), 0.5)
-    if mix != "batch":
-        raise InputError(f"mix is {mix!r}, but must be one of {', '.join(MIXES)}")
+    check_choice("mix", mix, MIXES)
     half = len(batch.labels) // 2
     attacked = batch.images[:half]
     if half:
@@ -207,10 +207,9 @@ def alp(
     attacked = needed(attack, "alp")(model, batch.images, batch.labels)
     if passes == "joint":
         clean, robust = model(torch.cat([batch.images, attacked])).chunk(2)
-    elif passes == "separate":
-        clean, robust = both_logits(model, batch.images, attacked)
     else:
-        raise InputError(f"passes is {passes!r}, but must be one of {', '.join(PASSES)}")
+        check_choice("passes", passes, PASSES)
+        clean, robust = both_logits(model, batch.images, attacked)
     natural, worst = (F.cross_entropy(logits, batch.labels, label_smoothing=smoothing) for logits in (clean, robust))
     distance = _squares(clean, robust)
     loss = 0.5 * natural + 0.5 * worst + pairing * distance
