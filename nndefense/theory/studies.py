@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -200,9 +200,7 @@ def gap(
         },
         "curve": curve.to_json(),
         "tsipras": {
-            "p": feature.p,
-            "eta": feature.eta,
-            "d": feature.d,
+            **asdict(feature),
             "eps": eps,
             "accuracy": {
                 name: {"standard": feature.accuracy(*w), "robust": feature.accuracy(*w, eps=eps)}
