@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nndefense.attacks import kl
-from nndefense.attacks.checks import check_choice
 from nndefense.attacks.spatial import SpatialAttack
-from nndefense.errors import InputError
+from nndefense.errors import InputError, check_choice
 from nndefense.training.batch import Attack, Batch, Outcome
 from nndefense.training.ensemble_attack import EnsembleAttack
 from nndefense.training.objectives.registry import SHARE, WEIGHT, entered
