@@ -219,9 +219,7 @@ def compare(
         out: folder for everything; what is finished in it is not made again.
         train_sets: the images that fill databases and train nets; none for the training split of ``dataset``.
         classifier, surrogate: sources of ready nets; without them nets are trained.
-        classes, input_shape: of classifiers of one's own.
-        data_dir: the folder of the data sets.
-        device: where to compute.
+        classes, input_shape, data_dir, device: as for :func:`~nndefense.pipeline.open_classifier`.
         say: called with a line for people before everything that takes long.
         progress: whether to show bars.
         command: recorded.

@@ -8,8 +8,7 @@ from nndefense.evaluation.results import assemble
 from nndefense.evaluation.runner import illustrate, run
 from nndefense.evaluation.store import CellStore
 from nndefense.evaluation.subjects import layer_subject, threats_of
-from nndefense.evaluation.suite import run_attack
-from nndefense.evaluation.threats import AttackSettings, ThreatModel
+from nndefense.evaluation.threats import AttackSettings, ThreatModel, run_attack
 from nndefense.statistics import mcnemar_p, wilson_interval
 
 __all__ = [

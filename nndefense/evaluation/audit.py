@@ -20,8 +20,7 @@ from nndefense.attacks.norms import random_in_ball
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.evaluation.evaluate import Record
 from nndefense.evaluation.ladder import BARE, DEFENDED
-from nndefense.evaluation.suite import run_attack
-from nndefense.evaluation.threats import AttackSettings, ThreatModel
+from nndefense.evaluation.threats import AttackSettings, ThreatModel, run_attack
 from nndefense.statistics import mcnemar_p
 
 # Draws of noise in all, shared out over the images that are tried.

@@ -16,8 +16,7 @@ from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError
 from nndefense.evaluation.ladder import to_hex
 from nndefense.evaluation.store import CellStore
-from nndefense.evaluation.suite import peak_memory_mb, run_attack
-from nndefense.evaluation.threats import AttackSettings, ThreatModel
+from nndefense.evaluation.threats import AttackSettings, ThreatModel, peak_memory_mb, run_attack
 from nndefense.memory import reused_memory
 from nndefense.statistics import wilson_interval
 

@@ -94,16 +94,12 @@ def _attacks(
 ) -> dict[str, Attack]:
     """The attacks on RA-CNN by name: (images, labels, eps) -> attacked images."""
 
-    def follow(model: Callable[[Tensor], Callable[[Tensor], Tensor]]) -> Attack:
+    def follow(model: Callable[[Tensor], Callable[[Tensor], Tensor]], method: Callable[..., Tensor] = pgd) -> Attack:
         def attack(x: Tensor, y: Tensor, eps: float) -> Tensor:
             generator = torch.Generator(x.device).manual_seed(seed)
-            return pgd(model(x), x, y, eps=eps, norm=norm, steps=steps, loss="margin", generator=generator)
+            return method(model(x), x, y, eps=eps, norm=norm, steps=steps, loss="margin", generator=generator)
 
         return attack
-
-    def stronger(x: Tensor, y: Tensor, eps: float) -> Tensor:
-        generator = torch.Generator(x.device).manual_seed(seed)
-        return apgd(through, x, y, eps=eps, norm=norm, steps=steps, loss="margin", generator=generator)
 
     # Made once: each holds the rows of the database.
     fresh = defense.attack_model(retrieval="fresh")
@@ -114,7 +110,7 @@ def _attacks(
         "fresh": follow(lambda x: fresh),
         "soft": follow(lambda x: soft),
         "straight-through": follow(lambda x: through),
-        "apgd": stronger,
+        "apgd": follow(lambda x: through, apgd),
     }
     if adaptive:
         try:
@@ -126,8 +122,7 @@ def _attacks(
 
         def ensemble(x: Tensor, y: Tensor, eps: float) -> Tensor:
             generator = torch.Generator(x.device).manual_seed(seed)
-            found = run_adaptive(surface, x, y, eps=eps, norm=norm, steps=steps, generator=generator)
-            return found.images
+            return run_adaptive(surface, x, y, eps=eps, norm=norm, steps=steps, generator=generator).images
 
         found["adaptive"] = ensemble
     return found

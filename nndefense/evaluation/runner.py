@@ -20,8 +20,7 @@ from nndefense.evaluation.recipe import Recipe, Rung
 from nndefense.evaluation.report import GalleryNeighbor, GalleryRow
 from nndefense.evaluation.store import CellStore
 from nndefense.evaluation.subjects import bare_subject, subjects_of, threats_of
-from nndefense.evaluation.suite import run_attack
-from nndefense.evaluation.threats import AttackSettings, ThreatModel
+from nndefense.evaluation.threats import AttackSettings, ThreatModel, run_attack
 from nndefense.models import Classifier
 
 
@@ -197,17 +196,11 @@ def illustrate(
 ) -> list[GalleryRow]:
     """Attack ``count`` images drawn at random (so the gallery is a fair sample, failures included).
 
-    Args:
-        dataset: labelled images.
+    Args as for :func:`~nndefense.evaluation.evaluate.evaluate`, and:
         defense: the defence to explain, with its classifier.
-        threat: whom to attack.
-        attack: how.
-        eps: at which radius.
-        label_maps: as for :func:`~nndefense.evaluation.evaluate.evaluate`.
+        threat, attack, eps: whom to attack, how, and at which radius.
         pictures: the images that the database was built from, to show the neighbours; None where not at hand.
         count: number of rows.
-        seed: draws the images and the random starts.
-        device: where the images are put.
     """
     drawn = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:count])
     if not len(drawn):
@@ -231,7 +224,7 @@ def illustrate(
             name = names[label] if label >= 0 else names[int(why.posteriors[i, j].argmax())]
             neighbors.append(
                 GalleryNeighbor(
-                    image=_picture(pictures, why.ids[i][j]),
+                    image=pictures[pictures.index_of(why.ids[i][j])][0].numpy() if pictures is not None else None,
                     id=why.ids[i][j],
                     label=name,
                     weight=float(why.weights[i, j]),
@@ -258,10 +251,3 @@ def illustrate(
 def _top(probabilities: Tensor, names: tuple[str, ...]) -> tuple[str, float]:
     best = int(probabilities.argmax())
     return names[best], float(probabilities[best])
-
-
-def _picture(pictures: ImageDataset | None, name: str) -> np.ndarray | None:
-    if pictures is None:
-        return None
-    image, _ = pictures[pictures.index_of(name)]
-    return image.numpy()

@@ -8,7 +8,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +106,7 @@ class Guard:
         self._verdicts = Verdicts(database, weighting)
         self._pictures = Pictures(database, calibration, classifier.input_shape, data_dir)
         self._making = threading.Lock()
+        self._defense: NearestNeighborDefense | None = None
 
     @classmethod
     def open(
@@ -188,9 +188,8 @@ class Guard:
         """Classify images.
 
         Args:
-            images: one image or many, of mixed kinds too: a path, a Pillow image or a uint8 array H x W x C or H x W,
-                which are converted as data sets are (grey or colour, cut around the centre, resized); a tensor
-                C x H x W or N x C x H x W in [0, 1] of the classifier's own shape; a data set.
+            images: one image or many, of mixed kinds too, as for :func:`~nndefense.guard.batches.batches`: what is no
+                tensor and no data set is turned into the classifier's shape.
             top: how many of the most probable classes to list, at least 1.
             neighbors: how many of the K neighbours to list, at least 0. None: all.
             batch_size: how many images are in memory at once. It changes no digit.
@@ -301,11 +300,9 @@ class Guard:
     def defense(self) -> NearestNeighborDefense:
         """The same defence as a module, for its attack surface; made when it is first asked for."""
         with self._making:
+            if self._defense is None:
+                self._defense = NearestNeighborDefense(self.classifier, self.database, self.k, self.weighting)
             return self._defense
-
-    @cached_property
-    def _defense(self) -> NearestNeighborDefense:
-        return NearestNeighborDefense(self.classifier, self.database, self.k, self.weighting)
 
     def neighbor_image(self, row: int | str) -> NDArray[np.uint8] | None:
         """The picture of a row, by its number or id: uint8 H x W x C of the classifier's size, C 1 or 3.

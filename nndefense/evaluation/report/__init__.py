@@ -3,12 +3,11 @@
 ``page`` puts it together, from a module for each of its sections.
 """
 
-from nndefense.evaluation.report.calibration import calibration_text
 from nndefense.evaluation.report.figures import accuracy_vs_eps, accuracy_vs_rows
 from nndefense.evaluation.report.gallery import GalleryNeighbor, GalleryRow
-from nndefense.evaluation.report.ladder import ladder, obscurity, summary
 from nndefense.evaluation.report.page import report_html, verdict, write_report
-from nndefense.evaluation.report.table import table2
+from nndefense.evaluation.report.run import calibration_text
+from nndefense.evaluation.report.table import ladder, obscurity, summary, table2
 
 __all__ = [
     "GalleryNeighbor",

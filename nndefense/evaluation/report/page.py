@@ -13,13 +13,17 @@ from typing import Any
 from nndefense.attacks.registry import attack_name
 from nndefense.errors import InputError
 from nndefense.evaluation.ladder import BARE, DEFENDED
-from nndefense.evaluation.report.calibration import calibration_section
 from nndefense.evaluation.report.figures import figure_section
 from nndefense.evaluation.report.gallery import GalleryRow, gallery_section
-from nndefense.evaluation.report.ladder import informed_record, ladder_section, obscurity
 from nndefense.evaluation.report.records import Results, at_headline
-from nndefense.evaluation.report.run import audit_section, limits_section, records_section, run_section
-from nndefense.evaluation.report.table import table_section
+from nndefense.evaluation.report.run import (
+    audit_section,
+    calibration_section,
+    limits_section,
+    records_section,
+    run_section,
+)
+from nndefense.evaluation.report.table import informed_record, ladder_section, obscurity, table_section
 from nndefense.evaluation.results import FORMAT, VERSION
 from nndefense.files import write_bytes
 from nndefense.reporting import page

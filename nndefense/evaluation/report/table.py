@@ -1,21 +1,186 @@
-"""The main table: accuracy of each defence, clean and under attack, at the headline budget."""
+"""Two tables at the headline budget: the main one, of every defence, and the ladder, up to the worst case."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nndefense.attacks.registry import attack_name
-from nndefense.evaluation.ladder import BARE, DEFENDED
+from nndefense.evaluation.ladder import BARE, DEFENDED, RUNGS
 from nndefense.evaluation.report.records import (
+    Record,
     Results,
+    accuracy_cell,
     at_headline,
     headline_raw,
+    other_defenses,
     records_of,
     settings_text,
     under_attack,
 )
 from nndefense.reporting import Cell, Table, section
-from nndefense.reporting.wording import budget, escape, interval, number, percent, weighting_name
+from nndefense.reporting.wording import (
+    BLANK,
+    budget,
+    escape,
+    interval,
+    number,
+    p_text,
+    percent,
+    percent_in,
+    weighting_name,
+)
+
+KNOWS = {
+    "clean": "nothing is attacked",
+    "black": "a surrogate; neither classifier nor defence",
+    "gray": "the classifier; not the retrieval",
+    "white": "the defence, its database and its settings; follows a relaxed retrieval",
+    "adaptive": "the defence, its database and its settings; attacks made for retrieval",
+    "worst": "all of the above, image by image",
+}
+
+
+@dataclass(frozen=True)
+class LadderRow:
+    """One rung at the headline budget: the lowest measured accuracy without and with the defence."""
+
+    name: str
+    bare: Record | None
+    defended: Record | None
+    p: float | None
+
+
+def ladder(results: Results) -> list[LadderRow]:
+    """The rungs that were measured for either, from clean to worst case."""
+    rungs = []
+    for name in RUNGS:
+        bare, defended = (at_headline(results, defense, name, any_attack=True) for defense in (BARE, DEFENDED))
+        if bare is not None or defended is not None:
+            rungs.append(LadderRow(name, bare, defended, _p(results, name)))
+    return rungs
+
+
+def informed_record(results: Results) -> Record | None:
+    """The lowest accuracy of the defence at the headline budget under attackers who know the database."""
+    known = [at_headline(results, DEFENDED, name) for name in ("white", "adaptive")]
+    return min((r for r in known if r is not None), key=lambda r: float(r["accuracy"]), default=None)
+
+
+def obscurity(results: Results) -> str:
+    """What becomes of the defence's gain once the attacker knows of the retrieval, in a sentence; ``""`` if unknown."""
+    bare, gray = (at_headline(results, defense, "gray", any_attack=True) for defense in (BARE, DEFENDED))
+    informed = informed_record(results)
+    if gray is None or informed is None:
+        return ""
+    left = f"Attackers who know the database leave the defence {percent(informed['accuracy'])} %"
+    if informed["ci_high"] >= gray["ci_low"]:
+        return f"{left}, within the interval of the gray-box accuracy: the gain is not obscurity alone."
+    if bare is not None and bare["accuracy"] < gray["accuracy"]:
+        kept = (informed["accuracy"] - bare["accuracy"]) / (gray["accuracy"] - bare["accuracy"])
+        part = "none" if kept <= 0 else f"{percent(kept, 0)} %"
+        return f"{left}, which keeps {part} of the gray-box gain: the gain is mostly obscurity."
+    return f"{left}: what it holds under the gray-box attack is mostly obscurity."
+
+
+def summary(results: Results) -> str:
+    """The ladder of every defence at the headline budget, as text for a terminal: of several attacks the strongest."""
+    names = list(dict.fromkeys(record["defense"] for record in results["records"]))
+    cells = {(name, rung): at_headline(results, name, rung, any_attack=True) for name in names for rung in RUNGS}
+    columns = [rung for rung in RUNGS if any(cells[name, rung] for name in names)]
+    rows = []
+    for name in names:
+        found = [cells[name, column] for column in columns]
+        rows.append((name, *(percent_in(r["accuracy"], r["ci_low"], r["ci_high"], 1) if r else BLANK for r in found)))
+    title = (
+        f"{results['dataset']['name']}: accuracy in % on {results['dataset']['n']:,} images [95 % interval]; "
+        f"{budget(results['headline']['norm'], results['headline']['eps'])}"
+    )
+    failed = [line for line in results["audit"] if line["passed"] is False]
+    told = [f"self-audit: {line['name']} FAILS: {line['text']}" for line in failed]
+    return "\n".join([Table(("", *columns), tuple(rows), title).text(), *told])
+
+
+def ladder_section(results: Results) -> str:
+    """The ladder as a table, with the attackers' knowledge, the paired test and the cost."""
+    rungs = ladder(results)
+    columns = ("Attacker", "knows", "no defence", "defended", "p", "attack on the defence", "time", "passes", "memory")
+    table = Table(columns, tuple(_row(results, rung) for rung in rungs), kinds=tuple(rung.name for rung in rungs))
+    caption = (
+        f"Accuracy in % (95\u00a0% interval) at {budget(results['headline']['norm'], results['headline']['eps'])}; of "
+        "several attacks the strongest. p: exact McNemar test of the defence against no defence on the same images. In "
+        "the worst case an image counts as right only if every attack within the budget, and the clean image, left it "
+        "right."
+    )
+    said = obscurity(results)
+    note = f'<p class="obscurity"><strong>{escape(said)}</strong></p>\n' if said else ""
+    return section(
+        "What it holds against whom", note + table.html("plain ladder", caption) + _every_defense(results), "ladder"
+    )
+
+
+def _every_defense(results: Results) -> str:
+    """What every defence holds against whom, where there is more than the one over the database."""
+    names = {BARE: "no defence", DEFENDED: "nearest neighbours"} | {name: name for name in other_defenses(results)}
+    if len(names) == 2:
+        return ""
+    cells = {(name, rung): at_headline(results, name, rung, any_attack=True) for name in names for rung in RUNGS}
+    rungs = [rung for rung in RUNGS if any(cells[name, rung] for name in names)]
+    rows: list[tuple[str | Cell, ...]] = [
+        (label, *(accuracy_cell(cells[name, rung], "not run") for rung in rungs))
+        for name, label in names.items()
+        if any(cells[name, rung] for rung in rungs)
+    ]
+    caption = "Every defence at the same budget; who knows a defence attacks it, and not another."
+    return "\n" + Table(("", *rungs), tuple(rows)).html("plain defenses", caption)
+
+
+def _row(results: Results, rung: LadderRow) -> tuple[str | Cell, ...]:
+    record = rung.defended or rung.bare
+    assert record is not None
+    level = f" ({record['knowledge']})" if record.get("knowledge") else ""
+    own = rung.name not in ("clean", "worst")
+    passes = (record.get("forwards") or 0) + (record.get("backwards") or 0) + (record.get("queries") or 0)
+    return (
+        "worst case" if rung.name == "worst" else rung.name,
+        KNOWS[rung.name] + level,
+        accuracy_cell(rung.bare, "as gray box" if rung.name in ("white", "adaptive") else "not run"),
+        accuracy_cell(rung.defended, "not run"),
+        "" if rung.p is None else p_text(rung.p),
+        _attacks(results, rung.name),
+        f"{record.get('attack_seconds') or 0:,.0f}\u00a0s" if own else "",
+        f"{passes / max(int(record['n']), 1):,.0f} an image" if own and passes else "",
+        f"{record['peak_memory_mb']:,.0f}\u00a0MB" if own and record.get("peak_memory_mb") else "",
+    )
+
+
+def _attacks(results: Results, threat_model: str) -> str:
+    """The attacks that were tried at the headline budget, the strongest first."""
+    if threat_model in ("clean", "worst"):
+        return ""
+    headline = results["headline"]
+    found = [
+        record
+        for record in under_attack(results, DEFENDED, threat_model, any_attack=True)
+        if math.isclose(record["eps"], headline["eps"], rel_tol=1e-6)
+    ]
+    found.sort(key=lambda record: float(record["accuracy"]))
+    return ", ".join(
+        attack_name(str(record["attack"])) + (f" ({percent(record['accuracy'])})" if len(found) > 1 else "")
+        for record in found
+    )
+
+
+def _p(results: Results, threat_model: str) -> float | None:
+    headline = results["headline"]
+    found = [
+        row["p"]
+        for row in results.get("comparisons") or ()
+        if row["threat_model"] == threat_model
+        and (threat_model == "clean" or (row["norm"] == headline["norm"] and row["eps"] == headline["eps"]))
+    ]
+    return min(found) if found else None
+
 
 THREAT_MODELS = ("clean", "gray", "black")
 

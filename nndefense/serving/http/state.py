@@ -96,7 +96,6 @@ class ServingState:
         self.stopping = False
         self._open = guard if callable(guard) else None
         self._guard: Guard | None = None if callable(guard) else guard
-        self._first: Guard | None = self._guard
         self._loading: asyncio.Task[None] | None = None
         self._reloading: asyncio.Lock | None = None
         self.small = Pool(settings.queue, "more requests are waiting than can be answered in time: try later", 1)
@@ -112,8 +111,8 @@ class ServingState:
         # Before anything is opened: a guard measures its net with the threads that it will have.
         self._set_threads()
         self.batcher.start()
-        if self._first is not None:
-            self._serve(self._first)
+        if self._guard is not None:
+            self._serve(self._guard)
         else:
             self._loading = asyncio.create_task(self._load_first())
 

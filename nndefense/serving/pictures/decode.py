@@ -113,7 +113,7 @@ def decode_all(
     pictures = []
     pixels = 0
     for number, (data, media_type) in enumerate(images, 1):
-        with _numbered(number if named else None):
+        with _numbered(number, named):
             if clock() > deadline:
                 raise _too_late()
             picture = inspect(data, limits, media_type=media_type)
@@ -127,7 +127,7 @@ def decode_all(
         )
     tensors = []
     for number, picture in enumerate(pictures, 1):
-        with _numbered(number if named else None):
+        with _numbered(number, named):
             tensors.append(_decode(picture, shape, deadline, clock))
     return tensors
 
@@ -224,11 +224,11 @@ def _too_late() -> Refused:
 
 
 @contextmanager
-def _numbered(number: int | None) -> Iterator[None]:
+def _numbered(number: int, named: bool) -> Iterator[None]:
     """Say in a rejection which image of the request it is about."""
     try:
         yield
     except Refused as error:
-        if number is None:
+        if not named:
             raise
         raise Refused(error.status, error.code, f"image {number} of the request: {error.detail}") from None
