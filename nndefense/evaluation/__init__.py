@@ -1,12 +1,11 @@
 """Evaluation: accuracies under attack with intervals, a results file, and a report to look at."""
 
-from nndefense.evaluation.evaluate import Record, Subject, evaluate
+from nndefense.evaluation.evaluate import CellStore, Record, Subject, evaluate
 from nndefense.evaluation.ladder import compare, worst_cases
 from nndefense.evaluation.recipe import Recipe, Rung, read_recipe, rungs_for
 from nndefense.evaluation.report import calibration_text, summary, write_report
 from nndefense.evaluation.results import assemble
 from nndefense.evaluation.runner import illustrate, run
-from nndefense.evaluation.store import CellStore
 from nndefense.evaluation.subjects import layer_subject, threats_of
 from nndefense.evaluation.threats import AttackSettings, ThreatModel, run_attack
 from nndefense.statistics import mcnemar_p, wilson_interval

@@ -14,11 +14,10 @@ from torch import Tensor
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.evaluation.audit import AuditLine, AuditSubject, audit_records, audit_runs
-from nndefense.evaluation.evaluate import Record, Subject, evaluate
+from nndefense.evaluation.evaluate import CellStore, Record, Subject, evaluate
 from nndefense.evaluation.ladder import DEFENDED
 from nndefense.evaluation.recipe import Recipe, Rung
 from nndefense.evaluation.report import GalleryNeighbor, GalleryRow
-from nndefense.evaluation.store import CellStore
 from nndefense.evaluation.subjects import bare_subject, subjects_of, threats_of
 from nndefense.evaluation.threats import AttackSettings, ThreatModel, run_attack
 from nndefense.models import Classifier

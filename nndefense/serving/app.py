@@ -164,7 +164,8 @@ def _add_classify(app: FastAPI, state: ServingState) -> None:
         top, neighbors = _number(request, "top"), _number(request, "neighbors")
         # The whole request is served by one guard, also where it is replaced meanwhile.
         guard = state.guard
-        state.admit()
+        # Refused before anything is done for it, where it would be refused afterwards.
+        state.batcher.check_room(1, state.settings.timeout)
         body, kind = await request.body(), request.headers.get("content-type")
         begun = time.perf_counter()
         images, own_top, own_neighbors = await state.small.run(_read, body, kind, limits, guard.classifier.input_shape)

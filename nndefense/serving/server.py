@@ -142,14 +142,15 @@ class Server(uvicorn.Server):
 
     def reload(self) -> None:
         """Begin a reload; what it comes to stands in the log."""
-        task = asyncio.ensure_future(self._reload())
+
+        async def quietly() -> None:
+            # The state has logged a failure already.
+            with contextlib.suppress(Exception):
+                await self._state.reload()
+
+        task = asyncio.ensure_future(quietly())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _reload(self) -> None:
-        # The state has logged a failure already.
-        with contextlib.suppress(Exception):
-            await self._state.reload()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -175,18 +175,22 @@ def eps_lines(results: Results) -> list[Line]:
 
     Without the defence white box is gray box, so that only its gray and black lines are drawn.
     """
-    lines = []
+    lines: list[Line] = []
     models = {DEFENDED: ("gray", "black", "white", "adaptive", "worst"), BARE: ("gray", "black")}
     attacked = {record["threat_model"] for record in records_of(results)}
     for defense, label in ((DEFENDED, "defended"), (BARE, "bare")):
-        clean = at_headline(results, defense, "clean")
         for threat_model in models[defense]:
-            if threat_model == "worst" and not attacked & {"white", "adaptive"}:
-                continue
-            points = _worst_by(under_attack(results, defense, threat_model), "eps")
-            if points:
-                lines.append(Line(label, threat_model, points if clean is None else {0.0: clean, **points}))
+            if threat_model != "worst" or attacked & {"white", "adaptive"}:
+                lines += _by_eps(results, defense, label, threat_model)
     return lines
+
+
+def _by_eps(results: Results, defense: str, label: str, threat_model: str) -> list[Line]:
+    """The line of a defence under one threat model, from its clean accuracy on; none where nobody attacked it so."""
+    clean = at_headline(results, defense, "clean")
+    points = _worst_by(under_attack(results, defense, threat_model), "eps")
+    start = {} if clean is None else {0.0: clean}
+    return [Line(label, threat_model, {**start, **points})] if points else []
 
 
 def defense_lines(results: Results) -> list[Line]:
@@ -196,14 +200,9 @@ def defense_lines(results: Results) -> list[Line]:
         no line at all where no defence but the one over the database was measured.
     """
     others = other_defenses(results)
-    lines = []
-    for defense, label in ((BARE, "bare"), (DEFENDED, "defended"), *((name, name) for name in others)):
-        clean = at_headline(results, defense, "clean")
-        for threat_model in ("worst", "gray"):
-            points = _worst_by(under_attack(results, defense, threat_model), "eps")
-            if points:
-                lines.append(Line(label, threat_model, points if clean is None else {0.0: clean, **points}))
-                break
+    lines: list[Line] = []
+    for name, label in ((BARE, "bare"), (DEFENDED, "defended"), *((name, name) for name in others)):
+        lines += _by_eps(results, name, label, "worst") or _by_eps(results, name, label, "gray")
     return lines if others else []
 
 

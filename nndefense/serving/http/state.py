@@ -188,14 +188,6 @@ class ServingState:
         self.metrics.predicted(found)
         return found
 
-    def admit(self) -> None:
-        """Refuse a request before anything is done for it, where it would be refused afterwards.
-
-        Raises:
-            ServiceProblem: ``queue_full``.
-        """
-        self.batcher.check_room(1, self.settings.timeout)
-
     # -- replacing the guard ------------------------------------------------------------------------------------
 
     async def reload(self) -> dict[str, Any]:
