@@ -188,6 +188,16 @@ def test_a_classifier_alone(folder: Path, tmp_path: Path) -> None:
     assert "What it holds against whom" in (tmp_path / "alone" / "report.html").read_text()
 
 
+def test_a_database_names_its_classifier(folder: Path, tmp_path: Path) -> None:
+    words = ["evaluate", "--dataset", "digits:test", "--database", folder / "database", "--limit", 8, "--quiet"]
+    words += ["--norm", "linf", "--eps", "0.1", "--steps", 1, "--no-adaptive", "--no-audit", "--no-sizes"]
+    runs = [nndefense(*words, "--gallery", 0, "--out", tmp_path / "without", "--json").json]
+    words += ["--classifier", folder / "classifier"]
+    runs.append(nndefense(*words, "--gallery", 0, "--out", tmp_path / "with", "--json").json)
+    assert timeless(runs[0])["records"] == timeless(runs[1])["records"]
+    assert runs[0]["classifier"] == runs[1]["classifier"]
+
+
 @pytest.mark.parametrize("attack", ["apgd", "apgd-t", "square", "fab", "deepfool"])
 def test_attack_by_name(folder: Path, tmp_path: Path, attack: str) -> None:
     norm, eps = ("l2", "0.6") if attack == "deepfool" else ("linf", "0.15")

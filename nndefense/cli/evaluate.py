@@ -89,7 +89,10 @@ def evaluate(
     ] = None,
     dataset: Annotated[str | None, typer.Option(help=SPEC_HELP)] = None,
     classifier: Annotated[
-        str | None, typer.Option(help="A trained folder, torchvision:NAME:WEIGHTS or python:...")
+        str | None,
+        typer.Option(
+            help="A trained folder, torchvision:NAME:WEIGHTS or python:... [default: the one that --database names]."
+        ),
     ] = None,
     database: Annotated[Path | None, typer.Option(help="Folder of the image database [default: no defence].")] = None,
     defense: Annotated[
@@ -157,14 +160,15 @@ def evaluate(
         raise InputError("give --out, the folder for results and report")
     from nndefense import pipeline
     from nndefense.comparison import material_settings
+    from nndefense.database import source_of
     from nndefense.evaluation import Recipe, read_recipe, rungs_for
 
     if recipe is not None:
         if dataset or classifier or database or rungs.surrogate or defense or train_set:
             raise InputError("--recipe names data, models, database and defences itself: leave those options out")
         chosen = read_recipe(recipe)
-    elif dataset is None or classifier is None:
-        raise InputError("give --recipe, or --dataset and --classifier")
+    elif dataset is None or (source := classifier or (source_of(database) if database else None)) is None:
+        raise InputError("give --recipe, or --dataset and --classifier (or the --database that names one)")
     elif train_set and not defense:
         raise InputError("--train-set is what other defences are made of: name them by --defense")
     else:
@@ -173,7 +177,7 @@ def evaluate(
         models += ["white", "adaptive"] if rungs.adaptive and (database is not None or defense) else []
         chosen = Recipe(
             dataset=dataset,
-            classifier=classifier,
+            classifier=source,
             database=str(database) if database is not None else None,
             rungs=rungs_for(models, rungs.settings(budgets), rungs.adaptive_settings),
             defenses=tuple(defense or ()),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from nndefense.faces import importing
 
 if TYPE_CHECKING:
-    from nndefense.database.classifier_source import classifier_of
+    from nndefense.database.classifier_source import classifier_of, source_of
     from nndefense.database.database import ImageDatabase
     from nndefense.database.index import FaissIndex
     from nndefense.database.index_training import IndexChoice, choose_index, train_index
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Imported when they are first used: an actor that only searches a part of an index needs no torch.
 _NAMES = {
-    "classifier_source": "classifier_of",
+    "classifier_source": "classifier_of source_of",
     "database": "ImageDatabase",
     "index": "FaissIndex",
     "index_training": "IndexChoice choose_index train_index",
@@ -36,5 +36,5 @@ __getattr__ = importing(
 __all__ = [
     "WEIGHTINGS", "DatabaseWriter", "FaissIndex", "ImageDatabase", "IndexChoice", "Manifest", "Tuned", "Weighting",
     "check_vacant", "choose_index", "classifier_of", "combine", "exact_neighbours", "merge_parts", "neighbor_weights",
-    "recall_at", "train_index", "tune", "weight_shares",
+    "recall_at", "source_of", "train_index", "tune", "weight_shares",
 ]  # fmt: skip

@@ -37,7 +37,7 @@ def classifier_of(
     """
     channels, height, width = manifest.classifier["input_shape"]
     shape = input_shape or (channels, height, width)
-    found = str(source) if source is not None else _found(folder, manifest)
+    found = str(source) if source is not None else source_of(folder, manifest)
     classifier = load_classifier(
         found, device=device, classes=classes, input_shape=shape if found.startswith(_PYTHON) else input_shape
     )
@@ -47,7 +47,13 @@ def classifier_of(
     return classifier
 
 
-def _found(folder: Path, manifest: Manifest) -> str:
+def source_of(folder: Path, manifest: Manifest | None = None) -> str:
+    """Where the classifier of a database is: what :func:`classifier_of` takes where none is named.
+
+    Raises:
+        ModelError: it is not to be found, or is Python code that nobody named.
+    """
+    manifest = manifest or Manifest.read(folder)
     named = str(manifest.classifier["source"])
     if named.startswith(_PYTHON):
         # A manifest is data: opening it must not run code that it names.
