@@ -220,7 +220,7 @@ def illustrate(
         neighbors = []
         for j in range(min(_NEIGHBORS, defense.k)):
             label = int(why.labels[i, j])
-            name = names[label] if label >= 0 else names[int(why.posteriors[i, j].argmax())]
+            name = names[label if label >= 0 else int(why.posteriors[i, j].argmax())]
             neighbors.append(
                 GalleryNeighbor(
                     image=pictures[pictures.index_of(why.ids[i][j])][0].numpy() if pictures is not None else None,

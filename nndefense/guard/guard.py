@@ -130,8 +130,7 @@ class Guard:
             database: the folder, or a database that is open.
             classifier: the classifier or where it comes from. None: the one that the manifest names, or the folder
                 ``classifier`` beside the database; one that is Python code must be named, since naming it runs it.
-            k: K. None: as calibrated, else 50.
-            weighting: None: as calibrated, else ``cbw-d``.
+            k, weighting: None: as calibrated, else 50 and ``cbw-d``.
             device: where the net runs.
             reject_rate: abstain on images that are farther away than all but this share of clean ones, above 0 and
                 below 1. None: the rate that was stored with the calibration, if any.

@@ -59,11 +59,7 @@ class Pictures:
         return self._rows() is not None
 
     def of(self, row: int | str) -> NDArray[np.uint8] | None:
-        """The picture of a row, by its number or id, uint8 H x W x C; None where the pictures are not at hand.
-
-        Raises:
-            InputError: there is no such row.
-        """
+        """As :meth:`nndefense.guard.Guard.neighbor_image` says, which asks here."""
         if isinstance(row, (int, np.integer)):
             if not 0 <= row < self.database.manifest.rows:
                 raise InputError(f"there is no row {row}: the database has rows 0 to {self.database.manifest.rows - 1}")

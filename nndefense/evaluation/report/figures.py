@@ -89,9 +89,7 @@ def accuracy_vs_eps(results: Results, *, others: bool = False, uid: str = "eps")
 def accuracy_vs_rows(results: Results, *, uid: str = "rows") -> str:
     """Inline SVG of accuracy against database size (log axis) at the headline budget; ``""`` without two sizes.
 
-    Args:
-        results: a ``results.json`` as a dict.
-        uid: start of the ids in the markup; give another one to show the figure twice in a page.
+    Args as for :func:`accuracy_vs_eps`.
     """
     lines = rows_lines(results)
     if not lines:

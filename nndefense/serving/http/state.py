@@ -172,10 +172,8 @@ class ServingState:
     ) -> list[Defended]:
         """Classify images in the next batches.
 
-        Args:
+        Args as for :meth:`~nndefense.guard.Guard.predict`, and:
             images: tensors C x H x W in [0, 1] of the guard's input shape.
-            top: classes in each list.
-            neighbors: neighbours of each image; None for all K.
             guard: with which guard: the one that the images were decoded for. None: the one that serves now.
 
         Raises:
