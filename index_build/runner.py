@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from nndefense.errors import DatabaseError, InputError
 from nndefense.features import FeatureSpec
 from nndefense.models import Classifier
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 try:
     import fcntl
 except ImportError:  # pragma: no cover  # not a Unix: there is no such lock there
@@ -36,11 +39,45 @@ except ImportError:  # pragma: no cover  # not a Unix: there is no such lock the
 LOCK = "build.lock"
 
 
+class BuildSettings(TypedDict, total=False):
+    """What a build is asked for by name, for those who check types; see :func:`build_databases`."""
+
+    specs: Sequence[str]
+    overwrite: bool
+    max_rejected: int | str | None
+    exclude: ImageDataset | None
+    exclude_eps: float | None
+    workers: int | None
+    engine: str
+    ray_address: str | None
+    ray_workers: int | None
+    reopen: Mapping[str, Any] | None
+    progress: bool
+    index: str
+    batch_size: int
+    pca_sample: int
+    seed: int
+    storage: str
+    posteriors: str
+    precision: str
+    shard_rows: int | None
+    dedupe: bool
+    memory: int | None
+    recall: float
+    k: int
+
+
 def build_database(
-    dataset: ImageDataset, classifier: Classifier, feature: FeatureSpec, out: str | Path, **settings: Any
+    dataset: ImageDataset,
+    classifier: Classifier,
+    feature: FeatureSpec,
+    out: str | Path,
+    *,
+    index_device: str = "cpu",
+    **settings: Unpack[BuildSettings],
 ) -> ImageDatabase:
     """Build one database; see :func:`build_databases`."""
-    return build_databases(dataset, classifier, {Path(out): feature}, **settings)[0]
+    return build_databases(dataset, classifier, {Path(out): feature}, index_device=index_device, **settings)[0]
 
 
 def build_databases(
@@ -49,8 +86,7 @@ def build_databases(
     features: Mapping[Path, FeatureSpec],
     *,
     index_device: str = "cpu",
-    progress: bool = True,
-    **settings: Any,
+    **settings: Unpack[BuildSettings],
 ) -> list[ImageDatabase]:
     """Build a database for each feature, all from the same forward passes.
 
@@ -95,7 +131,8 @@ def build_databases(
     # Asked now: without such a device the index would fail hours later.
     check_device(index_device)
     places = {Path(folder): feature for folder, feature in features.items()}
-    with extracted(dataset, classifier, places, progress=progress, **settings) as (job, _, ray):
+    progress = settings.get("progress", True)
+    with extracted(dataset, classifier, places, **settings) as (job, _, ray):
         for target in job.targets:
             make = ray.parts(target.folder, device=index_device) if ray else None
             complete(target.folder, device=index_device, make=make, progress=progress)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,13 +17,16 @@ from index_build.extract import Extracted
 from index_build.fit import Fitted, fit_index
 from index_build.job import NAME, BuildJob
 from index_build.ray_engine import engine_of
-from index_build.runner import building, extracted, finish
+from index_build.runner import BuildSettings, building, extracted, finish
 from nndefense.database import ImageDatabase
 from nndefense.database.manifest import Manifest
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DatabaseError, InputError
 from nndefense.features import FeatureSpec
 from nndefense.models import Classifier
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Vectors = NDArray[np.float32]
 
@@ -38,7 +41,7 @@ def _unfinished(folder: Path) -> Iterator[BuildJob]:
 
 
 def extract(
-    dataset: ImageDataset, classifier: Classifier, feature: FeatureSpec, out: Path, **settings: Any
+    dataset: ImageDataset, classifier: Classifier, feature: FeatureSpec, out: Path, **settings: Unpack[BuildSettings]
 ) -> Extracted:
     """Begin a build, or take up the one that is there, and extract its rows.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,22 @@ class ImageDatabase:
     # -- making and opening -------------------------------------------------------------------------------------
 
     @staticmethod
-    def create(path: str | Path, **settings: Any) -> DatabaseWriter:
-        """Begin a new database; settings and errors are those of :class:`~nndefense.database.writer.DatabaseWriter`."""
-        return DatabaseWriter(Path(path), **settings)
+    def create(
+        path: str | Path,
+        *,
+        classifier: Classifier,
+        feature: FeatureSpec,
+        pca: PCA | None = None,
+        data: Mapping[str, Any] | None = None,
+        index: str = "Flat",
+        overwrite: bool = False,
+    ) -> DatabaseWriter:
+        """Begin a new database; arguments and errors are those of
+        :class:`~nndefense.database.writer.DatabaseWriter`.
+        """
+        return DatabaseWriter(
+            Path(path), classifier=classifier, feature=feature, pca=pca, data=data, index=index, overwrite=overwrite
+        )
 
     @classmethod
     def open(
