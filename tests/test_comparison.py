@@ -26,8 +26,7 @@ from nndefense.comparison import (
     table_of,
     write_comparison,
 )
-from nndefense.comparison.report import page_of
-from nndefense.comparison.table import weaker_than_ignorant
+from nndefense.comparison.report import page_of, weaker_than_ignorant
 from nndefense.datasets import open_dataset
 from nndefense.errors import DataError, InputError, NNDefenseError
 from nndefense.pipeline import Materials, defenses

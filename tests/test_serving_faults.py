@@ -19,7 +19,7 @@ from nndefense.cli.app import build
 from nndefense.errors import DatabaseError, InputError
 from nndefense.serving.app import answer_json
 from nndefense.serving.client import Client, ServiceError
-from nndefense.serving.http.journal import FILE, Journal
+from nndefense.serving.http.metrics import FILE, Journal
 
 PNG = {"content-type": "image/png"}
 

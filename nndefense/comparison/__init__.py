@@ -10,9 +10,8 @@ from nndefense.comparison.recipe import (
     material_settings,
     shipped_comparison,
 )
-from nndefense.comparison.report import write_comparison
+from nndefense.comparison.report import markdown_of, summary_of, table_of, write_comparison
 from nndefense.comparison.runner import compare, read_comparison, run_comparison
-from nndefense.comparison.table import markdown_of, summary_of, table_of
 
 __all__ = [
     "CAVEATS",

@@ -19,8 +19,7 @@ from typing import Any
 from nndefense.database.cluster import import_ray
 from nndefense.serving.cluster.replica import Member, Reply
 from nndefense.serving.http.envelope import Envelope
-from nndefense.serving.http.journal import Journal
-from nndefense.serving.http.metrics import Metrics
+from nndefense.serving.http.metrics import Journal, Metrics
 from nndefense.serving.http.problem import MEDIA_TYPE, ServiceProblem, busy
 from nndefense.serving.http.security import App, Gate, Keys, Receive, Scope, Send, has_body
 from nndefense.serving.http.settings import ServingSettings

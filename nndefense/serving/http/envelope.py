@@ -10,8 +10,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from nndefense.serving.http.journal import Journal
-from nndefense.serving.http.metrics import Metrics
+from nndefense.serving.http.metrics import Journal, Metrics
 from nndefense.serving.http.problem import MEDIA_TYPE, ServiceProblem, body_of
 from nndefense.serving.http.security import (
     HEADERS,

@@ -17,8 +17,7 @@ from torch import Tensor
 from nndefense.errors import NNDefenseError
 from nndefense.guard import Defended, Guard
 from nndefense.serving.http.batcher import Batcher
-from nndefense.serving.http.journal import Journal
-from nndefense.serving.http.metrics import Metrics
+from nndefense.serving.http.metrics import Journal, Metrics
 from nndefense.serving.http.problem import ServiceProblem, busy
 from nndefense.serving.http.security import Gate, Keys
 from nndefense.serving.http.settings import ServingSettings
