@@ -11,7 +11,6 @@ import json
 import logging
 import random
 import socket
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -730,20 +729,18 @@ def serve_command(*words: object) -> None:
 
 def asked(*words: object) -> tuple[Json, ServingSettings, Json]:
     """What the command makes of its options: the guard's arguments, the settings, and those of Ray."""
-    ray = mock.Mock()
     with (
         mock.patch("nndefense.cli.serve.find_spec"),
         mock.patch("nndefense.serving.server.serve") as local,
-        mock.patch.dict(sys.modules, {"nndefense.serving.cluster.deployment": ray}),
-        mock.patch("nndefense.serving.cluster.deployment", ray, create=True),
+        mock.patch("nndefense.serving.cluster.serve") as ray,
     ):
         serve_command(*words)
-    assert local.called != ray.serve.called
+    assert local.called != ray.called
     if local.called:
         opened, settings = local.call_args.args
         return opened.keywords, settings, {}
-    opened, settings = ray.serve.call_args.args
-    return opened, settings, {name: value for name, value in ray.serve.call_args.kwargs.items() if name != "started"}
+    opened, settings = ray.call_args.args
+    return opened, settings, {name: value for name, value in ray.call_args.kwargs.items() if name != "started"}
 
 
 def test_the_command_s_defaults_are_the_settings_own(tmp_path: Path) -> None:
