@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import hashlib
@@ -12,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from nndefense.errors import InputError, NNDefenseError, one_line
@@ -72,6 +73,8 @@ def own_function(
 def sha256_of_source(source: str, *, error: type[NNDefenseError] = InputError) -> str:
     """The sha256 of the file that ``python:FILE_OR_MODULE:NAME`` names, which tells its versions apart.
 
+    Modules beside the file that it imports, or that they import, count too; installed packages do not.
+
     Raises:
         NNDefenseError: of the kind ``error``: there is no such file.
     """
@@ -82,16 +85,61 @@ def sha256_of_source(source: str, *, error: type[NNDefenseError] = InputError) -
             path = Path(found.origin) if found is not None and found.origin else None
     if path is None or not path.is_file():
         raise error(f"there is no file of Python code for {source}: give a file's path")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for file in _with_imported(path):
+        digest.update(f"{file.relative_to(path.parent).as_posix()}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
-def sha256_of_function(function: Callable[..., Any]) -> str:
-    """The sha256 of the file that a function stands in, or of its code where it stands in none."""
-    try:
-        code = Path(inspect.getsourcefile(function) or "").read_bytes()
-    except (OSError, TypeError):
-        code = getattr(getattr(function, "__code__", None), "co_code", repr(function).encode())
-    return hashlib.sha256(code).hexdigest()
+def _with_imported(path: Path) -> list[Path]:
+    """A file, and the files beside it that it imports at whatever depth, in the order of their names."""
+    found, waiting = set[Path](), [path]
+    while waiting:
+        file = waiting.pop()
+        found.add(file)
+        # What is no Python says so when it is run.
+        with contextlib.suppress(SyntaxError, ValueError):
+            for node in ast.walk(ast.parse(file.read_bytes())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                for top in {name.partition(".")[0] for name in names} - {""}:
+                    beside = [path.parent / f"{top}.py", *(path.parent / top).rglob("*.py")]
+                    waiting += [one for one in beside if one.is_file() and one not in found]
+    return sorted(found)
+
+
+def sha256_of_function(function: Callable[..., Any], also: object = ()) -> str:
+    """The sha256 of a function: of its file, or of its code where it stands in none, and of what it closes over.
+
+    Args:
+        function: the user's.
+        also: what else tells it from another, as plain values.
+
+    Values without a text of their own (most objects) make it another function in every process: rather measured
+    again than mistaken.
+    """
+    digest = hashlib.sha256(repr(also).encode())
+    with contextlib.suppress(OSError, TypeError):
+        digest.update(Path(inspect.getsourcefile(function) or "").read_bytes())
+    digest.update(b"" if inspect.isfunction(function) else repr(function).encode())
+    _update_with_code(digest, function)
+    return digest.hexdigest()
+
+
+def _update_with_code(digest: hashlib._Hash, function: Any, seen: tuple[Any, ...] = ()) -> None:
+    """Feed a function's code, constants, defaults and closure to a hash."""
+    if not inspect.isfunction(function) or function in seen:
+        return
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [one for one in code.co_consts if isinstance(one, CodeType)]
+        plain = [one for one in code.co_consts if not isinstance(one, CodeType)]
+        digest.update(code.co_code + repr((plain, code.co_names)).encode())
+    held = inspect.getclosurevars(function).nonlocals.values()
+    for value in [*held, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]:
+        _update_with_code(digest, value, (*seen, function))
+        digest.update(b"" if inspect.isfunction(value) else repr(value).encode())
 
 
 def taken(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:

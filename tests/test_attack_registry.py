@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from nndefense.evaluation import AttackSettings, run_attack, rungs_for
 from nndefense.evaluation.recipe import recipe_from
 from nndefense.features import FeatureSpec
 from nndefense.models import save_classifier
+from nndefense.own_code import sha256_of_source
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EVALUATE = ["evaluate", "--dataset", "digits:test", "--limit", 8, "--eps", "0.5", "--adaptive-steps", 2, "--no-sizes"]
@@ -264,3 +267,65 @@ def test_settings_of_an_attack_of_the_users_that_it_does_not_take(tmp_path: Path
         AttackSettings("python:absent.py:f")
     with pytest.raises(InputError, match="or python:FILE:FUNCTION"):
         AttackSettings("magic")
+
+
+def test_an_attack_that_works_in_place_is_measured_against_the_clean_images() -> None:
+    name = attacks.register(in_place)
+    x, y = images("test", 4)
+    before = x.clone()
+    try:
+        with pytest.raises(InputError, match="passes its budget"):
+            run_attack(AttackSettings(name, "linf", (0.01,)), trained(), x, y, 0.01, torch.Generator())
+    finally:
+        registry.unregister(name)
+    assert torch.equal(x, before)
+
+
+def in_place(model: Any, x: Tensor, y: Tensor, **more: Any) -> Tensor:
+    """Far outside a small ball."""
+    return x.add_(0.5).clamp_(0, 1)
+
+
+def closing_over(share: float) -> Any:
+    """A function whose file says nothing of what it does."""
+
+    def push(model: Any, x: Tensor, y: Tensor, **more: Any) -> Tensor:
+        return x * share
+
+    return push
+
+
+def test_whatever_decides_the_images_decides_the_identity(tmp_path: Path) -> None:
+    def identity(function: Any, **more: Any) -> str:
+        name = attacks.register(attacks.Attack("toy", function, **more))
+        try:
+            return registry.get(name).sha256
+        finally:
+            registry.unregister(name)
+
+    assert identity(noise) == identity(noise)
+    assert identity(noise, settings={"steps": 1}) != identity(noise, settings={"steps": 9})
+    assert identity(noise, least=True) != identity(noise)
+    assert identity(closing_over(0.5)) == identity(closing_over(0.5)) != identity(closing_over(0.6))
+    # Without a file, as in a notebook, constants count.
+    typed = [eval(f"lambda model, x, y, **more: x + {share}") for share in (0.1, 0.9)]
+    assert identity(typed[0]) != identity(typed[1])
+    # A module beside the user's file, imported at any depth, too.
+    for name, text in (("mine", "import beside\ndef f(): ...\n"), ("beside", "from deeper import x\n")):
+        (tmp_path / f"{name}.py").write_text(text)
+    found = []
+    for value in (1, 2):
+        (tmp_path / "deeper.py").write_text(f"x = {value}\n")
+        found.append(sha256_of_source(f"python:{tmp_path / 'mine.py'}:f"))
+    assert found[0] != found[1]
+    (tmp_path / "stranger.py").write_text("y = 1\n")
+    assert found[1] == sha256_of_source(f"python:{tmp_path / 'mine.py'}:f")
+
+
+def test_what_cannot_be_registered_is_told() -> None:
+    with pytest.raises(InputError, match="there is an attack 'pgd' already"):
+        attacks.register(replace(registry.get("pgd"), settings={"step_size": 0.0}))
+    with pytest.raises(InputError, match="can need gradient, scores"):
+        attacks.Attack("toy", noise, needs=("gradients",))
+    with pytest.raises(InputError, match="needs a name"):
+        attacks.register(partial(noise, steps=3))

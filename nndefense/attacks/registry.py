@@ -19,6 +19,7 @@ Norm = Literal["linf", "l2", "normalized-l2"]
 NORMS: tuple[Norm, ...] = ("linf", "l2", "normalized-l2")
 # From the attacker who has nothing of the defence to the one who has all of it.
 THREAT_MODELS = ("black", "gray", "white", "adaptive")
+NEEDS = ("gradient", "scores", "surface", "features", "rows", "classifier")
 # What takes the place of an attack that a threat model cannot use.
 STAND_IN = {"black": "pgd", "gray": "pgd", "white": "pgd", "adaptive": "adaptive"}
 
@@ -44,7 +45,8 @@ class Attack:
         restarts: it takes a number of random starts, and the worst one counts.
         loss: it takes the name of a loss.
         settings: further arguments of the function.
-        sha256: of the code of an attack that is not the library's, so that a changed one is measured again.
+        sha256: of the code and settings of an attack that is not the library's, so that a changed one is measured
+            again.
     """
 
     name: str
@@ -63,6 +65,8 @@ class Attack:
     sha256: str = ""
 
     def __post_init__(self) -> None:
+        if not set(self.needs) <= set(NEEDS):
+            raise InputError(f"the attack {self.name!r} needs {self.needs}, but can need {', '.join(NEEDS)}")
         if not self.name or not set(self.norms) <= set(NORMS) or not set(self.threat_models) <= set(THREAT_MODELS):
             raise InputError(f"the attack {self.name!r} needs a name, norms of {NORMS} and threats of {THREAT_MODELS}")
         if self.effort and self.standard < 1:
@@ -183,17 +187,20 @@ def register(attack: Attack | Callable[..., Any]) -> str:
         Its name.
 
     Raises:
-        InputError: a name that another attack has.
+        InputError: a name that another attack has, or a callable without one.
     """
     if not isinstance(attack, Attack):
-        number, name = 1, attack.__name__
+        base = getattr(attack, "__name__", "")
+        number, name = 1, base
         while name in _ATTACKS and _ATTACKS[name].function is not attack:
-            number, name = number + 1, f"{attack.__name__}-{number + 1}"
+            number, name = number + 1, f"{base}-{number + 1}"
         attack = Attack(name, attack)
-    if attack.name.startswith(PYTHON) or _ATTACKS.get(attack.name, attack).function is not attack.function:
+    taken_by = _ATTACKS.get(attack.name, attack)
+    if attack.name.startswith(PYTHON) or attack.name in SHIPPED or taken_by.function != attack.function:
         raise InputError(f"there is an attack {attack.name!r} already: register it under another name")
-    if not attack.sha256 and attack.name not in SHIPPED:
-        attack = replace(attack, sha256=sha256_of_function(attack.load()))
+    if not attack.sha256:
+        also = (attack.least, sorted(attack.settings.items()))
+        attack = replace(attack, sha256=sha256_of_function(attack.load(), also))
     _ATTACKS[attack.name] = attack
     return attack.name
 

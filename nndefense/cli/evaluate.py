@@ -61,7 +61,7 @@ class RungOptions(AttackOptions):
         """The attacks of whoever knows the retrieval."""
         from nndefense.evaluation import AttackSettings
 
-        return AttackSettings("adaptive", self.norm, self.budgets, self.adaptive_steps)
+        return AttackSettings("adaptive", self.norm, self.budgets, self.adaptive_steps, self.restarts)
 
 
 # What a comparison of defences takes; the rest of the options is for one defence over one database.

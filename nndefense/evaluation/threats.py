@@ -148,10 +148,12 @@ def run_attack(
         seen, counts = target, target.counts
     else:
         seen = counts = attacks.Counted(target.predict if surface else target)
+    own = attack.name not in registry.SHIPPED
     made: Tensor = attack.run(
         seen,
-        images,
-        labels,
+        # A user's attack may work in place, and what it made is measured against the clean images.
+        images.clone() if own else images,
+        labels.clone() if own else labels,
         effort=settings.effort,
         restarts=settings.restarts,
         loss=settings.loss,
@@ -159,7 +161,7 @@ def run_attack(
         norm=settings.norm,
         generator=generator,
     )
-    if attack.name not in registry.SHIPPED:
+    if own:
         made = _checked(made, images, eps, settings)
     if attack.least:
         size = attacks.distance(images, made, settings.norm)
@@ -191,7 +193,7 @@ def _checked(made: Any, x: Tensor, eps: float, settings: AttackSettings) -> Tens
             f"the attack {name} passes its budget, {settings.norm} {eps:g}, by {excess:.2g} (raw pixels) on "
             f"{int((passed > _ROUNDING).sum())} of {len(x)} images: project them on the ball"
         )
-    return images
+    return images.clamp(0, 1)
 
 
 def peak_memory_mb() -> float:

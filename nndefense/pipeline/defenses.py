@@ -29,7 +29,7 @@ class Defense:
         about: what it is where no option says otherwise, for people.
         images: it is made of training images, too.
         trained: a net is trained for it.
-        random: two calls of it may differ but for a seed; its attackers average over draws.
+        random: it draws, so that two calls of it would differ but for its seed.
         sha256: of the code of a defence that is not the library's, so that a changed one is measured again.
     """
 
@@ -83,13 +83,16 @@ def register(defense: Defense | Callable[..., Any]) -> str:
         Its name.
 
     Raises:
-        InputError: a name that another defence has.
+        InputError: a name that another defence has, or a callable without one.
     """
     if not isinstance(defense, Defense):
-        defense = Defense(defense.__name__, defense)
-    if defense.name.startswith(PYTHON) or _DEFENSES.get(defense.name, defense).make is not defense.make:
+        defense = Defense(getattr(defense, "__name__", ""), defense)
+    if not defense.name:
+        raise InputError("a defence needs a name: register Defense(name, make)")
+    taken_by = _DEFENSES.get(defense.name, defense)
+    if defense.name.startswith(PYTHON) or defense.name in SHIPPED or taken_by.make != defense.make:
         raise InputError(f"there is a defence {defense.name!r} already: register it under another name")
-    if not defense.sha256 and defense.name not in SHIPPED:
+    if not defense.sha256:
         defense = replace(defense, sha256=sha256_of_function(defense.load()))
     _DEFENSES[defense.name] = defense
     return defense.name

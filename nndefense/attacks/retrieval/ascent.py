@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from nndefense.attacks.retrieval.surface import Knowledge, RetrievalSurface
 from nndefense.errors import InputError
 from nndefense.images import check_images
 
-Schedule = Literal["cosine", "constant"]
 BATCH = 100
 _MOMENTUM = 0.75
 
@@ -104,12 +103,11 @@ def ascend(
     *,
     steps: int,
     stride: float = 1.0,
-    schedule: Schedule = "cosine",
 ) -> tuple[Tensor, Tensor]:
     """Raise the objective by sign (l_inf) or unit-gradient (l_2) steps with momentum, inside ball and box.
 
-    A step costs one forward pass and one gradient. Steps shrink from ``stride`` radii to nearly 0 along a cosine, or
-    stay constant. Where the attacker's own copy of the defence says that an iterate has succeeded, the true pipeline
+    A step costs one forward pass and one gradient. Steps shrink from ``stride`` radii to nearly 0 along a cosine.
+    Where the attacker's own copy of the defence says that an iterate has succeeded, the true pipeline
     is asked; images that fool it are finished. The last iterate is shown to it in any case.
 
     Args:
@@ -118,7 +116,6 @@ def ascend(
         start: N x C x H x W, inside the ball.
         steps: at least 1.
         stride: first step in radii.
-        schedule: ``cosine`` or ``constant``.
 
     Returns:
         Images N x C x H x W, the first that fooled the true pipeline or else the last iterate, and whether they
@@ -158,7 +155,7 @@ def ascend(
             part = part.take(left)
             objective.keep(left)
         velocity = _MOMENTUM * velocity + _unit(gradient)
-        length = part.radii * stride * (0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0)
+        length = part.radii * stride * 0.5 * (1 + math.cos(math.pi * progress))
         moved = current + norms.per_image(length, current) * norms.steepest(velocity, problem.norm)
         current = part.bring_in(moved)
     if len(active):
