@@ -18,9 +18,11 @@ from nndefense.datasets import concatenate, open_dataset
 from nndefense.datasets.arrays import ArrayDataset
 from nndefense.defenses import RaCnnDefense
 from nndefense.errors import DatabaseError, DataError, InputError, ModelError
+from nndefense.evaluation.racnn import measure_racnn
 from nndefense.features import FeatureSpec
 from nndefense.models import ARCHITECTURES, build_classifier, load_classifier, save_classifier
 from nndefense.models.racnn import attentive, features_of, load_racnn
+from nndefense.pipeline import check_not_in_database
 from nndefense.training import Batch, TrainingSettings, neighbors
 from nndefense.training.batches import EpochBatches
 from nndefense.training.launcher import Team
@@ -312,6 +314,18 @@ def words(database, tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("c") / "classifier"
     save_classifier(trained(), folder)
     return ["--classifier", str(folder), "--database", str(database.path), "--device", "cpu", "--quiet"]
+
+
+def test_only_the_images_themselves_are_refused_not_their_namesakes(database):
+    defense = RaCnnDefense(trained(), database, train_racnn(trained(), database, few(50), **{**QUICK, "epochs": 1}))
+    pictures, labels = digits("test").batch(range(20))
+    namesakes = ArrayDataset(
+        pictures.numpy(), labels, name="namesakes", classes=digits("test").classes, ids=list(few(20).ids)
+    )
+    check_not_in_database(namesakes, defense)
+    assert measure_racnn(defense, namesakes, ())["clean"]["ra-cnn"]["n"] == 20
+    with pytest.raises(DataError, match="stand in the database"):
+        check_not_in_database(few(20), defense)
 
 
 def run(*given: object) -> None:

@@ -128,7 +128,7 @@ def evaluate(
     from nndefense.defenses.racnn import RaCnnDefense
     from nndefense.evaluation.racnn import measure_racnn
     from nndefense.files import write_json
-    from nndefense.pipeline import open_datasets
+    from nndefense.pipeline import check_not_in_database, open_datasets
     from nndefense.versions import library_versions
 
     budgets = numbers(eps)
@@ -137,6 +137,7 @@ def evaluate(
     net = model.open(common, database=database)
     defense = RaCnnDefense.load(trained, net, ImageDatabase.open(database, classifier=net), k=k)
     images = open_datasets([dataset], data_dir=common.data_dir, like=net, limit=limit, seed=common.seed)
+    check_not_in_database(images, defense)
     hidden = None if common.progress else True
     with tqdm(total=len(images), desc="attacking", unit=" images", disable=hidden) as bar:
         found = measure_racnn(

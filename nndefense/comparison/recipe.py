@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from nndefense import attacks, recipes
+from nndefense import recipes
 from nndefense.comparison.published import PUBLISHED
-from nndefense.errors import InputError, check_choice
+from nndefense.errors import InputError
 from nndefense.own_code import PYTHON
 from nndefense.pipeline import defenses
 from nndefense.pipeline.materials import MaterialSettings
@@ -62,16 +62,14 @@ class Scope(MaterialSettings):
     informed_eps: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_choice("norm", self.norm, attacks.NORMS)
+        super().__post_init__()
         if not self.eps or not all(eps > 0 for eps in self.eps):
             raise InputError("a comparison needs at least one eps above 0")
         if self.headline not in self.eps:
             raise InputError(f"the headline budget {self.headline:g} is not among the eps that are run: add it")
         if self.informed_eps is not None and self.headline not in self.informed_eps:
             raise InputError("informed_eps must hold the headline budget: the table shows it")
-        counts = ("steps", "restarts", "white_steps", "draws", "adaptive_steps", "layers", "batch_size", "patches")
-        recipes.check_least(self, 1, *counts, "limit")
-        recipes.check_least(self, 20, "holdout", "candidate_rows")
+        recipes.check_least(self, 1, "restarts", "white_steps", "adaptive_steps", "limit")
 
 
 @dataclass(frozen=True)

@@ -344,13 +344,20 @@ class _Run:
             "data": [self.dataset.name, self.dataset.fingerprint],
             "classifier": self.classifier,
             "subjects": [_identity(subject) for subject in active],
-            "threat": [threat.name, threat.surrogate, threat.knowledge, threat.subject] if threat else None,
+            "threat": [threat.name, threat.surrogate, threat.knowledge, threat.subject, starts_at_images(threat)]
+            if threat
+            else None,
             "attack": {**cell.attack.to_json(), "eps": cell.eps} if cell.attack else None,
             "headline": headline,
             "seed": self.seed,
             # The random starts of a batch follow those of the one before it.
             "batch_size": self.batch_size,
         }
+
+
+def starts_at_images(threat: ThreatModel) -> bool:
+    """Whether attacks of this attacker also start on the way to the images of the defence's rows."""
+    return getattr(getattr(threat.target, "rows", None), "images", None) is not None
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from nndefense.attacks.checks import checked_inputs
 from nndefense.attacks.retrieval import run_adaptive
 from nndefense.datasets import ImageDataset
 from nndefense.defenses.racnn import RaCnnDefense
-from nndefense.errors import DataError, NNDefenseError
+from nndefense.errors import NNDefenseError
 from nndefense.statistics import wilson_interval
 from nndefense.training.neighbors import row_images
 
@@ -39,7 +39,8 @@ def measure_racnn(
 
     Args:
         defense: the trained defence, on the device where all is computed.
-        dataset: labelled images that do not stand in the database.
+        dataset: labelled images that do not stand in the database:
+            :func:`nndefense.pipeline.check_not_in_database` tells those that do.
         budgets: of the attacks, in units of ``norm``.
         norm, steps: of every attack.
         attacked: how many images are attacked at most; all give the clean accuracy.
@@ -54,16 +55,9 @@ def measure_racnn(
         attack; each with ``accuracy``, ``n`` and the Wilson 95 % ``interval``.
 
     Raises:
-        DataError: images of the data set stand in the database.
         InputError: a budget, norm or image that cannot be used.
     """
     net, place = defense.classifier, defense.classifier.device
-    shared = set(dataset.ids).intersection(defense.database.ids(defense.database.row_numbers))
-    if shared:
-        raise DataError(
-            f"{len(shared)} images of {dataset.name} stand in the database by their ids (such as {min(shared)}), "
-            "which would hand the defence their answers: use other images"
-        )
     labels = net.label_map(dataset.classes).to(place)
     clean: dict[str, list[Tensor]] = {"classifier": [], "ra-cnn": []}
     standing: dict[tuple[float, str], list[Tensor]] = {}

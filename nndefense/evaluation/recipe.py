@@ -10,6 +10,7 @@ from typing import Any
 from nndefense import recipes
 from nndefense.attacks import registry
 from nndefense.errors import InputError, check_choice
+from nndefense.evaluation.ladder import DEFENDED
 from nndefense.evaluation.threats import AttackSettings
 
 
@@ -107,7 +108,13 @@ class Recipe:
                 "white-box and adaptive attacks are on a defence: name its database or other defences, or leave them "
                 "out"
             )
-        recipes.check_least(self, 1, "audit_images", "batch_size", "limit")
+        if self.train_set and not self.defenses:
+            raise InputError("a training set is what other defences are made of: name defences, or leave it out")
+        if (self.k, self.weighting) != (None, None) and self.database is None and DEFENDED not in self.defenses:
+            raise InputError(
+                f"k and weighting are settings of {DEFENDED}: name its database or the defence, or leave them out"
+            )
+        recipes.check_least(self, 1, "audit_images", "batch_size", "limit", "k")
         recipes.check_least(self, 0, "gallery", "seed")
 
     def to_json(self) -> dict[str, Any]:

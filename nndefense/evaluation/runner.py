@@ -14,7 +14,7 @@ from torch import Tensor
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.evaluation.audit import AuditLine, AuditSubject, audit_records, audit_runs
-from nndefense.evaluation.evaluate import CellStore, Record, Subject, evaluate
+from nndefense.evaluation.evaluate import CellStore, Record, Subject, evaluate, starts_at_images
 from nndefense.evaluation.ladder import DEFENDED
 from nndefense.evaluation.recipe import Recipe, Rung
 from nndefense.evaluation.report import GalleryNeighbor, GalleryRow
@@ -151,7 +151,7 @@ def _audit(
     store: CellStore | None,
 ) -> list[AuditLine]:
     """The audit's own runs, on a few images drawn at random; kept like a cell."""
-    key: list[Any] = [dataset.fingerprint, classifier.fingerprint, recipe.sha256]
+    key: list[Any] = [dataset.fingerprint, classifier.fingerprint, recipe.sha256, starts_at_images(threat)]
     key += [defense.database.fingerprint, defense.k, defense.weighting] if defense is not None else []
     stored = store.get("audit", key) if store is not None else None
     if stored is not None:

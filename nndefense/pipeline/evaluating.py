@@ -99,6 +99,8 @@ def open_recipe(
     """Open what a recipe names, make its defences, and check that all fits together; arguments and errors as for
     :func:`evaluate`.
     """
+    shared = {"norm": recipe.headline_norm, "headline": recipe.headline_eps, "batch_size": recipe.batch_size}
+    scope = recipes.build(MaterialSettings, {**shared, **recipe.materials}, "materials")
     folder = Path(recipe.database) if recipe.database else None
     wanted = [defenses.get(name) for name in recipe.defenses if name != BARE]
     for defense in wanted:
@@ -128,16 +130,16 @@ def open_recipe(
         ours = NearestNeighborDefense(classifier, stored.database, stored.k, stored.weighting)
         pictures = neighbor_pictures(stored.database, data_dir, classifier)
         check_not_in_database(dataset, ours, pictures)
-        check_not_calibrated_on(dataset, stored.calibration, folder)
+        # Also where K and weighting are given: layer and pooling were chosen on these images, too.
+        check_not_calibrated_on(dataset, stored_calibration(folder), folder)
         opened = replace(opened, defense=ours, calibration=stored.calibration, pictures=pictures)
     if not wanted:
         return opened
     train = open_datasets(recipe.train_set, data_dir=data_dir, like=classifier) if recipe.train_set else None
     if train is not None:
         check_disjoint(dataset, train)
-    shared = {"norm": recipe.headline_norm, "headline": recipe.headline_eps, "batch_size": recipe.batch_size}
     materials = Materials(
-        recipes.build(MaterialSettings, {**shared, **recipe.materials}, "materials"),
+        scope,
         train,
         out / "made",
         classifier.device,
@@ -147,21 +149,21 @@ def open_recipe(
         say=say,
         progress=progress,
     )
-    return _with_defenses(opened, wanted, materials, {rung.threat_model for rung in recipe.rungs})
+    return _with_defenses(opened, wanted, materials, recipe)
 
 
-def _with_defenses(
-    opened: Opened, wanted: Sequence[defenses.Defense], materials: Materials, models: set[str]
-) -> Opened:
+def _with_defenses(opened: Opened, wanted: Sequence[defenses.Defense], materials: Materials, recipe: Recipe) -> Opened:
     """Make the defences; a nearest-neighbour defence takes the place of the one over a database."""
+    models = {rung.threat_model for rung in recipe.rungs}
+    asked = {name: value for name in ("k", "weighting") if (value := getattr(recipe, name)) is not None}
     others = []
     for defense in wanted:
-        made = make_defense(defense, materials)
+        made = make_defense(defense, materials, asked if defense.name == DEFENDED else None)
         if isinstance(made.model, NearestNeighborDefense) and defense.name == DEFENDED:
             opened = replace(
                 opened,
                 defense=made.model,
-                calibration=materials.chosen(made.facts["pooling"]).calibration,
+                calibration=None if asked else materials.chosen(made.facts["pooling"]).calibration,
                 pictures=materials.rows,
             )
             continue

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from index_build.patches import build_patches
+from index_build.patches import SIDE, build_patches
+from nndefense import recipes
 from nndefense.defenses import NearestNeighborDefense, RaCnnDefense
 from nndefense.defenses.quilting import PatchDatabase, quilting
 from nndefense.defenses.transforms import crop_ensemble
 from nndefense.errors import DatabaseError, InputError
+from nndefense.files import make_folder, read_json, write_json
 from nndefense.models import ARCHITECTURES, Classifier
 from nndefense.models.racnn import DESCRIPTION_FILE, NET_FOLDER, RaCnn, load_racnn
 from nndefense.pipeline import defenses
@@ -36,7 +39,8 @@ def cropped(classifier: Classifier, materials: Materials, **options: Any) -> Mad
     """Crops, averaged, of the size that suits the data set."""
     size = options.setdefault("size", materials.scope.crop)
     form = f"{options.get('crops', 30)} crops of {size:.2g} of the side"
-    return Made(crop_ensemble(classifier, **options), {"form": form})
+    # The form is rounded for people.
+    return Made(crop_ensemble(classifier, **options), {"form": form}, identity={"options": options})
 
 
 def quilted(classifier: Classifier, materials: Materials, **options: Any) -> Made:
@@ -54,9 +58,13 @@ def quilted(classifier: Classifier, materials: Materials, **options: Any) -> Mad
 
 def _patches(materials: Materials) -> PatchDatabase:
     folder, rows = materials.out / "patches", materials.rows
+    _, height, width = rows.shape
+    # As many as asked for, or all that there are.
+    count = min(materials.scope.patches, len(rows) * (height - SIDE + 1) * (width - SIDE + 1))
     try:
         found = PatchDatabase.open(folder)
-        if found.manifest.data["fingerprint"] == rows.fingerprint:
+        made = (found.manifest.data["fingerprint"], len(found), found.manifest.seed)
+        if made == (rows.fingerprint, count, materials.seed):
             return found
     except DatabaseError:
         pass
@@ -105,13 +113,14 @@ def nearest(
 
 def ensemble_adversarial(classifier: Classifier, materials: Materials, sources: int = _SOURCES) -> Made:
     """A net trained with images that static nets and it itself have attacked in one step (Tramèr et al. 2018)."""
+    # What is missing is told before nets are trained.
+    step = InnerAttack.fgsm(_attack(materials, "ensemble-adversarial")["eps"])
     own = {"arch": _arch(materials, "ensemble-adversarial"), **materials.scope.classifier}
     archs = [own, materials.scope.surrogate or own]
     statics = [
         materials.net(f"source-{number}", archs[number % 2], seed=materials.seed + 10 + number)
         for number in range(sources)
     ]
-    step = InnerAttack.fgsm(_attack(materials, "ensemble-adversarial")["eps"])
     attack = EnsembleAttack(statics, step, cache=materials.out / "attacked-images")
     net = _net(materials, "ensemble-adversarial", attack)
     return _trained(materials, net, {"sources": len(statics), "attack": f"one step, linf {step.eps:g}"})
@@ -141,18 +150,26 @@ def ra_cnn(classifier: Classifier, materials: Materials, k: int = 5) -> Made:
 
 def _racnn(materials: Materials, database: Any, k: int) -> RaCnn:
     folder = materials.out / "nets" / "ra-cnn"
-    if (folder / DESCRIPTION_FILE).exists():
-        found = load_racnn(folder, device=materials.device)
-        if found.database["fingerprint"] == database.fingerprint:
-            return found
+    arch, settings = str(materials.scope.classifier.get("arch", "small-cnn")), _settings(materials)
+    told = {"database": database.fingerprint, "images": materials.rows.fingerprint, "arch": arch, "k": k,
+            "seed": materials.seed, **settings}  # fmt: skip
+    # Beside the folder: the settings of what is finished or begun in it.
+    note, key = folder.with_suffix(".json"), recipes.identity(told)
+    same = note.exists() and read_json(note) == {"settings": key}
+    if same and (folder / DESCRIPTION_FILE).exists():
+        return load_racnn(folder, device=materials.device)
     materials.say("training ra-cnn")
-    unfinished = TrainingFolder(folder / NET_FOLDER).is_unfinished()
+    unfinished = same and TrainingFolder(folder / NET_FOLDER).is_unfinished()
+    if not same:
+        shutil.rmtree(folder, ignore_errors=True)
+        make_folder(note.parent)
+        write_json(note, {"settings": key})
     return train_racnn(
         materials.classifier,
         database,
         materials.rows,
         images=materials.rows,
-        arch=str(materials.scope.classifier.get("arch", "small-cnn")),
+        arch=arch,
         k=k,
         device=materials.device,
         out=folder,
@@ -160,7 +177,7 @@ def _racnn(materials: Materials, database: Any, k: int) -> RaCnn:
         overwrite=not unfinished,
         progress=materials.progress,
         seed=materials.seed,
-        **_settings(materials),
+        **settings,
     )
 
 

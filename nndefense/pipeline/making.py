@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from nndefense.evaluation import Subject
 from nndefense.evaluation.ladder import BARE
 from nndefense.evaluation.subjects import known_of
 from nndefense.images import shape_text
+from nndefense.models.classifier import update_with_tensors
 from nndefense.own_code import taken
 from nndefense.pipeline import defenses
 from nndefense.pipeline.materials import Materials
@@ -28,12 +30,14 @@ class Made:
         model: images N x C x H x W in [0, 1] -> scores N x classes of the classifier.
         facts: what is to be known of it, as plain values; they identify it, too.
         database, database_rows: fingerprint and number of rows of its database, or None.
+        identity: what else tells it apart from others; :func:`make_defense` adds options, weights and images.
     """
 
     model: nn.Module
     facts: dict[str, Any] = field(default_factory=dict)
     database: str | None = None
     database_rows: int | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
 
 
 def make_defense(defense: defenses.Defense, materials: Materials, options: Mapping[str, Any] | None = None) -> Made:
@@ -62,7 +66,20 @@ def make_defense(defense: defenses.Defense, materials: Materials, options: Mappi
     if defense.sha256:
         _probe(name, made.model, materials)
         made.facts["code"] = defense.sha256[:16]
-    return made
+    return replace(made, identity={**_identity(made.model, materials, bool(asked)), "options": given, **made.identity})
+
+
+def _identity(model: nn.Module, materials: Materials, asked: bool) -> dict[str, Any]:
+    """What a defence answers by beside its code: weights, database, draws, and the images that it asked for."""
+    weights = hashlib.sha256()
+    # Modules may keep more than tensors in their state.
+    update_with_tensors(weights, {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)})
+    found: dict[str, Any] = {"weights": weights.hexdigest(), "draws": materials.scope.draws}
+    if database := getattr(getattr(model, "database", None), "fingerprint", None):
+        found["database"] = str(database)
+    if asked and materials.train is not None:
+        found["images"] = [materials.train.fingerprint, materials.scope.holdout, materials.seed]
+    return found
 
 
 @torch.no_grad()
@@ -95,5 +112,6 @@ def subject_of(made: Made, name: str, variant: str, materials: Materials, *, inf
     if informed and name != BARE:
         images = materials.rows if materials.train is not None else None
         known = known_of(made.model, materials.classifier, images=images, draws=materials.scope.draws)
-    identity = repr(sorted((key, value) for key, value in made.facts.items()))
+    told = {**made.identity, "options": sorted(made.identity.get("options", {}).items())}
+    identity = repr([sorted(made.facts.items()), sorted(told.items())])
     return Subject(name, made.model, variant, made.database, made.database_rows, identity=identity, **known)

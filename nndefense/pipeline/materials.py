@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nndefense import recipes
+from nndefense.attacks import NORMS
 from nndefense.database import ImageDatabase
 from nndefense.datasets import ImageDataset
-from nndefense.errors import InputError
+from nndefense.errors import InputError, check_choice
 from nndefense.evaluation import AttackSettings
 from nndefense.features import FeatureSpec
 from nndefense.models import Classifier, build_classifier
@@ -64,6 +66,11 @@ class MaterialSettings:
     crop: float = 90 / 224
     patches: int = 100_000
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_choice("norm", self.norm, NORMS)
+        recipes.check_least(self, 1, "steps", "draws", "layers", "batch_size", "patches")
+        recipes.check_least(self, 20, "holdout", "candidate_rows")
 
 
 @dataclass
