@@ -115,9 +115,9 @@ def build_databases(
             classifier is on one.
         reopen: whatever the caller needs to open images and classifier again, as plain values.
         progress: show bars.
-        options: the settings that decide the result, by their names in :class:`~index_build.job.Options`: ``index``,
-            ``batch_size``, ``pca_sample``, ``seed``, ``storage``, ``posteriors``, ``precision``, ``shard_rows``,
-            ``dedupe``, ``memory``, ``recall``, ``k``.
+        settings: what decides the result, by its names in :class:`~index_build.job.Options`: ``index``, ``batch_size``,
+            ``pca_sample``, ``seed``, ``storage``, ``posteriors``, ``precision``, ``shard_rows``, ``dedupe``,
+            ``memory``, ``recall``, ``k``.
 
     Returns:
         The databases, opened, in the order of ``features``.

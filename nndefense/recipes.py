@@ -72,7 +72,11 @@ def entries(kind: type, values: Any, table: str = "", *, leave: Collection[str] 
     known = {_place(entry): entry for entry in fields(kind) if entry.name not in leave}
     sections = {name.partition(".")[0] for name in known if "." in name}
     flat: dict[str, Any] = {}
-    for name, value in mapping(values, table).items():
+    top = mapping(values, table)
+    # A point leads into a table; in a name it can only stand quoted, and would be taken for that table's entry.
+    if quoted := [_path(table, f'"{name}"') for name in top if "." in name]:
+        raise InputError(f"a recipe has no entry {', '.join(quoted)}: write it in its table, without quotes")
+    for name, value in top.items():
         inner = mapping(value, _path(table, name)) if name in sections else None
         flat.update({name: value} if inner is None else {f"{name}.{key}": one for key, one in inner.items()})
     if unknown := [_path(table, name) for name in flat if name not in known]:

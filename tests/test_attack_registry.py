@@ -151,7 +151,8 @@ def test_evaluate_runs_every_attack_on_a_classifier_alone(folder: Path, tmp_path
     found = nndefense(*words).json
     (record,) = [r for r in found["records"] if r["threat_model"] == "gray"]
     assert record["attack"] == name
-    assert (record["steps"], record.get("query_limit")) == ((0, 20) if name == "square" else (record["steps"], None))
+    unit, number = (*effort(name), "steps", registry.get(name).standard)[:2]
+    assert (record["steps"], record.get("query_limit")) == ((number, None) if unit.endswith("steps") else (0, number))
 
 
 # -- an attack that is added -------------------------------------------------------------------------------------------

@@ -630,6 +630,20 @@ def test_figures_hold_every_point() -> None:
     assert "defended, black" in text
 
 
+def test_any_name_of_a_defence_can_be_drawn() -> None:
+    results = fake_results()
+    name = 'own & <b> "$x_$" $\\no$'
+    for eps, right in ((0, 400), (0.2, 200)):
+        threat_model = "gray" if eps else "clean"
+        results["records"].append(record(name, threat_model, eps, right, variant="defense"))
+    drawn = ET.fromstring(accuracy_vs_eps(results, others=True))
+    assert [title.text for title in drawn.iter("title")][-2:] == [
+        f"{name}, gray: 80.0 % (76.3 to 83.3)",
+        f"{name}, gray: 40.0 % (35.8 to 44.4)",
+    ]
+    assert f"{name}, gray" in {text.text for text in drawn.iter("text")}
+
+
 def test_figures_that_cannot_be_drawn_are_empty() -> None:
     assert accuracy_vs_rows(remove_sizes(fake_results())) == ""
     assert accuracy_vs_eps(only_clean(fake_results())) == ""

@@ -60,6 +60,9 @@ def test_a_row_of_one_cell_is_a_heading() -> None:
     html = Table(("", "a"), (("Others",), ("x", "1")), kinds=("", "")).html()
     assert '<tr class="group"><th colspan="2" scope="colgroup">Others</th></tr>' in html
     assert html.startswith('<div class="scroll"><table class="plain"><thead><tr><td></td><th scope="col">a</th>')
+    table = Table(("", "a|b"), (("Others",), ("x|y", "1")))
+    assert table.markdown() == "|  | a\\|b |\n| --- | --: |\n| Others |  |\n| x\\|y | 1 |\n"
+    assert table.text() == "        a|b\nOthers\nx|y       1"
 
 
 def test_a_table_in_markdown_and_in_a_terminal() -> None:
@@ -175,6 +178,8 @@ def test_a_recipe_becomes_what_its_fields_say() -> None:
         ({"part": [3]}, "part is 3, but must be a table"),
         ({"part": [], "colour": 1}, "no entry colour: choose from part, size"),
         ({"part": [], "data": {"limits": 1}}, "no entry data.limits"),
+        ({"part": [], "data.limit": 7}, 'no entry "data.limit"'),
+        ({"part": [{"name": "a", "eps.x": 7}]}, 'no entry part."eps.x"'),
         ({"part": [], "data": 3}, "data is 3, but must be a table"),
         ({"part": [], "data": {"limit": True}}, "data.limit is True, but must be a whole number"),
         ({"part": [], "data": {"limit": 0}}, "limit is 0, but must be at least 1"),

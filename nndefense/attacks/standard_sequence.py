@@ -112,7 +112,7 @@ def autoattack(
     return WorstCase(worst, tuple(broken))
 
 
-Attack = Callable[..., Tensor | WorstCase]
+AttackFunction = Callable[..., Tensor | WorstCase]
 
 
 class Counted(nn.Module):
@@ -188,7 +188,9 @@ class Result:
         return float(self.success.double().mean())
 
 
-def run(attack: Attack, model: Model, x: Tensor, y: Tensor, *, judge: Model | None = None, **settings: Any) -> Result:
+def run(
+    attack: AttackFunction, model: Model, x: Tensor, y: Tensor, *, judge: Model | None = None, **settings: Any
+) -> Result:
     """Run an attack, count its cost, and judge the images that it made.
 
     Args:

@@ -15,6 +15,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
+from nndefense.own_code import PYTHON
+
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -43,11 +45,11 @@ class OneOf:
     def option(self) -> Any:
         """What Typer declares."""
         words = [*(self.words() if callable(self.words) else self.words)]
-        shown = [*words, "python:FILE:NAME"] if self.python else words
+        shown = [*words, f"{PYTHON}FILE:NAME"] if self.python else words
 
         def check(value: str | list[str] | None) -> str | list[str] | None:
             for word in [value] if isinstance(value, str) else value or ():
-                if word not in words and not (self.python and word.startswith("python:")):
+                if word not in words and not (self.python and word.startswith(PYTHON)):
                     raise typer.BadParameter(f"{word!r} is not one of {', '.join(map(repr, shown))}.")
             return value
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from nndefense.evaluation import AttackSettings
     from nndefense.models import Classifier
 
-NORMS = ("linf", "l2", "normalized-l2")
 SPEC_HELP = (
     "digits, mnist, fashion-mnist, cifar10, imagefolder:PATH, images:PATH, files:LIST, hdf5:PATH, webdataset:PATH, "
     "parquet:PATH or torchvision:NAME:PATH, and a PATH may be a URL; a split and a slice may follow: mnist:test[:1000]."
@@ -32,7 +31,7 @@ DatabaseOption = Annotated[Path, typer.Option(help="Folder of the image database
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Use so many images, drawn at random.")]
-NormOption = Annotated[str, OneOf("normalized-l2: length of the change / length of the image.", NORMS)]
+NormOption = Annotated[str, OneOf("normalized-l2: length of the change / length of the image.", registry.NORMS)]
 _OWN = "The last is your own f(model, x, y, eps=, norm=, generator=) -> images, which is run."
 _LADDER = "Threat models that cannot use it run pgd instead; those from adaptive to pgd-fs need --database."
 AttackOption = Annotated[str, OneOf(f"The attack. {_OWN}", lambda: registry.names("gray"), python=True)]

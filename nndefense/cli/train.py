@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nndefense.attacks import registry
 from nndefense.cli.declare import Commas, OneOf
-from nndefense.cli.options import NORMS, SPEC_HELP, Common, DatasetOption, OverwriteOption, number, numbers
+from nndefense.cli.options import SPEC_HELP, Common, DatasetOption, OverwriteOption, number, numbers
 from nndefense.errors import InputError
 
 if TYPE_CHECKING:
@@ -94,7 +95,9 @@ class InnerAttackOptions:
             ("pgd", "single-step", "fgsm", "r-fgsm", "spatial"),
         ),
     ] = None
-    norm: Annotated[str, OneOf("Of the attack; normalized-l2 is relative to the image's length.", NORMS)] = "linf"
+    norm: Annotated[str, OneOf("Of the attack; normalized-l2 is relative to the image's length.", registry.NORMS)] = (
+        "linf"
+    )
     eps: Annotated[str | None, typer.Option(help="Budget of the attack, such as 0.3 or 8/255.")] = None
     steps: Annotated[int, typer.Option(help="Gradient steps of the attack; random draws of spatial.")] = 10
     step_size: Annotated[str | None, typer.Option(help="Length of a step [default: 2.5 eps / steps].")] = None

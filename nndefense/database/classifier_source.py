@@ -8,8 +8,9 @@ from pathlib import Path
 from nndefense.database.manifest import Manifest
 from nndefense.errors import ModelError
 from nndefense.models import Classifier, load_classifier
+from nndefense.own_code import PYTHON
 
-_PYTHON, _TORCHVISION = "python:", "torchvision:"
+_TORCHVISION = "torchvision:"
 _FOLDER, _DESCRIPTION = "classifier", "classifier.json"
 
 
@@ -39,7 +40,7 @@ def classifier_of(
     shape = input_shape or (channels, height, width)
     found = str(source) if source is not None else source_of(folder, manifest)
     classifier = load_classifier(
-        found, device=device, classes=classes, input_shape=shape if found.startswith(_PYTHON) else input_shape
+        found, device=device, classes=classes, input_shape=shape if found.startswith(PYTHON) else input_shape
     )
     # A net for other images is left as it is: its fingerprint, compared later, says better what is wrong.
     if shape[0] == classifier.input_shape[0] and not classifier.fixed_size:
@@ -55,7 +56,7 @@ def source_of(folder: Path, manifest: Manifest | None = None) -> str:
     """
     manifest = manifest or Manifest.read(folder)
     named = str(manifest.classifier["source"])
-    if named.startswith(_PYTHON):
+    if named.startswith(PYTHON):
         # A manifest is data: opening it must not run code that it names.
         raise ModelError(
             f"the classifier of {folder} is Python code ({named}), which runs only if you name it: give --classifier"

@@ -76,7 +76,7 @@ class Subject:
         name: ``none`` for the bare classifier, ``nearest-neighbor`` for the defence over the database, or any other.
         model: images N x C x H x W in [0, 1] -> scores N x K (logits or log-probabilities).
         variant: what it is in the comparison: ``none``, ``calibrated``, ``weighting``, ``layer``, ``rows`` or
-            ``defense``.
+            ``defense``; in a comparison the kind of its row, such as ``jpeg``.
         database: fingerprint of its database, or None.
         database_rows: number of rows that it searches, or None.
         every_eps: whether it is run in every cell, or only clean and at the headline budget.

@@ -18,7 +18,7 @@ from nndefense.errors import NNDefenseError
 from nndefense.statistics import wilson_interval
 from nndefense.training.neighbors import row_images
 
-Attack = Callable[[Tensor, Tensor, float], Tensor]
+Attacker = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def measure_racnn(
@@ -85,10 +85,10 @@ def measure_racnn(
 
 def _attacks(
     defense: RaCnnDefense, norm: str, steps: int, seed: int, adaptive: bool, data_dir: Path | None
-) -> dict[str, Attack]:
+) -> dict[str, Attacker]:
     """The attacks on RA-CNN by name: (images, labels, eps) -> attacked images."""
 
-    def follow(model: Callable[[Tensor], Callable[[Tensor], Tensor]], method: Callable[..., Tensor] = pgd) -> Attack:
+    def follow(model: Callable[[Tensor], Callable[[Tensor], Tensor]], method: Callable[..., Tensor] = pgd) -> Attacker:
         def attack(x: Tensor, y: Tensor, eps: float) -> Tensor:
             generator = torch.Generator(x.device).manual_seed(seed)
             return method(model(x), x, y, eps=eps, norm=norm, steps=steps, loss="margin", generator=generator)
@@ -124,7 +124,7 @@ def _attacks(
 
 def _attacked(
     defense: RaCnnDefense,
-    attacks: dict[str, Attack],
+    attacks: dict[str, Attacker],
     x: Tensor,
     y: Tensor,
     eps: float,

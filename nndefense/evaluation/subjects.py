@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nndefense.attacks.retrieval import Knowledge
+from nndefense.database import WEIGHTINGS
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense, RelaxedDefense
 from nndefense.errors import InputError
@@ -127,7 +128,7 @@ def _weightings(defense: NearestNeighborDefense) -> list[Subject]:
             "weighting",
             NearestNeighborDefense(defense.classifier, defense.database, defense.k, weighting),
         )
-        for weighting in ("uniform", "cbw-e", "cbw-d")
+        for weighting in WEIGHTINGS
         if weighting != defense.weighting
     ]
 

@@ -99,12 +99,13 @@ class Table:
         """The table in Markdown under its title, with its note."""
         rule = ["---" if number < self.left else "--:" for number in range(len(self.columns))]
         title = [f"**{self.title}**", ""] if self.title else []
-        lines = [f"| {' | '.join(map(str, cells))} |" for cells in (self.columns, rule, *self.rows)]
+        cells = [[text.replace("|", "\\|") for text in row] for row in self._texts()]
+        lines = [f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:])]
         return "\n".join([*title, *lines, *(["", self.note] if self.note else [])]) + "\n"
 
     def text(self) -> str:
         """The table for a terminal, under its title; no line ends in spaces."""
-        rows = [[str(cell) for cell in row] for row in (self.columns, *self.rows)]
+        rows = self._texts()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(
@@ -114,6 +115,11 @@ class Table:
             for row in rows
         ]
         return "\n".join([self.title, *lines] if self.title else lines)
+
+    def _texts(self) -> list[list[str]]:
+        """Headings and rows as texts, a heading of rows with empty ones beside it."""
+        rows = [[str(cell) for cell in row] for row in (self.columns, *self.rows)]
+        return [row + [""] * (len(self.columns) - 1) if len(row) == 1 else row for row in rows]
 
     def first(self, count: int) -> Table:
         """The table of its first rows."""

@@ -132,7 +132,7 @@ def _chart(
     named = dict.fromkeys(line.defense for line in lines if line.defense not in _COLORS)
     colors = {**_COLORS, **dict(zip(named, itertools.cycle(charts.COLOURS), strict=False))}
     tips = {}
-    for line, (end, record), place in zip(lines, ends, places, strict=True):
+    for count, (line, (end, record), place) in enumerate(zip(lines, ends, places, strict=True)):
         color, xs = colors[line.defense], list(line.points)
         ys, low, high = ([100 * one[key] for one in line.points.values()] for key in ("accuracy", "ci_low", "ci_high"))
         alpha, width = (0.45 if line.threat_model == "worst" else 1), (1.25 if line.reference else 2)
@@ -143,14 +143,19 @@ def _chart(
             axes.fill_between(xs, low, high, color=color, alpha=0.13, linewidth=0)
             inside = "#ffffff" if line.threat_model == "black" else color
             size = 4 if line.threat_model == "clean" else 6.8
-            gid = f"{uid}-{line.label}"
+            gid = f"{uid}-line-{count}"
             axes.plot(xs, ys, "o", color=color, ms=size, mfc=inside, mew=1.6, zorder=4, gid=gid, clip_on=False)
             tips[gid] = [
                 f"{line.label}: {percent(one['accuracy'])} % ({percent(one['ci_low'])} to {percent(one['ci_high'])})"
                 for one in line.points.values()
             ]
         arrow = {"arrowstyle": "-", "color": color, "alpha": 0.5, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0)}
-        beside: dict[str, Any] = {"textcoords": ("axes fraction", "data"), "color": color, "fontsize": 13}
+        beside: dict[str, Any] = {
+            "textcoords": ("axes fraction", "data"),
+            "color": color,
+            "fontsize": 13,
+            "parse_math": False,
+        }
         text, at = f"{percent(record['accuracy'])} %", (1.045, place)
         axes.annotate(line.label, (end, ys[-1]), at, fontweight="bold", va="bottom", arrowprops=arrow, **beside)
         axes.annotate(text, (end, ys[-1]), at, va="top", **beside)

@@ -43,7 +43,7 @@ class ServingSettings:
     demo_attacks: bool = False
     """Whether the page may attack images on the server."""
     max_batch: int | None = None
-    """Images in one forward pass and one search; None: as the guard has it."""
+    """Images in one forward pass and one search; :data:`~nndefense.serving.http.state.MAX_BATCH` if None."""
     max_wait_ms: float = 5.0
     """How long the first image of a batch that is not full waits for others."""
     queue: int = 256
