@@ -17,8 +17,8 @@ from nndefense.attacks import SpatialAttack
 from nndefense.errors import InputError
 from nndefense.training import (
     OBJECTIVES,
-    Attack,
     Batch,
+    BatchAttack,
     EnsembleAttack,
     InnerAttack,
     Outcome,
@@ -379,7 +379,7 @@ class Counted(nn.Module):
         return logits
 
 
-def an_attack(name: str, steps: int) -> Attack | None:
+def an_attack(name: str, steps: int) -> BatchAttack | None:
     """What the objective attacks with; the pool of an ensemble is the model itself."""
     if name == "ensemble-adversarial":
         return EnsembleAttack([], InnerAttack(eps=0.1, steps=steps, target="predicted"))

@@ -23,8 +23,8 @@ from nndefense.datasets.arrays import ArrayDataset
 from nndefense.errors import InputError, ModelError
 from nndefense.models import Classifier, build_classifier, load_classifier
 from nndefense.training import (
-    Attack,
     Batch,
+    BatchAttack,
     Outcome,
     accuracy,
     default_batch_size,
@@ -172,7 +172,7 @@ def test_reading_batch_by_batch_gives_the_same(few: ImageDataset, monkeypatch: p
 
 
 def test_an_objective_may_use_chance(few: ImageDataset, tmp_path: Path) -> None:
-    def noisy(model: nn.Module, batch: Batch, _attack: Attack | None) -> Outcome:
+    def noisy(model: nn.Module, batch: Batch, _attack: BatchAttack | None) -> Outcome:
         images = (batch.images + 0.1 * torch.randn_like(batch.images)).clamp(0, 1)
         return standard(model, Batch(images, batch.labels))
 
@@ -184,7 +184,7 @@ def test_an_objective_may_use_chance(few: ImageDataset, tmp_path: Path) -> None:
 
 
 def test_an_objective_that_gives_no_logits_has_no_accuracy(few: ImageDataset) -> None:
-    def inner(model: nn.Module, batch: Batch, _attack: Attack | None) -> Outcome:
+    def inner(model: nn.Module, batch: Batch, _attack: BatchAttack | None) -> Outcome:
         assert isinstance(model, Classifier)
         return Outcome(nn.functional.cross_entropy(model.net(batch.images), batch.labels))
 
@@ -261,7 +261,7 @@ train_classifier(net, few, **{QUICK!r}, out=sys.argv[1], on_epoch=slow)
 
 
 def test_a_stop_in_the_first_epoch_can_be_resumed(few: ImageDataset, tmp_path: Path) -> None:
-    def fail(_model: nn.Module, _batch: Batch, _attack: Attack | None) -> Outcome:
+    def fail(_model: nn.Module, _batch: Batch, _attack: BatchAttack | None) -> Outcome:
         raise Stop
 
     fail.description = objective_name(make_objective("standard"))  # type: ignore[attr-defined]
@@ -282,7 +282,7 @@ def test_resuming_a_finished_training_returns_it(few: ImageDataset, tmp_path: Pa
 
 
 def test_resume_names_what_differs(digits: ImageDataset, few: ImageDataset, tmp_path: Path) -> None:
-    def other(model: nn.Module, batch: Batch, attack: Attack | None) -> Outcome:
+    def other(model: nn.Module, batch: Batch, attack: BatchAttack | None) -> Outcome:
         return standard(model, batch, attack)
 
     with pytest.raises(Stop):
@@ -441,7 +441,7 @@ def test_frozen_and_foreign_nets(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite(few: ImageDataset, tmp_path: Path) -> None:
     calls = []
 
-    def breaks(model: nn.Module, batch: Batch, attack: Attack | None) -> Outcome:
+    def breaks(model: nn.Module, batch: Batch, attack: BatchAttack | None) -> Outcome:
         calls.append(1)
         outcome = standard(model, batch, attack)
         return replace(outcome, loss=outcome.loss * (float("nan") if len(calls) > 4 else 1))

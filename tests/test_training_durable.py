@@ -22,7 +22,7 @@ from torch import nn
 from nndefense.datasets import ImageDataset, open_dataset
 from nndefense.errors import InputError, ModelError
 from nndefense.models import Classifier, build_classifier, load_classifier
-from nndefense.training import Attack, Batch, InnerAttack, Outcome, make_objective, train_classifier
+from nndefense.training import Batch, BatchAttack, InnerAttack, Outcome, make_objective, train_classifier
 from nndefense.training.progress import TrainingFolder
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked")
@@ -323,7 +323,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     """The loss is finite, but the step destroys the weights: the last checkpoint is older than that."""
     steps = 0
 
-    def breaks(model: nn.Module, batch: Batch, attack: Attack | None) -> Outcome:
+    def breaks(model: nn.Module, batch: Batch, attack: BatchAttack | None) -> Outcome:
         nonlocal steps
         steps += 1
         outcome = make_objective("rst-at")(model, batch, attack)

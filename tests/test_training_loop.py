@@ -18,8 +18,8 @@ from nndefense.datasets import ImageDataset, open_dataset
 from nndefense.errors import InputError
 from nndefense.models import Classifier, build_classifier
 from nndefense.training import (
-    Attack,
     Batch,
+    BatchAttack,
     InnerAttack,
     Outcome,
     TrainingSettings,
@@ -176,7 +176,7 @@ def test_the_averaged_weights_are_evaluated_and_final(few: ImageDataset, held: I
 def test_precision_where_it_is_safe(few: ImageDataset, held: ImageDataset) -> None:
     seen: list[torch.dtype] = []
 
-    def noted(model: nn.Module, batch: Batch, attack: Attack | None) -> Outcome:
+    def noted(model: nn.Module, batch: Batch, attack: BatchAttack | None) -> Outcome:
         outcome = standard(model, batch, attack)
         assert outcome.clean is not None
         seen.append(outcome.clean.dtype)
@@ -301,7 +301,7 @@ def spoiling(after: int) -> Any:
     """An objective that teaches for so many steps, and then the contrary."""
     steps = 0
 
-    def objective(model: nn.Module, batch: Batch, attack: Attack | None) -> Outcome:
+    def objective(model: nn.Module, batch: Batch, attack: BatchAttack | None) -> Outcome:
         nonlocal steps
         steps += 1
         outcome = standard(model, batch, attack)

@@ -16,7 +16,7 @@ from nndefense.errors import InputError
 if TYPE_CHECKING:
     from nndefense.datasets import ImageDataset
     from nndefense.training import EnsembleAttack, InnerAttack
-    from nndefense.training.batch import Attack
+    from nndefense.training.batch import BatchAttack
 
 ENSEMBLE = "ensemble-adversarial"
 
@@ -133,7 +133,7 @@ class InnerAttackOptions:
         typer.Option(min=1, help="Steps of the attack on the validation set [default: as in training, at least 10]."),
     ] = None
 
-    def made(self, objective: str, data_dir: Path | None = None) -> Attack | None:
+    def made(self, objective: str, data_dir: Path | None = None) -> BatchAttack | None:
         """The attack of the training; None where no budget was given to an objective that needs none."""
         from nndefense.attacks import SpatialAttack
         from nndefense.training import OBJECTIVES
@@ -197,7 +197,7 @@ class InnerAttackOptions:
         }
         return replace(attack, **{name: value for name, value in said.items() if value is not None})
 
-    def checking(self, attack: Attack | None) -> Attack | None:
+    def checking(self, attack: BatchAttack | None) -> BatchAttack | None:
         """The attack on the validation set; None for the training's own choice."""
         from nndefense.training import EnsembleAttack, InnerAttack
 

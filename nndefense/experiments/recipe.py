@@ -18,7 +18,7 @@ from nndefense.evaluation.threats import AttackSettings
 from nndefense.models import ARCHITECTURES
 from nndefense.reporting.wording import budget
 from nndefense.training import InnerAttack, TrainingSettings, make_objective
-from nndefense.training.batch import Attack
+from nndefense.training.batch import BatchAttack
 from nndefense.training.objectives import OBJECTIVES
 from nndefense.training.settings import make_settings
 
@@ -268,7 +268,7 @@ class ExperimentRecipe:
         """The training settings of the first stage; its last weights count, so nothing is chosen."""
         return {**self.options_of(method), "keep_best": False, "patience": None, **self.start.get("settings", {})}
 
-    def attack_of(self, method: Method, threat: Threat, *, start: bool = False) -> Attack | None:
+    def attack_of(self, method: Method, threat: Threat, *, start: bool = False) -> BatchAttack | None:
         """The inner attack of a method's training against a threat, or of its ``start``; None where it has none."""
         if not method.attacks:
             return None
@@ -288,7 +288,7 @@ class ExperimentRecipe:
         except TypeError:
             raise InputError(f"an inner attack has no such entry: {', '.join(sorted(given))}") from None
 
-    def check_attack(self, threat: Threat) -> Attack:
+    def check_attack(self, threat: Threat) -> BatchAttack:
         """The attack on the validation images."""
         if threat.norm == SPATIAL:
             return SpatialAttack(degrees=threat.degrees, shift=threat.shift)

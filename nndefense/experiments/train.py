@@ -16,7 +16,7 @@ from nndefense.experiments.recipe import TEACHER, ExperimentRecipe, Method, Thre
 from nndefense.models import Classifier, build_classifier, load_classifier
 from nndefense.pipeline.finished import find_or_train
 from nndefense.training import make_objective
-from nndefense.training.batch import Attack
+from nndefense.training.batch import BatchAttack
 from nndefense.training.labellers import Teacher
 from nndefense.training.pseudo_job import write_pseudo_labels
 from nndefense.training.pseudo_labels import label_accuracy
@@ -130,7 +130,7 @@ class Workshop:
         labelled: ImageDataset,
         unlabelled: ImageDataset | None,
         options: dict[str, Any],
-        attack: Attack | None,
+        attack: BatchAttack | None,
         *,
         initial: Classifier | None = None,
         chosen: bool = False,

@@ -1,6 +1,6 @@
 """Training classifiers, repeatable under a seed and resumable."""
 
-from nndefense.training.batch import Attack, Batch, Outcome
+from nndefense.training.batch import Batch, BatchAttack, Outcome
 from nndefense.training.ensemble_attack import AttackedImages, EnsembleAttack, write_attacked_images
 from nndefense.training.inner_attack import STARTS, TARGETS, InnerAttack
 from nndefense.training.loop import train_classifier
@@ -30,9 +30,9 @@ __all__ = [
     "SCHEDULES",
     "STARTS",
     "TARGETS",
-    "Attack",
     "AttackedImages",
     "Batch",
+    "BatchAttack",
     "CatastrophicOverfitting",
     "EnsembleAttack",
     "InnerAttack",

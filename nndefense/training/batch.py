@@ -49,7 +49,7 @@ class Outcome:
 
 
 # (model, images, y, *, loss="cross-entropy" | "kl") -> attacked images; y are labels, or clean logits for "kl".
-Attack = Callable[..., Tensor]
+BatchAttack = Callable[..., Tensor]
 
 # A pure function; it may draw from torch's default generators, which the training seeds anew for every step.
-Objective = Callable[[nn.Module, Batch, Attack | None], Outcome]
+Objective = Callable[[nn.Module, Batch, BatchAttack | None], Outcome]

@@ -7,7 +7,7 @@ from typing import Any
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
 from nndefense.models import Classifier
-from nndefense.training.batch import Attack
+from nndefense.training.batch import BatchAttack
 from nndefense.training.settings import setting_defaults
 
 
@@ -16,7 +16,7 @@ def described(dataset: ImageDataset) -> dict[str, Any]:
     return {"name": dataset.name, "n": len(dataset), "fingerprint": dataset.fingerprint}
 
 
-def described_attack(attack: Attack | None) -> Any:
+def described_attack(attack: BatchAttack | None) -> Any:
     """An attack, for a record: its ``as_dict()`` if it has one, else its name."""
     if attack is None:
         return None

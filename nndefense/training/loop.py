@@ -15,7 +15,7 @@ from nndefense.files import make_folder
 from nndefense.memory import reused_memory
 from nndefense.models import Classifier, load_classifier, resolve_device, save_classifier
 from nndefense.models.checkpoint import check_savable
-from nndefense.training.batch import Attack, Objective
+from nndefense.training.batch import BatchAttack, Objective
 from nndefense.training.batches import EpochBatches
 from nndefense.training.display import Curves, tensorboard_module
 from nndefense.training.ensemble_attack import EnsembleAttack
@@ -37,10 +37,10 @@ def train_classifier(
     dataset: ImageDataset,
     *,
     objective: str | Objective = "standard",
-    attack: Attack | None = None,
+    attack: BatchAttack | None = None,
     unlabelled: ImageDataset | None = None,
     validation: ImageDataset | None = None,
-    validation_attack: Attack | None = None,
+    validation_attack: BatchAttack | None = None,
     device: str | torch.device = "auto",
     out: str | Path | None = None,
     resume: bool = False,
@@ -188,10 +188,10 @@ def _check_parts(
     classifier: Classifier,
     dataset: ImageDataset,
     objective: Objective,
-    attack: Attack | None,
+    attack: BatchAttack | None,
     unlabelled: ImageDataset | None,
     validation: ImageDataset | None,
-    validation_attack: Attack | None,
+    validation_attack: BatchAttack | None,
     settings: TrainingSettings,
 ) -> None:
     """Raise :class:`InputError` unless the parts of a training fit together."""

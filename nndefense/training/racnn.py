@@ -30,7 +30,7 @@ from nndefense.models.racnn import (
     save_racnn,
     shard_rows,
 )
-from nndefense.training.batch import Attack, Batch, Outcome
+from nndefense.training.batch import Batch, BatchAttack, Outcome
 from nndefense.training.batches import DeviceImages
 from nndefense.training.launcher import leads
 from nndefense.training.loop import train_classifier
@@ -284,7 +284,7 @@ class RetrievalAugmented:
         self._dataset = images
         self._images: DeviceImages | None = None
 
-    def __call__(self, model: nn.Module, batch: Batch, attack: Attack | None = None) -> Outcome:
+    def __call__(self, model: nn.Module, batch: Batch, attack: BatchAttack | None = None) -> Outcome:
         """The loss on one batch; ``attack`` is not used.
 
         Raises:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nndefense.errors import InputError
 from nndefense.models import Classifier
-from nndefense.training.batch import Attack, Objective, Outcome
+from nndefense.training.batch import BatchAttack, Objective, Outcome
 from nndefense.training.batches import StepShare
 from nndefense.training.launcher import Team
 from nndefense.training.progress import Sums, flat_state, part_of, restore_flat_state
@@ -165,7 +165,7 @@ class Stepper:
 
     classifier: Classifier
     objective: Objective
-    attack: Attack | None
+    attack: BatchAttack | None
     settings: TrainingSettings
     team: Team
 

@@ -18,7 +18,7 @@ from nndefense.attacks.wrappers import attacked_in
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
 from nndefense.models import Classifier, resolve_device
-from nndefense.training.batch import Attack
+from nndefense.training.batch import BatchAttack
 from nndefense.training.batches import DeviceImages
 from nndefense.training.ensemble_attack import EnsembleAttack
 from nndefense.training.inner_attack import InnerAttack
@@ -101,8 +101,8 @@ class ValidationChecks:
         classifier: Classifier,
         dataset: ImageDataset,
         validation: ImageDataset | None,
-        attack: Attack | None,
-        validation_attack: Attack | None,
+        attack: BatchAttack | None,
+        validation_attack: BatchAttack | None,
         settings: TrainingSettings,
         team: Team,
     ) -> None:
@@ -147,7 +147,7 @@ class ValidationChecks:
         with a single step ``single_step_accuracy`` under that. In evaluation mode and float32.
         """
         assert self.attack is not None
-        attacks: dict[str, Attack | None] = {"accuracy": None, "robust_accuracy": self.attack}
+        attacks: dict[str, BatchAttack | None] = {"accuracy": None, "robust_accuracy": self.attack}
         if self.single is not None:
             attacks["single_step_accuracy"] = self.single
         right = torch.zeros(len(attacks), dtype=torch.float64 if self.team.device.type != "mps" else torch.float32)
@@ -161,7 +161,7 @@ class ValidationChecks:
         shares = (self.team.sum(right) / self.count).tolist()
         return dict(zip(attacks, shares, strict=True))
 
-    def _right(self, images: Tensor, labels: Tensor, attack: Attack | None) -> Tensor:
+    def _right(self, images: Tensor, labels: Tensor, attack: BatchAttack | None) -> Tensor:
         if attack is not None:
             with torch.enable_grad():
                 images = attack(self.classifier, images, labels)
@@ -170,7 +170,7 @@ class ValidationChecks:
             return (logits.argmax(1) == labels).sum()
 
 
-def stronger(attack: Attack) -> Attack:
+def stronger(attack: BatchAttack) -> BatchAttack:
     """The attack of the checks for a training with ``attack``: as many steps, but no fewer than ten.
 
     It leads away from the true label, whatever the training's leads to: a net can withstand every step towards the

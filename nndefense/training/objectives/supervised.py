@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from nndefense.attacks import kl
 from nndefense.attacks.spatial import SpatialAttack
 from nndefense.errors import InputError, check_choice
-from nndefense.training.batch import Attack, Batch, Outcome
+from nndefense.training.batch import Batch, BatchAttack, Outcome
 from nndefense.training.ensemble_attack import EnsembleAttack
 from nndefense.training.objectives.registry import SHARE, WEIGHT, entered
 from nndefense.training.objectives.terms import both_logits, drawn_apart, mixed_losses, needed, only_labelled, outcome
@@ -27,7 +27,7 @@ IMAGENET_WEIGHT = 0.25
 
 
 @entered("standard", "cross-entropy of the images as they are", attack=False)
-def standard(model: nn.Module, batch: Batch, attack: Attack | None = None) -> Outcome:
+def standard(model: nn.Module, batch: Batch, attack: BatchAttack | None = None) -> Outcome:
     """Standard training: ``mean_i CE(f(x_i), y_i)``, the cross-entropy in nats of the images as they are.
 
     ``attack`` is not used.
@@ -38,7 +38,7 @@ def standard(model: nn.Module, batch: Batch, attack: Attack | None = None) -> Ou
 
 
 @entered("half-half", "half clean and half attacked images", {"mix": MIXES})
-def half_half(model: nn.Module, batch: Batch, attack: Attack | None, *, mix: str = "batch") -> Outcome:
+def half_half(model: nn.Module, batch: Batch, attack: BatchAttack | None, *, mix: str = "batch") -> Outcome:
     """Half-half training (Tsipras et al., ICLR 2019): an even mix of clean and attacked images.
 
     The paper does not say which mix, so here are both:
@@ -71,7 +71,7 @@ def half_half(model: nn.Module, batch: Batch, attack: Attack | None, *, mix: str
 
 
 @entered("adversarial", "attacked images alone (Madry et al. 2018)")
-def adversarial(model: nn.Module, batch: Batch, attack: Attack | None) -> Outcome:
+def adversarial(model: nn.Module, batch: Batch, attack: BatchAttack | None) -> Outcome:
     """Adversarial training (Madry et al., ICLR 2018, eq. 2.1): attacked images alone.
 
     ``mean_i CE(f(x'_i), y_i)``, where x'_i is what the attack finds for ``max_{x' in B(x_i)} CE(f(x'), y_i)``. What
@@ -85,7 +85,7 @@ def adversarial(model: nn.Module, batch: Batch, attack: Attack | None) -> Outcom
 
 
 @entered("trades", "cross-entropy plus beta times the divergence under attack (Zhang et al. 2019)", {"beta": WEIGHT})
-def trades(model: nn.Module, batch: Batch, attack: Attack | None, *, beta: float = 6.0) -> Outcome:
+def trades(model: nn.Module, batch: Batch, attack: BatchAttack | None, *, beta: float = 6.0) -> Outcome:
     """TRADES (Zhang et al., ICML 2019), beta = 1 / lambda.
 
     ``mean_i [ CE(f(x_i), y_i) + beta KL(p(x_i) || p(x'_i)) ]`` with p the softmax of f, and x'_i what the attack finds
@@ -103,7 +103,7 @@ def trades(model: nn.Module, batch: Batch, attack: Attack | None, *, beta: float
 
 
 @entered("interpolated", "mixup of clean and of attacked images (Lamb et al. 2019)", {"alpha": WEIGHT})
-def interpolated(model: nn.Module, batch: Batch, attack: Attack | None, *, alpha: float = 1.0) -> Outcome:
+def interpolated(model: nn.Module, batch: Batch, attack: BatchAttack | None, *, alpha: float = 1.0) -> Outcome:
     """Interpolated adversarial training (Lamb et al., AISec 2019, algorithm 1).
 
     ``1/2 M(x, y) + 1/2 M(x', y)``, with x' the attacked images (attacked before they are mixed) and M the mixup loss
@@ -134,7 +134,7 @@ def _mixup(model: nn.Module, images: Tensor, labels: Tensor, alpha: float) -> Te
     "half clean images, half attacked by one of several nets (Tramer et al. 2018)",
     {"mix": SHARE},
 )
-def ensemble_adversarial(model: nn.Module, batch: Batch, attack: Attack | None, *, mix: float = 0.5) -> Outcome:
+def ensemble_adversarial(model: nn.Module, batch: Batch, attack: BatchAttack | None, *, mix: float = 0.5) -> Outcome:
     """Ensemble adversarial training (Tramer et al., ICLR 2018).
 
     ``(1-B) mean_i CE(f(x_i), y_i) + B mean_i CE(f(x'_i), y_i)`` with B = ``mix`` = 1/2, as in the authors' code, and
@@ -171,7 +171,7 @@ def ensemble_adversarial(model: nn.Module, batch: Batch, attack: Attack | None, 
 def alp(
     model: nn.Module,
     batch: Batch,
-    attack: Attack | None,
+    attack: BatchAttack | None,
     *,
     pairing: float = EXAMPLES_WEIGHT,
     smoothing: float = 0.1,
@@ -224,7 +224,7 @@ def alp(
 def clp(
     model: nn.Module,
     batch: Batch,
-    attack: Attack | None = None,
+    attack: BatchAttack | None = None,
     *,
     pairing: float = EXAMPLES_WEIGHT,
     smoothing: float = 0.1,
@@ -260,7 +260,7 @@ def _squares(first: Tensor, second: Tensor) -> Tensor:
 
 
 @entered("worst-of-10", "the worst of 10 rotations and translations", {"mix": SHARE}, attack=False)
-def worst_of_10(model: nn.Module, batch: Batch, attack: Attack | None = None, *, mix: float = 0.5) -> Outcome:
+def worst_of_10(model: nn.Module, batch: Batch, attack: BatchAttack | None = None, *, mix: float = 0.5) -> Outcome:
     """Worst-of-10 training (Engstrom et al., ICML 2019) as in the code of Raghunathan et al. (ICML 2020).
 
     ``(1-B) mean_i CE(f(x_i), y_i) + B mean_i CE(f(x'_i), y_i)`` with B = ``mix`` and x'_i the worst of 10 random
@@ -274,7 +274,9 @@ def worst_of_10(model: nn.Module, batch: Batch, attack: Attack | None = None, *,
 
 
 @entered("random-augmentation", "one random rotation and translation", {"mix": SHARE}, attack=False)
-def random_augmentation(model: nn.Module, batch: Batch, attack: Attack | None = None, *, mix: float = 0.5) -> Outcome:
+def random_augmentation(
+    model: nn.Module, batch: Batch, attack: BatchAttack | None = None, *, mix: float = 0.5
+) -> Outcome:
     """Random augmentation with rotations and translations (Yang et al. 2019; Raghunathan et al., ICML 2020).
 
     The loss of :func:`worst_of_10` with a single draw, which the model is not asked about.
@@ -286,7 +288,9 @@ def random_augmentation(model: nn.Module, batch: Batch, attack: Attack | None = 
     return _transformed(model, batch, attack, mix, draws=1, name="random-augmentation")
 
 
-def _transformed(model: nn.Module, batch: Batch, attack: Attack | None, mix: float, draws: int, name: str) -> Outcome:
+def _transformed(
+    model: nn.Module, batch: Batch, attack: BatchAttack | None, mix: float, draws: int, name: str
+) -> Outcome:
     only_labelled(batch, name)
     if attack is None:
         attack = SpatialAttack(draws=draws)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from nndefense.attacks.wrappers import attacked_in
 from nndefense.errors import InputError
-from nndefense.training.batch import Attack, Batch, Outcome
+from nndefense.training.batch import Batch, BatchAttack, Outcome
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def both_logits(model: nn.Module, images: Tensor, attacked: Tensor) -> tuple[Ten
     return model(images), robust
 
 
-def drawn_apart(model: nn.Module, batch: Batch, attack: Attack | None, name: str) -> tuple[Tensor, Tensor]:
+def drawn_apart(model: nn.Module, batch: Batch, attack: BatchAttack | None, name: str) -> tuple[Tensor, Tensor]:
     """As :func:`both_logits`, the images attacked by what raises KL(p(x) || p(x')); :class:`InputError` without one.
 
     The clean prediction that the attack leads away from is that of the mode in which it sees the net (``eval`` if it
@@ -66,7 +66,7 @@ def mixed_mean(values: Tensor, labelled: Tensor, unlabelled_weight: float) -> Te
     return (weights * values).sum() / weights.sum().clamp_min(torch.finfo(values.dtype).tiny)
 
 
-def needed(attack: Attack | None, name: str) -> Attack:
+def needed(attack: BatchAttack | None, name: str) -> BatchAttack:
     """The attack, or :class:`InputError` where an objective has to do without."""
     if attack is None:
         raise InputError(f"the objective {name} needs an attack: give one, such as InnerAttack(eps=0.1)")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from nndefense.attacks import kl
-from nndefense.training.batch import Attack, Batch, Outcome
+from nndefense.training.batch import Batch, BatchAttack, Outcome
 from nndefense.training.objectives.registry import SHARE, WEIGHT, entered
 from nndefense.training.objectives.terms import (
     both_logits,
@@ -32,7 +32,7 @@ from nndefense.training.objectives.terms import (
     unlabelled=True,
 )
 def self_training(
-    model: nn.Module, batch: Batch, attack: Attack | None = None, *, std_unlabelled: float = 0.9
+    model: nn.Module, batch: Batch, attack: BatchAttack | None = None, *, std_unlabelled: float = 0.9
 ) -> Outcome:
     """Standard self-training, the row without robustness of Raghunathan et al. (ICML 2020): :func:`rst_at` with B = 0.
 
@@ -53,7 +53,7 @@ def self_training(
 def rst(
     model: nn.Module,
     batch: Batch,
-    attack: Attack | None,
+    attack: BatchAttack | None,
     *,
     std_labelled: float = 0.05,
     rob_labelled: float = 0.25,
@@ -90,7 +90,7 @@ def rst(
 def rst_at(
     model: nn.Module,
     batch: Batch,
-    attack: Attack | None,
+    attack: BatchAttack | None,
     *,
     mix: float = 0.5,
     std_unlabelled: float = 0.9,
@@ -121,7 +121,7 @@ def rst_at(
     unlabelled=True,
 )
 def rst_trades(
-    model: nn.Module, batch: Batch, attack: Attack | None, *, beta: float = 6.0, unlabelled: float = 0.5
+    model: nn.Module, batch: Batch, attack: BatchAttack | None, *, beta: float = 6.0, unlabelled: float = 0.5
 ) -> Outcome:
     """Robust self-training with TRADES (Carmon et al., NeurIPS 2019).
 
@@ -138,7 +138,7 @@ def rst_trades(
 
 
 @entered("robust-consistency", "labels where there are some, stability everywhere", {"beta": WEIGHT}, unlabelled=True)
-def robust_consistency(model: nn.Module, batch: Batch, attack: Attack | None, *, beta: float = 6.0) -> Outcome:
+def robust_consistency(model: nn.Module, batch: Batch, attack: BatchAttack | None, *, beta: float = 6.0) -> Outcome:
     """Robust consistency training: labels for the labelled images, stability for all, and no pseudo-labels.
 
     ``mean_lab CE(f(x), y) + beta mean_all KL(p(x) || p(x'))``: the robust form of virtual adversarial training (Miyato
