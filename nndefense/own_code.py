@@ -142,6 +142,19 @@ def _update_with_code(digest: hashlib._Hash, function: Any, seen: tuple[Any, ...
         digest.update(b"" if inspect.isfunction(value) else repr(value).encode())
 
 
+@contextlib.contextmanager
+def told(what: str) -> Iterator[None]:
+    """While a user's own code runs: what it raises becomes one line that begins with ``what``, an InputError; the
+    project's own errors pass as they are.
+    """
+    try:
+        yield
+    except NNDefenseError:
+        raise
+    except Exception as raised:
+        raise InputError(f"{what} raised {type(raised).__name__}: {one_line(raised)}") from raised
+
+
 def taken(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the named arguments that a function takes."""
     parameters = inspect.signature(function).parameters

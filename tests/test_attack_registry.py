@@ -118,7 +118,11 @@ def test_threat_models_that_cannot_use_an_attack_run_another() -> None:
     assert rungs("ask", *ladder) == [("gray", "pgd"), ("white", "pgd"), ("adaptive", "adaptive"), ("adaptive", "ask")]
     stand_in = rungs_for(ladder, AttackSettings("fab", "linf", (0.1, 0.2), restarts=3))[1].attack
     assert stand_in == AttackSettings("pgd", "linf", (0.1, 0.2), steps=20, restarts=3)
-    with pytest.raises(InputError, match="none of them is here: give --database"):
+    with pytest.raises(InputError, match=r"none of them is here.*give --database"):
+        rungs_for(("gray",), AttackSettings("ask"))
+    with pytest.raises(InputError, match="the threat model is 'grey', but must be one of"):
+        rungs_for(("grey",), AttackSettings())
+    with pytest.raises(InputError, match="none of them is here"):
         rungs("ask", "gray")
 
 
@@ -260,7 +264,7 @@ def test_the_budget_is_checked_and_not_believed(tmp_path: Path, function: str, m
 def test_settings_of_an_attack_of_the_users_that_it_does_not_take(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(OWN.format(share=1))
     name = f"python:{tmp_path / 'mine.py'}:push"
-    for more, message in (({"steps": 5}, "leave steps out"), ({"restarts": 2}, "takes no restarts")):
+    for more, message in (({"steps": 5}, r"leave steps \(--steps\) out"), ({"restarts": 2}, "takes no restarts")):
         with pytest.raises(InputError, match=message):
             AttackSettings(name, **more)
     assert json.loads(json.dumps(AttackSettings(name).to_json()))["sha256"] == registry.get(name).sha256

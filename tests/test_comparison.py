@@ -256,7 +256,7 @@ def test_kinds_are_named_in_errors() -> None:
     [
         (["table2"], "give --dataset"),
         (["table3", "--dataset", "digits"], "choose one of table2"),
-        (["table2", "--dataset", "digits", "--k", "5"], "--k is for one defence"),
+        (["table2", "--dataset", "digits", "--k", "5"], "--k is not for a comparison"),
         (["table2", "--dataset", "digits", "--only", "magic"], "--only names magic"),
         (["table2", "--dataset", "imagefolder:nowhere"], "cannot be guessed"),
         (["--dataset", "digits", "--classifier", "x", "--only", "alp", "--out", "o"], "--only belongs to a comparison"),

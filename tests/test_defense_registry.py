@@ -160,11 +160,39 @@ def test_what_attackers_are_given_follows_from_what_it_shows(tmp_path: Path) -> 
         (lambda classifier: 3, "made as int"),
         (lambda classifier: nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "must give finite logits"),
         (lambda classifier: nn.Identity(), "must give finite logits"),
+        (lambda classifier: Breaking("forward"), "the defence x raised RuntimeError: forward broke"),
+        (lambda classifier: Breaking("nan"), "gives NaN or infinite scores"),
+        (lambda classifier: Breaking("attack_model"), "raised RuntimeError: attack_model broke"),
+        (lambda classifier: Breaking("three"), r"attack_model\(\) of Breaking gives int"),
+        (lambda classifier: Breaking("surface"), r"surface\(\) of Breaking gives int"),
     ],
 )
 def test_what_is_no_defence_is_told(factory: Any, words: str, tmp_path: Path) -> None:
+    mine = materials(tmp_path)
     with pytest.raises(InputError, match=words):
-        make_defense(Defense("x", factory, sha256="0"), materials(tmp_path))
+        subject_of(make_defense(Defense("x", factory, sha256="0"), mine), "x", "x", mine)
+
+
+class Breaking(nn.Module):
+    """A defence that breaks in one place."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.place = place
+        if place in ("attack_model", "three"):
+            self.attack_model = self.follow
+        if place == "surface":
+            self.surface = lambda: 3
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.place == "forward":
+            raise RuntimeError("forward broke")
+        return torch.full((len(images), 10), torch.nan if self.place == "nan" else 0.0)
+
+    def follow(self) -> int:
+        if self.place == "three":
+            return 3
+        raise RuntimeError("attack_model broke")
 
 
 def test_a_defence_gets_the_images_that_it_asks_for(tmp_path: Path) -> None:

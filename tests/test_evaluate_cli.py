@@ -166,7 +166,8 @@ def test_killed_at_random_and_continued(folder: Path, whole: dict[str, Any], see
 
 def test_recipes_and_options_do_not_mix(folder: Path, tmp_path: Path) -> None:
     recipe = ["evaluate", "--recipe", folder / "recipe.toml", "--out", tmp_path]
-    fails(2, "leave those options out", *recipe, "--dataset", "digits:test")
+    fails(2, "leave --dataset out", *recipe, "--dataset", "digits:test")
+    fails(2, "leave --eps, --limit out", *recipe, "--limit", 3, "--eps", "0.1")
     fails(2, "give --recipe, or --dataset and", "evaluate", "--out", tmp_path)
     fails(3, "there is no recipe", "evaluate", "--recipe", tmp_path / "none.toml", "--out", tmp_path)
     (tmp_path / "bad.toml").write_text(

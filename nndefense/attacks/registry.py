@@ -113,14 +113,14 @@ class Attack:
             if count is None or unit == self.effort or (not self.effort and (unit, count) == ("steps", self.standard)):
                 continue
             if self.effort:
-                raise InputError(f"{self.name} counts {self.effort}, not {unit}: give {self.effort} instead")
-            raise InputError(
-                f"{self.name} has one effort, the standard one: leave {unit} out, or take an attack whose effort can "
-                f"be chosen, such as {', '.join(name for name in names('gray') if get(name).effort)}"
-            )
+                raise InputError(
+                    f"{self.name} counts {self.effort}, not {unit}: give {self.effort} (--{self.effort}) instead"
+                )
+            other = f", or take {'square' if unit == 'queries' else 'pgd or apgd'}" if self.name in SHIPPED else ""
+            raise InputError(f"the effort of {self.name} is fixed: leave {unit} (--{unit}) out{other}")
         if restarts > 1 and not self.restarts:
             more = f", or give more {self.effort}" if self.effort else ""
-            raise InputError(f"{self.name} takes no restarts, and they would change nothing: leave them out{more}")
+            raise InputError(f"{self.name} takes no restarts: leave them (--restarts) out{more}")
         if loss != "cross-entropy" and not self.loss:
             raise InputError(f"{self.name} has an objective of its own: leave the loss out")
 

@@ -71,6 +71,8 @@ _COMPARES = {
     "seed", "json", "quiet", "debug",
 }  # fmt: skip
 _ONLY_COMPARES = {"only", "train"}
+# What a recipe does not say.
+_BESIDE_A_RECIPE = {"recipe", "out", "data_dir", "device", "json", "quiet", "debug"}
 
 
 def evaluate(
@@ -130,7 +132,7 @@ def evaluate(
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     if comparison is not None:
         if wrong := given - _COMPARES:
-            raise InputError(f"{_flags(wrong)} is for one defence, and not for a comparison: leave it out")
+            raise InputError(f"{_flags(wrong)} is not for a comparison, whose recipe says it: leave it out")
         if dataset is None:
             raise InputError("give --dataset, such as digits, mnist or cifar10")
         from nndefense.comparison import compare, summary_of
@@ -164,8 +166,8 @@ def evaluate(
     from nndefense.evaluation import Recipe, read_recipe, rungs_for
 
     if recipe is not None:
-        if dataset or classifier or database or rungs.surrogate or defense or train_set:
-            raise InputError("--recipe names data, models, database and defences itself: leave those options out")
+        if wrong := given - _BESIDE_A_RECIPE:
+            raise InputError(f"--recipe says all of that itself: leave {_flags(wrong)} out")
         chosen = read_recipe(recipe)
     elif dataset is None or (source := classifier or (source_of(database) if database else None)) is None:
         raise InputError("give --recipe, or --dataset and --classifier (or the --database that names one)")

@@ -171,11 +171,13 @@ def rungs_for(
     Raises:
         InputError: the attack is for none of these threat models.
     """
+    for model in threat_models:
+        check_choice("the threat model", model, registry.THREAT_MODELS)
     usable = attack.attack.threat_models
     if not set(usable) & set(threat_models):
         raise InputError(
-            f"{attack.name} is an attack for {' and '.join(usable)} attackers, and none of them is here: give "
-            "--database (and not --no-adaptive) for an attack on retrieval"
+            f"{attack.name} is an attack for {' and '.join(usable)} attackers, and none of them is here: for an attack "
+            "on retrieval give --database or --defense nearest-neighbor (and not --no-adaptive)"
         )
     rungs = []
     for model in threat_models:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nndefense.attacks.retrieval import Knowledge
+from nndefense.attacks.retrieval import Knowledge, RetrievalSurface
 from nndefense.database import WEIGHTINGS
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense, RelaxedDefense
@@ -19,7 +19,7 @@ from nndefense.evaluation.evaluate import Subject
 from nndefense.evaluation.ladder import BARE, DEFENDED
 from nndefense.evaluation.threats import ThreatModel
 from nndefense.models import Classifier
-from nndefense.own_code import taken
+from nndefense.own_code import taken, told
 
 
 def bare_subject(classifier: Classifier) -> Subject:
@@ -61,9 +61,17 @@ def known_of(
     """
     methods = (getattr(model, name, None) for name in ("surface", "attack_model"))
     show, follow = (method if callable(method) else None for method in methods)
-    surface = show(**taken(show, {"images": images})) if show else None
+    with told(f"what attackers are given of {type(model).__name__}"):
+        surface = show(**taken(show, {"images": images})) if show else None
+        followed = follow(**taken(follow, {"draws": draws})) if follow else None
+    if surface is not None and not isinstance(surface, RetrievalSurface):
+        raise InputError(f"surface() of {type(model).__name__} gives {type(surface).__name__}: give a RetrievalSurface")
     if follow:
-        white = follow(**taken(follow, {"draws": draws}))
+        if not isinstance(followed, nn.Module):
+            raise InputError(
+                f"attack_model() of {type(model).__name__} gives {type(followed).__name__}: give a torch.nn.Module"
+            )
+        white: nn.Module | None = followed
     elif surface is not None and surface.rows is not None:
         white = RelaxedDefense(surface)
     else:

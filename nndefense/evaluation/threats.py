@@ -27,7 +27,7 @@ class AttackSettings:
     Attributes:
         name: of an attack in :mod:`nndefense.attacks.registry`, or ``python:FILE:FUNCTION`` for the user's own.
         norm: ``linf``, ``l2`` or ``normalized-l2``.
-        eps: the radii to run, in units of the norm, each finite and above 0.
+        eps: the radii to run, in units of the norm, each finite and above 0; one number is one radius.
         steps: gradient steps per restart, of an attack that counts steps; by default its standard number.
         restarts: random starts; the worst one counts.
         loss: what PGD and APGD raise: ``cross-entropy``, ``margin`` or ``dlr``.
@@ -43,6 +43,8 @@ class AttackSettings:
     queries: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.eps, int | float):
+            object.__setattr__(self, "eps", (float(self.eps),))
         check_choice("norm", self.norm, NORMS)
         if not self.eps or not all(math.isfinite(eps) and eps > 0 for eps in self.eps):
             raise InputError("give at least one eps, each finite and above 0 (clean accuracy is always measured)")

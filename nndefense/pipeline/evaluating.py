@@ -104,6 +104,8 @@ def open_recipe(
     folder = Path(recipe.database) if recipe.database else None
     wanted = [defenses.get(name) for name in recipe.defenses if name != BARE]
     for defense in wanted:
+        if recipe.defenses.count(defense.name) > 1:
+            raise InputError(f"the defence {defense.name} is named twice: name it once")
         if defense.images and not recipe.train_set:
             raise InputError(f"the defence {defense.name} is made of training images: name them by --train-set")
         if defense.name == DEFENDED and folder is not None:

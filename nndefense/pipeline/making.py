@@ -17,7 +17,7 @@ from nndefense.evaluation.ladder import BARE
 from nndefense.evaluation.subjects import known_of
 from nndefense.images import shape_text
 from nndefense.models.classifier import update_with_tensors
-from nndefense.own_code import taken
+from nndefense.own_code import taken, told
 from nndefense.pipeline import defenses
 from nndefense.pipeline.materials import Materials
 
@@ -61,8 +61,8 @@ def make_defense(defense: defenses.Defense, materials: Materials, options: Mappi
     if not isinstance(made, Made):
         if not isinstance(made, nn.Module):
             raise InputError(f"the defence {name} is made as {type(made).__name__}: make a torch.nn.Module")
-        told = ", ".join(f"{key} {value}" for key, value in given.items())
-        made = Made(made.to(classifier.device).eval(), {"form": told or defense.about})
+        form = ", ".join(f"{key} {value}" for key, value in given.items())
+        made = Made(made.to(classifier.device).eval(), {"form": form or defense.about})
     if defense.sha256:
         _probe(name, made.model, materials)
         made.facts["code"] = defense.sha256[:16]
@@ -88,10 +88,13 @@ def _probe(name: str, model: nn.Module, materials: Materials) -> None:
     classifier = materials.classifier
     images = torch.zeros((2, *classifier.input_shape), device=classifier.device)
     images[1] = 0.5
-    scores = model(images)
+    with told(f"the defence {name}"):
+        scores = model(images)
     wanted = (2, len(classifier.classes))
-    if not isinstance(scores, Tensor) or tuple(scores.shape) != wanted or not bool(scores.isfinite().all()):
+    shaped = isinstance(scores, Tensor) and tuple(scores.shape) == wanted
+    if not shaped or not bool(scores.isfinite().all()):
         found = shape_text(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        found = "NaN or infinite scores" if shaped else found
         raise InputError(
             f"the defence {name} gives {found} for 2 images: it must give finite logits or log-probabilities "
             f"{shape_text(wanted)}"
@@ -112,6 +115,6 @@ def subject_of(made: Made, name: str, variant: str, materials: Materials, *, inf
     if informed and name != BARE:
         images = materials.rows if materials.train is not None else None
         known = known_of(made.model, materials.classifier, images=images, draws=materials.scope.draws)
-    told = {**made.identity, "options": sorted(made.identity.get("options", {}).items())}
-    identity = repr([sorted(made.facts.items()), sorted(told.items())])
+    apart = {**made.identity, "options": sorted(made.identity.get("options", {}).items())}
+    identity = repr([sorted(made.facts.items()), sorted(apart.items())])
     return Subject(name, made.model, variant, made.database, made.database_rows, identity=identity, **known)
