@@ -301,6 +301,9 @@ def clean_features(problem: Problem) -> Tensor:
 def soft_top_k(surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | Tensor, **settings: Any) -> Tensor:
     """Ascent on the soft top-K relaxation R1, re-retrieved every few steps: ``loss``, ``hot``, ``cold``, ``refresh``,
     ``m``, ``target`` and ``hard`` as for :class:`~nndefense.attacks.retrieval.objectives.SoftTopK`.
+
+    All other arguments, of this attack and of those below, what they return and what they raise are those of
+    :func:`~nndefense.attacks.retrieval.ascent.attack`.
     """
     return attack(surface, x, y, SoftTopK, eps=eps, **settings)
 
