@@ -135,7 +135,12 @@ def effort(name: str) -> list[object]:
     return [f"--{unit}", {"steps": 20 if registry.get(name).least else 3, "queries": 20}[unit]] if unit else []
 
 
-@pytest.mark.parametrize("name", registry.names())
+# One of each kind at every change: within a budget, by scores, of fixed effort, on the surface; the least change below.
+QUICK = ("pgd", "square", "fgsm", "push-pull")
+EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in registry.names()]
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_evaluate_runs_every_attack_with_a_database(folder: Path, tmp_path: Path, name: str) -> None:
     words = [*EVALUATE, "--classifier", folder / "net", "--database", folder / "database", "--k", 5]
     found = nndefense(*words, "--attack", name, *effort(name), "--out", tmp_path).json
@@ -146,7 +151,9 @@ def test_evaluate_runs_every_attack_with_a_database(folder: Path, tmp_path: Path
     assert ("adaptive", "adaptive") in tried
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize(
+    "name", ["deepfool" if name == "deepfool" else value for name, value in zip(registry.names(), EVERY, strict=True)]
+)
 def test_evaluate_runs_every_attack_on_a_classifier_alone(folder: Path, tmp_path: Path, name: str) -> None:
     words = [*EVALUATE, "--classifier", folder / "net", "--attack", name, *effort(name), "--out", tmp_path]
     if registry.get(name).on_retrieval:
