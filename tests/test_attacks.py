@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nndefense.attacks import LOSSES, NORMS, fgsm, pgd, radius
+from nndefense.attacks import LOSSES, NORMS, fgsm, pgd, radius, registry
 from nndefense.attacks.norms import length, project, random_in_ball, steepest
 from nndefense.errors import InputError
 
@@ -100,6 +100,7 @@ class TestLinearModel:
         torch.testing.assert_close(away, towards)
 
 
+@pytest.mark.filterwarnings("ignore:.*holds every image")
 @pytest.mark.parametrize("norm", NORMS)
 @settings(max_examples=40, deadline=None)
 @given(
@@ -111,7 +112,7 @@ class TestLinearModel:
 def test_budget_is_never_exceeded(
     norm: str, seed: int, eps: float, shape: tuple[int, int, int, int], steps: int
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator, eps = torch.Generator().manual_seed(seed), min(eps, 1.0) if norm == "linf" else eps
     x = torch.rand(shape, generator=generator)
     x[0].clamp_(0.0, 1.0).round_()  # an image in the corners of the box
     weights = torch.randn(10, x[0].numel(), generator=generator)
@@ -135,6 +136,39 @@ def test_budget_is_never_exceeded(
 def test_steepest_has_length_one_however_small_the_gradient(seed: int, scale: float, norm: str) -> None:
     gradient = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(seed)) * scale
     torch.testing.assert_close(length(steepest(gradient, norm)), torch.ones(3), rtol=1e-5, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), eps=st.floats(0.01, 6), norm=st.sampled_from(["l2", "normalized-l2"]))
+def test_a_ball_that_holds_every_image_is_warned_of_and_no_other(seed: int, eps: float, norm: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(1, 1, 3, 3, generator=generator).round() if seed % 2 else torch.rand(1, 2, 2, 3, generator=generator)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = float(radius(x, eps, norm))
+    # The farthest corner, pixel by pixel, among all of them.
+    numbers = torch.arange(2 ** x.numel())
+    corners = (numbers[:, None] >> torch.arange(x.numel()) & 1).to(x.dtype)
+    assert bool(said) == (found >= float(length(corners - x.flatten()).max()))
+    assert all("holds every image" in str(warning.message) for warning in said)
+
+
+def test_an_linf_radius_that_cannot_be_meant_is_refused_by_every_attack(digits: tuple[Tensor, Tensor]) -> None:
+    x, y = digits[0][:2], digits[1][:2]
+    assert radius(x, 1.0, "linf").tolist() == [1.0, 1.0]
+    for eps in (16, 1.5, torch.tensor([0.1, 16.0])):
+        for name in (name for name in registry.names() if "surface" not in registry.get(name).needs):
+            attack, norm = registry.get(name), "linf"
+            if norm not in attack.norms or attack.least:
+                continue
+            with pytest.raises(InputError, match=r"is (16|1.5) in linf.*/255 = 0\.0"):
+                attack.run(lambda images: images.flatten(1), x, y, effort=2, restarts=1, loss="cross-entropy",
+                           eps=eps, norm=norm, generator=None)  # fmt: skip
+    # A step may be longer than the radius, and an l2 radius than 1.
+    assert pgd(lambda images: images.flatten(1), x, y, eps=1.0, steps=1, step_size=1.25).shape == x.shape
+    assert float(radius(x, 2.0, "l2")[0]) == 2.0
+    with pytest.raises(InputError, match=r"of \[0, 1\] already$"):
+        radius(x, 300.0, "linf")
 
 
 def test_zero_gradient_moves_nothing() -> None:

@@ -173,6 +173,7 @@ def test_a_scale_can_have_methods_of_its_own() -> None:
         ({"threat": [{"norm": "l3", "eps": 1}]}, "l3"),
         ({"threat": [{"norm": "linf"}]}, "needs eps"),
         ({"threat": [{"norm": "linf", "eps": -0.1}]}, "above 0"),
+        ({"threat": [{"norm": "linf", "eps": 8}]}, "8/255"),
         ({"threat": [{"norm": "linf", "eps": "8/0"}]}, "quotient"),
         ({"threat": []}, "needs threats"),
         ({"threat": [{"norm": "linf", "eps": [0.1, 0.1]}]}, "one name"),

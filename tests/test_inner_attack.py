@@ -290,6 +290,7 @@ def test_the_record_is_plain() -> None:
     ("settings", "words"),
     [
         ({"eps": -0.1}, "eps is -0.1"),
+        ({"eps": 8}, r"is 8 in linf.*8/255 = 0\.0314"),
         ({"eps": math.nan}, "eps is nan"),
         ({"eps": math.inf}, "eps is inf"),
         ({"eps": True}, "eps is True"),

@@ -416,6 +416,7 @@ def test_a_minimum_is_0_for_images_that_are_wrong_already(surface, batch):
         ({"x": torch.full((2, 1, 8, 8), 3.0)}, r"must lie in \[0, 1\]"),
         ({"y": torch.zeros(3, dtype=torch.int64)}, "one class number per image"),
         ({"eps": -0.1}, "eps must be finite and at least 0"),
+        ({"eps": 16}, "give 16/255"),
         ({"norm": "l7"}, "norm is 'l7'"),
         ({"steps": 0}, "steps is 0"),
     ],

@@ -110,7 +110,7 @@ def pgd(
     objective = losses.find_loss(loss)
     if objective is losses.kl and (targeted or not random_start):
         raise InputError("the KL divergence knows no target and is flat at the clean image: use it with random_start")
-    stride = radii * (2.5 / steps) if step_size is None else norms.radius(x, step_size, norm)
+    stride = radii * (2.5 / steps) if step_size is None else norms.in_pixels(x, step_size, norm)
     x = x.detach()
     goal = losses.checked_logits(model, x, y) if objective is losses.kl else y
     objective = losses.negated(objective) if targeted else objective

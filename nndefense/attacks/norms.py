@@ -7,6 +7,8 @@ pixels in [0, 1] before any normalisation.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -22,8 +24,20 @@ _TINY = 1e-12
 _SHRINK = 1.0 - 1e-6
 
 
+def check_eps(eps: float, norm: str) -> None:
+    """Raise :class:`InputError` for a radius that cannot be meant: above 1 in linf, as 16 is for 16/255."""
+    if norm == "linf" and eps > 1:
+        levels = f": for levels of 255 give {eps:g}/255 = {eps / 255:.3g}" if eps <= 255 else ""
+        raise InputError(
+            f"eps (--eps) is {eps:g} in linf, but must be at most 1, which frees every pixel of [0, 1] already{levels}"
+        )
+
+
 def radius(images: Tensor, eps: float | Tensor, norm: str) -> Tensor:
     """Give each image's radius in raw pixel units.
+
+    Warns where a ball of an l2 norm holds every image there is, since nothing bounds an attack then: for ``l2`` from
+    ``sqrt(C * H * W)`` on at the latest.
 
     Args:
         images: N x C x H x W in [0, 1].
@@ -34,7 +48,23 @@ def radius(images: Tensor, eps: float | Tensor, norm: str) -> Tensor:
         N radii: per entry for ``linf``, absolute lengths for both l2 norms.
 
     Raises:
-        InputError: an unknown norm; an eps that is negative, not finite or not one per image.
+        InputError: an unknown norm; an eps that is negative, not finite, above 1 in linf or not one per image.
+    """
+    found = in_pixels(images, eps, norm)
+    largest = float(eps) if isinstance(eps, (int, float)) else float(eps.max()) if eps.numel() else 0.0
+    check_eps(largest, norm)
+    # The farthest corner of the box is at least half its diagonal away, and no image is longer than the diagonal: below
+    # that no look at the images is needed, for which a GPU would have to wait.
+    least = {"linf": math.inf, "l2": math.sqrt(images.shape[1:].numel()) / 2, "normalized-l2": 0.5}[norm]
+    if largest >= least and bool((found >= length(torch.maximum(images, 1 - images))).any()):
+        text = f"eps {largest:g} in {norm} is a ball that holds every image of this size: nothing bounds the attack"
+        warnings.warn(text, stacklevel=2)
+    return found
+
+
+def in_pixels(images: Tensor, eps: float | Tensor, norm: str) -> Tensor:
+    """Give lengths in units of the norm, such as a step's, in raw pixel units: arguments, result and errors as for
+    :func:`radius`, but that a length may be as large as it likes.
     """
     check_choice("norm", norm, NORMS)
     # One number is checked as it is: a look at a tensor makes a GPU wait.

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from nndefense import recipes
+from nndefense.attacks import norms
 from nndefense.comparison.published import PUBLISHED
 from nndefense.errors import InputError
 from nndefense.own_code import PYTHON
@@ -65,6 +66,7 @@ class Scope(MaterialSettings):
         super().__post_init__()
         if not self.eps or not all(eps > 0 for eps in self.eps):
             raise InputError("a comparison needs at least one eps above 0")
+        norms.check_eps(max(self.eps), self.norm)
         if self.headline not in self.eps:
             raise InputError(f"the headline budget {self.headline:g} is not among the eps that are run: add it")
         if self.informed_eps is not None and self.headline not in self.informed_eps:

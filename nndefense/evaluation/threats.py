@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nndefense import attacks
-from nndefense.attacks import registry
+from nndefense.attacks import norms, registry
 from nndefense.attacks.registry import NORMS, Attack
 from nndefense.attacks.retrieval import RetrievalSurface
 from nndefense.errors import InputError, check_choice
@@ -27,7 +27,8 @@ class AttackSettings:
     Attributes:
         name: of an attack in :mod:`nndefense.attacks.registry`, or ``python:FILE:FUNCTION`` for the user's own.
         norm: ``linf``, ``l2`` or ``normalized-l2``.
-        eps: the radii to run, in units of the norm, each finite and above 0; one number is one radius.
+        eps: the radii to run, in units of the norm, each finite and above 0, and in linf at most 1; one number is one
+            radius.
         steps: gradient steps per restart, of an attack that counts steps; by default its standard number.
         restarts: random starts; the worst one counts.
         loss: what PGD and APGD raise: ``cross-entropy``, ``margin`` or ``dlr``.
@@ -48,6 +49,7 @@ class AttackSettings:
         check_choice("norm", self.norm, NORMS)
         if not self.eps or not all(math.isfinite(eps) and eps > 0 for eps in self.eps):
             raise InputError("give at least one eps, each finite and above 0 (clean accuracy is always measured)")
+        norms.check_eps(max(self.eps), self.norm)
         if min(self.steps or 1, self.queries or 1, self.restarts) < 1 or 0 in (self.steps, self.queries):
             raise InputError("an attack needs at least 1 step or query and 1 restart")
         check_choice("the loss", self.loss, LOSSES)

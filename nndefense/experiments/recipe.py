@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from nndefense import recipes
-from nndefense.attacks import NORMS, registry
+from nndefense.attacks import NORMS, norms, registry
 from nndefense.attacks.spatial import SHIFT, SpatialAttack
 from nndefense.errors import InputError, check_choice
 from nndefense.evaluation.threats import AttackSettings
@@ -54,6 +54,8 @@ class Threat:
             raise InputError(f"the threat's norm is {self.norm!r}, but must be one of {', '.join((*NORMS, SPATIAL))}")
         elif self.eps <= 0:
             raise InputError(f"the threat's eps is {self.eps}, but must be above 0")
+        else:
+            norms.check_eps(self.eps, self.norm)
 
     @property
     def name(self) -> str:

@@ -36,7 +36,7 @@ class InnerAttack:
     * Adversarial logit pairing (Kannan et al. 2018): ``target="least-likely"``.
 
     Attributes:
-        eps: the radius, at least 0, in units of the norm.
+        eps: the radius, at least 0, in units of the norm; at most 1 in linf.
         norm: ``linf``, ``l2`` or ``normalized-l2`` (radius ``eps * ||x||_2``).
         steps: gradient steps, at least 1.
         step_size: in units of the norm; None for ``2.5 * eps / steps``.
@@ -75,6 +75,7 @@ class InnerAttack:
         at_least("steps", self.steps)
         for name, value in (("eps", self.eps), ("start_scale", self.start_scale), ("momentum", self.momentum)):
             not_negative(name, value)
+        norms.check_eps(self.eps, self.norm)
         if self.step_size is not None:
             not_negative("step_size", self.step_size)
 
