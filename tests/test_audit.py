@@ -15,6 +15,7 @@ from helpers import digits, images, trained
 from torch import Tensor, nn
 
 from index_build import build_database
+from nndefense.attacks import registry
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.errors import InputError
 from nndefense.evaluation import AttackSettings, CellStore, Record, Subject, ThreatModel, evaluate
@@ -242,6 +243,23 @@ def test_a_changed_setting_is_measured_again(defense: NearestNeighborDefense, tm
     other = NearestNeighborDefense(defense.classifier, defense.database, k=1, weighting="uniform")
     measured(other, store)
     assert len(set(tmp_path.iterdir()) - files) == 4
+
+
+def test_a_changed_attack_of_the_library_is_measured_again(
+    defense: NearestNeighborDefense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CellStore(tmp_path)
+    first = measured(defense, store)
+    assert {record.attack_version for record in first} == {1}
+    files = set(tmp_path.iterdir())
+    monkeypatch.setitem(registry._ATTACKS, "apgd", replace(registry.get("apgd"), version=2))
+    again = measured(defense, store)
+    # Of the four cells the one of the changed attack, which says so.
+    assert len(set(tmp_path.iterdir()) - files) == 1
+    assert {record.attack for record in again if record.attack_version == 2} == {"apgd"}
+    assert [r for r in again if r.attack != "apgd"] == [r for r in first if r.attack != "apgd"]
+    monkeypatch.undo()
+    assert measured(defense, store) == first
 
 
 def test_a_threat_model_needs_attacks_and_its_subject(defense: NearestNeighborDefense) -> None:

@@ -47,6 +47,7 @@ class Attack:
         settings: further arguments of the function.
         sha256: of the code and settings of an attack that is not the library's, so that a changed one is measured
             again.
+        version: of an attack of the library, which a change of the images that it makes raises by 1, for the same end.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Attack:
     loss: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     sha256: str = ""
+    version: int = 1
 
     def __post_init__(self) -> None:
         if not set(self.needs) <= set(NEEDS):

@@ -105,7 +105,7 @@ class Record:
     ``accuracy_8bit`` is the same after rounding to 8-bit pixels, at the headline budget, else None.
 
     ``steps`` are gradient steps (0 where the attack counts queries, and ``query_limit`` is how many for each image);
-    ``attack_sha256`` is of the code of an attack that is not the library's.
+    ``attack_sha256`` is of the code of an attack that is not the library's, ``attack_version`` that of one which is.
 
     ``eps`` is in units of ``norm``; ``eps_raw`` is the mean radius over the images in raw pixels of [0, 1] (per entry
     for linf, an l2 length otherwise), and ``budget_excess`` by how much any image passes its own.
@@ -147,9 +147,10 @@ class Record:
     surrogate: str | None
     query_limit: int = 0
     attack_sha256: str = ""
+    attack_version: int = 1
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a results file; the last two where there is something to say."""
+        """Plain values for a results file; ``query_limit`` and ``attack_sha256`` where there is something to say."""
         plain = asdict(self)
         return {name: value for name, value in plain.items() if value or name not in ("query_limit", "attack_sha256")}
 
@@ -333,6 +334,7 @@ class _Run:
                     surrogate=cell.threat.surrogate if cell.threat else None,
                     query_limit=plain.get("queries", 0),
                     attack_sha256=plain.get("sha256", ""),
+                    attack_version=plain.get("version", 1),
                 )
             )
         return records

@@ -101,7 +101,11 @@ def _combined(records: Sequence[PlainRecord], like: PlainRecord) -> dict[str, An
     right = np.logical_and.reduce([bits(record) for record in records])
     low, high = wilson_interval(int(right.sum()), n)
     return {
-        **{name: value for name, value in like.items() if name not in ("query_limit", "attack_sha256")},
+        **{
+            name: value
+            for name, value in like.items()
+            if name not in ("query_limit", "attack_sha256", "attack_version")
+        },
         "threat_model": WORST,
         "attack": "all",
         "steps": 0,
@@ -145,5 +149,15 @@ def bits(record: PlainRecord) -> Bits:
 
 
 def _cell(record: PlainRecord) -> tuple[Any, ...]:
-    names = ("threat_model", "attack", "norm", "eps", "steps", "restarts", "query_limit", "attack_sha256")
+    names = (
+        "threat_model",
+        "attack",
+        "norm",
+        "eps",
+        "steps",
+        "restarts",
+        "query_limit",
+        "attack_sha256",
+        "attack_version",
+    )
     return tuple(record.get(name) for name in names)

@@ -80,6 +80,7 @@ class AttackSettings:
         plain = {"name": self.name, "norm": self.norm, "eps": list(self.eps), unit: self.effort}
         plain["restarts"] = self.restarts
         plain |= {} if self.loss == "cross-entropy" else {"loss": self.loss}
+        plain |= {"version": self.attack.version} if self.attack.version > 1 else {}
         return plain | ({"sha256": self.attack.sha256} if self.attack.sha256 else {})
 
 
