@@ -539,8 +539,12 @@ def test_why_a_service_cannot_start_is_said_as_without_ray(
     service: Service, joined: str, local: Guard, tmp_path: Path
 ) -> None:
     guard = {"database": service.folder, "classifier": tmp_path / "none", "device": "cpu"}
+    before = set(threading.enumerate())
     with pytest.raises(ModelError, match="none"):
         deployment.serve(guard, ServingSettings(port=0), ray_address=joined)
+    # What still asks Ray after this process has left the cluster starts another one in it.
+    left = [getattr(one, "_target", None) for one in set(threading.enumerate()) - before]
+    assert not [one for one in left if str(getattr(one, "__module__", "")).startswith("nndefense")]
     # The other service of the cluster is still there, and nothing is left of this one.
     with service.client() as client:
         assert ask(client, [pictures()[0]]).content == wanted(local, [pictures()[0]])
@@ -648,3 +652,4 @@ def test_it_ends_in_good_order(service: Service, local: Guard) -> None:
     text = "".join(service.errors)
     assert "Traceback" not in text
     assert json.dumps(KEY)[1:-1] not in text
+    assert not cluster.import_ray().is_initialized()

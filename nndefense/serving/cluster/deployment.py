@@ -7,7 +7,6 @@ import importlib
 import logging
 import os
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -159,32 +158,35 @@ def _options(spec: ReplicaSpec, most: int) -> dict[str, Any]:
 
 
 def _run(ray_serve: Any, application: Any, spec: ReplicaSpec, ray: Any, board: Any) -> Any:
-    """Deploy, but do not wait for Ray Serve's many attempts where a replica has said why it cannot start."""
-    done: list[Any] = []
+    """Deploy, but do not wait for Ray Serve's many attempts where a replica has said why it cannot start.
 
-    def deploy() -> None:
-        try:
-            done.append(ray_serve.run(application, name=spec.name, route_prefix=None))
-        except Exception as error:
-            done.append(error)
-
-    thread = threading.Thread(target=deploy, daemon=True)
-    thread.start()
+    In this thread: one that still waited for Ray Serve after this process has left the cluster would start another
+    cluster in it, and the process would end with that.
+    """
+    target = ray_serve.RunTarget(application, name=spec.name, route_prefix=None)
     end = time.monotonic() + START_SECONDS
-    while not done:
-        failure = ray.get(board.failure.remote())
-        if failure is not None:
-            raise _error(*failure)
-        if time.monotonic() > end:
-            raise DatabaseError(
-                f"the replicas were not ready within {START_SECONDS:g} seconds: check that the cluster has a processor "
-                f"for each of {spec.replicas} replicas, and memory for {spec.shards} index parts"
-            )
-        thread.join(0.2)
-    if isinstance(done[0], Exception):
-        reason = str(done[0]).strip().splitlines()[0][:200]
-        raise DatabaseError(f"Ray Serve could not start the replicas ({reason}): see its logs") from done[0]
-    return done[0]
+    try:
+        (handle,) = ray_serve.run_many([target], wait_for_applications_running=False)
+        while True:
+            failure = ray.get(board.failure.remote())
+            if failure is not None:
+                raise _error(*failure)
+            found = ray_serve.status().applications.get(spec.name)
+            if found is not None and found.status == "DEPLOY_FAILED":
+                raise RuntimeError(found.message or found.status)
+            if found is not None and found.status == "RUNNING":
+                return handle
+            if time.monotonic() > end:
+                raise DatabaseError(
+                    f"the replicas were not ready within {START_SECONDS:g} seconds: check that the cluster has a "
+                    f"processor for each of {spec.replicas} replicas, and memory for {spec.shards} index parts"
+                )
+            time.sleep(0.2)
+    except NNDefenseError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise DatabaseError(f"Ray Serve could not start the replicas ({reason}): see its logs") from error
 
 
 def _error(kind: str, text: str) -> NNDefenseError:
