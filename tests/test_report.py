@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from nndefense.errors import InputError
+from nndefense.evaluation.ladder import to_hex, worst_cases
 from nndefense.evaluation.report import (
     GalleryNeighbor,
     GalleryRow,
@@ -25,6 +26,7 @@ from nndefense.evaluation.report import (
     ladder,
     obscurity,
     report_html,
+    summary,
     table2,
     verdict,
     write_report,
@@ -59,6 +61,7 @@ def record(defense: str, threat_model: str, eps: float, right: int, *, n: int = 
         "accuracy": right / n,
         "ci_low": low,
         "ci_high": high,
+        "correct": to_hex(np.arange(n) < right),
         "seed": 0,
         "seconds": 1.25,
         "classifier": "4be0" * 16,
@@ -510,15 +513,19 @@ def test_table_takes_the_worst_of_repeats_and_only_the_headline_attack() -> None
 def test_verdict_when_the_defence_helps() -> None:
     assert verdict(fake_results()) == (
         "Under gray-box PGD at normalised ℓ₂ 0.2 the bare classifier gets 12.4 % of 500 images right; the "
-        "nearest-neighbour defence gets 68.2 % right, at a cost of 1.0 points of clean accuracy (within the intervals)."
+        "nearest-neighbour defence gets 68.2 % right, at a cost of 1.0 points of clean accuracy (which may be chance, "
+        "p = 0.062)."
     )
 
 
-def test_verdict_when_the_intervals_overlap() -> None:
-    text = verdict(with_gray(62, 70))
-    assert "and the 95 % intervals overlap: this run does not show that the defence helps" in text
-    assert "12.4 %" in text
-    assert "14.0 %" in text
+def test_verdict_asks_which_images_and_not_whether_intervals_overlap() -> None:
+    # The same two accuracies: once the defence keeps all that the net has, once other images.
+    text = verdict(with_gray(62, 74))
+    assert "gets 14.8 % right, at a cost" in text
+    results = with_gray(62, 74)
+    results["records"][-1]["correct"] = to_hex(np.arange(500) >= 426)
+    text = verdict(results)
+    assert "14.8 %, which may be chance (p = 0.346): this run does not show that the defence helps" in text
     assert "; it costs 1.0 points of clean accuracy" in text
 
 
@@ -542,7 +549,7 @@ def test_verdict_without_an_attack_claims_nothing() -> None:
     [
         (490, 490, "at no cost in clean accuracy."),
         (490, 300, "at a cost of 38.0 points of clean accuracy."),
-        (480, 483, "and 0.6 points more on clean images (within the intervals)."),
+        (480, 483, "and 0.6 points more on clean images (which may be chance, p = 0.250)."),
     ],
 )
 def test_verdict_on_clean_accuracy(bare: int, defended: int, words: str) -> None:
@@ -561,12 +568,23 @@ def informed(adaptive: int, white: int = 200) -> dict[str, Any]:
         record("nearest-neighbor", "white", 0.2, white, knowledge="L3"),
         record("nearest-neighbor", "adaptive", 0.2, adaptive + 20, attack="push-pull", knowledge="L3"),
         record("nearest-neighbor", "adaptive", 0.2, adaptive, attack="adaptive", knowledge="L3", peak_memory_mb=512.0),
-        record("nearest-neighbor", "worst", 0.2, min(adaptive, white) - 5, attack="all"),
-        record("none", "worst", 0.2, 50, attack="all"),
     ]
-    results["comparisons"] = [
-        {"threat_model": "worst", "norm": "normalized-l2", "eps": 0.2, "only_defended": 9, "only_bare": 2, "p": 0.0654}
-    ]
+    results["records"] += worst_cases(results["records"])
+    return results
+
+
+def outcomes(**right: list[int]) -> dict[str, Any]:
+    """A run at one budget with these images right of 500, by ``none_gray``, ``defended_adaptive`` and the like."""
+    results = fake_results()
+    results["records"] = []
+    for name, which in right.items():
+        defense, _, threat = name.partition("_")
+        made = record(
+            "none" if defense == "none" else "nearest-neighbor", threat, 0.2 * (threat != "clean"), len(which)
+        )
+        made["correct"] = to_hex(np.isin(np.arange(500), which))
+        results["records"].append(made)
+    results["records"] += worst_cases(results["records"])
     return results
 
 
@@ -576,8 +594,9 @@ def test_ladder_goes_from_clean_to_worst_and_takes_the_strongest() -> None:
     assert rungs["adaptive"].defended is not None
     assert rungs["adaptive"].defended["attack"] == "adaptive"
     assert rungs["adaptive"].bare is None
-    assert rungs["worst"].p == 0.0654
-    assert rungs["gray"].p is None
+    # Of 62 images 22 are lost in the worst case, and none is won.
+    assert rungs["worst"].p == pytest.approx(2 * 0.5**22)
+    assert rungs["white"].p is None
     # Any gray-box attack counts here, not only the headline's.
     results = informed(40)
     results["records"].append(record("nearest-neighbor", "gray", 0.2, 300, attack="apgd"))
@@ -589,18 +608,60 @@ def test_ladder_goes_from_clean_to_worst_and_takes_the_strongest() -> None:
 
 def test_a_gain_that_the_informed_attacker_takes_is_called_obscurity() -> None:
     assert obscurity(fake_results()) == ""
-    said = obscurity(informed(40))
-    assert said.startswith("Attackers who know the database leave the defence 8.0 %")
-    assert "none of the gray-box gain" in said
-    assert "mostly obscurity" in said
-    assert "14 % of the gray-box gain" in obscurity(informed(102, 120))
-    assert "not obscurity alone" in obscurity(informed(335, 340))
-    page = report_html(informed(40))
-    assert said in page
+    said = obscurity(informed(102, 120))
+    assert said == (
+        "Attackers who know the database leave the defence 20.4 %: of the 341 images that it gets right under the "
+        "gray-box attack it loses 239, and wins 0 others. Each in its own worst case, it gets 40 images right that "
+        "fall without it, and loses 0 that stand without it (p < 0.001). That is 14 % of its gain under the gray-box "
+        "attack: the gain is mostly obscurity."
+    )
+    assert "98 % of its gain under the gray-box attack: the gain is not obscurity alone" in obscurity(
+        informed(335, 340)
+    )
+    page = report_html(informed(102, 120))
+    assert said.replace("<", "&lt;") in page
     assert "No attack here knows" not in page
     assert "worst case" in page
     assert "512\u00a0MB" in page or "512&nbsp;MB" in page
-    assert "0.065" in page
+    assert "0.062" in page
+
+
+def test_a_defence_that_is_worse_than_none_is_called_so() -> None:
+    # 310 of 500 right without it, 333 with it under the gray box, and 293 once the attacker knows it.
+    everything = [*range(500)]
+    adaptive = [*range(280), *range(310, 323)]
+    results = outcomes(
+        none_clean=everything, defended_clean=everything[:322] + everything[323:], none_gray=everything[:310],
+        defended_gray=[*adaptive, *range(400, 440)], defended_adaptive=adaptive,
+    )  # fmt: skip
+    said = obscurity(results)
+    assert said.startswith("Attackers who know the database leave the defence 58.6 %: of the 333 images")
+    assert "it loses 40, and wins 0 others" in said
+    assert "it gets 12 images right that fall without it, and loses 30 that stand without it (p = 0.008)" in said
+    assert said.endswith(": it is worse than no defence.")
+    assert verdict(results).endswith("it gets 58.6 %, and is worse than no defence.")
+    assert said in summary({**results, "audit": []})
+    # The two intervals overlap, which says nothing of that.
+    low = next(r["ci_low"] for r in results["records"] if (r["defense"], r["threat_model"]) == ("none", "gray"))
+    assert next(r["ci_high"] for r in results["records"] if r["threat_model"] == "adaptive") > low
+
+
+def test_a_gain_that_chance_explains_is_no_gain() -> None:
+    adaptive = [*range(8, 300), *range(310, 316)]
+    some = {"none_clean": [*range(500)], "none_gray": [*range(300)], "defended_clean": [*range(500)]}
+    said = obscurity(outcomes(**some, defended_gray=[*range(333)], defended_adaptive=adaptive))
+    assert "it gets 6 images right that fall without it, and loses 8 that stand without it (p = 0.791)" in said
+    assert said.endswith(
+        "no gain is left that this run can show, and what it gains under the gray-box attack is obscurity."
+    )
+    nothing = obscurity(outcomes(**some, defended_gray=[*range(301)], defended_adaptive=[*range(299)]))
+    assert nothing.endswith("no gain is left that this run can show.")
+    # Nobody ignored the defence: there is no gain that could have been obscurity, and the page says what there is.
+    results = outcomes(none_clean=[*range(500)], defended_clean=[*range(500)], defended_adaptive=adaptive)
+    assert obscurity(results) == ""
+    page = report_html(results)
+    assert "None of the attacks knows" not in page
+    assert 'href="#ladder"' in page
 
 
 def test_audit_is_shown_line_by_line() -> None:

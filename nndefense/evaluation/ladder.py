@@ -45,6 +45,33 @@ BARE, DEFENDED = "none", "nearest-neighbor"
 PlainRecord = Mapping[str, Any]  # a record as it stands in results.json
 
 
+# The level of the paired tests.
+_LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two on the same images: those that the first alone (``won``) and that the second alone gets right (``lost``)."""
+
+    won: int
+    lost: int
+
+    @property
+    def p(self) -> float:
+        """Of McNemar's exact two-sided test."""
+        return mcnemar_p(self.won, self.lost)
+
+    @property
+    def better(self) -> bool:
+        """Whether the first is right more often, beyond chance."""
+        return self.won > self.lost and self.p <= _LEVEL
+
+    @property
+    def worse(self) -> bool:
+        """Whether the second is."""
+        return self.lost > self.won and self.p <= _LEVEL
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The defence against the bare classifier on the same images.
@@ -135,12 +162,16 @@ def compare(records: Sequence[PlainRecord], bare: str = BARE, defended: str = DE
     for record in records:
         other = cells.get(_cell(record)) if record["defense"] == defended and record.get("correct") else None
         if other is not None:
-            ours, theirs = bits(record), bits(other)
-            counts = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
-            found.append(
-                Comparison(record["threat_model"], record["norm"], record["eps"], *counts, p=mcnemar_p(*counts))
-            )
+            pair = paired(record, other)
+            cell = record["threat_model"], record["norm"], record["eps"]
+            found.append(Comparison(*cell, pair.won, pair.lost, pair.p))
     return found
+
+
+def paired(first: PlainRecord, second: PlainRecord) -> Paired:
+    """Compare the outcomes of two records of the same images."""
+    ours, theirs = bits(first), bits(second)
+    return Paired(int((ours & ~theirs).sum()), int((theirs & ~ours).sum()))
 
 
 def bits(record: PlainRecord) -> Bits:

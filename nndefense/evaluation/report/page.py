@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nndefense.attacks.registry import attack_name
 from nndefense.errors import InputError
 from nndefense.evaluation.ladder import BARE, DEFENDED
 from nndefense.evaluation.report.figures import figure_section
@@ -23,11 +22,12 @@ from nndefense.evaluation.report.run import (
     records_section,
     run_section,
 )
-from nndefense.evaluation.report.table import informed_record, ladder_section, obscurity, table_section
+from nndefense.evaluation.report.table import ladder_section, table_section
+from nndefense.evaluation.report.verdict import informed_record, obscurity, verdict, verdict_parts
 from nndefense.evaluation.results import FORMAT, VERSION
 from nndefense.files import write_bytes
 from nndefense.reporting import page
-from nndefense.reporting.wording import budget, date_text, escape, number, percent
+from nndefense.reporting.wording import date_text, escape, number, percent
 
 
 def write_report(results: dict[str, Any], gallery: Sequence[GalleryRow], path: Path) -> None:
@@ -92,70 +92,12 @@ def _lead(results: Results) -> str:
             f"Under the black-box attack it is {percent(bare['accuracy'])}\u00a0% without the defence and "
             f"{percent(defended['accuracy'])}\u00a0% with it."
         )
-    said = obscurity(results)
+    if said := obscurity(results):
+        notes.append(f'<strong class="obscurity">{escape(said)}</strong>')
     notes.append(
-        f'<strong class="obscurity">{escape(said)}</strong> See <a href="#ladder">what it holds against whom</a>.'
-        if said
-        else 'None of the attacks knows that a database is searched: read <a href="#limits">what these numbers do not '
+        'None of the attacks knows that a database is searched: read <a href="#limits">what these numbers do not '
         "show</a> before relying on them."
+        if informed_record(results) is None
+        else 'See <a href="#ladder">what it holds against whom</a>.'
     )
     return f'<p class="verdict">{sentence}</p>\n<p class="note">{" ".join(notes)}</p>'
-
-
-def verdict(results: Results) -> str:
-    """What the run found, in one sentence that follows from the numbers.
-
-    A difference counts only when the two 95 % intervals do not overlap. That is stricter than need be, as both
-    accuracies are over the same images; it errs on the side of saying less.
-    """
-    return "".join(text for _, text in verdict_parts(results))
-
-
-def verdict_parts(results: Results) -> list[tuple[str, str]]:
-    """The verdict as (kind, text), where kind is ``"bare"`` or ``"defended"`` for its number, else ``""``."""
-    headline = results["headline"]
-    attack = f"{attack_name(str(headline['attack']))} at {budget(headline['norm'], headline['eps'])}"
-    for threat_model in ("gray", "black"):
-        bare, defended = (at_headline(results, defense, threat_model) for defense in (BARE, DEFENDED))
-        if bare is not None and defended is not None:
-            break
-    else:
-        unknown = (
-            f"This run has no accuracy under {attack} both with and without the defence, "
-            "so it does not show whether the defence helps."
-        )
-        return [("", unknown)]
-    cost, costs = _clean_cost(results)
-    before, after = "the nearest-neighbour defence gets ", f" right{cost}."
-    if defended["ci_high"] < bare["ci_low"]:
-        before, after = "with the nearest-neighbour defence it gets only ", f": here the defence hurts{costs}."
-    elif defended["ci_low"] <= bare["ci_high"]:
-        after = f", and the 95 % intervals overlap: this run does not show that the defence helps{costs}."
-    # What is left against attackers who know the database, where any was run.
-    known = informed_record(results)
-    left = f"{percent(known['accuracy'])} %" if known else ""
-    told = [("", " Against attackers who know the database it gets "), ("defended", left), ("", ".")] if known else []
-    return [
-        ("", f"Under {threat_model}-box {attack} the bare classifier gets "),
-        ("bare", f"{percent(bare['accuracy'])} %"),
-        ("", f" of {number(bare['n'])} images right; {before}"),
-        ("defended", f"{percent(defended['accuracy'])} %"),
-        ("", after),
-        *told,
-    ]
-
-
-def _clean_cost(results: Results) -> tuple[str, str]:
-    """The price in clean accuracy, as it reads after good news (", at a cost of") and after bad ("; it costs")."""
-    bare, defended = (at_headline(results, defense, "clean") for defense in (BARE, DEFENDED))
-    if bare is None or defended is None:
-        return "; its clean accuracy was not measured", "; its clean accuracy was not measured"
-    points = 100 * (bare["accuracy"] - defended["accuracy"])
-    overlap = defended["ci_low"] <= bare["ci_high"] and bare["ci_low"] <= defended["ci_high"]
-    within = " (within the intervals)" if overlap else ""
-    if abs(points) < 0.05:
-        return ", at no cost in clean accuracy", "; clean accuracy stays the same"
-    unit = f"{abs(points):.1f} points"
-    if points > 0:
-        return f", at a cost of {unit} of clean accuracy{within}", f"; it costs {unit} of clean accuracy{within}"
-    return f", and {unit} more on clean images{within}", f"; it gets {unit} more on clean images{within}"

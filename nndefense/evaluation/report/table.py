@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from nndefense.attacks.registry import attack_name
-from nndefense.evaluation.ladder import BARE, DEFENDED, RUNGS
+from nndefense.evaluation.ladder import BARE, DEFENDED, RUNGS, paired
 from nndefense.evaluation.report.records import (
     Record,
     Results,
@@ -18,6 +18,7 @@ from nndefense.evaluation.report.records import (
     settings_text,
     under_attack,
 )
+from nndefense.evaluation.report.verdict import obscurity
 from nndefense.reporting import Cell, Table, section
 from nndefense.reporting.wording import (
     BLANK,
@@ -43,7 +44,7 @@ KNOWS = {
 
 @dataclass(frozen=True)
 class LadderRow:
-    """One rung at the headline budget: the lowest measured accuracy without and with the defence."""
+    """One rung at the headline budget: the lowest measured accuracy without and with the defence, and the paired p."""
 
     name: str
     bare: Record | None
@@ -57,30 +58,9 @@ def ladder(results: Results) -> list[LadderRow]:
     for name in RUNGS:
         bare, defended = (at_headline(results, defense, name, any_attack=True) for defense in (BARE, DEFENDED))
         if bare is not None or defended is not None:
-            rungs.append(LadderRow(name, bare, defended, _p(results, name)))
+            p = None if bare is None or defended is None else paired(defended, bare).p
+            rungs.append(LadderRow(name, bare, defended, p))
     return rungs
-
-
-def informed_record(results: Results) -> Record | None:
-    """The lowest accuracy of the defence at the headline budget under attackers who know the database."""
-    known = [at_headline(results, DEFENDED, name) for name in ("white", "adaptive")]
-    return min((r for r in known if r is not None), key=lambda r: float(r["accuracy"]), default=None)
-
-
-def obscurity(results: Results) -> str:
-    """What becomes of the defence's gain once the attacker knows of the retrieval, in a sentence; ``""`` if unknown."""
-    bare, gray = (at_headline(results, defense, "gray", any_attack=True) for defense in (BARE, DEFENDED))
-    informed = informed_record(results)
-    if gray is None or informed is None:
-        return ""
-    left = f"Attackers who know the database leave the defence {percent(informed['accuracy'])} %"
-    if informed["ci_high"] >= gray["ci_low"]:
-        return f"{left}, within the interval of the gray-box accuracy: the gain is not obscurity alone."
-    if bare is not None and bare["accuracy"] < gray["accuracy"]:
-        kept = (informed["accuracy"] - bare["accuracy"]) / (gray["accuracy"] - bare["accuracy"])
-        part = "none" if kept <= 0 else f"{percent(kept, 0)} %"
-        return f"{left}, which keeps {part} of the gray-box gain: the gain is mostly obscurity."
-    return f"{left}: what it holds under the gray-box attack is mostly obscurity."
 
 
 def summary(results: Results) -> str:
@@ -97,7 +77,8 @@ def summary(results: Results) -> str:
         f"{budget(results['headline']['norm'], results['headline']['eps'])}"
     )
     failed = [line for line in results["audit"] if line["passed"] is False]
-    told = [f"self-audit: {line['name']} FAILS: {line['text']}" for line in failed]
+    told = [said] if (said := obscurity(results)) else []
+    told += [f"self-audit: {line['name']} FAILS: {line['text']}" for line in failed]
     return "\n".join([Table(("", *columns), tuple(rows), title).text(), *told])
 
 
@@ -169,17 +150,6 @@ def _attacks(results: Results, threat_model: str) -> str:
         attack_name(str(record["attack"])) + (f" ({percent(record['accuracy'])})" if len(found) > 1 else "")
         for record in found
     )
-
-
-def _p(results: Results, threat_model: str) -> float | None:
-    headline = results["headline"]
-    found = [
-        row["p"]
-        for row in results.get("comparisons") or ()
-        if row["threat_model"] == threat_model
-        and (threat_model == "clean" or (row["norm"] == headline["norm"] and row["eps"] == headline["eps"]))
-    ]
-    return min(found) if found else None
 
 
 THREAT_MODELS = ("clean", "gray", "black")
