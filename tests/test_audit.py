@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,8 +19,9 @@ from index_build import build_database
 from nndefense.attacks import registry
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.errors import InputError
-from nndefense.evaluation import AttackSettings, CellStore, Record, Subject, ThreatModel, evaluate
-from nndefense.evaluation.audit import AuditLine, AuditSubject, audit_records, audit_runs
+from nndefense.evaluation import AttackSettings, CellStore, Recipe, Record, Rung, Subject, ThreatModel, evaluate, run
+from nndefense.evaluation.audit import AuditLine, audit_records
+from nndefense.evaluation.audit_runs import AuditSubject, audit_runs, undefended_run
 from nndefense.features import FeatureSpec
 
 GRAY = AttackSettings(norm="linf", eps=(0.1, 0.2), steps=5)
@@ -121,7 +123,10 @@ def test_a_sound_defence_passes_its_runs(defense: NearestNeighborDefense) -> Non
     passed = lines(found)
     for name in ("zero gradients", "batch size", "evaluation mode", "determinism", "near-duplicates", "more steps"):
         assert passed[name] is True, [line.text for line in found if line.name == name]
-    assert {"unbounded budget", "random noise"} < set(passed)
+    assert {"unbounded budget", "random noise", "other ways"} < set(passed)
+    # Without a database the scores are logits, of which no power of e may be taken for a probability.
+    bare = {line.name: line for line in audit_runs(replace(subject(defense), model=defense.classifier), noise_draws=24)}
+    assert bare["batch size"].passed is True, bare["batch size"].text
 
 
 class Rounding(nn.Module):
@@ -166,6 +171,94 @@ def test_chance_modes_and_batches_are_found(defense: NearestNeighborDefense) -> 
     assert passed["random noise"] is False
     # It is no retrieval, so there is no database to look into.
     assert passed["near-duplicates"] is None
+
+
+class OfItsBatch(nn.Module):
+    """A net behind a normalisation by the batch's own mean."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.net((x + 0.01 * (x.mean(0) - x)).clamp(0, 1))
+        return found
+
+
+def test_probabilities_that_depend_on_the_batch_are_found(defense: NearestNeighborDefense) -> None:
+    planted = replace(subject(defense), model=OfItsBatch(defense.classifier).eval())
+    found = {line.name: line for line in audit_runs(planted, noise_draws=24)}["batch size"]
+    assert found.passed is False
+    # The classes are the same: it is the probabilities that tell.
+    assert found.text.startswith("16 images give the same classes")
+
+
+def stays(target: Any, x: Tensor, y: Tensor) -> Tensor:
+    """An attack whose objective is stuck where it starts."""
+    return x
+
+
+@pytest.mark.parametrize("on_retrieval", [False, True])
+def test_an_attack_that_is_stuck_is_found_by_other_ways(defense: NearestNeighborDefense, on_retrieval: bool) -> None:
+    stuck = registry.Attack("stuck", stays, needs=("surface",) if on_retrieval else ("gradient",), effort="steps",
+                            standard=20)  # fmt: skip
+    name = registry.register(stuck)
+    try:
+        surface = defense.surface(images=digits("train").subset(range(400)))
+        threat = ThreatModel("adaptive", surface) if on_retrieval else ThreatModel("gray", defense.classifier)
+        model = defense if on_retrieval else defense.classifier
+        settings = AttackSettings(name, "linf", (0.2,))
+        tried = replace(subject(defense), model=model, threat=threat, attack=settings)
+        found = {line.name: line for line in audit_runs(tried, noise_draws=24)}
+        # It does as well with twice the steps.
+        assert found["more steps"].passed is True
+        assert found["other ways"].passed is False
+        assert "the attack is stuck" in found["other ways"].text
+        # It draws nothing, so that it has no other start; other classes and objectives break nearly all.
+        assert "starts" not in found["other ways"].text
+        broken = re.search(r"other classes break (\d+), other objectives (\d+)", found["other ways"].text)
+        assert broken
+        assert min(map(int, broken.groups())) > 12
+        if not on_retrieval:
+            line = undefended_run(tried, 0.1)
+            assert line.passed is False
+            assert "the attack is weak" in line.text
+    finally:
+        registry.unregister(name)
+
+
+def test_an_attack_that_leaves_nothing_needs_no_other_way(defense: NearestNeighborDefense) -> None:
+    strong = AttackSettings("pgd", "linf", (0.6,), steps=10)
+    tried = replace(subject(defense), model=defense.classifier, attack=strong, eps=0.6)
+    found = {line.name: line for line in audit_runs(tried, noise_draws=24)}["other ways"]
+    assert (found.passed, found.text) == (True, "pgd left no image right for other ways to try.")
+
+
+def test_a_net_that_is_robust_is_told_from_one_that_hides_its_gradient(defense: NearestNeighborDefense) -> None:
+    small = replace(subject(defense), model=defense.classifier, eps=0.01)
+    robust = undefended_run(small, 0.1)
+    assert robust.passed is True
+    assert robust.text.endswith("the net is robust there.")
+    masked = Rounding(defense.classifier).eval()
+    hidden = undefended_run(replace(small, model=masked, classifier=masked, threat=ThreatModel("gray", masked)), 0.1)
+    assert hidden.passed is False
+    assert hidden.text.endswith("something hides its gradient.")
+
+
+def test_an_evaluation_settles_whether_its_net_is_robust(defense: NearestNeighborDefense, tmp_path: Path) -> None:
+    attack = AttackSettings("pgd", "linf", (0.01,), steps=5)
+    recipe = Recipe("digits:test", "net", (Rung("gray", attack),), "linf", 0.01, audit_images=8, gallery=0)
+    data = digits("test").subset(range(20))
+    first = run(recipe, data, defense.classifier, None, None, cells=tmp_path)
+    found = {line.name: line for line in first.audit}["undefended net falls"]
+    assert found.passed is True
+    assert found.text.endswith("the net is robust there.")
+    # Found again, and as it was on the records alone where no runs are made.
+    assert run(recipe, data, defense.classifier, None, None, cells=tmp_path).audit == first.audit
+    alone = run(replace(recipe, audit=False), data, defense.classifier, None, None, cells=tmp_path)
+    line = {line.name: line for line in alone.audit}["undefended net falls"]
+    assert line.passed is False
+    assert "Either it is robust there or the attack is weak" in line.text
 
 
 def test_a_test_image_in_the_database_is_found(defense: NearestNeighborDefense) -> None:

@@ -122,7 +122,7 @@ def test_the_whole_ladder(folder: Path, whole: dict[str, Any]) -> None:
     # White and adaptive images are made for the defence alone.
     assert not any(r["threat_model"] in ("white", "adaptive") and r["defense"] == "none" for r in whole["records"])
     audit = {line["name"]: line["passed"] for line in whole["audit"]}
-    assert len(audit) == 14
+    assert len(audit) == 15
     for name in ("budget", "evaluation mode", "determinism", "batch size", "near-duplicates", "zero gradients"):
         assert audit[name] is True, name
     assert whole["recipe"]["title"] == "digits, the whole ladder"

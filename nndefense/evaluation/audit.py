@@ -1,31 +1,21 @@
 """Self-audit: was the attack strong enough, and is the number what it says? (Carlini et al. 2019, section 5.)
 
-Each check has a name and passes, fails, or could not be made; a report shows them all. The first half reads records,
-the second makes small runs of its own.
+Each check has a name and passes, fails, or could not be made; a report shows them all. Those here read records;
+:mod:`~nndefense.evaluation.audit_runs` makes small runs of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from nndefense import attacks
-from nndefense.attacks.norms import random_in_ball
-from nndefense.defenses import NearestNeighborDefense
 from nndefense.evaluation.evaluate import Record
 from nndefense.evaluation.ladder import BARE, DEFENDED
-from nndefense.evaluation.threats import AttackSettings, ThreatModel, run_attack
-from nndefense.statistics import mcnemar_p
 
-# Draws of noise in all, shared out over the images that are tried.
-NOISE_DRAWS = 10_000
-_SAME = 1e-4
+# The check whose failure runs of the audit's own may settle.
+UNDEFENDED = "undefended net falls"
 
 
 @dataclass(frozen=True)
@@ -39,9 +29,6 @@ class AuditLine:
     def to_json(self) -> dict[str, Any]:
         """Plain values for a results file."""
         return asdict(self)
-
-
-# -- checks on records ---------------------------------------------------------------------------------------------
 
 
 def audit_records(records: Sequence[Record], classes: int) -> list[AuditLine]:
@@ -66,16 +53,22 @@ def _budget(records: Sequence[Record]) -> AuditLine:
 
 
 def _undefended(records: Sequence[Record], classes: int) -> AuditLine:
-    gray = _of(records, BARE, "gray")
-    if not gray:
-        return AuditLine("undefended net falls", None, "The classifier alone was not attacked.")
-    strongest = min(gray, key=lambda record: record.accuracy)
+    strongest = strongest_on_bare(records)
+    if strongest is None:
+        return AuditLine(UNDEFENDED, None, "The classifier alone was not attacked.")
     chance = 1 / classes if classes else 0.0
     text = (
         f"The attack leaves the undefended net {100 * strongest.accuracy:.1f} % at {strongest.norm} {strongest.eps:g} "
         f"(guessing: {100 * chance:.1f} %)."
     )
-    return AuditLine("undefended net falls", strongest.ci_low <= chance, text)
+    falls = strongest.ci_low <= chance
+    text += "" if falls else " Either it is robust there or the attack is weak, which runs of the audit can tell apart."
+    return AuditLine(UNDEFENDED, falls, text)
+
+
+def strongest_on_bare(records: Sequence[Record]) -> Record | None:
+    """The record of the gray-box attack and budget that leave the bare classifier least, or None."""
+    return min(_of(records, BARE, "gray"), key=lambda record: record.accuracy, default=None)
 
 
 def _eight_bits(records: Sequence[Record]) -> AuditLine:
@@ -146,166 +139,3 @@ def _weaker(ignorant: Sequence[Record], informed: Sequence[Record]) -> tuple[boo
 
 def _of(records: Sequence[Record], defense: str, threat_model: str) -> list[Record]:
     return [record for record in records if record.defense == defense and record.threat_model == threat_model]
-
-
-# -- checks that run something -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AuditSubject:
-    """What the runs need: the defence, the images to try, and the strongest attack on it.
-
-    Attributes:
-        model: what is judged: images N x C x H x W in [0, 1] -> scores N x K.
-        classifier: the net whose gradients are looked at; ``model`` itself, where there is no defence.
-        images: N x C x H x W in [0, 1], on the classifier's device.
-        labels: N class numbers of the classifier.
-        threat: the strongest threat model that was run against it.
-        attack: that attack's settings.
-        eps: the budget to try it at.
-        seed: draws random starts and noise.
-        batch_size: images per forward pass.
-    """
-
-    model: nn.Module
-    classifier: nn.Module
-    images: Tensor
-    labels: Tensor
-    threat: ThreatModel
-    attack: AttackSettings
-    eps: float
-    seed: int = 0
-    batch_size: int = 128
-
-
-def audit_runs(subject: AuditSubject, noise_draws: int = NOISE_DRAWS) -> list[AuditLine]:
-    """The checks that make small runs of their own."""
-    survivors = _attacked_right(subject, subject.attack, subject.eps)
-    return [
-        _more_steps(subject, survivors),
-        _unbounded(subject),
-        _noise(subject, survivors, noise_draws),
-        _zero_gradients(subject),
-        _batch_size(subject),
-        _modes(subject.model),
-        _repeats(subject),
-        _near_duplicates(subject),
-    ]
-
-
-def _attacked_right(subject: AuditSubject, attack: AttackSettings, eps: float) -> Tensor:
-    """Which images the defence still gets right after an attack, N booleans."""
-    generator, right = torch.Generator().manual_seed(subject.seed), []
-    for images, labels in _batches(subject):
-        made = run_attack(attack, subject.threat.target, images, labels, eps, generator)
-        right.append(_scores(subject, made.images).argmax(1) == labels)
-    return torch.cat(right)
-
-
-def _more_steps(subject: AuditSubject, before: Tensor) -> AuditLine:
-    attack, unit = subject.attack, subject.attack.attack.effort
-    if not unit:
-        return AuditLine("more steps", None, f"{attack.name} has its standard effort, and no other.")
-    after = _attacked_right(subject, attack.times(2), subject.eps)
-    n, first, second = len(before), int(before.sum()), int(after.sum())
-    p = mcnemar_p(int((before & ~after).sum()), int((after & ~before).sum()))
-    text = (
-        f"{subject.threat.name} {attack.name}, {attack.effort} {unit}: {100 * first / n:.1f} %; twice as "
-        f"many: {100 * second / n:.1f} % of {n} images"
-    )
-    converged = abs(first - second) / n < 0.005
-    text += "." if converged else " (it has not converged: read the accuracies as upper bounds)."
-    return AuditLine("more steps", second <= first or p > 0.05, text)
-
-
-def _unbounded(subject: AuditSubject) -> AuditLine:
-    norm = next((norm for norm in ("linf", "l2") if norm in subject.attack.attack.norms), None)
-    if norm is None:
-        return AuditLine("unbounded budget", None, f"{subject.attack.name} has no radius that frees every pixel.")
-    # A ball that holds the whole box.
-    size = subject.images[0].numel() ** 0.5 if norm == "l2" else 1.0
-    attack = replace(subject.attack.times(1, least=50), norm=norm, eps=(size,))
-    right = int(_attacked_right(subject, attack, size).sum())
-    text = f"With pixels free to take any value the attack leaves {right} of {len(subject.images)} images right."
-    return AuditLine("unbounded budget", right == 0, text)
-
-
-def _noise(subject: AuditSubject, survivors: Tensor, draws: int) -> AuditLine:
-    """Random draws from the ball around images that the attack could not move."""
-    images, labels = subject.images[survivors], subject.labels[survivors]
-    if not len(images):
-        return AuditLine("random noise", True, "The attack left no image right for noise to try.")
-    each = max(draws // len(images), 1)
-    generator = torch.Generator().manual_seed(subject.seed)
-    radii = attacks.radius(images, subject.eps, subject.attack.norm)
-    broken = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    for _ in range(each):
-        for rows in torch.split(torch.arange(len(images)), subject.batch_size):
-            noise = random_in_ball(images[rows], radii[rows], subject.attack.norm, generator)
-            moved = (images[rows] + noise).clamp(0, 1)
-            broken[rows.to(broken.device)] |= _scores(subject, moved).argmax(1) != labels[rows]
-    found = int(broken.sum())
-    text = f"{each * len(images):,} random draws around {len(images)} images that the attack left right break {found}."
-    return AuditLine("random noise", found == 0, text)
-
-
-def _zero_gradients(subject: AuditSubject) -> AuditLine:
-    zero = total = 0
-    for images, labels in _batches(subject):
-        images = images.clone().requires_grad_(True)
-        with torch.enable_grad():
-            loss = F.cross_entropy(subject.classifier(images), labels, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, images)
-        zero += int((gradient.flatten(1).abs().amax(1) == 0).sum())
-        total += len(images)
-    text = f"The classifier's gradient is exactly 0 on {zero} of {total} images."
-    return AuditLine("zero gradients", zero <= 0.01 * total, text)
-
-
-def _batch_size(subject: AuditSubject) -> AuditLine:
-    images = subject.images[: min(len(subject.images), 16)]
-    together, alone = _scores(subject, images), torch.cat([_scores(subject, image[None]) for image in images])
-    largest = float((together.exp() - alone.exp()).abs().max())
-    same = bool((together.argmax(1) == alone.argmax(1)).all())
-    text = (
-        f"{len(images)} images give the same classes alone and together; probabilities differ by up to {largest:.1e}."
-    )
-    return AuditLine("batch size", same and largest < _SAME, text if same else "Classes depend on the batch.")
-
-
-def _modes(model: nn.Module) -> AuditLine:
-    training = [name for name, module in model.named_modules() if module.training]
-    text = f"{len(training)} modules are in training mode, such as {training[0] or 'the defence'}." if training else ""
-    return AuditLine("evaluation mode", not training, text or "Every module is in evaluation mode.")
-
-
-def _repeats(subject: AuditSubject) -> AuditLine:
-    images = subject.images[: min(len(subject.images), 64)]
-    first, second = _scores(subject, images), _scores(subject, images)
-    same = torch.equal(first, second)
-    text = "A second run gives the same output, bit for bit." if same else "Two runs give different outputs: use EOT."
-    return AuditLine("determinism", same, text)
-
-
-@torch.no_grad()
-def _near_duplicates(subject: AuditSubject) -> AuditLine:
-    """A test image that stands in the database is its own nearest neighbour, at a distance of 0 but for rounding."""
-    if not isinstance(subject.model, NearestNeighborDefense):
-        return AuditLine("near-duplicates", None, "There is no database that test images could stand in.")
-    count = 0
-    for images, _ in _batches(subject):
-        vectors = subject.model.extractor(images).cpu()
-        distances, _ = subject.model.database.search(vectors, 1)
-        count += int((distances[:, 0] <= 1e-3 * vectors.norm(dim=1)).sum())
-    text = f"{count} of {len(subject.images)} test images have an (almost) equal feature vector in the database."
-    return AuditLine("near-duplicates", count == 0, text)
-
-
-@torch.no_grad()
-def _scores(subject: AuditSubject, images: Tensor) -> Tensor:
-    found: Tensor = subject.model(images)
-    return found
-
-
-def _batches(subject: AuditSubject) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(*(torch.split(part, subject.batch_size) for part in (subject.images, subject.labels)), strict=True))

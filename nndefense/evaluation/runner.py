@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nndefense.attacks import registry
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
-from nndefense.evaluation.audit import AuditLine, AuditSubject, audit_records, audit_runs
+from nndefense.evaluation.audit import UNDEFENDED, AuditLine, audit_records, strongest_on_bare
+from nndefense.evaluation.audit_runs import AuditSubject, audit_runs, undefended_run
 from nndefense.evaluation.evaluate import CellStore, Record, Subject, evaluate, starts_at_images
 from nndefense.evaluation.ladder import DEFENDED
 from nndefense.evaluation.recipe import Recipe, Rung
@@ -105,10 +107,11 @@ def run(
     if strongest is None:
         return Evaluated(records, audit, [])
     if recipe.audit:
+        auditor = _Auditor(recipe, dataset, classifier, maps["clean"], store)
+        audit = [auditor.settled(line, records) for line in audit]
         # A surrogate's class numbers are its own; the classifier is attacked in its place.
-        black = strongest.threat_model == "black"
-        threat = threats_of(["gray"], (), classifier, None)[0] if black else ours[strongest.threat_model]
-        audit += _audit(recipe, dataset, classifier, defense, threat, strongest.attack, maps["clean"], store)
+        threat = ours[strongest.threat_model] if strongest.threat_model != "black" else auditor.gray
+        audit += auditor.runs(defense, threat, strongest.attack)
     if defense is None:
         return Evaluated(records, audit, [])
     gallery = illustrate(
@@ -140,41 +143,76 @@ def _strongest(recipe: Recipe, threats: Mapping[str, ThreatModel]) -> Rung | Non
     return next(at_headline, None)
 
 
-def _audit(
-    recipe: Recipe,
-    dataset: ImageDataset,
-    classifier: Classifier,
-    defense: NearestNeighborDefense | None,
-    threat: ThreatModel,
-    attack: AttackSettings,
-    labels_of: Tensor,
-    store: CellStore | None,
-) -> list[AuditLine]:
-    """The audit's own runs, on a few images drawn at random; kept like a cell."""
-    key: list[Any] = [dataset.fingerprint, classifier.fingerprint, recipe.sha256, starts_at_images(threat)]
-    key += [defense.database.fingerprint, defense.k, defense.weighting] if defense is not None else []
-    stored = store.get("audit", key) if store is not None else None
-    if stored is not None:
-        return [AuditLine(**line) for line in stored]
-    drawn = np.sort(np.random.default_rng(recipe.seed).permutation(len(dataset))[: recipe.audit_images])
-    images, labels = dataset.batch(drawn)
-    device = classifier.device
-    lines = audit_runs(
-        AuditSubject(
-            classifier if defense is None else defense,
-            classifier,
+# Of the audit's own runs, whose lines are kept like cells.
+_AUDIT_VERSION = 2
+
+
+@dataclass(frozen=True)
+class _Auditor:
+    """Makes the audit's own runs, on a few images drawn at random."""
+
+    recipe: Recipe
+    dataset: ImageDataset
+    classifier: Classifier
+    labels_of: Tensor
+    store: CellStore | None
+
+    @property
+    def gray(self) -> ThreatModel:
+        """The attacker who has the classifier."""
+        return threats_of(["gray"], (), self.classifier, None)[0]
+
+    def runs(
+        self, defense: NearestNeighborDefense | None, threat: ThreatModel, attack: AttackSettings
+    ) -> list[AuditLine]:
+        """The runs on the strongest attack on the defence, or on the classifier alone."""
+        key: list[Any] = [starts_at_images(threat)]
+        key += [defense.database.fingerprint, defense.k, defense.weighting] if defense is not None else []
+        model = self.classifier if defense is None else defense
+        return self._kept("audit", key, lambda: audit_runs(self._subject(model, threat, attack)))
+
+    def settled(self, line: AuditLine, records: Sequence[Record]) -> AuditLine:
+        """A line on the records that runs of its own can settle: whether a net that does not fall is robust."""
+        record = strongest_on_bare(records)
+        if line.name != UNDEFENDED or line.passed is not False or record is None:
+            return line
+        cell = record.attack, record.norm, record.loss
+        own = (rung.attack for rung in self.recipe.rungs if rung.threat_model == "gray")
+        attack = next(one for one in own if (one.name, one.norm, one.loss) == cell and record.eps in one.eps)
+        subject = self._subject(self.classifier, self.gray, attack, record.eps)
+        chance = 1 / len(self.dataset.classes)
+        (line,) = self._kept("audit of the net", [record.eps], lambda: [undefended_run(subject, chance)])
+        return line
+
+    def _subject(
+        self, model: nn.Module, threat: ThreatModel, attack: AttackSettings, eps: float | None = None
+    ) -> AuditSubject:
+        order = np.random.default_rng(self.recipe.seed).permutation(len(self.dataset))
+        images, labels = self.dataset.batch(np.sort(order[: self.recipe.audit_images]))
+        device = self.classifier.device
+        return AuditSubject(
+            model,
+            self.classifier,
             images.to(device),
-            labels_of[labels].to(device),
+            self.labels_of[labels].to(device),
             threat,
             attack,
-            recipe.headline_eps,
-            seed=recipe.seed,
-            batch_size=recipe.batch_size,
+            self.recipe.headline_eps if eps is None else eps,
+            seed=self.recipe.seed,
+            batch_size=self.recipe.batch_size,
         )
-    )
-    if store is not None:
-        store.put("audit", key, [line.to_json() for line in lines])
-    return lines
+
+    def _kept(self, name: str, also: list[Any], make: Callable[[], list[AuditLine]]) -> list[AuditLine]:
+        key = [_AUDIT_VERSION, self.dataset.fingerprint, self.classifier.fingerprint, self.recipe.sha256, *also]
+        # Other attacks than those of the recipe run here, too.
+        key += [[name, version] for name in sorted(registry.SHIPPED) if (version := registry.get(name).version) > 1]
+        stored = self.store.get(name, key) if self.store is not None else None
+        if stored is not None:
+            return [AuditLine(**line) for line in stored]
+        lines = make()
+        if self.store is not None:
+            self.store.put(name, key, [line.to_json() for line in lines])
+        return lines
 
 
 _NEIGHBORS = 8
