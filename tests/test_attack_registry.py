@@ -80,14 +80,15 @@ def test_threat_models_follow_from_what_an_attack_needs() -> None:
     assert registry.names("gray") == registry.names("black")
     assert registry.names("gray")[-4:] == ("square", "fab", "cw", "deepfool")
     assert registry.names("adaptive")[:2] == ("square", "adaptive")
-    assert set(registry.names("gray")) | set(registry.names("adaptive")) == set(registry.names())
+    assert registry.names("exact") == ("exact",)
+    assert set(registry.names()) == {name for model in ("gray", "adaptive", "exact") for name in registry.names(model)}
 
 
 @pytest.mark.parametrize("name", sorted(registry.SHIPPED))
 def test_an_entry_says_what_its_function_takes(name: str) -> None:
     attack = registry.get(name)
     function = attack.load()
-    if attack.on_retrieval:  # all take what the one ascent takes
+    if attack.effort and attack.on_retrieval:  # all take what the one ascent takes
         from nndefense.attacks.retrieval import ascent, run_adaptive
 
         function = run_adaptive if name == "adaptive" else ascent.attack
@@ -97,7 +98,7 @@ def test_an_entry_says_what_its_function_takes(name: str) -> None:
     assert not attack.effort or attack.effort in taken
     assert set(attack.settings) <= set(taken)
     # The standard effort is the function's own, but for PGD, which has none, and where a command always had fewer.
-    if name not in ("fgsm", "pgd", "adaptive", "drift", "pgd-pr", "pgd-fs"):
+    if name not in ("fgsm", "pgd", "adaptive", "drift", "pgd-pr", "pgd-fs", "exact"):
         assert attack.standard == taken[attack.effort or "steps"].default
 
 

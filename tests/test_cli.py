@@ -212,6 +212,7 @@ def test_demo_and_again_in_the_same_folder(tmp_path: Path) -> None:
     done = nndefense(*words)
     results = done.json
     assert "calibrating: 2 layers" in done.err
+    assert "nothing is proven: the exact accuracy needs a feature that is affine" in done.err
     out = tmp_path / "demo"
     assert {path.name for path in out.iterdir()} == {
         "results.json", "report.html", "classifier", "surrogate", "database", "cells",

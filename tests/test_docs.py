@@ -26,6 +26,7 @@ from PIL import Image
 import nndefense as nnd
 from index_build import build_database
 from index_build.patches import build_patches
+from nndefense.features import FeatureSpec
 from nndefense.guard import Guard
 from nndefense.training import InnerAttack, train_classifier
 from nndefense.training.labellers import Teacher
@@ -125,8 +126,11 @@ def pseudo_labels() -> dict[str, Any]:
 def retrieval_attacks() -> dict[str, Any]:
     training_images = digits("train").subset(range(200))
     database = build_database(training_images, trained(), BLOCK2, "runs/database", progress=False)
+    first = FeatureSpec("block1.0", "grid4", pca=48)
+    affine = build_database(training_images, trained(), first, "runs/affine", progress=False)
     x, y = images("test", 2)
     return {
+        "affine_defense": nnd.NearestNeighborDefense(trained(), affine, k=3),
         "defense": nnd.NearestNeighborDefense(trained(), database, k=10),
         "training_images": training_images,
         "x": x,

@@ -18,10 +18,10 @@ from nndefense.own_code import PYTHON, own_function, sha256_of_function, sha256_
 Norm = Literal["linf", "l2", "normalized-l2"]
 NORMS: tuple[Norm, ...] = ("linf", "l2", "normalized-l2")
 # From the attacker who has nothing of the defence to the one who has all of it.
-THREAT_MODELS = ("black", "gray", "white", "adaptive")
+THREAT_MODELS = ("black", "gray", "white", "adaptive", "exact")
 NEEDS = ("gradient", "scores", "surface", "features", "rows", "classifier")
 # What takes the place of an attack that a threat model cannot use.
-STAND_IN = {"black": "pgd", "gray": "pgd", "white": "pgd", "adaptive": "adaptive"}
+STAND_IN = {"black": "pgd", "gray": "pgd", "white": "pgd", "adaptive": "adaptive", "exact": "exact"}
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,16 @@ class Attack:
         return found
 
     def run(self, target: Any, x: Any, y: Any, *, effort: int, restarts: int, loss: str, **given: Any) -> Any:
-        """Call the function on a model or a surface with what it takes; ``given`` are eps, norm and generator."""
+        """Call the function on a model or a surface with what it takes; ``given`` are eps, norm and generator.
+
+        Returns:
+            The images, or a record that has them as ``images``, and perhaps what is ``certified`` to stand.
+        """
         function = self.load()
         given |= {self.effort: effort} if self.effort else {}
         given |= {"restarts": restarts} if self.restarts else {}
         given |= {**({"loss": loss} if self.loss else {}), **self.settings}
-        found = function(target, x, y, **taken(function, given))
-        # A sequence of attacks says more than the images.
-        return getattr(found, "images", found)
+        return function(target, x, y, **taken(function, given))
 
     def check(self, norm: str, steps: int | None, queries: int | None, restarts: int, loss: str) -> None:
         """Raise :class:`InputError` for what it cannot be measured in, does not take, or would ignore."""
@@ -172,6 +174,9 @@ _ATTACKS: dict[str, Attack] = {
         _on_rows("drift", "feature_drift", "feature drift", "away from the clean feature", 50, ("surface", "features")),
         _on_rows("pgd-pr", "pgd_pr", "PGD-PR", "the neighbours' predictions (Dubey 2019)", 50, _ALL),
         _on_rows("pgd-fs", "pgd_fs", "PGD-FS", "the neighbours' features (Dubey 2019)", 50, _ALL),
+        Attack("exact", f"{_RETRIEVAL}:run_exact", "exact",
+               "branch and bound over the sets of nearest rows, where the feature is affine", needs=_ROWS,
+               threat_models=("exact",)),
     )
 }  # fmt: skip
 SHIPPED = frozenset(_ATTACKS)

@@ -12,7 +12,7 @@ from nndefense.cli.calibrate import CalibrationOptions
 from nndefense.cli.evaluate import RungOptions, show_results
 from nndefense.cli.options import SPEC_HELP, BatchOption, Common, LimitOption, OwnOptions, command_line, number
 
-_SHORT = RungOptions(adaptive_steps=20)
+_SHORT = RungOptions(adaptive_steps=20, exact=True)
 
 
 def demo(
@@ -46,6 +46,7 @@ def demo(
         out=out,
         attack=rungs.settings(rungs.budgets),
         adaptive=rungs.adaptive_settings if rungs.adaptive else None,
+        exact=rungs.exact,
         headline_eps=number("--headline", headline),
         audit=rungs.audit,
         calibration=choice.calibration,

@@ -48,6 +48,10 @@ class RungOptions(AttackOptions):
         typer.Option("--adaptive/--no-adaptive", help="Also attack the retrieval itself, with full knowledge of it."),
     ] = True
     adaptive_steps: Annotated[int, typer.Option(min=1, help="Steps of each adaptive attack.")] = 40
+    exact: Annotated[
+        bool,
+        typer.Option("--exact/--no-exact", help="Also prove what no attack can lower, where the feature is affine."),
+    ] = False
     audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Also make the audit's own runs.")] = True
     gallery: Annotated[int, typer.Option(min=0, help="Images in the report's gallery.")] = 10
 
@@ -177,6 +181,7 @@ def evaluate(
         budgets = rungs.budgets
         models = ["gray", *(["black"] if rungs.surrogate else [])]
         models += ["white", "adaptive"] if rungs.adaptive and (database is not None or defense) else []
+        models += ["exact"] if rungs.exact else []
         chosen = Recipe(
             dataset=dataset,
             classifier=source,

@@ -35,7 +35,15 @@ NormOption = Annotated[str, OneOf("normalized-l2: length of the change / length 
 _OWN = "The last is your own f(model, x, y, eps=, norm=, generator=) -> images, which is run."
 _LADDER = "Threat models that cannot use it run pgd instead; those from adaptive to pgd-fs need --database."
 AttackOption = Annotated[str, OneOf(f"The attack. {_OWN}", lambda: registry.names("gray"), python=True)]
-LadderAttackOption = Annotated[str, OneOf(f"The attack. {_LADDER} {_OWN}", registry.names, python=True)]
+# The proof has an option of its own.
+LadderAttackOption = Annotated[
+    str,
+    OneOf(
+        f"The attack. {_LADDER} {_OWN}",
+        lambda: [name for name in registry.names() if name not in registry.names("exact")],
+        python=True,
+    ),
+]
 StepsOption = Annotated[
     int | None, typer.Option(min=1, help="Gradient steps of each start [default: the attack's standard].")
 ]

@@ -1,6 +1,7 @@
 """Evaluation: accuracies under attack with intervals, a results file, and a report to look at."""
 
-from nndefense.evaluation.evaluate import CellStore, Record, Subject, evaluate
+from nndefense.evaluation.cells import CellStore
+from nndefense.evaluation.evaluate import Record, Subject, evaluate
 from nndefense.evaluation.ladder import compare, worst_cases
 from nndefense.evaluation.recipe import Recipe, Rung, read_recipe, rungs_for
 from nndefense.evaluation.report import calibration_text, summary, write_report

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from nndefense.evaluation.evaluate import Record
-from nndefense.evaluation.ladder import BARE, DEFENDED
+from nndefense.evaluation.ladder import BARE, DEFENDED, from_hex
 
 # The check whose failure runs of the audit's own may settle.
 UNDEFENDED = "undefended net falls"
@@ -40,6 +40,7 @@ def audit_records(records: Sequence[Record], classes: int) -> list[AuditLine]:
         _larger_budgets(records),
         _stronger_than_transfer(records),
         _adaptive_is_strongest(records),
+        *_exact(records),
     ]
 
 
@@ -72,7 +73,12 @@ def strongest_on_bare(records: Sequence[Record]) -> Record | None:
 
 
 def _eight_bits(records: Sequence[Record]) -> AuditLine:
-    tried = [r for r in records if r.accuracy_8bit is not None and r.defense in (BARE, DEFENDED)]
+    # Exact images lie a hair beyond the boundary, where any rounding may undo them: that is no weakness of an attack.
+    tried = [
+        r
+        for r in records
+        if r.accuracy_8bit is not None and r.defense in (BARE, DEFENDED) and r.threat_model != "exact"
+    ]
     if not tried:
         return AuditLine("8-bit images", None, "Rounding to 8-bit pixels was not tried.")
     lost = [record for record in tried if (record.accuracy_8bit or 0.0) > record.ci_high]
@@ -123,6 +129,30 @@ def _adaptive_is_strongest(records: Sequence[Record]) -> AuditLine:
     elif not weaker:
         text = "Against the defence nothing that ignores the database is stronger than the adaptive attack."
     return AuditLine("adaptive is the strongest", not weaker if compared else None, text)
+
+
+def _exact(records: Sequence[Record]) -> list[AuditLine]:
+    """Whether the adaptive attack comes within a point of what is possible, and nothing fell that is proven to hold."""
+    ours = [record for record in records if record.defense == DEFENDED]
+    missed: list[tuple[float, Record]] = []
+    for exact in (record for record in ours if record.threat_model == "exact"):
+        proven = from_hex(exact.certified, exact.n)
+        for other in (r for r in ours if r.norm == exact.norm and r.eps <= exact.eps):
+            if fallen := int((proven & ~from_hex(other.correct, other.n)).sum()):
+                text = (
+                    f"{fallen} images that are proven to stand at {exact.eps:g} fell to {other.attack}, {other.eps:g}."
+                )
+                return [AuditLine("exact accuracy", False, text)]
+        adaptive = [r for r in ours if (r.threat_model, r.norm, r.eps) == ("adaptive", exact.norm, exact.eps)]
+        missed += [(min(r.accuracy for r in adaptive) - exact.accuracy, exact)] if adaptive else []
+    if not missed:
+        return []
+    most, where = max(missed, key=lambda found: found[0])
+    text = (
+        f"The adaptive attack leaves at most {100 * most:.1f} points more than what is possible (at {where.norm} "
+        f"{where.eps:g}), and nothing fell that is proven to stand."
+    )
+    return [AuditLine("exact accuracy", most <= 0.01, text)]
 
 
 def _weaker(ignorant: Sequence[Record], informed: Sequence[Record]) -> tuple[bool, list[Record]]:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,51 +14,11 @@ from nndefense import attacks
 from nndefense.attacks.retrieval import RetrievalSurface
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError
+from nndefense.evaluation.cells import CellStore
 from nndefense.evaluation.ladder import to_hex
 from nndefense.evaluation.threats import AttackSettings, ThreatModel, peak_memory_mb, run_attack
-from nndefense.files import make_folder, read_json, write_json
 from nndefense.memory import reused_memory
 from nndefense.statistics import wilson_interval
-
-FORMAT, VERSION = "nndefense-cell", 1
-
-
-class CellStore:
-    """A folder with one file for each finished cell.
-
-    A cell is found again only under exactly the same key: the same images, models, database, attack, budget and seed.
-    So a folder may hold cells of several recipes, and a changed recipe repeats only what it changes.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Use ``folder``, which is made when the first cell is put into it."""
-        self.folder = folder
-
-    def get(self, name: str, key: Any) -> Any | None:
-        """The value that was put under this name and key, or None.
-
-        A file that is damaged counts as absent: its cell is measured again.
-        """
-        path = self._path(name, key)
-        if not path.exists():
-            return None
-        try:
-            stored = read_json(path)
-        except DataError:
-            return None
-        same = isinstance(stored, dict) and stored.get("format") == FORMAT and stored.get("version") == VERSION
-        return stored.get("value") if same and stored.get("key") == json.loads(json.dumps(key)) else None
-
-    def put(self, name: str, key: Any, value: Any) -> None:
-        """Keep a finished cell, whole or not at all."""
-        make_folder(self.folder)
-        write_json(self._path(name, key), {"format": FORMAT, "version": VERSION, "key": key, "value": value})
-
-    def _path(self, name: str, key: Any) -> Path:
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        readable = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")[:80]
-        return self.folder / f"{readable}-{digest[:16]}.json"
-
 
 # One settings for all threat models, or several for each of them.
 Plan = AttackSettings | Mapping[str, Sequence[AttackSettings]]
@@ -96,6 +52,10 @@ class Subject:
     surface: RetrievalSurface | None = None
 
 
+# What belongs to some attacks only.
+OWN = ("query_limit", "attack_sha256", "certified")
+
+
 @dataclass(frozen=True)
 class Record:
     """One accuracy with all that is needed to say what it is an accuracy of.
@@ -112,7 +72,8 @@ class Record:
 
     ``seconds`` is the time of the defence's predictions. ``attack_seconds``, ``forwards``, ``backwards`` and
     ``queries`` (images x passes) are the cost of the attack, which all defences of a cell share; ``peak_memory_mb`` is
-    the process's, up to then.
+    the process's, up to then. ``certified`` says of the exact attack, like ``correct``, which images are proven to
+    stand: the other right ones are open, and the interval begins at that of the certified ones.
     """
 
     dataset: str
@@ -148,11 +109,12 @@ class Record:
     query_limit: int = 0
     attack_sha256: str = ""
     attack_version: int = 1
+    certified: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a results file; ``query_limit`` and ``attack_sha256`` where there is something to say."""
+        """Plain values for a results file; some only where there is something to say."""
         plain = asdict(self)
-        return {name: value for name, value in plain.items() if value or name not in ("query_limit", "attack_sha256")}
+        return {name: value for name, value in plain.items() if value or name not in OWN}
 
 
 @reused_memory()
@@ -267,6 +229,7 @@ class _Run:
     def measure(self, cell: _Cell, active: Sequence[Subject], headline: bool) -> list[Record]:
         """Attack the images once, and show them to every subject."""
         right: dict[str, list[Tensor]] = {subject.name: [] for subject in active}
+        proven: list[Tensor] = []
         rounded = dict.fromkeys(right, 0)
         seconds = dict.fromkeys(right, 0.0)
         generator = torch.Generator().manual_seed(self.seed)
@@ -284,6 +247,7 @@ class _Run:
                 images = made.images
                 forwards, backwards = forwards + made.forwards, backwards + made.backwards
                 queries += made.queries
+                proven += [] if made.certified is None else [made.certified.cpu()]
                 excess = max(excess, float((_size(images - clean, cell.attack.norm) - radius.double()).max()))
             for subject in active:
                 begun = time.perf_counter()
@@ -299,7 +263,8 @@ class _Run:
         records = []
         for subject in active:
             bits = torch.cat(right[subject.name]).numpy()
-            low, high = wilson_interval(int(bits.sum()), n)
+            certified = torch.cat(proven).numpy() if proven else bits
+            low, high = wilson_interval(int(certified.sum()), n)[0], wilson_interval(int(bits.sum()), n)[1]
             records.append(
                 Record(
                     dataset=self.dataset.name,
@@ -335,6 +300,7 @@ class _Run:
                     query_limit=plain.get("queries", 0),
                     attack_sha256=plain.get("sha256", ""),
                     attack_version=plain.get("version", 1),
+                    certified=to_hex(certified) if proven else "",
                 )
             )
         return records

@@ -37,7 +37,9 @@ def from_hex(text: str, n: int) -> Bits:
 
 
 # From the attacker who knows nothing to the one who knows all.
-RUNGS = ("clean", "black", "gray", "white", "adaptive", "worst")
+RUNGS = ("clean", "black", "gray", "white", "adaptive", "exact", "worst")
+# Those of attackers who know a defence, and are sent against it alone.
+INFORMED = ("white", "adaptive", "exact")
 WORST = "worst"
 # What the bare classifier and the defence under test are called in every record.
 BARE, DEFENDED = "none", "nearest-neighbor"
@@ -108,7 +110,7 @@ def worst_cases(records: Sequence[PlainRecord]) -> list[dict[str, Any]]:
         records with the threat model ``worst`` and the attack ``all``, in the order of defence, norm and budget.
     """
     found = []
-    informed = {record["defense"] for record in records if record["threat_model"] in ("white", "adaptive")}
+    informed = {record["defense"] for record in records if record["threat_model"] in INFORMED}
     for defense in dict.fromkeys(record["defense"] for record in records):
         if informed and defense not in {BARE, *informed}:
             continue
@@ -131,7 +133,7 @@ def _combined(records: Sequence[PlainRecord], like: PlainRecord) -> dict[str, An
         **{
             name: value
             for name, value in like.items()
-            if name not in ("query_limit", "attack_sha256", "attack_version")
+            if name not in ("query_limit", "attack_sha256", "attack_version", "certified")
         },
         "threat_model": WORST,
         "attack": "all",

@@ -10,7 +10,7 @@ from typing import Any
 from nndefense import recipes
 from nndefense.attacks import registry
 from nndefense.errors import InputError, check_choice
-from nndefense.evaluation.ladder import DEFENDED
+from nndefense.evaluation.ladder import DEFENDED, INFORMED
 from nndefense.evaluation.threats import AttackSettings
 
 
@@ -102,8 +102,14 @@ class Recipe:
             )
         if any(rung.threat_model == "black" for rung in self.rungs) and self.surrogate is None:
             raise InputError("a black-box attack needs a surrogate: name one under [models], or leave the attack out")
+        exact = any(rung.threat_model == "exact" for rung in self.rungs)
+        if exact and self.database is None and DEFENDED not in self.defenses:
+            raise InputError(
+                f"the exact accuracy is that of {DEFENDED}: name its database (--database) or the defence (--defense), "
+                "or leave --exact out"
+            )
         defended = self.database is not None or self.defenses
-        if not defended and any(rung.threat_model in ("white", "adaptive") for rung in self.rungs):
+        if not defended and any(rung.threat_model in INFORMED for rung in self.rungs):
             raise InputError(
                 "white-box and adaptive attacks are on a defence: name its database or other defences, or leave them "
                 "out"
@@ -161,7 +167,7 @@ def rungs_for(
 
     Each threat model runs the attack where it can use it. Where it cannot, :data:`nndefense.attacks.registry.STAND_IN`
     takes its place, with the same norm, radii and restarts and its own standard effort: PGD for attackers who follow a
-    gradient, ``adaptive`` for those who attack the retrieval. These always run ``adaptive`` as well.
+    gradient, ``adaptive`` for those who attack the retrieval, who always run it as well, and ``exact`` for the proof.
 
     Args:
         threat_models: which rungs.
@@ -181,7 +187,8 @@ def rungs_for(
         )
     rungs = []
     for model in threat_models:
-        instead = AttackSettings(registry.STAND_IN[model], attack.norm, attack.eps, restarts=attack.restarts)
+        restarts = attack.restarts if registry.get(registry.STAND_IN[model]).restarts else 1
+        instead = AttackSettings(registry.STAND_IN[model], attack.norm, attack.eps, restarts=restarts)
         instead = adaptive if model == "adaptive" and adaptive is not None else instead
         if model == "adaptive" and instead.name != attack.name:
             rungs.append(Rung(model, instead))

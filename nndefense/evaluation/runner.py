@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from nndefense.attacks import registry
+from nndefense.attacks.retrieval import check_exact
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.evaluation.audit import UNDEFENDED, AuditLine, audit_records, strongest_on_bare
 from nndefense.evaluation.audit_runs import AuditSubject, audit_runs, undefended_run
-from nndefense.evaluation.evaluate import CellStore, Record, Subject, evaluate, starts_at_images
-from nndefense.evaluation.ladder import DEFENDED
+from nndefense.evaluation.cells import CellStore
+from nndefense.evaluation.evaluate import Record, Subject, evaluate, starts_at_images
+from nndefense.evaluation.ladder import DEFENDED, INFORMED
 from nndefense.evaluation.recipe import Recipe, Rung
 from nndefense.evaluation.report import GalleryNeighbor, GalleryRow
 from nndefense.evaluation.subjects import bare_subject, subjects_of, threats_of
@@ -67,10 +69,14 @@ def run(
     models = list(dict.fromkeys(rung.threat_model for rung in recipe.rungs))
     subjects = [bare_subject(classifier)]
     if defense is not None:
-        informed = bool({"white", "adaptive"}.intersection(models))
+        informed = bool(set(INFORMED).intersection(models))
         subjects = subjects_of(defense, sizes=recipe.sizes, seed=recipe.seed, informed=informed, pictures=pictures)
     subjects += others
     threats = threats_of(models, subjects, classifier, surrogate)
+    for threat in threats:
+        if threat.name == "exact":
+            # What cannot be proven is said before the hours of work, not after them.
+            check_exact(threat.target, dataset.batch(np.arange(min(len(dataset), 8)))[0].to(device))
     plan: dict[str, list[AttackSettings]] = {}
     for rung in recipe.rungs:
         plan.setdefault(rung.threat_model, []).append(rung.attack)

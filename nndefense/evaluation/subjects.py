@@ -114,6 +114,8 @@ def threats_of(
             found.append(ThreatModel(name, surrogate, surrogate.fingerprint))
     for subject in subjects:
         targets = {"white": subject.white, "adaptive": subject.surface}
+        # Proofs are for the defence under test; another may not be one that can have any.
+        targets |= {"exact": subject.surface} if subject.name == DEFENDED else {}
         found += [
             ThreatModel(name, targets[name], knowledge=Knowledge.WHITE.value, subject=subject.name)
             for name in models

@@ -90,11 +90,12 @@ class ThreatModel:
 
     ``black``: a surrogate that was trained apart from the classifier; ``gray``: the classifier itself, with the
     retrieval ignored (Dubey et al. 2019, section 3.1, read as papers that follow it do); ``white``: the whole defence
-    with the retrieval relaxed until it has a gradient; ``adaptive``: attacks made for retrieval, on the true defence.
+    with the retrieval relaxed until it has a gradient; ``adaptive``: attacks made for retrieval, on the true defence;
+    ``exact``: all that any attack can do, where that can be proven.
 
     Attributes:
         name: one of :data:`nndefense.attacks.registry.THREAT_MODELS`.
-        target: images N x C x H x W -> logits for the first three, a retrieval surface for ``adaptive``.
+        target: images N x C x H x W -> logits for the first three, a retrieval surface for the others.
         surrogate: the surrogate's own identity, for the record; None where the classifier is attacked.
         knowledge: what the attacker knows, ``L0`` to ``L3``; empty for the black box, who knows nothing.
         subject: the only defence that these attacked images are made for and shown to; None: shown to all.
@@ -119,12 +120,14 @@ class Attacked:
         images: N x C x H x W, each within its budget and in [0, 1].
         forwards, backwards: passes through what was attacked.
         queries: answers asked of the true defence.
+        certified: N: no image within the budget is misclassified; None where nothing is proven.
     """
 
     images: Tensor
     forwards: int = 0
     backwards: int = 0
     queries: int = 0
+    certified: Tensor | None = None
 
 
 def run_attack(
@@ -154,7 +157,7 @@ def run_attack(
     else:
         seen = counts = attacks.Counted(target.predict if surface else target)
     own = attack.name not in registry.SHIPPED
-    made: Tensor = attack.run(
+    found = attack.run(
         seen,
         # A user's attack may work in place, and what it made is measured against the clean images.
         images.clone() if own else images,
@@ -166,6 +169,8 @@ def run_attack(
         norm=settings.norm,
         generator=generator,
     )
+    # A sequence of attacks says more than the images, and a proof what no attack can break.
+    made: Tensor = getattr(found, "images", found)
     if own:
         made = _checked(made, images, eps, settings)
     if attack.least:
@@ -175,7 +180,7 @@ def run_attack(
         made = torch.where(inside[:, None, None, None], made, images)
     # Every pass through the true defence is a query.
     forwards = 0 if surface and not attack.on_retrieval else counts.forwards
-    return Attacked(made, forwards, counts.backwards, counts.queries)
+    return Attacked(made, forwards, counts.backwards, counts.queries, getattr(found, "certified", None))
 
 
 def _checked(made: Any, x: Tensor, eps: float, settings: AttackSettings) -> Tensor:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from index_build import build_databases
+from nndefense.attacks.retrieval import check_exact
 from nndefense.database import ImageDatabase
 from nndefense.datasets import ImageDataset, holdout
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.defenses.stored import store_calibration
-from nndefense.evaluation import AttackSettings, Recipe, calibration_text, layer_subject, rungs_for
+from nndefense.errors import InputError
+from nndefense.evaluation import AttackSettings, Recipe, Rung, calibration_text, layer_subject, rungs_for
 from nndefense.features import FeatureSpec
 from nndefense.files import make_folder
 from nndefense.guard import Guard
@@ -44,6 +46,7 @@ class DemoSettings:
         candidates: the settings that are compared.
         limit: how many test images, drawn at random, or None for all.
         adaptive: the adaptive attack; None for neither that nor the white box.
+        exact: whether the exact accuracy is found, where the chosen feature is affine in the pixels.
     """
 
     database_sets: Sequence[str]
@@ -52,6 +55,7 @@ class DemoSettings:
     attack: AttackSettings
     headline_eps: float
     adaptive: AttackSettings | None = None
+    exact: bool = False
     audit: bool = True
     calibration: str | None = None
     holdout: int = 300
@@ -122,6 +126,8 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = lambda text:
         store_calibration(s.out / "database", chosen.calibration)
         _calibrate_guard(s, model, databases[0], chosen, guarded, say)
         defense, *others = (NearestNeighborDefense(model, built, chosen.k, chosen.weighting) for built in databases)
+        if s.exact:
+            recipe = _with_exact(recipe, s, defense, test, say)
         say("attacking and evaluating")
         opened = Opened(
             test, model, defense, surrogate, chosen.calibration, rows, [layer_subject(other) for other in others]
@@ -173,6 +179,18 @@ def _recipe(s: DemoSettings) -> Recipe:
         batch_size=s.batch_size,
         seed=s.seed,
     )
+
+
+def _with_exact(
+    recipe: Recipe, s: DemoSettings, defense: NearestNeighborDefense, test: ImageDataset, say: Callable[[str], object]
+) -> Recipe:
+    """The recipe with the exact accuracy, where the setting that was chosen has one."""
+    try:
+        check_exact(defense.surface(), test.batch(range(min(len(test), 8)))[0].to(defense.classifier.device))
+    except InputError as error:
+        say(f"nothing is proven: {str(error).rpartition(': ')[0]}")
+        return recipe
+    return replace(recipe, rungs=(*recipe.rungs, Rung("exact", AttackSettings("exact", s.attack.norm, s.attack.eps))))
 
 
 def _load(s: DemoSettings, source: str) -> Classifier:

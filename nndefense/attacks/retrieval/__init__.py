@@ -1,7 +1,7 @@
 """Attacks on defences that retrieve: they know tensors and callables, gathered in a :class:`RetrievalSurface`."""
 
 from nndefense.attacks.retrieval.ensemble import FULL_PLAN, PLAN, AdaptiveResult, adaptive, run_adaptive
-from nndefense.attacks.retrieval.exact import ExactResult, run_exact
+from nndefense.attacks.retrieval.exact import ExactResult, check_exact, run_exact
 from nndefense.attacks.retrieval.minimum import push_pull_minimum
 from nndefense.attacks.retrieval.objectives import (
     class_scores,
@@ -17,6 +17,6 @@ from nndefense.attacks.retrieval.surface import Counts, Knowledge, Nearest, Retr
 
 __all__ = [
     "FULL_PLAN", "PLAN", "AdaptiveResult", "Counts", "ExactResult", "Knowledge", "Nearest", "RetrievalSurface", "Rows",
-    "adaptive", "class_scores", "feature_drift", "gray", "pgd_fs", "pgd_pr", "push_pull", "push_pull_minimum",
-    "run_adaptive", "run_exact", "soft_top_k", "straight_through",
+    "adaptive", "check_exact", "class_scores", "feature_drift", "gray", "pgd_fs", "pgd_pr", "push_pull",
+    "push_pull_minimum", "run_adaptive", "run_exact", "soft_top_k", "straight_through",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ class AffineFeature:
     """``f(x) = matrix x + offset`` of flattened images, float64.
 
     Attributes:
-        matrix, offset: F x d and F.
+        matrix, offset: F x d and F, on the CPU.
         error: the largest length of ``f(x) - (matrix x + offset)`` that was seen.
     """
 
@@ -29,8 +29,8 @@ class AffineFeature:
     error: float
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images N x C x H x W -> N x F, float64."""
-        return images.flatten(1).double() @ self.matrix.T + self.offset
+        """Images N x C x H x W -> N x F, float64, on the CPU."""
+        return images.cpu().flatten(1).double() @ self.matrix.T + self.offset
 
 
 @torch.no_grad()
@@ -52,19 +52,19 @@ def affine_feature(features: Callable[[Tensor], Tensor], images: Tensor) -> Affi
     generator = torch.Generator().manual_seed(0)
 
     def drawn(count: int) -> Tensor:
-        return torch.rand((count, *shape), generator=generator).to(images)
+        return torch.rand((count, *shape), generator=generator)
 
     def ask(asked: Tensor) -> Tensor:
-        return torch.cat([features(part).double() for part in torch.split(asked, _PIECE)])
+        return torch.cat([features(part.to(images)).cpu().double() for part in torch.split(asked, _PIECE)])
 
     probes = drawn(4 * (d + 1))
     # Centred, so that the offset is found as well as the slopes.
-    system = torch.cat([probes.flatten(1).double() - 0.5, probes.new_ones(len(probes), 1, dtype=torch.float64)], 1)
+    system = torch.nn.functional.pad(probes.flatten(1).double() - 0.5, (0, 1), value=1.0)
     solution = torch.linalg.lstsq(system, ask(probes)).solution
     matrix = solution[:-1].T.contiguous()
     offset = solution[-1] - 0.5 * matrix.sum(1)
-    some = images[torch.linspace(0, len(images) - 1, min(len(images), 256)).long().to(images.device)]
-    single = torch.eye(d, dtype=images.dtype, device=images.device)[:: max(d // 256, 1)].view(-1, *shape)
+    some = images[:: max(len(images) // 256, 1)].cpu()
+    single = torch.eye(d)[:: max(d // 256, 1)].view(-1, *shape)
     mixed = some + drawn(len(some)) * (drawn(len(some)).round() - some)
     checks = torch.cat([drawn(256), drawn(256).round(), single, 0 * single[:1], some, 1 - some, mixed])
     found = ask(checks)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nndefense.evaluation.ladder import from_hex
 from nndefense.reporting import Cell
 from nndefense.reporting.wording import interval, number, percent, raw_budget, weighting_name
 
@@ -66,7 +67,23 @@ def accuracy_cell(record: Record | None, absent: str) -> Cell:
     """The accuracy of a record with its interval; without one, why not."""
     if record is None:
         return Cell(reason=absent)
-    return Cell(percent(record["accuracy"]), interval(record["ci_low"], record["ci_high"]))
+    return Cell(accuracy_text(record), interval(record["ci_low"], record["ci_high"]))
+
+
+def accuracy_text(record: Record) -> str:
+    """The accuracy of a record in %; where images are open, from that of the certified ones up to it."""
+    text = percent(record["accuracy"])
+    if not open_images(record):
+        return text
+    return f"{percent(from_hex(record['certified'], record['n']).mean())}–{text}"
+
+
+def open_images(record: Record) -> int:
+    """How many images of an exact record are neither proven to stand nor known to fall."""
+    if not record.get("certified"):
+        return 0
+    right, proven = (from_hex(record[name], record["n"]) for name in ("correct", "certified"))
+    return int((right & ~proven).sum())
 
 
 def settings_text(results: Results) -> str:

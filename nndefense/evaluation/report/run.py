@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nndefense.attacks.registry import attack_name
+from nndefense.evaluation.ladder import INFORMED
 from nndefense.evaluation.report.records import Record, Results, headline_raw, records_of, settings_text
 from nndefense.reporting import Cell, Table, facts_list, folded, limits_list, section
 from nndefense.reporting.wording import (
@@ -244,14 +245,21 @@ def _record_cell(key: str, value: object) -> str | Cell:
 def limits_section(results: Results) -> str:
     """The limits of the run, as a list."""
     calibration, database = results.get("calibration"), results.get("database") or {}
-    informed = {record["threat_model"] for record in results["records"]} & {"white", "adaptive"}
+    attackers = {record["threat_model"] for record in results["records"]}
     limits = [
         (
+            "The exact accuracy is that of this setting.",
+            "That no attack does better is proven for these images, this database and these budgets, with a margin for "
+            "rounding, and on the ground that the feature is affine in the pixels, which was found by probing it. It "
+            "says nothing about other budgets, norms or features.",
+        )
+        if "exact" in attackers
+        else (
             "No attack is the strongest there is.",
             "The adaptive attacks know the database and its settings, and every attacked image was judged by the true "
             "defence. Another attack may still find what these did not: read the worst case as an upper bound.",
         )
-        if informed
+        if attackers & {*INFORMED}
         else (
             "No attack here knows of the database.",
             "The gray-box attack uses the classifier's weights and the black-box attack a surrogate; both ignore the "

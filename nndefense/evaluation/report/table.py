@@ -11,6 +11,7 @@ from nndefense.evaluation.report.records import (
     Record,
     Results,
     accuracy_cell,
+    accuracy_text,
     at_headline,
     headline_raw,
     other_defenses,
@@ -38,8 +39,12 @@ KNOWS = {
     "gray": "the classifier; not the retrieval",
     "white": "the defence, its database and its settings; follows a relaxed retrieval",
     "adaptive": "the defence, its database and its settings; attacks made for retrieval",
+    "exact": "all of that; what any attack within the budget can do, by proof",
     "worst": "all of the above, image by image",
 }
+
+
+_BARE = {"white": "as gray box", "adaptive": "as gray box", "exact": "no proof of it"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def summary(results: Results) -> str:
     rows = []
     for name in names:
         found = [cells[name, column] for column in columns]
-        rows.append((name, *(percent_in(r["accuracy"], r["ci_low"], r["ci_high"], 1) if r else BLANK for r in found)))
+        rows.append((name, *(_told(r) if r else BLANK for r in found)))
     title = (
         f"{results['dataset']['name']}: accuracy in % on {results['dataset']['n']:,} images [95 % interval]; "
         f"{budget(results['headline']['norm'], results['headline']['eps'])}"
@@ -80,6 +85,12 @@ def summary(results: Results) -> str:
     told = [said] if (said := obscurity(results)) else []
     told += [f"self-audit: {line['name']} FAILS: {line['text']}" for line in failed]
     return "\n".join([Table(("", *columns), tuple(rows), title).text(), *told])
+
+
+def _told(record: Record) -> str:
+    """An accuracy with its interval for the terminal; one with open images is a range."""
+    text = percent_in(record["accuracy"], record["ci_low"], record["ci_high"], 1)
+    return accuracy_text(record) + text[text.index(" ") :]
 
 
 def ladder_section(results: Results) -> str:
@@ -125,7 +136,7 @@ def _row(results: Results, rung: LadderRow) -> tuple[str | Cell, ...]:
     return (
         "worst case" if rung.name == "worst" else rung.name,
         KNOWS[rung.name] + level,
-        accuracy_cell(rung.bare, "as gray box" if rung.name in ("white", "adaptive") else "not run"),
+        accuracy_cell(rung.bare, _BARE.get(rung.name, "not run")),
         accuracy_cell(rung.defended, "not run"),
         "" if rung.p is None else p_text(rung.p),
         _attacks(results, rung.name),

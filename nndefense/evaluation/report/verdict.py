@@ -7,8 +7,8 @@ accuracies are over the same images.
 from __future__ import annotations
 
 from nndefense.attacks.registry import attack_name
-from nndefense.evaluation.ladder import BARE, DEFENDED, WORST, Paired, paired
-from nndefense.evaluation.report.records import Record, Results, at_headline
+from nndefense.evaluation.ladder import BARE, DEFENDED, INFORMED, WORST, Paired, paired
+from nndefense.evaluation.report.records import Record, Results, at_headline, open_images
 from nndefense.reporting.wording import budget, number, p_text, percent
 
 
@@ -55,6 +55,8 @@ def _against_who_knows(results: Results) -> list[tuple[str, str]]:
         return []
     gain = gain_left(results)
     end = ", and is worse than no defence." if gain is not None and gain.worse else "."
+    if known["threat_model"] == "exact" and not open_images(known):
+        end = f", which no attack can lower{end}"
     left = f"{percent(known['accuracy'])} %"
     return [("", " Against attackers who know the database it gets "), ("defended", left), ("", end)]
 
@@ -77,7 +79,7 @@ def _clean_cost(results: Results) -> tuple[str, str]:
 
 def informed_record(results: Results) -> Record | None:
     """The lowest accuracy of the defence at the headline budget under attackers who know the database."""
-    known = [at_headline(results, DEFENDED, name) for name in ("white", "adaptive")]
+    known = [at_headline(results, DEFENDED, name) for name in INFORMED]
     return min((r for r in known if r is not None), key=lambda r: float(r["accuracy"]), default=None)
 
 
