@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nndefense.attacks import NORMS, WorstCase, apgd, autoattack, distance, pgd, radius, square
 from nndefense.attacks.auto_pgd import checkpoints
+from nndefense.attacks.standard_sequence import apgd_square
 from nndefense.errors import InputError
 
 
@@ -74,6 +75,7 @@ def test_square_reaches_the_worst_case_of_a_linear_model() -> None:
     torch.testing.assert_close((x - attacked).flatten(1) @ weights, 0.1 * weights.abs().sum().expand(2))
 
 
+@pytest.mark.filterwarnings("ignore:.*holds every image")
 @pytest.mark.parametrize("norm", NORMS)
 @settings(max_examples=20, deadline=None)
 @given(
@@ -82,7 +84,7 @@ def test_square_reaches_the_worst_case_of_a_linear_model() -> None:
     shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 7), st.integers(1, 7)),
 )
 def test_budget_is_never_exceeded(norm: str, seed: int, eps: float, shape: tuple[int, int, int, int]) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator, eps = torch.Generator().manual_seed(seed), min(eps, 1.0) if norm == "linf" else eps
     x = torch.rand(shape, generator=generator)
     x[0].round_()
     weights = torch.randn(5, x[0].numel(), generator=generator)
@@ -170,6 +172,18 @@ class TestAutoAttack:
         assert model.sizes[0] == 60
         first = autoattack(net(), x, y, eps=0.05, steps=5, attacks=("apgd-ce",)).broken_by.count("")
         assert model.sizes[-1] <= first < 60
+
+    def test_without_fab_at_any_effort(self) -> None:
+        x, y = images("test", 16)
+        begun = [torch.Generator().manual_seed(0) for _ in range(2)]
+        found = apgd_square(net(), x, y, eps=0.05, steps=4, generator=begun[0])
+        parts = ("apgd-ce", "apgd-t", "square")
+        same = autoattack(net(), x, y, eps=0.05, attacks=parts, steps=4, queries=40, generator=begun[1])
+        assert torch.equal(found.images, same.images)
+        assert found.broken_by == same.broken_by
+        assert set(found.broken_by) <= {"", "clean", *parts}
+        with pytest.raises(InputError, match="steps is 0"):
+            apgd_square(net(), x, y, eps=0.05, steps=0)
 
     def test_the_seed_decides(self) -> None:
         x, y = images("test", 30)

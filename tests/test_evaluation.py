@@ -34,9 +34,13 @@ from nndefense.evaluation import (
     run_attack,
     rungs_for,
     summary,
+    threats_of,
     wilson_interval,
+    worst_cases,
 )
 from nndefense.evaluation.audit import audit_records
+from nndefense.evaluation.subjects import known_of
+from nndefense.evaluation.threats import attacks_by
 from nndefense.features import FeatureSpec
 from nndefense.models import Classifier
 
@@ -239,6 +243,42 @@ def test_counts_are_those_of_a_loop_by_hand(
     assert bare["clean", 0.0] > 0.85
     assert bare["gray", 0.3] < bare["black", 0.3] < bare["clean", 0.0]
     assert bare["gray", 0.3] < bare["gray", 0.1]
+
+
+def test_who_holds_a_nets_own_gradient_also_runs_apgd_and_square(
+    data: ImageDataset, classifier: Classifier, defense: NearestNeighborDefense, train: ImageDataset
+) -> None:
+    # Another net stands for one that was trained for a defence.
+    known = known_of(fitted(train, seed=2), classifier)
+    assert known["also"] == ("apgd-square",)
+    assert known_of(defense, classifier)["also"] == ()
+    subjects = [Subject("none", classifier, "none"), Subject("net", known["white"], "defense", **known)]
+    threats = threats_of(["gray", "white"], subjects, classifier, None)
+    maps = {name: classifier.label_map(data.classes) for name in ("clean", "gray", "white")}
+
+    def measured(*white: AttackSettings) -> list[Record]:
+        options = {"headline_eps": 0.1, "classifier": "c", "label_maps": maps, "batch_size": 50}
+        plan = {"gray": [AttackSettings(eps=(0.1,), steps=2)], "white": white}
+        records = evaluate(data, subjects, threats, plan, **options)
+        return [record for record in records if record.threat_model == "white"]
+
+    records = measured(AttackSettings(eps=(0.1,), steps=2), AttackSettings(eps=(0.05, 0.1), steps=1))
+    assert [(r.attack, r.eps, r.steps) for r in records] == [
+        ("pgd", 0.1, 2), ("pgd", 0.05, 1), ("pgd", 0.1, 1), ("apgd-square", 0.1, 10), ("apgd-square", 0.05, 10),
+    ]  # fmt: skip
+    assert {r.defense for r in records} == {"net"}
+    assert records[3].accuracy <= records[0].accuracy
+    plain = [r.to_json() for r in records]
+    assert worst_cases(plain)[-1]["accuracy"] <= records[3].accuracy
+    # Asked for by name it runs once, with the effort that is asked for.
+    assert [(r.attack, r.steps) for r in measured(AttackSettings("apgd-square", eps=(0.1,), steps=3))] == [
+        ("apgd-square", 3)
+    ]
+    # Five times the steps, up to the standard, and never fewer than were asked for.
+    for asked, own in ((20, 100), (50, 100), (200, 200)):
+        assert attacks_by(threats[1], AttackSettings(steps=asked))[1].steps == own
+    assert attacks_by(threats[1], AttackSettings("fgsm"))[1].steps == 100
+    assert attacks_by(threats[0], AttackSettings()) == [AttackSettings()]
 
 
 def test_records_are_complete(

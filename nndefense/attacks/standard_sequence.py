@@ -112,6 +112,27 @@ def autoattack(
     return WorstCase(worst, tuple(broken))
 
 
+def apgd_square(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | Tensor,
+    norm: str = "linf",
+    steps: int = 100,
+    generator: torch.Generator | None = None,
+) -> WorstCase:
+    """APGD-CE, then APGD-T on what stands, then Square: :func:`autoattack` without FAB-T, at an effort of one's choice.
+
+    Square asks 10 queries for each of the ``steps`` of APGD; all else is as for :func:`autoattack`.
+    """
+    sequence = ("apgd-ce", "apgd-t", "square")
+    at_least("steps", steps)
+    return autoattack(
+        model, x, y, eps=eps, norm=norm, attacks=sequence, steps=steps, queries=10 * steps, generator=generator
+    )
+
+
 AttackFunction = Callable[..., Tensor | WorstCase]
 
 

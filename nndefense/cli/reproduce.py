@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from nndefense.experiments import ExperimentRecipe
 
 # Each at its standard effort.
-_ADDED: dict[str, dict[str, Any]] = {"apgd": {"loss": "dlr"}, "apgd-t": {}, "square": {}, "autoattack": {}}
+_ADDED: dict[str, dict[str, Any]] = {
+    name: {"loss": "dlr"} if name == "apgd" else {}
+    for name in ("apgd", "apgd-t", "apgd-square", "square", "autoattack")
+}
 
 
 def reproduce(
@@ -35,7 +38,7 @@ def reproduce(
         ),
     ] = None,
     attack: Annotated[
-        str | None, typer.Option(help="Add an attack to the report: apgd, apgd-t, square or autoattack.")
+        str | None, typer.Option(help="Add an attack to the report: apgd, apgd-t, apgd-square, square or autoattack.")
     ] = None,
     listed: Annotated[bool, typer.Option("--list", help="Only list the recipes.")] = False,
     report_only: Annotated[

@@ -44,7 +44,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 HEADS = ("clean", "gray box", "black box", "knows the defence", "worst case")
 PUBLISHED_COLUMNS = ("clean", "gray", "black")
-_ATTACKS = {"pgd": "PGD through it", "adaptive": "attacks on retrieval"}
+_ATTACKS = {"pgd": "PGD through it", "adaptive": "attacks on retrieval", "apgd-square": "APGD-CE, APGD-T, Square"}
 
 
 @dataclass(frozen=True)
@@ -293,8 +293,8 @@ def _facts(results: Results) -> str:
         "classifier": _net(results["classifier"]),
         "surrogate": _net(results["surrogate"]) if results["surrogate"] else "none given",
         "attacks": f"gray and black box: PGD, {scope['steps']} steps, {scope['restarts']} start; through the defence: "
-        f"PGD, {scope['white_steps']} steps, {scope['draws']} draws a step where it is random; on retrieval: "
-        f"{scope['adaptive_steps']} steps",
+        f"PGD, {scope['white_steps']} steps, {scope['draws']} draws a step where it is random, and on a trained net "
+        f"APGD-CE, APGD-T and Square; on retrieval: {scope['adaptive_steps']} steps",
         "seconds": f"{results['seconds']:,.0f} in the last process",
         "versions": ", ".join(f"{name} {value}" for name, value in results["versions"].items()),
     }

@@ -20,6 +20,7 @@ from nndefense.errors import DataError
 from nndefense.evaluation import AttackSettings, CellStore, Subject, evaluate, threats_of, worst_cases
 from nndefense.evaluation.ladder import BARE
 from nndefense.evaluation.results import identity
+from nndefense.evaluation.threats import attacks_by
 from nndefense.files import make_folder, read_json, write_json
 from nndefense.models import Classifier, resolve_device
 from nndefense.pipeline import Materials, defenses, make_defense, subject_of
@@ -150,7 +151,7 @@ def _measure(recipe: ComparisonRecipe, materials: Materials, test: ImageDataset,
     else:
         maps["black"] = surrogate.label_map(test.classes)
     threats = threats_of(list(plan), subjects, classifier, surrogate)
-    cells = 1 + sum(len(settings.eps) for threat in threats for settings in plan[threat.name])
+    cells = 1 + sum(len(settings.eps) for threat in threats for settings in attacks_by(threat, plan))
     materials.say(f"attacking and measuring: {len(subjects)} defences, {cells} cells of {len(test):,} images")
     hidden = None if materials.progress else True
     with tqdm(total=cells * len(test), desc="measuring", unit=" images", delay=1, disable=hidden) as bar:

@@ -134,7 +134,7 @@ def _ways(subject: AuditSubject) -> dict[str, list[Attempt]]:
         ways["other classes"] = [_towards(subject, soft, place) for place in others if soft is not None]
         ways["other objectives"] = [_attempt(subject, _like(subject, a.name)) for a in near if a.name != given.name]
         return ways
-    targeted = scores >= 4 and given.name not in ("apgd-t", "autoattack")
+    targeted = scores >= 4 and given.name not in ("apgd-t", "autoattack", "apgd-square")
     ways["other classes"] = [_attempt(subject, _like(subject, "apgd-t"))] if targeted else []
     loss = "margin" if given.loss == "cross-entropy" and given.attack.loss else "cross-entropy"
     other = replace(given, loss=loss) if given.attack.loss else _like(subject, "apgd")

@@ -16,12 +16,9 @@ from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError
 from nndefense.evaluation.cells import CellStore
 from nndefense.evaluation.ladder import to_hex
-from nndefense.evaluation.threats import AttackSettings, ThreatModel, peak_memory_mb, run_attack
+from nndefense.evaluation.threats import AttackSettings, Plan, ThreatModel, attacks_by, peak_memory_mb, run_attack
 from nndefense.memory import reused_memory
 from nndefense.statistics import wilson_interval
-
-# One settings for all threat models, or several for each of them.
-Plan = AttackSettings | Mapping[str, Sequence[AttackSettings]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,7 @@ class Subject:
         identity: what else tells it apart from others of its name, for finished cells to be found again.
         white: what an attacker who knows it differentiates: images -> scores N x K; None: he is not sent against it.
         surface: for the attacks on its retrieval, or None.
+        also: attacks that who knows it runs beside those of the plan: names in :mod:`nndefense.attacks.registry`.
     """
 
     name: str
@@ -50,6 +48,7 @@ class Subject:
     identity: str = ""
     white: nn.Module | None = None
     surface: RetrievalSurface | None = None
+    also: tuple[str, ...] = ()
 
 
 # What belongs to some attacks only.
@@ -162,7 +161,7 @@ def evaluate(
     _check(dataset, subjects, threats, attack)
     cells: list[_Cell] = [_Cell(None, None, 0.0)]
     for threat in threats:
-        for settings in [attack] if isinstance(attack, AttackSettings) else attack[threat.name]:
+        for settings in attacks_by(threat, attack):
             cells += [_Cell(threat, settings, eps) for eps in settings.eps]
     run = _Run(dataset, classifier, label_maps, seed, batch_size, device, progress)
     records: list[Record] = []

@@ -23,7 +23,7 @@ from nndefense.evaluation.ladder import DEFENDED, INFORMED
 from nndefense.evaluation.recipe import Recipe, Rung
 from nndefense.evaluation.report import GalleryNeighbor, GalleryRow
 from nndefense.evaluation.subjects import bare_subject, subjects_of, threats_of
-from nndefense.evaluation.threats import AttackSettings, ThreatModel, run_attack
+from nndefense.evaluation.threats import AttackSettings, ThreatModel, attacks_by, run_attack
 from nndefense.models import Classifier
 
 
@@ -83,7 +83,7 @@ def run(
     maps = dict.fromkeys(("clean", *models), classifier.label_map(dataset.classes))
     if surrogate is not None:
         maps["black"] = surrogate.label_map(dataset.classes)
-    cells_in_all = 1 + sum(len(settings.eps) for threat in threats for settings in plan[threat.name])
+    cells_in_all = 1 + sum(len(settings.eps) for threat in threats for settings in attacks_by(threat, plan))
     total, done = cells_in_all * len(dataset), 0
 
     def step(images: int) -> None:

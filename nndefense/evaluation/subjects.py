@@ -21,6 +21,9 @@ from nndefense.evaluation.threats import ThreatModel
 from nndefense.models import Classifier
 from nndefense.own_code import taken, told
 
+# What is run on nets beside the attack that is asked for.
+_ON_NETS = ("apgd-square",)
+
 
 def bare_subject(classifier: Classifier) -> Subject:
     """The classifier without any defence."""
@@ -48,10 +51,11 @@ def subjects_of(
 def known_of(
     model: nn.Module, classifier: Classifier, *, images: ImageDataset | None = None, draws: int | None = None
 ) -> dict[str, Any]:
-    """What attackers who know a defence are given of it: ``white`` and ``surface`` of its :class:`Subject`.
+    """What attackers who know a defence are given of it: ``white``, ``surface`` and ``also`` of its :class:`Subject`.
 
     The gradient is that of its ``attack_model()``, else of its relaxed ``surface()``, else its own, where that reaches
-    the pixels.
+    the pixels. Who has a net's own gradient also runs APGD-CE, APGD-T and Square: PGD alone flatters nets that were
+    trained to withstand it.
 
     Args:
         model: the defence; its methods are given those of the other arguments that they take.
@@ -76,7 +80,7 @@ def known_of(
         white = RelaxedDefense(surface)
     else:
         white = model if _has_gradient(model, classifier) else None
-    return {"white": white, "surface": surface}
+    return {"white": white, "surface": surface, "also": _ON_NETS if white is model else ()}
 
 
 def _has_gradient(model: nn.Module, classifier: Classifier) -> bool:
@@ -117,7 +121,13 @@ def threats_of(
         # Proofs are for the defence under test; another may not be one that can have any.
         targets |= {"exact": subject.surface} if subject.name == DEFENDED else {}
         found += [
-            ThreatModel(name, targets[name], knowledge=Knowledge.WHITE.value, subject=subject.name)
+            ThreatModel(
+                name,
+                targets[name],
+                knowledge=Knowledge.WHITE.value,
+                subject=subject.name,
+                also=subject.also if name == "white" else (),
+            )
             for name in models
             if targets.get(name) is not None
         ]

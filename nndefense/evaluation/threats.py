@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -99,6 +100,7 @@ class ThreatModel:
         surrogate: the surrogate's own identity, for the record; None where the classifier is attacked.
         knowledge: what the attacker knows, ``L0`` to ``L3``; empty for the black box, who knows nothing.
         subject: the only defence that these attacked images are made for and shown to; None: shown to all.
+        also: names of attacks that are run beside those that are asked for; see :func:`attacks_by`.
     """
 
     name: str
@@ -106,6 +108,27 @@ class ThreatModel:
     surrogate: str | None = None
     knowledge: str = ""
     subject: str | None = None
+    also: tuple[str, ...] = ()
+
+
+# One settings for all threat models, or several for each of them.
+Plan = AttackSettings | Mapping[str, Sequence[AttackSettings]]
+
+
+def attacks_by(threat: ThreatModel, plan: Plan) -> list[AttackSettings]:
+    """The attacks of a threat model: those of the plan, and its own at each of their norms and radii.
+
+    Its own take five times the steps that the plan asks for, up to their standard, and never fewer than the plan: 100
+    where it asks for 20 of PGD.
+    """
+    asked = [plan] if isinstance(plan, AttackSettings) else list(plan[threat.name])
+    radii: dict[str, dict[float, None]] = {}
+    for settings in asked:
+        radii.setdefault(settings.norm, {}).update(dict.fromkeys(settings.eps))
+    names = [name for name in threat.also if name not in {settings.name for settings in asked}]
+    most = max((settings.effort for settings in asked if settings.attack.effort == "steps"), default=0)
+    found = [AttackSettings(name, norm, tuple(eps)) for name in names for norm, eps in radii.items()]
+    return asked + [replace(own, steps=max(min(5 * most, own.effort), most)) if most else own for own in found]
 
 
 # How far an attack that is not the library's may pass its budget or the box, for rounding.
