@@ -114,7 +114,11 @@ def test_threat_models_that_cannot_use_an_attack_run_another() -> None:
 
     ladder = ("gray", "white", "adaptive")
     assert rungs("apgd-t", *ladder) == [("gray", "apgd-t"), ("white", "apgd-t"), ("adaptive", "adaptive")]
-    assert rungs("autoattack", *ladder) == [("gray", "autoattack"), ("white", "pgd"), ("adaptive", "adaptive")]
+    assert rungs("autoattack", *ladder) == [
+        ("gray", "autoattack"), ("gray", "pgd"), ("white", "pgd"), ("adaptive", "adaptive"),
+    ]  # fmt: skip
+    # Nobody but the net is attacked: its images are shown to nothing else.
+    assert rungs("autoattack", "gray") == [("gray", "autoattack")]
     assert rungs("square", *ladder)[1:] == [("white", "pgd"), ("adaptive", "adaptive"), ("adaptive", "square")]
     assert rungs("ask", *ladder) == [("gray", "pgd"), ("white", "pgd"), ("adaptive", "adaptive"), ("adaptive", "ask")]
     stand_in = rungs_for(ladder, AttackSettings("fab", "linf", (0.1, 0.2), restarts=3))[1].attack

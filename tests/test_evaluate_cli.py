@@ -208,3 +208,33 @@ def test_attack_by_name(folder: Path, tmp_path: Path, attack: str) -> None:
     said = nndefense(*words, "--json").json
     assert said["attacked"]["accuracy"] < said["clean"]["accuracy"]
     assert said["attack"]["name"] == attack
+
+
+def test_one_command_sets_autoattack_on_the_net_beside_the_adaptive_attack_on_the_defence(
+    folder: Path, tmp_path: Path
+) -> None:
+    words = ["--dataset", "digits:test", "--database", folder / "database", "--k", 5, "--limit", 8, "--norm", "linf"]
+    more = [
+        "--eps",
+        "0.15",
+        "--attack",
+        "autoattack",
+        "--adaptive-steps",
+        4,
+        "--no-audit",
+        "--no-sizes",
+        "--gallery",
+        0,
+    ]
+    done = nndefense("evaluate", *words, *more, "--quiet", "--out", tmp_path)
+    assert done.code == 0, done.err
+    records = json.loads((tmp_path / "results.json").read_text())["records"]
+    cells = {(r["defense"], r["threat_model"], r["attack"]): r for r in records}
+    # Each is attacked by what is made for it, on the same images.
+    assert cells["none", "gray", "autoattack"]["correct"]
+    assert cells["nearest-neighbor", "adaptive", "adaptive"]["correct"]
+    # What AutoAttack's images, which stop at the net's boundary, would hide of the defence, PGD's show.
+    assert ("nearest-neighbor", "gray", "pgd") in cells
+    assert "no defence under AutoAttack: " in done.out
+    assert "nearest neighbours under " in done.out
+    assert "Side by side" in (tmp_path / "report.html").read_text(encoding="utf-8")

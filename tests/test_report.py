@@ -32,6 +32,7 @@ from nndefense.evaluation.report import (
     write_report,
 )
 from nndefense.evaluation.report.gallery import amplification, picture
+from nndefense.evaluation.report.table import side_by_side
 from nndefense.reporting.charts import log_ticks, nice_ticks, spread
 
 VOID = {"meta", "link", "img", "br"}
@@ -604,6 +605,24 @@ def test_ladder_goes_from_clean_to_worst_and_takes_the_strongest() -> None:
     assert found is not None
     assert found["attack"] == "apgd"
     assert [rung.name for rung in ladder(fake_results())] == ["clean", "black", "gray"]
+
+
+def test_each_stands_beside_the_other_under_the_strongest_attack_on_it() -> None:
+    assert side_by_side(fake_results()) == []
+    results = informed(102, 120)
+    results["records"] += [record("none", "gray", 0.2, 7, attack="autoattack")]
+    found = [(label, attack, round(500 * row["accuracy"])) for label, attack, row in side_by_side(results)]
+    assert found == [("no defence", "AutoAttack", 7), ("nearest neighbours", "adaptive", 102)]
+    text = summary({**results, "audit": []})
+    assert (
+        "no defence under AutoAttack: 1.4 [0.7, 2.9] %\nnearest neighbours under adaptive: 20.4 [17.1, 24.2] %" in text
+    )
+    page = check_page(report_html(results))
+    assert "Side by side: each under the attack that leaves it least" in page.text
+    # Another defence that its own attacker takes stands there, too.
+    own = [record("own", "gray", 0.2, 300), record("own", "white", 0.2, 90, attack="apgd-square")]
+    results["records"] += [{**row, "variant": "defense"} for row in own]
+    assert side_by_side(results)[2][:2] == ("own", "APGD-CE, APGD-T, Square")
 
 
 def test_a_gain_that_the_informed_attacker_takes_is_called_obscurity() -> None:

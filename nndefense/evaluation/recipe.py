@@ -168,6 +168,8 @@ def rungs_for(
     Each threat model runs the attack where it can use it. Where it cannot, :data:`nndefense.attacks.registry.STAND_IN`
     takes its place, with the same norm, radii and restarts and its own standard effort: PGD for attackers who follow a
     gradient, ``adaptive`` for those who attack the retrieval, who always run it as well, and ``exact`` for the proof.
+    Images that stop at the boundary of the net (AutoAttack's, or of the least change) say little about a defence that
+    they are shown to, so that beside them PGD's are.
 
     Args:
         threat_models: which rungs.
@@ -185,6 +187,8 @@ def rungs_for(
             f"{attack.name} is an attack for {' and '.join(usable)} attackers, and none of them is here: for an attack "
             "on retrieval give --database or --defense nearest-neighbor (and not --no-adaptive)"
         )
+    stops = "white" not in usable and "gradient" in attack.attack.needs
+    shown = stops and bool({*INFORMED} & {*threat_models})
     rungs = []
     for model in threat_models:
         restarts = attack.restarts if registry.get(registry.STAND_IN[model]).restarts else 1
@@ -194,4 +198,6 @@ def rungs_for(
             rungs.append(Rung(model, instead))
         if model in usable or model != "adaptive":
             rungs.append(Rung(model, attack if model in usable else instead))
+        if shown and model in ("black", "gray"):
+            rungs.append(Rung(model, instead))
     return tuple(rungs)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from nndefense.attacks.registry import attack_name
-from nndefense.evaluation.ladder import BARE, DEFENDED, RUNGS, paired
+from nndefense.evaluation.ladder import BARE, DEFENDED, INFORMED, RUNGS, WORST, paired
 from nndefense.evaluation.report.records import (
     Record,
     Results,
@@ -14,6 +14,7 @@ from nndefense.evaluation.report.records import (
     accuracy_text,
     at_headline,
     headline_raw,
+    lowest,
     other_defenses,
     records_of,
     settings_text,
@@ -82,9 +83,46 @@ def summary(results: Results) -> str:
         f"{budget(results['headline']['norm'], results['headline']['eps'])}"
     )
     failed = [line for line in results["audit"] if line["passed"] is False]
-    told = [said] if (said := obscurity(results)) else []
+    told = [f"{label} under {name}: {_told(found)} %" for label, name, found in side_by_side(results)]
+    told += [said] if (said := obscurity(results)) else []
     told += [f"self-audit: {line['name']} FAILS: {line['text']}" for line in failed]
     return "\n".join([Table(("", *columns), tuple(rows), title).text(), *told])
+
+
+def side_by_side(results: Results) -> list[tuple[str, str, Record]]:
+    """Every defence, the bare net first, under the attack that leaves it least at the headline budget: what it is
+    called, the attack, and the record.
+
+    On the net that is one of those who have the net, such as AutoAttack, and on a defence as a rule one of those who
+    know it. None where nobody who knows a defence was sent against any.
+    """
+    attacks = [name for name in RUNGS if name not in ("clean", "exact", WORST)]
+    found = []
+    for name, label in _labels(results).items():
+        tried = (at_headline(results, name, rung, any_attack=True) for rung in attacks)
+        records = [record for record in tried if record is not None]
+        if records:
+            least = lowest(records)
+            found.append((label, attack_name(str(least["attack"])), least))
+    return found if any(record["threat_model"] in INFORMED for _, _, record in found) else []
+
+
+def _labels(results: Results) -> dict[str, str]:
+    """What the bare net and the defences are called, without variants."""
+    return {BARE: "no defence", DEFENDED: "nearest neighbours"} | {name: name for name in other_defenses(results)}
+
+
+def _side_by_side(results: Results) -> str:
+    found = side_by_side(results)
+    if not found:
+        return ""
+    names = {label: name for name, label in _labels(results).items()}
+    rows = tuple(
+        (label, attack, accuracy_cell(record, ""), accuracy_cell(at_headline(results, names[label], WORST), "not run"))
+        for label, attack, record in found
+    )
+    caption = "Side by side: each under the attack that leaves it least, and over all attacks image by image."
+    return Table(("", "the strongest attack on it", "accuracy", "worst case"), rows).html("plain sides", caption) + "\n"
 
 
 def _told(record: Record) -> str:
@@ -107,13 +145,15 @@ def ladder_section(results: Results) -> str:
     said = obscurity(results)
     note = f'<p class="obscurity"><strong>{escape(said)}</strong></p>\n' if said else ""
     return section(
-        "What it holds against whom", note + table.html("plain ladder", caption) + _every_defense(results), "ladder"
+        "What it holds against whom",
+        note + _side_by_side(results) + table.html("plain ladder", caption) + _every_defense(results),
+        "ladder",
     )
 
 
 def _every_defense(results: Results) -> str:
     """What every defence holds against whom, where there is more than the one over the database."""
-    names = {BARE: "no defence", DEFENDED: "nearest neighbours"} | {name: name for name in other_defenses(results)}
+    names = _labels(results)
     if len(names) == 2:
         return ""
     cells = {(name, rung): at_headline(results, name, rung, any_attack=True) for name in names for rung in RUNGS}
