@@ -30,8 +30,8 @@ from nndefense.attacks.retrieval.programme import decide
 from nndefense.attacks.retrieval.surface import Counts, Knowledge, RetrievalSurface, Rows
 from nndefense.errors import InputError
 
-# Own rows that half-spaces are tried with, nodes of an image in a round, and numbers in the largest tensors.
-_OWN, _SHARE, _ROOM = 256, 32, 1 << 22
+# Own rows that half-spaces are tried with first and last, nodes of an image in a round, numbers in the largest tensors.
+_FIRST, _OWN, _SHARE, _ROOM = 16, 256, 32, 1 << 22
 # Probabilities nearer than this may come out either way in float32.
 _VOTE = 1e-6
 
@@ -249,35 +249,39 @@ class _Search:
     def _starts(self, number: int, roles: _Roles) -> Iterator[list[tuple[int, ...]]]:
         """Sets of ``least`` rows that are not y's own, those that half-spaces leave, nearly the likeliest first."""
         values = self.planes.at(self.region.center[number][None])[0]
-        own = roles.own.nonzero()[:, 0]
-        own = own[values[own].argsort()[:_OWN]]
-        other = (~roles.own).nonzero()[:, 0]
+        own, other = roles.own.nonzero()[:, 0], (~roles.own).nonzero()[:, 0]
+        own = own[values[own].argsort()]
         spare = self.k - roles.least
         radius = float(self.radii[number])
 
         def needed(distances: Tensor) -> Tensor:
             """The least move that brings all but the spare own rows outside: ... x own -> ...; 0 for too few rows."""
             if distances.shape[-1] <= spare:
-                return torch.zeros_like(distances[..., 0]) if distances.shape[-1] else distances.sum(-1)
+                return distances.new_zeros(distances.shape[:-1])
             return distances.topk(spare + 1, dim=-1).values[..., -1]
 
-        apart = gaps(self.planes, values, other, own, slack=self.slack, linf=self.linf)
-        moves = needed(apart)
-        order = moves.argsort(stable=True)
-        order = order[moves[order] <= radius]
-        other, apart = other[order], apart[order]
+        # The nearest few own rows rule most others out; then all that are tried.
+        for count in (_FIRST + spare, _OWN):
+            apart = gaps(self.planes, values, other, own[:count], slack=self.slack, linf=self.linf)
+            moves = needed(apart)
+            order = moves.argsort(stable=True)
+            order = order[moves[order] <= radius]
+            other, apart = other[order], apart[order]
         for last in range(roles.least - 1, len(other)):
             sets, distances = torch.tensor([[last]], device=other.device), apart[last][None]
             for _ in range(roles.least - 1):
                 # Too many sets to be looked at: smaller ones are nodes as well, which the search grows itself.
-                if len(sets) * last * len(own) > _ROOM:
+                if len(sets) * last * apart.shape[1] > _ROOM:
                     break
                 first, row = (torch.arange(len(other), device=other.device) < sets[:, -1:]).nonzero().unbind(1)
                 grown = torch.maximum(distances[first], apart[row])
                 kept = needed(grown) <= radius
                 sets, distances = torch.cat([sets[first], row[:, None]], 1)[kept], grown[kept]
+            sets = other[sets]
+            if sets.shape[1] == self.k:
+                sets = sets[self.votes.leads(sets, int(self.y[number])) >= -_VOTE]
             if len(sets):
-                yield [tuple(sorted(rows)) for rows in other[sets].tolist()]
+                yield [tuple(sorted(rows)) for rows in sets.tolist()]
 
     def _bound(self, batch: list[tuple[_Image, tuple[int, ...]]]) -> None:
         """Bound nodes of several images, and give each what follows."""

@@ -11,12 +11,15 @@ squared radius the polyhedron misses the ball, whatever the rounding of the asce
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 # Rounds of cuts, Newton steps in each, and cuts that a polyhedron is given in a round.
 _ROUNDS, _NEWTON, _CUTS = 24, 3, 2
+# Rows that are compared with others at once.
+_PIECE = 4096
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class Planes:
 
     slope: Tensor
     level: Tensor
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """R: of the slopes' lengths."""
+        return self.slope.square().sum(1)
 
     @staticmethod
     def of(matrix: Tensor, offset: Tensor, vectors: Tensor) -> Planes:
@@ -79,13 +87,14 @@ def gaps(planes: Planes, values: Tensor, near: Tensor, far: Tensor, *, slack: fl
         slack: how much farther the one may be than the other.
         linf: the norm.
     """
-    first, second = planes.slope[near], planes.slope[far]
+    second = planes.slope[far]
     if linf:
         # The dual norm of linf is l1.
-        size = torch.cdist(first, second, p=1)
+        sizes = [torch.cdist(planes.slope[part], second, p=1) for part in torch.split(near, _PIECE)]
     else:
-        squares = first.square().sum(1)[:, None] + second.square().sum(1) - 2 * first @ second.T
-        size = squares.clamp_min(0).sqrt()
+        products = torch.cat([planes.slope[part] @ second.T for part in torch.split(near, _PIECE)])
+        sizes = [(planes.squares[near, None] + planes.squares[far] - 2 * products).clamp_min(0).sqrt()]
+    size = torch.cat(sizes)
     return (values[near, None] - values[None, far] - slack) / size.clamp_min(1e-9)
 
 

@@ -39,7 +39,10 @@ def _solve(planes: Planes, region: Region, inside: Tensor, outside: Tensor, slac
     for _ in range(_ROUNDS):
         pairs = torch.cartesian_prod(inside, chosen)
         normal = planes.slope[pairs[:, 0]] - planes.slope[pairs[:, 1]]
-        size = normal.norm(dim=1).clamp_min(1e-12)
+        size = normal.norm(dim=1)
+        # Rows that are equal are as near from everywhere: nothing that a solver could work with.
+        apart = size > 1e-9
+        pairs, normal, size = pairs[apart], normal[apart], size[apart]
         bounds = ((planes.level[pairs[:, 1]] - planes.level[pairs[:, 0]] + slack) / size).numpy()
         normals = (normal / size[:, None]).numpy()
         matrix = sparse.vstack([sparse.csc_matrix(normals), sparse.identity(d), -sparse.identity(d)], format="csc")
