@@ -38,6 +38,7 @@ from nndefense.statistics import wilson_interval
 GRAY_STEPS = 20
 ATTACKS: dict[str, Callable[..., Tensor]] = {
     "gray": retrieval.gray,
+    "rank margin": retrieval.rank_margin,
     "soft top-K": retrieval.soft_top_k,
     "straight-through": retrieval.straight_through,
     "push-pull": retrieval.push_pull,
@@ -63,7 +64,6 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--eps", type=float, nargs="+", default=[0.05, 0.1, 0.2])
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--plan", nargs="+", default=list(retrieval.PLAN))
     parser.add_argument("--gray-cache", type=Path, default=None, help="folder in which gray-box images are kept")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))
     parser.add_argument("--out", type=Path, default=None)
@@ -140,15 +140,13 @@ def ladder(defense: Any, x: Tensor, y: Tensor, train: Any, test: Any, options: A
         settings = {"knowledge": "L0", "steps": GRAY_STEPS, "seconds": round(seconds, 1)}
         yield cell("none", "gray PGD", eps, defense.classifier, gray, y, **settings)
         yield cell("retrieval", "gray PGD", eps, defense, gray, y, **settings)
-        found = retrieval.run_adaptive(
-            surface, x, y, eps=eps, steps=options.steps, generator=generator, plan=options.plan, start=gray
-        )
+        found = retrieval.run_adaptive(surface, x, y, eps=eps, steps=options.steps, generator=generator, start=gray)
         assert float((found.images - x).abs().max()) <= eps + 1e-6
         assert float(found.images.min()) >= 0
         assert float(found.images.max()) <= 1
         yield cell(
             "retrieval", "adaptive", eps, defense, found.images, y, knowledge=surface.knowledge.value,
-            steps=options.steps, plan=list(options.plan), broken=found.broken, counts=vars(found.counts),
+            steps=options.steps, broken=found.broken, counts=vars(found.counts),
             seconds=round(found.seconds, 1),
         )  # fmt: skip
 
@@ -187,7 +185,7 @@ def speed(defense: Any, x: Tensor, y: Tensor, train: Any, test: Any, options: An
     Medians of interleaved repeats. Images whose clean class is right at a small eps, so that none drops out early.
     """
     surface = defense.surface(Knowledge.WHITE)
-    steps, eps, x, y = 20, 0.02, x[:100], y[:100]
+    steps, eps, x, y = 30, 0.02, x[:100], y[:100]
 
     def bare() -> None:
         images = x
@@ -200,6 +198,7 @@ def speed(defense: Any, x: Tensor, y: Tensor, train: Any, test: Any, options: An
     timed: dict[str, Callable[[], object]] = {
         "bare loop": bare,
         "PGD": lambda: pgd(defense.classifier, x, y, eps=eps, steps=steps, generator=torch.Generator().manual_seed(0)),
+        "rank margin": lambda: retrieval.rank_margin(surface, x, y, eps=eps, steps=steps),
         "soft top-K": lambda: retrieval.soft_top_k(surface, x, y, eps=eps, steps=steps),
         "straight-through": lambda: retrieval.straight_through(surface, x, y, eps=eps, steps=steps),
         "push-pull": lambda: retrieval.push_pull(surface, x, y, eps=eps, steps=steps),

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nndefense.attacks import LOSSES, NORMS, fgsm, pgd, radius, registry
+from nndefense.attacks import LOSSES, NORMS, apgd, fgsm, norms, pgd, radius, registry
 from nndefense.attacks.norms import length, project, random_in_ball, steepest
 from nndefense.errors import InputError
 
@@ -176,6 +176,53 @@ def test_zero_gradient_moves_nothing() -> None:
     attacked = pgd(lambda images: images.sum((1, 2, 3))[:, None] * torch.zeros(5), x, torch.zeros(2, dtype=torch.int64),
                    eps=0.1, norm="l2", steps=3, random_start=False)  # fmt: skip
     torch.testing.assert_close(attacked, x)
+
+
+@pytest.mark.parametrize("attack", [pgd, apgd])
+def test_an_exact_projection_reaches_the_sphere_and_farther(
+    attack: Any, net: nn.Module, digits: tuple[Tensor, Tensor]
+) -> None:
+    x, y = digits[0][-40:], digits[1][-40:]
+    found = [
+        attack(
+            net, x, y, eps=1.0, norm="l2", steps=10, exact_projection=exact, generator=torch.Generator().manual_seed(0)
+        )
+        for exact in (False, True)
+    ]
+    sizes = [norms.distance(x, images, "l2") for images in found]
+    assert float(sizes[1].max()) <= 1
+    assert float(sizes[1].mean()) > float(sizes[0].mean())
+    loss = [float(F.cross_entropy(net(images), y).detach()) for images in found]
+    assert attack is apgd or loss[1] > loss[0]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "normalized-l2"])
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), eps=st.floats(0.01, 1.0), far=st.floats(0.01, 5.0))
+def test_the_exact_projection_is_the_nearest_point_of_ball_and_box(
+    norm: str, seed: int, eps: float, far: float
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.rand(4, 1, 5, 5, generator=draw).round(decimals=1)
+    moved = x + far * torch.randn(x.shape, generator=draw)
+    radii = norms.radius(x, eps, norm)
+    found = norms.projector(x, radii, norm, exact=True)(moved)
+    assert 0 <= float(found.min()) <= float(found.max()) <= 1
+    assert bool((norms.distance(x, found, norm) <= radii + 1e-6).all())
+    # By halving s in clamp(x + s (z - x)), in double precision.
+    origin, delta, limit = x.double(), (moved - x).double(), radii.double() * (1 - 1e-6)
+    low, high = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    for _ in range(50 if norm != "linf" else 0):
+        middle = (low + high) / 2
+        inside = norms.length((origin + middle[:, None, None, None] * delta).clamp(0, 1) - origin) <= limit
+        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+    wanted = (origin + low[:, None, None, None] * delta).clamp(0, 1)
+    if norm == "linf":
+        wanted = torch.minimum(torch.maximum(moved, x - eps), x + eps).clamp(0, 1).double()
+    assert float((found - wanted).abs().max()) < 1e-5
+    # Never farther from the point than projecting on one after the other.
+    plain = norms.projector(x, radii, norm)(moved)
+    assert bool((norms.length(found - moved) <= norms.length(plain - moved) + 1e-5).all())
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -300,7 +300,6 @@ def test_the_app_can_be_called_by_typer_too() -> None:
         (["demo", "--norm", "linf", "--eps", "16"], "give 16/255 = 0.0627"),
         (["train", "--dataset", "digits", "--out", "x", "--objective", "adversarial", "--eps", "8"], "8/255 = 0.0314"),
         (["evaluate", "table2", "--dataset", "digits", "--norm", "linf", "--eps", "2,4"], "4/255 = 0.0157"),
-        (["racnn", "evaluate", "--model=m", "--dataset=d", "--database=b", "--classifier=c", "--eps=8"], "8/255"),
         (["demo", "--headline", "0.2,0.3"], "one number"),
         (["demo", "--ks", "nan"], "not a list of numbers"),
         (["demo", "--ks", "0"], "whole numbers"),

@@ -32,6 +32,7 @@ def apgd(
     targets: int | None = None,
     restarts: int = 1,
     rho: float = 0.75,
+    exact_projection: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Auto-PGD (Croce and Hein, ICML 2020, Algorithm 1); with ``targets`` APGD-T on the targeted DLR.
@@ -41,7 +42,8 @@ def apgd(
     step moves by ``0.75 * (z - x_k) + 0.25 * (x_k - x_{k-1})``, z being the projected gradient step. Images leave the
     batch as soon as they fool the model, and only those that stand meet the next restart or target class.
 
-    ``model``, ``x``, ``y``, ``eps``, ``norm``, ``generator`` and the errors are as for :func:`nndefense.attacks.pgd`.
+    ``model``, ``x``, ``y``, ``eps``, ``norm``, ``exact_projection``, ``generator`` and the errors are as for
+    :func:`nndefense.attacks.pgd`.
 
     Args:
         steps: gradient steps per run, at least 1; a run makes one forward pass and gradient more than that.
@@ -75,7 +77,7 @@ def apgd(
             if len(standing) == 0:
                 return best
             goal = y if rivals is None else torch.stack([y, rivals[:, column]], dim=1)
-            run = _Run(objective, first, norm, steps, rho, generator)
+            run = _Run(objective, first, norm, steps, rho, exact_projection, generator)
             attacked, reached, fooled = run.ascend(model, x[standing], y[standing], goal[standing], radii[standing])
             better = fooled | (reached > best_loss[standing])
             kept = standing[better]
@@ -135,11 +137,12 @@ class _Run:
     norm: str
     steps: int
     rho: float
+    exact: bool
     generator: torch.Generator | None
 
     def ascend(self, model: Model, x: Tensor, y: Tensor, goal: Tensor, radii: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Attacked images N x C x H x W, their loss N, and whether they fool the model N."""
-        inside = norms.projector(x, radii, self.norm)
+        inside = norms.projector(x, radii, self.norm, exact=self.exact)
         start = inside(x + norms.random_on_sphere(x, radii, self.norm, self.generator))
         value, logits, gradient = loss_and_gradient(model, start, goal, self.first)
         found, loss, fooled = start.clone(), value.clone(), fooled_by(logits, y)
@@ -150,7 +153,7 @@ class _Run:
         )  # fmt: skip
         if bool(fooled.any()):
             s.keep(~fooled)
-            inside = norms.projector(s.x, s.radii, self.norm)
+            inside = norms.projector(s.x, s.radii, self.norm, exact=self.exact)
         reviews, reviewed = set(checkpoints(self.steps)), 0
         for step in range(1, self.steps + 1):
             if len(s.row) == 0:
@@ -171,7 +174,7 @@ class _Run:
                 gone = s.row[out]
                 found[gone], loss[gone], fooled[gone] = s.now[out], value[out], True
                 s.keep(~out)
-                inside = norms.projector(s.x, s.radii, self.norm)
+                inside = norms.projector(s.x, s.radii, self.norm, exact=self.exact)
             if step in reviews:
                 self._review(s, step - reviewed)
                 reviewed = step

@@ -65,6 +65,7 @@ def pgd(
     targeted: bool = False,
     loss: str | Loss = "cross-entropy",
     momentum: float = 0.0,
+    exact_projection: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Projected gradient descent (Madry et al., ICLR 2018, section 2.1), with I-FGSM and MI-FGSM as settings.
@@ -91,6 +92,8 @@ def pgd(
         loss: a name in :data:`nndefense.attacks.LOSSES`, or a callable (logits, y) -> N. ``kl`` raises the
             divergence from the clean prediction; it needs ``random_start`` and cannot be targeted.
         momentum: decay factor mu of MI-FGSM, at least 0; 0 is plain PGD.
+        exact_projection: P is the projection on the ball's intersection with [0, 1] instead, which in the l2 norms
+            reaches farther where many pixels are at a bound.
         generator: source of the random starts, on any device.
 
     Returns:
@@ -117,7 +120,7 @@ def pgd(
 
     def ascend(x: Tensor, goal: Tensor, radii: Tensor, stride: Tensor, first: Loss) -> Tensor:
         """One run from x or from a random start, N x C x H x W -> N x C x H x W; ``first`` is the first step's loss."""
-        stride, inside = norms.per_image(stride, x), norms.projector(x, radii, norm)
+        stride, inside = norms.per_image(stride, x), norms.projector(x, radii, norm, exact=exact_projection)
         attacked = inside(x + norms.random_in_ball(x, radii, norm, generator)) if random_start else x
         velocity: Tensor | None = None
         for step in range(steps):

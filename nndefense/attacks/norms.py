@@ -22,6 +22,8 @@ Projector = Callable[[Tensor], Tensor]
 _TINY = 1e-12
 # Float32 rounding of x + delta can carry an image over the sphere by a few units in the last place.
 _SHRINK = 1.0 - 1e-6
+# Rounds of the exact projection: pixels stop a few at a time, and seldom in more than four rounds.
+_STOPS = 6
 
 
 def check_eps(eps: float, norm: str) -> None:
@@ -120,11 +122,16 @@ def _shrinking(delta: Tensor, limit: Tensor) -> Tensor:
     return (limit / per_image(length(delta).clamp_min(_TINY), delta)).clamp_max_(1.0)
 
 
-def projector(images: Tensor, radii: Tensor, norm: str) -> Projector:
+def projector(images: Tensor, radii: Tensor, norm: str, *, exact: bool = False) -> Projector:
     """Make the projection on each image's ball and on the box [0, 1]: a function N x C x H x W -> N x C x H x W.
 
     For linf both are one interval per pixel, so that a step clamps once. In l2 the projection on the ball comes
-    first: the box moves every pixel towards its clean value, so it cannot enlarge the perturbation again.
+    first: the box moves every pixel towards its clean value, so it cannot enlarge the perturbation again. Points that
+    the box has moved then lie inside the ball and not on it: ``exact`` gives the nearest point of the intersection.
+
+    The nearest point is ``clamp(x + s (z - x))`` for the largest s <= 1 that keeps it in the ball, by the conditions of
+    Karush, Kuhn and Tucker. Among the pixels that no bound stops its squared length is s^2 times a constant: solving
+    for s with those that are stopped now never passes the ball, and is exact once no more of them are stopped.
     """
     limit = per_image(radii, images)
     if norm == "linf":
@@ -134,7 +141,15 @@ def projector(images: Tensor, radii: Tensor, norm: str) -> Projector:
 
     def inside(moved: Tensor) -> Tensor:
         delta = moved - images
-        return torch.addcmul(images, delta, _shrinking(delta, limit)).clamp_(0, 1)
+        share = _shrinking(delta, limit)
+        for _ in range(_STOPS if exact else 0):
+            there = torch.addcmul(images, delta, share)
+            free = delta * ((there >= 0) & (there <= 1))
+            stopped = there.clamp_(0, 1).sub_(images) * (free == 0)
+            left = (limit.square() - per_image(length(stopped), images).square()).clamp_min(0)
+            wider = left.sqrt() / per_image(length(free), images).clamp_min(_TINY)
+            share = torch.maximum(share, wider.clamp_max(1.0))
+        return torch.addcmul(images, delta, share).clamp_(0, 1)
 
     return inside
 

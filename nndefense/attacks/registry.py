@@ -139,7 +139,7 @@ def _on_rows(
     name: str, function: str, title: str, about: str, standard: int = 100, needs: tuple[str, ...] = _ROWS
 ) -> Attack:
     place = f"{_RETRIEVAL}:{function}"
-    return Attack(name, place, title, about, needs=needs, effort="steps", standard=standard, restarts=True)
+    return Attack(name, place, title, about, needs=needs, effort="steps", standard=standard, restarts=True, version=2)
 
 
 _ATTACKS: dict[str, Attack] = {
@@ -168,8 +168,9 @@ _ATTACKS: dict[str, Attack] = {
                norms=_L2, standard=1000, **_LEAST),
         Attack("deepfool", f"{_HERE}:deepfool", "DeepFool", "least l2 change by linearisation (Moosavi-Dezfooli 2016)",
                norms=_L2, standard=50, **_LEAST),
-        _on_rows("adaptive", "adaptive", "adaptive", "several of the following in turn, worst case per image", 40,
-                 ("surface",)),
+        _on_rows("adaptive", "adaptive", "adaptive", "the rank margin from many starts, then whatever else there is",
+                 needs=("surface",)),
+        _on_rows("rank-margin", "rank_margin", "rank margin", "the distances of the row that tips the vote"),
         _on_rows("soft-retrieval", "soft_top_k", "soft retrieval", "the margin of a soft top-K"),
         _on_rows("straight-through", "straight_through", "straight through", "hard top-K forward, soft top-K backward"),
         _on_rows("push-pull", "push_pull", "push-pull", "rows pulled into the K-ball and pushed out (Sitawarin 2020)"),

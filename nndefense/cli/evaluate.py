@@ -47,7 +47,7 @@ class RungOptions(AttackOptions):
         bool,
         typer.Option("--adaptive/--no-adaptive", help="Also attack the retrieval itself, with full knowledge of it."),
     ] = True
-    adaptive_steps: Annotated[int, typer.Option(min=1, help="Steps of each adaptive attack.")] = 40
+    adaptive_steps: Annotated[int, typer.Option(min=1, help="Steps of each adaptive attack.")] = 100
     exact: Annotated[
         bool,
         typer.Option("--exact/--no-exact", help="Also prove what no attack can lower, where the feature is affine."),

@@ -124,7 +124,6 @@ def evaluate(
     """Clean accuracy, and accuracy under attacks that ignore, hold, follow or relax the retrieval, with intervals."""
     from tqdm import tqdm
 
-    from nndefense.attacks.norms import check_eps
     from nndefense.database import ImageDatabase
     from nndefense.defenses.racnn import RaCnnDefense
     from nndefense.evaluation.racnn import measure_racnn
@@ -133,7 +132,6 @@ def evaluate(
     from nndefense.versions import library_versions
 
     budgets = numbers(eps)
-    check_eps(max(budgets), norm)
     if out is not None and not out.parent.is_dir():
         raise InputError(f"{out.parent} is no folder: create it, or choose another --out")
     net = model.open(common, database=database)

@@ -59,7 +59,7 @@ class Scope(MaterialSettings):
     limit: int | None = 500
     restarts: int = 1
     white_steps: int = 20
-    adaptive_steps: int = 20
+    adaptive_steps: int = 100
     informed_eps: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,12 +42,17 @@ class Problem:
         return Problem(self.surface, self.x[index], self.y[index], self.radii[index], self.norm)
 
     def bring_in(self, images: Tensor) -> Tensor:
-        """Project images into the ball around x, then on [0, 1]."""
-        return (self.x + norms.project(images - self.x, self.radii, self.norm)).clamp(0, 1)
+        """The nearest images in ball and box."""
+        return norms.projector(self.x, self.radii, self.norm, exact=True)(images)
 
     def random_start(self, generator: torch.Generator | None, share: float = 1.0) -> Tensor:
         """A uniform draw from the ball of ``share`` times the radius."""
         return (self.x + norms.random_in_ball(self.x, self.radii * share, self.norm, generator)).clamp(0, 1)
+
+    @torch.no_grad()
+    def clean_features(self) -> Tensor:
+        """The features of the clean images, N x d."""
+        return self.surface.need_features("the attack")(self.x)
 
 
 def pose(surface: RetrievalSurface, x: Tensor, y: Tensor, eps: float | Tensor, norm: str, *, steps: int = 1) -> Problem:
@@ -60,6 +65,21 @@ def pose(surface: RetrievalSurface, x: Tensor, y: Tensor, eps: float | Tensor, n
     check_labels(y, x)
     at_least("steps", steps)
     return Problem(surface.counted(), x.detach(), y.to(x.device), norms.radius(x, eps, norm), norm)
+
+
+class Raised(NamedTuple):
+    """What an objective says of N images.
+
+    Attributes:
+        value: N, what is raised, with a gradient.
+        score: N, how near the attacker's own copy of the defence is to the attack's aim, above 0 beyond it; by it the
+            best iterate is kept. None where there is no copy: then the last one is.
+        fooled: N, whether that copy is fooled; None where there is none.
+    """
+
+    value: Tensor
+    score: Tensor | None = None
+    fooled: Tensor | None = None
 
 
 class Objective:
@@ -79,8 +99,8 @@ class Objective:
         """Look around again, before the first step and every ``refresh`` steps: features N x d without a gradient."""
         raise NotImplementedError
 
-    def value(self, images: Tensor, features: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
-        """What is raised, N, and whether the attacker's own copy of the defence is fooled, N, where he has one.
+    def value(self, images: Tensor, features: Tensor, progress: float) -> Raised:
+        """What is raised, and what the attacker's own copy of the defence says.
 
         Args:
             images: N x C x H x W under attack.
@@ -103,7 +123,7 @@ def ascend(
     *,
     steps: int,
     stride: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Raise the objective by sign (l_inf) or unit-gradient (l_2) steps with momentum, inside ball and box.
 
     A step costs one forward pass and one gradient. Steps shrink from ``stride`` radii to nearly 0 along a cosine.
@@ -118,11 +138,12 @@ def ascend(
         stride: first step in radii.
 
     Returns:
-        Images N x C x H x W, the first that fooled the true pipeline or else the last iterate, and whether they
-        fool it, N.
+        Images N x C x H x W, the first that fooled the true pipeline, else the iterate with the highest score (the last
+        one, of an objective without scores); whether they fool it, N; and those scores, N, minus infinity without.
     """
     surface, out = problem.surface, start.detach().clone()
     done = torch.zeros(len(out), dtype=torch.bool, device=out.device)
+    scores = torch.full_like(problem.radii, -torch.inf)
     active = torch.arange(len(out), device=out.device)
     current, part = out.clone(), problem
     velocity = torch.zeros_like(current)
@@ -131,37 +152,45 @@ def ascend(
     look = (
         surface.need_features("this attack") if objective.looks_at_features else lambda images: images.flatten(1)[:, :0]
     )
+
+    def keep(found: Raised) -> None:
+        """Note the iterates that are as good as any before."""
+        better = torch.ones_like(active, dtype=torch.bool) if found.score is None else found.score >= scores[active]
+        out[active[better]] = current[better]
+        if found.score is not None:
+            scores[active[better]] = found.score[better]
+
     for step in range(steps):
         if not len(active):
             break
-        progress = step / steps
         renewed = step == 0 or (objective.refresh > 0 and step % objective.refresh == 0)
         images = current.detach().requires_grad_(True)
         with torch.enable_grad():
             features = look(images)
             if renewed:
                 objective.renew(part, features.detach())
-            value, proxy = objective.value(images, features, progress)
-            (gradient,) = torch.autograd.grad(value.sum(), images)
+            found = objective.value(images, features, step / steps)
+            (gradient,) = torch.autograd.grad(found.value.sum(), images)
         surface.counts.backwards += len(images)
         gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
-        fooled = torch.zeros(len(active), dtype=torch.bool, device=out.device)
-        if proxy is not None and (eager or renewed) and bool(proxy.any()):
-            fooled[proxy] = surface.fooled(current[proxy], part.y[proxy])
-        if bool(fooled.any()):
-            out[active[fooled]], done[active[fooled]] = current[fooled], True
-            left = ~fooled
+        keep(found)
+        left = torch.ones_like(active, dtype=torch.bool)
+        if found.fooled is not None and (eager or renewed) and bool(found.fooled.any()):
+            left[found.fooled] = ~surface.fooled(current[found.fooled], part.y[found.fooled])
+        if not bool(left.all()):
+            out[active[~left]], done[active[~left]] = current[~left], True
             active, current, velocity, gradient = active[left], current[left], velocity[left], gradient[left]
             part = part.take(left)
             objective.keep(left)
         velocity = _MOMENTUM * velocity + _unit(gradient)
-        length = part.radii * stride * 0.5 * (1 + math.cos(math.pi * progress))
-        moved = current + norms.per_image(length, current) * norms.steepest(velocity, problem.norm)
-        current = part.bring_in(moved)
+        length = part.radii * stride * 0.5 * (1 + math.cos(math.pi * step / steps))
+        current = part.bring_in(current + norms.per_image(length, current) * norms.steepest(velocity, problem.norm))
     if len(active):
-        out[active] = current
-        done[active] = surface.fooled(current, part.y)
-    return out, done
+        with torch.no_grad():
+            # Without a score there is nothing to compare the last one with.
+            keep(objective.value(current, look(current), 1.0) if found.score is not None else found)
+        done[active] = surface.fooled(out[active], part.y)
+    return out, done, scores
 
 
 def attack(
@@ -204,7 +233,7 @@ def attack(
 
     Returns:
         Images of the shape of x, inside the ball and in [0, 1]: the first iterate that the true pipeline was seen to
-        misclassify, or else the last one of the first start.
+        misclassify, or else the best one of the first start, as :func:`ascend` has it.
 
     Raises:
         InputError: images, labels or settings that cannot be used, or a surface that lacks what the objective needs.
@@ -220,7 +249,7 @@ def attack(
             part = index[place]
             aim = {} if target is None else {"target": target[part]}
             raised = objective(problem.surface, **aim, **settings)
-            images[place], fell[place] = ascend(problem.take(part), raised, begin[place], steps=steps, stride=stride)
+            images[place], fell[place], _ = ascend(problem.take(part), raised, begin[place], steps=steps, stride=stride)
         return images, fell
 
     begin = problem.random_start(generator) if random_start else problem.x

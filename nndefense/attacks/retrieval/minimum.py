@@ -70,7 +70,7 @@ def push_pull_minimum(
     if not len(x):
         return best.images
     best.offer(x)
-    clean = objectives.clean_features(problem)
+    clean = problem.clean_features()
     wrong = objectives.wrong_classes(rows, clean, y, targets, max(surface.k // 2, 1))
     _offer_rows(best, rows, clean, y)
     half = min(objectives.half_of_guides(guides, surface.k), rows.count)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nndefense.attacks.losses import find_loss
+from nndefense.attacks.losses import find_loss, margin
 from nndefense.attacks.retrieval import relaxation
-from nndefense.attacks.retrieval.ascent import Objective, Problem, attack
+from nndefense.attacks.retrieval.ascent import Objective, Problem, Raised, attack
 from nndefense.attacks.retrieval.relaxation import Neighborhood
 from nndefense.attacks.retrieval.surface import RetrievalSurface, Rows
 from nndefense.errors import InputError, check_choice
@@ -72,7 +72,7 @@ class SoftTopK(Objective):
         if spread is not None:
             self.hood.spread = spread
 
-    def value(self, images: Tensor, features: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
+    def value(self, images: Tensor, features: Tensor, progress: float) -> Raised:
         """The loss on log p."""
         temperature = self.hot * (self.cold / self.hot) ** progress
         distances = self.hood.distances(features)
@@ -81,7 +81,8 @@ class SoftTopK(Objective):
         if self.hard:
             log_p = relaxation.straight_through(hard, log_p)
         loss = self.loss(log_p, self.y) if self.target is None else relaxation.towards(log_p, self.y, self.target)
-        return loss, hard.argmax(1) != self.y
+        score = margin(hard, self.y) if self.target is None else relaxation.towards(hard, self.y, self.target)
+        return Raised(loss, score, hard.argmax(1) != self.y)
 
 
 class PushPull(Objective):
@@ -114,11 +115,11 @@ class PushPull(Objective):
             self.target = wrong_classes(self.rows, features, problem.y, 1, self.half)[:, 0]
         self.hood = guides(self.rows, features, problem.y, self.target, self.half, self.k)
 
-    def value(self, images: Tensor, features: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
+    def value(self, images: Tensor, features: Tensor, progress: float) -> Raised:
         """Minus the hinge sum."""
         distances = self.hood.distances(features)
         hard = relaxation.hard_log_probabilities(self.hood, distances.detach(), self.k)
-        return -hinge_sum(self.hood, distances, self.y, self.k), hard.argmax(1) != self.y
+        return Raised(-hinge_sum(self.hood, distances, self.y, self.k), fooled=hard.argmax(1) != self.y)
 
 
 def half_of_guides(guides: int | None, k: int) -> int:
@@ -220,7 +221,7 @@ class ClassScores(Objective):
 
     def renew(self, problem: Problem, features: Tensor) -> None:
         """Find the references, at the first step only and around the clean images."""
-        clean = clean_features(problem)
+        clean = problem.clean_features()
         order = wrong_classes(self.rows, clean, problem.y, self.others, self.references)
         wanted = torch.cat([problem.y.unsqueeze(1), order], 1)  # N x classes, the true one first
         found = []
@@ -230,11 +231,11 @@ class ClassScores(Objective):
             found.append(self.rows.vectors(torch.where(torch.isfinite(distances), rows, rows[:, :1])))
         self.vectors = torch.stack(found, 1)  # N x classes x references x d
 
-    def value(self, images: Tensor, features: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
+    def value(self, images: Tensor, features: Tensor, progress: float) -> Raised:
         """Cross-entropy of the class scores."""
         distances = (features[:, None, None] - self.vectors).square().sum(3).clamp_min(1e-12).sqrt()
         scores = -distances.mean(2) / self.temperature
-        return scores.logsumexp(1) - scores[:, 0], None
+        return Raised(scores.logsumexp(1) - scores[:, 0])
 
 
 class Drift(Objective):
@@ -247,11 +248,11 @@ class Drift(Objective):
 
     def renew(self, problem: Problem, features: Tensor) -> None:
         """Note where the clean images lie."""
-        self.origin = clean_features(problem)
+        self.origin = problem.clean_features()
 
-    def value(self, images: Tensor, features: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
+    def value(self, images: Tensor, features: Tensor, progress: float) -> Raised:
         """The squared distance, whose direction is the distance's own and is 0 only at the clean image."""
-        return (features - self.origin).square().sum(1), None
+        return Raised((features - self.origin).square().sum(1))
 
 
 class ClassifierLoss(Objective):
@@ -277,10 +278,10 @@ class ClassifierLoss(Objective):
         """Find the clean images' neighbours."""
         self.y, self.around = problem.y, problem.y
         if self.rows is not None:
-            _, found = self.rows.nearest(clean_features(problem), min(problem.surface.k, self.rows.count))
+            _, found = self.rows.nearest(problem.clean_features(), min(problem.surface.k, self.rows.count))
             self.around = self.rows.posteriors(found) if self.term == "prediction" else self.rows.vectors(found)
 
-    def value(self, images: Tensor, features: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
+    def value(self, images: Tensor, features: Tensor, progress: float) -> Raised:
         """Cross-entropy and the term."""
         log_p = self.classify(images).log_softmax(1)
         loss = -log_p.gather(1, self.y.unsqueeze(1)).squeeze(1)
@@ -289,13 +290,7 @@ class ClassifierLoss(Objective):
         elif self.term == "feature":
             distances = (features.unsqueeze(1) - self.around).square().sum(2).clamp_min(1e-12).sqrt()
             loss = loss + self.gamma * distances.mean(1)
-        return loss, None
-
-
-@torch.no_grad()
-def clean_features(problem: Problem) -> Tensor:
-    """The features of the clean images, N x d."""
-    return problem.surface.need_features("the attack")(problem.x)
+        return Raised(loss)
 
 
 def soft_top_k(surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | Tensor, **settings: Any) -> Tensor:

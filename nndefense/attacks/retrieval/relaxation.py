@@ -34,6 +34,7 @@ class Neighborhood:
         log_posteriors: N x m x C.
         classes: N x m, the class that each row is predicted as.
         spread: N, the scale of the temperatures, a distance.
+        lengths: N x m, the vectors' squared lengths.
     """
 
     vectors: Tensor
@@ -41,6 +42,7 @@ class Neighborhood:
     log_posteriors: Tensor
     classes: Tensor
     spread: Tensor
+    lengths: Tensor
 
     @classmethod
     def of(cls, rows: Rows, near: Tensor, filled: Tensor, spread: Tensor) -> Neighborhood:
@@ -48,7 +50,8 @@ class Neighborhood:
         posteriors = rows.posteriors(near)
         # The defence falls back on the plain mean only where all K weights are 0; a floor does the same in the limit.
         log_weights = rows.weights(near).clamp_min(_TINY).log().masked_fill(~filled, -torch.inf)
-        return cls(rows.vectors(near), log_weights, posteriors.clamp_min(_TINY).log(), posteriors.argmax(2), spread)
+        vectors, logs = rows.vectors(near), posteriors.clamp_min(_TINY).log()
+        return cls(vectors, log_weights, logs, posteriors.argmax(2), spread, vectors.square().sum(2))
 
     def __getitem__(self, index: Tensor) -> Neighborhood:
         """The neighbourhoods of some of the images."""
@@ -60,7 +63,7 @@ class Neighborhood:
         # a thousandth of the nearest distances does not matter to a loss that the true pipeline checks.
         own = features.square().sum(1, keepdim=True)
         cross = torch.bmm(self.vectors, features.unsqueeze(2)).squeeze(2)
-        squared = own - 2 * cross + self.vectors.square().sum(2)
+        squared = own - 2 * cross + self.lengths
         # The root's slope is infinite at 0.
         distances = squared.clamp_min(1e-12).sqrt()
         return distances.masked_fill(torch.isneginf(self.log_weights), torch.inf)

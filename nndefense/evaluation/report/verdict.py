@@ -78,9 +78,13 @@ def _clean_cost(results: Results) -> tuple[str, str]:
 
 
 def informed_record(results: Results) -> Record | None:
-    """The lowest accuracy of the defence at the headline budget under attackers who know the database."""
+    """The lowest accuracy of the defence at the headline budget under attackers who know the database.
+
+    The exact one where an attack reaches it: it says more.
+    """
     known = [at_headline(results, DEFENDED, name) for name in INFORMED]
-    return min((r for r in known if r is not None), key=lambda r: float(r["accuracy"]), default=None)
+    found = [record for record in known if record is not None]
+    return min(found, key=lambda r: (float(r["accuracy"]), r["threat_model"] != "exact"), default=None)
 
 
 def gain_left(results: Results) -> Paired | None:
