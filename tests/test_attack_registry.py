@@ -76,7 +76,7 @@ def test_the_names_are_there_without_torch() -> None:
 
 
 def test_threat_models_follow_from_what_an_attack_needs() -> None:
-    assert registry.names("white") == ("fgsm", "pgd", "apgd", "apgd-t")
+    assert registry.names("white") == ("fgsm", "pgd", "apgd", "apgd-t", "eot")
     assert registry.names("gray") == registry.names("black")
     assert registry.names("gray")[-4:] == ("square", "fab", "cw", "deepfool")
     assert registry.names("adaptive")[:2] == ("square", "adaptive")

@@ -289,7 +289,7 @@ def test_records_are_complete(
     assert {field.name for field in fields(Record)} == REQUIRED | {
         "variant", "steps", "restarts", "attack_seconds", "database_rows", "surrogate", "loss", "knowledge",
         "budget_excess", "correct", "accuracy_8bit", "forwards", "backwards", "queries", "peak_memory_mb",
-        "query_limit", "attack_sha256", "attack_version", "certified",
+        "query_limit", "attack_sha256", "attack_version", "certified", "draw_seeds",
     }  # fmt: skip
     assert len(records) == 2 * (1 + 2 * 2)
     norms = torch.linalg.vector_norm(data.batch(range(50))[0].flatten(1), dim=1)

@@ -339,7 +339,8 @@ def test_predictions_repeat_and_draws_differ(digit_patches):
     torch.manual_seed(1)
     state = torch.get_rng_state()
     first = defense(pictures)
-    assert torch.equal(first, defense(pictures))
+    assert torch.equal(first, defense.with_seed(4)(pictures))
+    assert not torch.equal(first, defense(pictures))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.allclose(first.exp().sum(1), torch.ones(6), atol=1e-5)
     other = quilting(trained(), digit_patches, k=10, overlap=1, draws=3, seed=5)
@@ -388,7 +389,7 @@ def test_the_soft_quilt_is_smooth_and_near_the_quilt(digit_patches):
     quilt = Quilt(digit_patches, overlap=1)
     step = 1e-5 * torch.randn(pictures.shape, generator=generator, dtype=torch.float64)
     weight = torch.randn(pictures.shape, generator=generator, dtype=torch.float64)
-    rows = quilt.nearest(pictures, 10)
+    rows = quilt.nearest(pictures, quilt.candidates)
     # The same neighbours and temperature on both sides, as the gradient takes them for fixed.
     pinned = mixed_by_loop(quilt, pictures, rows, pictures)
     assert torch.allclose(quilt.soft(pictures), pinned, atol=1e-9)
@@ -449,3 +450,23 @@ def test_what_does_not_fit_is_said(digit_patches, tmp_path):
         Quilt(colour, k=0)
     with pytest.raises(InputError, match="overlap is 5"):
         Quilt(colour, overlap=5)
+
+
+def test_the_soft_quilt_hardens_towards_the_quilt_of_the_nearest_patches(digit_patches):
+    pictures = images("test", 8)[0]
+    quilt = Quilt(digit_patches, overlap=0)
+    # Without an overlap there are no seams, and the hardest choice is the nearest patch itself.
+    apart = [float((quilt.soft(pictures, progress) - quilt(pictures)).norm()) for progress in (0.0, 0.5, 1.0)]
+    assert apart[0] > apart[1] > apart[2] > 0
+    assert apart[2] < 0.7 * apart[0]
+
+
+def test_an_attack_climbs_the_soft_quilt_and_is_told_the_true_answer(digit_patches):
+    pictures = images("test", 4)[0]
+    defense = quilting(trained(), digit_patches, overlap=1)
+    surface = defense.attack_model()
+    assert torch.allclose(surface.predictions(pictures)[0], defense(pictures), atol=1e-6)
+    soft = trained()(defense.quilt.soft(pictures, 0.5)).log_softmax(1)
+    assert torch.allclose(surface.predictions(pictures, 0.5)[0], soft, atol=1e-6)
+    drawn = quilting(trained(), digit_patches, k=10, overlap=1).attack_model(draws=3)
+    assert drawn.predictions(pictures, 0.5).shape == (3, 4, 10)

@@ -12,6 +12,7 @@ from nndefense.faces import importing
 if TYPE_CHECKING:
     from nndefense.attacks.auto_pgd import apgd
     from nndefense.attacks.checks import check_labels, check_logits, check_model
+    from nndefense.attacks.expectation import eot_pgd
     from nndefense.attacks.fast_boundary import fab
     from nndefense.attacks.gradient import fgsm, pgd
     from nndefense.attacks.least_l2 import carlini_wagner, deepfool
@@ -27,6 +28,7 @@ _NAMES = {
     "auto_pgd": "apgd",
     "least_l2": "carlini_wagner deepfool",
     "checks": "check_labels check_logits check_model",
+    "expectation": "eot_pgd",
     "fast_boundary": "fab",
     "gradient": "fgsm pgd",
     "losses": "LOSSES Loss Model cross_entropy dlr kl margin targeted_dlr",
@@ -44,6 +46,6 @@ __getattr__ = importing(
 __all__ = [
     "ATTACKS", "LOSSES", "NORMS", "Attack", "Bpda", "Counted", "Eot", "Loss", "Model", "Norm", "Result",
     "SpatialAttack", "WorstCase", "apgd", "autoattack", "carlini_wagner", "check_labels", "check_logits",
-    "check_model", "cross_entropy", "deepfool", "distance", "dlr", "fab", "fgsm", "kl", "margin", "pgd",
+    "check_model", "cross_entropy", "deepfool", "distance", "dlr", "eot_pgd", "fab", "fgsm", "kl", "margin", "pgd",
     "radius", "register", "rotated_and_shifted", "run", "spatial_grid", "square", "targeted_dlr",
 ]  # fmt: skip

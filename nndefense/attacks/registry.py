@@ -153,6 +153,9 @@ _ATTACKS: dict[str, Attack] = {
                effort="steps", standard=100, restarts=True, loss=True),
         Attack("apgd-t", f"{_HERE}:apgd", "APGD-T", "APGD towards the nine likeliest wrong classes", effort="steps",
                standard=100, restarts=True, settings={"targets": 9}),
+        Attack("eot", f"{_HERE}:eot_pgd", "EOT-PGD",
+               "PGD for defences by transformation: margins over fresh draws, four aims in turn (Athalye 2018)",
+               effort="steps", standard=60, restarts=True),
         # Where a relaxed defence stands it returns the clean image, so that on a white rung PGD is the stronger one.
         Attack("autoattack", f"{_HERE}:autoattack", "AutoAttack",
                "the standard sequence: APGD-CE, APGD-T, FAB-T and Square, with 100 steps and 5,000 queries",

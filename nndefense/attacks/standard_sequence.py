@@ -166,6 +166,11 @@ class Counted(nn.Module):
         found: tuple[Tensor, Tensor] = self.model.expected_loss(self._count(x), y, loss)  # type: ignore[attr-defined]
         return found
 
+    def _predictions(self, x: Tensor, progress: float | None = None) -> Tensor:
+        """Single answers of a random defence, counted: what :func:`nndefense.attacks.eot_pgd` asks for."""
+        found: Tensor = self.model.predictions(self._count(x), progress)  # type: ignore[attr-defined]
+        return found
+
     def _count(self, x: Tensor) -> Tensor:
         cost = len(x) * self.passes
         self.forwards += cost

@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from nndefense.evaluation.ladder import WORST
+from nndefense.evaluation.ladder import WORST, bits
 from nndefense.files import write_bytes
 from nndefense.reporting import (
     Cell,
@@ -44,7 +44,12 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 HEADS = ("clean", "gray box", "black box", "knows the defence", "worst case")
 PUBLISHED_COLUMNS = ("clean", "gray", "black")
-_ATTACKS = {"pgd": "PGD through it", "adaptive": "attacks on retrieval", "apgd-square": "APGD-CE, APGD-T, Square"}
+_ATTACKS = {
+    "pgd": "PGD through it",
+    "eot": "EOT-PGD through it",
+    "adaptive": "attacks on retrieval",
+    "apgd-square": "APGD-CE, APGD-T, Square",
+}
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,9 @@ def _cell(
         least = min(found, key=lambda record: float(record["accuracy"]))
         # Of the gray and the black box there is one attack; the informed have several.
         attack = _ATTACKS.get(least["attack"], least["attack"]) if "white" in models else ""
+        if least.get("draw_seeds") and least["threat_model"] != WORST:
+            most = f"right on most draws: {percent(float(bits(least).mean()))}"
+            attack = f"{attack}; {most}" if attack else most
         return Measured(least["accuracy"], least["ci_low"], least["ci_high"], attack=attack)
     if "black" in models and results["surrogate"] is None:
         return Measured(None, reason="no surrogate was given")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from nndefense.evaluation.results import identity
 from nndefense.evaluation.threats import attacks_by
 from nndefense.files import make_folder, read_json, write_json
 from nndefense.models import Classifier, resolve_device
-from nndefense.pipeline import Materials, defenses, make_defense, subject_of
+from nndefense.pipeline import Materials, defenses, make_defense, subject_of, with_known_seed
 from nndefense.versions import library_versions
 
 
@@ -49,15 +49,23 @@ class Row:
         return BARE if self.spec.kind == "none" else self.spec.name
 
 
-def make_row(materials: Materials, spec: RowSpec) -> Row:
-    """Make a row's defence, or say why it is not there."""
+def make_rows(materials: Materials, spec: RowSpec) -> list[Row]:
+    """Make a row's defence, or say why it is not there; a random one is a second row, in which its seed is known."""
+    started = time.perf_counter()
     defense = defenses.get(spec.kind)
     if defense.trained and not materials.scope.training:
         reason = "not trained: this data set has no training settings here, or training was left out"
-        return Row(spec, reason=reason)
+        return [Row(spec, reason=reason)]
     made = make_defense(defense, materials, spec.options)
-    subject = subject_of(made, Row(spec).name, spec.kind, materials, informed=spec.informed)
-    return Row(spec, subject, made.facts)
+    seconds, specs = round(time.perf_counter() - started, 1), [(spec, made)]
+    if known := with_known_seed(made, materials.seed):
+        specs.append((replace(spec, name=f"{spec.name}, seed known", published=None), known))
+    rows = []
+    for one, each in specs:
+        subject = subject_of(each, Row(one).name, one.kind, materials, informed=one.informed)
+        # The time tells no defence from another.
+        rows.append(Row(one, subject, {**each.facts, "seconds to make": seconds}))
+    return rows
 
 
 FORMAT, VERSION = "nndefense-comparison", 1
@@ -86,12 +94,7 @@ def run_comparison(
     """
     make_folder(materials.out)
     begun = time.perf_counter()
-    rows = []
-    for spec in recipe.rows:
-        started = time.perf_counter()
-        row = make_row(materials, spec)
-        row.facts["seconds to make"] = round(time.perf_counter() - started, 1)
-        rows.append(row)
+    rows = [row for spec in recipe.rows for row in make_rows(materials, spec)]
     records = _measure(recipe, materials, test, rows)
     plain = [record.to_json() for record in records]
     plain += worst_cases(plain)

@@ -16,6 +16,7 @@ from nndefense.attacks.losses import likeliest_others
 from nndefense.attacks.retrieval import RetrievalSurface
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.evaluation.audit import UNDEFENDED, AuditLine
+from nndefense.evaluation.judging import is_random, judges_of
 from nndefense.evaluation.threats import AttackSettings, ThreatModel, run_attack
 from nndefense.own_code import taken
 from nndefense.statistics import mcnemar_p, wilson_interval
@@ -302,11 +303,18 @@ def _modes(model: nn.Module) -> AuditLine:
 
 
 def _repeats(subject: AuditSubject) -> AuditLine:
-    images = subject.images[: min(len(subject.images), 64)]
+    """The same answer twice; of a defence that draws, afresh at each call and the same again under the same seed."""
+    images, model = subject.images[: min(len(subject.images), 64)], subject.model
     first, second = _scores(subject, images), _scores(subject, images)
     same = torch.equal(first, second)
-    text = "A second run gives the same output, bit for bit." if same else "Two runs give different outputs: use EOT."
-    return AuditLine("determinism", same, text)
+    if not is_random(model):
+        text = "A second run gives the same output, bit for bit."
+        return AuditLine("determinism", same, text if same else "Two runs give different outputs: use EOT.")
+    begun = [_scores(replace(subject, model=judges_of(model, subject.seed)[0]), images) for _ in range(2)]
+    repeats = torch.equal(*begun)
+    drawn = "It draws the same at every call, so that its draws can be found out" if same else "It draws afresh"
+    again = "gives the same output, bit for bit" if repeats else "does not repeat: figures cannot be made again"
+    return AuditLine("determinism", repeats and not same, f"{drawn}; under the same seed it {again}.")
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from nndefense.attacks.retrieval import RetrievalSurface
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError
 from nndefense.evaluation.cells import CellStore
+from nndefense.evaluation.judging import FRESH_DRAWS, draw_seeds, is_random, judges_of
 from nndefense.evaluation.ladder import to_hex
 from nndefense.evaluation.threats import AttackSettings, Plan, ThreatModel, attacks_by, peak_memory_mb, run_attack
 from nndefense.memory import reused_memory
@@ -52,7 +53,7 @@ class Subject:
 
 
 # What belongs to some attacks only.
-OWN = ("query_limit", "attack_sha256", "certified")
+OWN = ("query_limit", "attack_sha256", "certified", "draw_seeds")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ class Record:
     ``queries`` (images x passes) are the cost of the attack, which all defences of a cell share; ``peak_memory_mb`` is
     the process's, up to then. ``certified`` says of the exact attack, like ``correct``, which images are proven to
     stand: the other right ones are open, and the interval begins at that of the certified ones.
+
+    A defence that draws at random is judged over fresh draws, each from one of the ``draw_seeds`` and none of them an
+    attacker's: ``accuracy`` is the mean over them, and ``correct`` says which images are right on most.
     """
 
     dataset: str
@@ -109,6 +113,7 @@ class Record:
     attack_sha256: str = ""
     attack_version: int = 1
     certified: str = ""
+    draw_seeds: list[int] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a results file; some only where there is something to say."""
@@ -229,7 +234,8 @@ class _Run:
         """Attack the images once, and show them to every subject."""
         right: dict[str, list[Tensor]] = {subject.name: [] for subject in active}
         proven: list[Tensor] = []
-        rounded = dict.fromkeys(right, 0)
+        judges = {subject.name: judges_of(subject.model, self.seed) for subject in active}
+        rounded = dict.fromkeys(right, 0.0)
         seconds = dict.fromkeys(right, 0.0)
         generator = torch.Generator().manual_seed(self.seed)
         attack_seconds = radii = excess = 0.0
@@ -250,10 +256,11 @@ class _Run:
                 excess = max(excess, float((_size(images - clean, cell.attack.norm) - radius.double()).max()))
             for subject in active:
                 begun = time.perf_counter()
-                right[subject.name].append(_right(subject.model, images, truth))
+                right[subject.name].append(_right(judges[subject.name], images, truth))
                 seconds[subject.name] += time.perf_counter() - begun
                 if headline and subject.every_eps:
-                    rounded[subject.name] += int(_right(subject.model, (images * 255).round() / 255, truth).sum())
+                    again = _right(judges[subject.name], (images * 255).round() / 255, truth)
+                    rounded[subject.name] += float(again.double().mean(0).sum())
             self.progress(len(images))
         n = len(self.dataset)
         plain: dict[str, Any] = (
@@ -261,9 +268,10 @@ class _Run:
         )
         records = []
         for subject in active:
-            bits = torch.cat(right[subject.name]).numpy()
+            shares = torch.cat(right[subject.name], 1).double().mean(0)
+            bits, count = (shares > 0.5).numpy(), float(shares.sum())
             certified = torch.cat(proven).numpy() if proven else bits
-            low, high = wilson_interval(int(certified.sum()), n)[0], wilson_interval(int(bits.sum()), n)[1]
+            low, high = wilson_interval(int(certified.sum()) if proven else count, n)[0], wilson_interval(count, n)[1]
             records.append(
                 Record(
                     dataset=self.dataset.name,
@@ -280,7 +288,7 @@ class _Run:
                     eps_raw=radii / n,
                     budget_excess=max(excess, 0.0),
                     n=n,
-                    accuracy=int(bits.sum()) / n,
+                    accuracy=count / n,
                     ci_low=low,
                     ci_high=high,
                     correct=to_hex(bits),
@@ -300,6 +308,7 @@ class _Run:
                     attack_sha256=plain.get("sha256", ""),
                     attack_version=plain.get("version", 1),
                     certified=to_hex(certified) if proven else "",
+                    draw_seeds=draw_seeds(self.seed) if is_random(subject.model) else [],
                 )
             )
         return records
@@ -327,10 +336,10 @@ def starts_at_images(threat: ThreatModel) -> bool:
     return getattr(getattr(threat.target, "rows", None), "images", None) is not None
 
 
-@torch.no_grad()
-def _right(model: nn.Module, images: Tensor, truth: Tensor) -> Tensor:
-    found: Tensor = (model(images).argmax(1) == truth).cpu()
-    return found
+def _right(judges: Sequence[nn.Module], images: Tensor, truth: Tensor) -> Tensor:
+    """Which images each judge gets right: judges x N booleans."""
+    with torch.no_grad():
+        return torch.stack([(judge(images).argmax(1) == truth).cpu() for judge in judges])
 
 
 def _size(change: Tensor, norm: str) -> Tensor:
@@ -359,4 +368,5 @@ def _identity(subject: Subject) -> list[Any]:
     # Two defences over the same database differ in these.
     settings = [getattr(subject.model, name, None) for name in ("k", "weighting", "power", "terms")]
     named = [subject.name, subject.variant, subject.database, subject.database_rows, settings]
-    return [*named, subject.identity] if subject.identity else named
+    named += [subject.identity] if subject.identity else []
+    return [*named, FRESH_DRAWS] if is_random(subject.model) else named

@@ -23,6 +23,7 @@ from nndefense.own_code import taken, told
 
 # What is run on nets beside the attack that is asked for.
 _ON_NETS = ("apgd-square",)
+_ON_TRANSFORMS = ("eot",)
 
 
 def bare_subject(classifier: Classifier) -> Subject:
@@ -55,7 +56,7 @@ def known_of(
 
     The gradient is that of its ``attack_model()``, else of its relaxed ``surface()``, else its own, where that reaches
     the pixels. Who has a net's own gradient also runs APGD-CE, APGD-T and Square: PGD alone flatters nets that were
-    trained to withstand it.
+    trained to withstand it. Who has a surface that makes single predictions runs EOT-PGD.
 
     Args:
         model: the defence; its methods are given those of the other arguments that they take.
@@ -80,7 +81,8 @@ def known_of(
         white = RelaxedDefense(surface)
     else:
         white = model if _has_gradient(model, classifier) else None
-    return {"white": white, "surface": surface, "also": _ON_NETS if white is model else ()}
+    also = _ON_NETS if white is model else _ON_TRANSFORMS if hasattr(white, "predictions") else ()
+    return {"white": white, "surface": surface, "also": also}
 
 
 def _has_gradient(model: nn.Module, classifier: Classifier) -> bool:

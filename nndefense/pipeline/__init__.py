@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from nndefense.pipeline.demo import DemoSettings, run_demo
     from nndefense.pipeline.evaluating import evaluate, headline_of
-    from nndefense.pipeline.making import Made, make_defense, subject_of
+    from nndefense.pipeline.making import Made, make_defense, subject_of, with_known_seed
     from nndefense.pipeline.materials import Materials, MaterialSettings
     from nndefense.pipeline.opening import drawn, open_classifier, open_datasets, reported_split, split
 
@@ -31,7 +31,7 @@ _NAMES = {
     "checks": "check_disjoint check_not_calibrated_on check_not_in_database check_surrogate",
     "demo": "DemoSettings run_demo",
     "evaluating": "evaluate headline_of",
-    "making": "Made make_defense subject_of",
+    "making": "Made make_defense subject_of with_known_seed",
     "materials": "MaterialSettings Materials",
     "opening": "drawn open_classifier open_datasets reported_split split",
 }
@@ -42,5 +42,5 @@ __all__ = [
     "Candidates", "Chosen", "DemoSettings", "Made", "MaterialSettings", "Materials", "build_calibrated",
     "check_disjoint", "check_not_calibrated_on", "check_not_in_database", "check_surrogate", "choose", "defenses",
     "drawn", "evaluate", "headline_of", "make_defense", "open_classifier", "open_datasets", "reported_split",
-    "run_demo", "split", "subject_of", "write_attacked",
+    "run_demo", "split", "subject_of", "with_known_seed", "write_attacked",
 ]  # fmt: skip

@@ -25,7 +25,7 @@ from nndefense.pipeline.checks import (
     check_not_in_database,
     check_surrogate,
 )
-from nndefense.pipeline.making import make_defense, subject_of
+from nndefense.pipeline.making import make_defense, subject_of, with_known_seed
 from nndefense.pipeline.materials import Materials, MaterialSettings
 from nndefense.pipeline.opening import drawn, neighbor_pictures, open_classifier, open_datasets
 
@@ -170,7 +170,10 @@ def _with_defenses(opened: Opened, wanted: Sequence[defenses.Defense], materials
             )
             continue
         name = defenses.defense_name(defense.name)
-        others.append(subject_of(made, name, "defense", materials, informed=bool(models & {"white", "adaptive"})))
+        for one, called in ((made, name), (with_known_seed(made, recipe.seed), f"{name}, seed known")):
+            if one is not None:
+                informed = bool(models & {"white", "adaptive"})
+                others.append(subject_of(one, called, "defense", materials, informed=informed))
     return replace(opened, others=others)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nndefense.errors import InputError
 from nndefense.evaluation import Subject
+from nndefense.evaluation.judging import is_random
 from nndefense.evaluation.ladder import BARE
 from nndefense.evaluation.subjects import known_of
 from nndefense.images import shape_text
@@ -99,6 +100,13 @@ def _probe(name: str, model: nn.Module, materials: Materials) -> None:
             f"the defence {name} gives {found} for 2 images: it must give finite logits or log-probabilities "
             f"{shape_text(wanted)}"
         )
+
+
+def with_known_seed(made: Made, seed: int) -> Made | None:
+    """A random defence as it is when its seed is known, so that it and the attacker draw the same; None for others."""
+    if not is_random(made.model) or not callable(fixed := getattr(made.model, "fixed", None)):
+        return None
+    return replace(made, model=fixed(seed), facts={**made.facts, "known seed": seed})
 
 
 def subject_of(made: Made, name: str, variant: str, materials: Materials, *, informed: bool = True) -> Subject:

@@ -12,16 +12,18 @@ from nndefense.attacks.checks import at_least
 from nndefense.database.exact_search import squared_distances
 from nndefense.defenses.quilting.layout import Layout, boundary_cut, check_tiling, lay_out
 from nndefense.defenses.quilting.patches import PatchDatabase
-from nndefense.defenses.transformed import Transform, TransformDefense
+from nndefense.defenses.transformed import TransformDefense
 from nndefense.errors import InputError, check_choice
 from nndefense.images import channel_message
 from nndefense.models import Classifier
 
 OVERLAP = 2
 SUBSTITUTES = ("soft", "identity")
-# Neighbours that the substitute weighs, and the least temperature, for patches that are all equally near.
-SOFT = 10
+# Neighbours that the substitute weighs, the least temperature, for patches that are all equally near, and how far it
+# falls in the course of an attack.
+SOFT = 30
 _SPREAD = 1e-3
+_HARDEST = 0.1
 # How many patches are searched and laid together: bounds the memory to a few hundred MB whatever the batch.
 _TOGETHER = 1 << 17
 
@@ -29,8 +31,8 @@ _TOGETHER = 1 << 17
 class Quilt:
     """The transformation: images N x C x H x W in [0, 1] -> images of the same shape, made of database patches.
 
-    Each patch of the image is replaced by one of the ``k`` database patches nearest to the whole of it, drawn uniformly
-    from torch's default generator of the images' device; the patches are joined along seams of least error
+    Each patch of the image is replaced by one of the ``k`` database patches nearest to the whole of it, drawn
+    uniformly; the patches are joined along seams of least error
     (:func:`~nndefense.defenses.quilting.boundary_cut`). Every pixel of the result is a pixel of a database patch.
 
     With ``k`` = 1 (the default of the code of Guo et al., which stands behind their table) nothing is random. The code
@@ -57,9 +59,14 @@ class Quilt:
         self.patches, self.k, self.overlap = patches, k, overlap
         self._last: tuple[Tensor, Tensor] | None = None
 
+    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Which of the nearest patches is taken at each position of each image: N x P, 0 to ``k`` - 1."""
+        shape = (len(images), len(self._layout(images)))
+        return torch.randint(self.k, shape, generator=generator).to(images.device)
+
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Quilt a batch.
+    def __call__(self, images: Tensor, drawn: Tensor | None = None) -> Tensor:
+        """Quilt a batch by what :meth:`draw` gave, drawn here by default.
 
         Raises:
             InputError: images with other channels than the patches, or smaller than one.
@@ -68,33 +75,38 @@ class Quilt:
         if self.k == 1:
             picked = near[..., 0]
         else:
-            draw = torch.randint(self.k, near.shape[:2], device=near.device)
-            picked = near.gather(2, draw[..., None])[..., 0]
+            picked = near.gather(2, (self.draw(images) if drawn is None else drawn)[..., None])[..., 0]
         together = max(_TOGETHER // len(layout), 1)
         parts = [stitch(self.patches.pixels(rows), layout) for rows in torch.split(picked, together)]
         return torch.cat(parts).to(images.dtype) if parts else images.clone()
 
-    def soft(self, images: Tensor) -> Tensor:
+    def soft(self, images: Tensor, progress: float = 0.0) -> Tensor:
         """A smooth stand-in for the quilt, for the gradient of an attack: N x C x H x W in [0, 1], differentiable.
 
-        At each position the nearest patches (``k``, and 10 at least) are averaged with weights softmax(-d^2 / t), where
-        t is by how much their mean squared distance exceeds the least; where patches overlap, they are averaged too.
-        So the gradient tells which pixels make another patch the nearest one, of which the identity knows nothing.
+        At each position the nearest patches (``k``, and 30 at least) are averaged with weights softmax(-d^2 / t), where
+        patches overlap, they are averaged too. At first t is by how much their mean squared distance exceeds the
+        least, and it falls to a tenth of that as ``progress`` goes from 0 to 1, so that the choice grows ever harder.
+        The gradient tells which pixels make another patch the nearest one, of which the identity knows nothing.
         """
         layout = self._layout(images)
         queries = cut(images, layout).flatten(0, 1).flatten(1)
-        rows = self.nearest(images, min(max(self.k, SOFT), len(self.patches))).flatten(0, 1)
-        candidates = self.patches.pixels(rows).flatten(2).to(queries)
-        squared = squared_distances(queries, candidates)
+        rows = self.nearest(images, self.candidates).flatten(0, 1)
+        patches = self.patches.pixels(rows).flatten(2).to(queries)
+        squared = squared_distances(queries, patches)
         known = squared.detach()
         spread = (known.mean(1, keepdim=True) - known.amin(1, keepdim=True)).clamp_min(_SPREAD)
-        mixed = ((-squared / spread).softmax(1)[..., None] * candidates).sum(1)
+        mixed = ((-squared / (spread * _HARDEST**progress)).softmax(1)[..., None] * patches).sum(1)
         # N P x (C p p) -> N x C x (P p p), which is added up where it lies.
         mixed = mixed.view(len(images), len(layout), images.shape[1], -1).transpose(1, 2).flatten(2)
         places = layout.pixels.to(images.device).flatten()
         total = images.new_zeros(images.shape).flatten(2).index_add(2, places, mixed)
         covered = images.new_zeros(total.shape[2]).index_add(0, places, torch.ones_like(places, dtype=images.dtype))
         return (total / covered).view(images.shape)
+
+    @property
+    def candidates(self) -> int:
+        """How many patches the stand-in weighs at each position."""
+        return min(max(self.k, SOFT), len(self.patches))
 
     @torch.no_grad()
     def nearest(self, images: Tensor, count: int) -> Tensor:
@@ -181,16 +193,20 @@ class QuiltingDefense(TransformDefense):
         super().__init__(classifier, quilt, differentiable=False, random=quilt.k > 1, **options)
         self.quilt, self.substitute = quilt, substitute
 
-    def attacked_transform(self) -> Transform:
+    def attacked(self, images: Tensor, drawn: Tensor | None) -> Tensor:
         """The true quilt forward, the substitute's gradient backward (BPDA)."""
         if self.substitute == "identity":
-            return super().attacked_transform()
-        return Bpda(self._searched_once, self.quilt.soft)
-
-    def _searched_once(self, images: Tensor) -> Tensor:
+            return super().attacked(images, drawn)
         # The substitute needs more neighbours than the quilt; found before, they serve both.
-        self.quilt.nearest(images, min(max(self.quilt.k, SOFT), len(self.quilt.patches)))
-        return self.quilt(images)
+        self.quilt.nearest(images, self.quilt.candidates)
+        passed: Tensor = Bpda(lambda seen: self.transformed(seen, drawn), self.quilt.soft)(images)
+        return passed
+
+    def stand_in(self, images: Tensor, drawn: Tensor | None, progress: float) -> Tensor:
+        """The soft quilt itself, ever harder; where patches are drawn, the true quilt with its gradient."""
+        if drawn is not None or self.substitute == "identity":
+            return self.attacked(images, drawn)
+        return self.quilt.soft(images, progress)
 
 
 def quilting(
@@ -201,7 +217,7 @@ def quilting(
     overlap: int = OVERLAP,
     draws: int = 1,
     attack_draws: int | None = None,
-    seed: int | None = 0,
+    seed: int | None = None,
     substitute: str = "soft",
 ) -> QuiltingDefense:
     """The defence: quilt the image, then classify it.

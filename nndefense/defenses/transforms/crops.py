@@ -60,7 +60,7 @@ def window(images: Tensor, size: float) -> tuple[int, int]:
 class RandomCrop(nn.Module):
     """One crop per image, each at its own place drawn uniformly, resized to the image (Guo et al., ICLR 2018).
 
-    Differentiable. Draws from torch's default generator of the images' device.
+    Differentiable.
 
     Args:
         size: side of the crop as a share of the image's, in (0, 1].
@@ -75,12 +75,16 @@ class RandomCrop(nn.Module):
         self.size = size
         self.eval()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images N x C x H x W -> a crop of each, N x C x H x W."""
+    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A place for each image, as shares of the free rows and columns: N x 2 in [0, 1), float64."""
+        return torch.rand(len(images), 2, generator=generator, dtype=torch.float64).to(images.device)
+
+    def forward(self, images: Tensor, drawn: Tensor | None = None) -> Tensor:
+        """Images N x C x H x W and places of :meth:`draw` (drawn here by default) -> a crop of each, N x C x H x W."""
+        places = self.draw(images) if drawn is None else drawn
         rows, columns = window(images, self.size)
         free = torch.tensor([images.shape[2] - rows + 1, images.shape[3] - columns + 1], device=images.device)
-        drawn = torch.rand(len(images), 2, device=images.device, dtype=torch.float64)
-        return resized_crops(images, (drawn * free).long(), (rows, columns))
+        return resized_crops(images, (places * free).long(), (rows, columns))
 
 
 class GridCrops(nn.Module):
@@ -142,7 +146,7 @@ def crop_ensemble(
     size: float = CROP_SIZE,
     grid: bool = False,
     attack_draws: int | None = None,
-    seed: int | None = 0,
+    seed: int | None = None,
 ) -> TransformDefense:
     """Average the classifier over crops of the image (Guo et al., ICLR 2018, section 4).
 
@@ -156,7 +160,7 @@ def crop_ensemble(
         size: side of a crop as a share of the image's, in (0, 1].
         grid: crops on a grid instead of at random places.
         attack_draws: crops per step of an attack (EOT); by default as many as the defence takes, and 10 at least.
-        seed: of the places; None leaves them to torch's default generators.
+        seed: of the places; None draws a secret one.
 
     Raises:
         InputError: settings that cannot be used.

@@ -1,0 +1,31 @@
+"""Who judges: a defence that draws at random is asked over many fresh draws, any other once."""
+
+from __future__ import annotations
+
+import hashlib
+
+from torch import nn
+
+FRESH_DRAWS = 20
+
+
+def is_random(model: nn.Module) -> bool:
+    """Whether a defence draws: it says so by ``random``, and ``with_seed(seed)`` begins its draws at a seed."""
+    return bool(getattr(model, "random", False)) and callable(getattr(model, "with_seed", None))
+
+
+def draw_seeds(seed: int) -> list[int]:
+    """The seeds of the fresh draws of an evaluation with this seed.
+
+    An attacker's draws come from torch's default generator under ``seed`` itself, so that none of these is his.
+    """
+    hashed = (hashlib.sha256(f"fresh draw {number} of {seed}".encode()).digest() for number in range(FRESH_DRAWS))
+    # 53 bits, which every reader of JSON keeps.
+    return [int.from_bytes(one[:8], "big") >> 11 for one in hashed]
+
+
+def judges_of(model: nn.Module, seed: int) -> list[nn.Module]:
+    """The defence once for each fresh draw, or itself where nothing is random."""
+    if not is_random(model):
+        return [model]
+    return [model.with_seed(one) for one in draw_seeds(seed)]  # type: ignore[operator]
