@@ -99,14 +99,14 @@ def run_adaptive(
 
     The worst case per image over: the clean image; ``start``, where it is given; and, on what still stands,
 
-    1. a short ascent on the rank margin for any class but y, from x and from ``start``;
-    2. for each wrong class by itself the row images that come nearest to its majority, in rounds of successive
+    1. a short ascent on the rank margin for any class but y;
+    2. the classifier's own cross-entropy, the retrieval ignored, and 1 again from the worst point so far;
+    3. for each wrong class by itself the row images that come nearest to its majority, in rounds of successive
        halving (:data:`SCHEDULE`): short ascents on all of them, long ones on the best;
-    3. path relinking: the best points mixed with the images of the rows around them, with noise, and raised again;
-    4. the soft top-K from the best point, which sees posteriors and weights as they are;
-    5. the classifier's own cross-entropy.
+    4. path relinking: the best points mixed with the images of the rows around them, with noise, and raised again;
+    5. the soft top-K from the worst point, which sees posteriors and weights as they are.
 
-    What needs more than the surface has is left out: at L0 only 5 is left, at L1 without rows also feature drift.
+    What needs more than the surface has is left out: at L0 only 2 is left, at L1 without rows also feature drift.
 
     Args:
         surface, x, y, eps, norm, generator, batch_size: as for :func:`~nndefense.attacks.retrieval.ascent.attack`.
@@ -129,7 +129,7 @@ def run_adaptive(
         run.offer("clean", run.problem.x)
         if start is not None:
             run.offer("start", run.problem.bring_in(start[index].to(x))[run.standing])
-        run.everything(restarts, started=start is not None)
+        run.everything(restarts)
         best[index], margins[index] = run.best, run.margins
         for place, name in zip(index.tolist(), run.stages, strict=True):
             stages[place] = name
@@ -177,31 +177,46 @@ class _Run:
                 self.standing[image], self.stages[image] = False, name
                 self.broken[name] += 1
 
-    def everything(self, restarts: int, *, started: bool) -> None:
+    def everything(self, restarts: int) -> None:
         """All that the surface allows, while anything stands."""
         surface = self.problem.surface
         if surface.rows is not None:
             self.ascend("any class", RankMargin(surface), self.problem.x, 0.15)
-            if started:
-                self.ascend("any class, from the start", RankMargin(surface), self.best, 0.15)
-            if self.standing.any():
-                self.halving(restarts)
+        self.gray()
+        aims = None
+        if surface.rows is not None:
+            self.ascend("any class, from the worst", RankMargin(surface), self.best, 0.15)
+            aims = self.halving()
             self.ascend("soft top-K", SoftTopK(surface), self.best, 0.4)
         elif surface.features is not None:
             self.ascend("drift", Drift(surface), self.problem.random_start(self.generator), 0.4)
-        for _ in range(restarts if surface.classify is not None else 0):
-            self.ascend("gray", ClassifierLoss(surface), self.problem.random_start(self.generator), 0.4)
+        for _ in range(restarts - 1):
+            aims = self.relink(aims)
+            self.gray()
 
-    def halving(self, restarts: int) -> None:
+    def gray(self) -> None:
+        """The classifier's own loss, from a random draw."""
+        if self.problem.surface.classify is not None:
+            objective = ClassifierLoss(self.problem.surface)
+            self.ascend("gray", objective, self.problem.random_start(self.generator), 0.4)
+
+    def halving(self) -> Aims | None:
         """Aims for each class by itself, in :data:`SCHEDULE`, and path relinking after them."""
-        aims = from_rows(self.problem, self.left(), classes=CLASSES, pool=POOL, keep=KEPT)
-        for planned in SCHEDULE:
-            aims = self.climb(aims.best(planned.keep, self.standing), planned)
-        for _ in range(ROUNDS + restarts - 1):
-            if not self.standing.any():
-                return
-            again = relinked(self.problem, aims.best(2, self.standing), self.generator, pool=POOL // 2, keep=KEPT)
-            aims = Aims.together([aims, self.climb(again.best(RELINKING.keep, self.standing), RELINKING)])
+        aims: Aims | None = None
+        if self.standing.any():
+            aims = from_rows(self.problem, self.left(), classes=CLASSES, pool=POOL, keep=KEPT)
+            for planned in SCHEDULE:
+                aims = self.climb(aims.best(planned.keep, self.standing), planned)
+        for _ in range(ROUNDS):
+            aims = self.relink(aims)
+        return aims
+
+    def relink(self, aims: Aims | None) -> Aims | None:
+        """A round of path relinking from the best aims so far, which it joins."""
+        if aims is None or not self.standing.any():
+            return aims
+        again = relinked(self.problem, aims.best(2, self.standing), self.generator, pool=POOL // 2, keep=KEPT)
+        return Aims.together([aims, self.climb(again.best(RELINKING.keep, self.standing), RELINKING)])
 
     def climb(self, aims: Aims, planned: Round) -> Aims:
         """Raise the rank margin from each aim, and show the results: the aims from where they ended."""
