@@ -11,6 +11,7 @@ whose vote is another class has a polyhedron that meets ball and box. Sets are g
 - The node's quadratic programme demands that no own row be nearer. A proof that it misses the ball rests on a few own
   rows; every set that it leaves open holds one of these, so that they are the children.
 - Where it meets the ball, the true vote at the point decides; where that is right, each further row is a child.
+- The nodes part the sets among them: what holds a row is looked at before what does not hold it.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class ExactResult:
 
 @torch.no_grad()
 def run_exact(
-    surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | Tensor, norm: str = "l2", limit: int = 5_000
+    surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | Tensor, norm: str = "l2", limit: int = 10_000
 ) -> ExactResult:
     """Decide for every image whether any image inside ball and box is misclassified.
 
@@ -76,7 +77,7 @@ def run_exact(
         surface: with all rows (L3); its feature must be affine in the pixels, its index exact, and its weights those of
             the rows alone.
         x, y, eps, norm: as for :func:`~nndefense.attacks.retrieval.ascent.attack`.
-        limit: nodes for each image, at least 1; what needs more stays open. Two thousand take about 0.3 s.
+        limit: nodes for each image, at least 1; what needs more stays open. Ten thousand take some 5 s.
 
     Raises:
         InputError: no image, a feature that is not affine, a defence whose answer is not the vote of its K nearest rows
@@ -110,12 +111,11 @@ class _Votes:
         weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, torch.ones_like(weights))
         return torch.einsum("nk,nkc->nc", weights / weights.sum(1, keepdim=True), self.posteriors[rows])
 
-    def leads(self, rows: Tensor, y: int) -> Tensor:
-        """By how much the likeliest other class leads y, N."""
+    def leads(self, rows: Tensor, y: Tensor) -> Tensor:
+        """By how much the likeliest other class leads y (N classes), N."""
         found = self.probabilities(rows)
-        own = found[:, y].clone()
-        found[:, y] = -torch.inf
-        return found.amax(1) - own
+        own = found.gather(1, y[:, None])
+        return found.scatter(1, y[:, None], -torch.inf).amax(1) - own[:, 0]
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,14 @@ class _Roles:
         return _Roles(own, least)
 
 
+@dataclass(frozen=True)
+class _Node:
+    """All sets of K rows that hold ``rows`` and none of ``out``; the nodes of an image never share a set."""
+
+    rows: tuple[int, ...]
+    out: Tensor
+
+
 @dataclass
 class _Image:
     """What is left to do for one image."""
@@ -147,25 +155,20 @@ class _Image:
     number: int
     y: int
     roles: _Roles
-    fresh: Iterator[list[tuple[int, ...]]]
+    fresh: Iterator[list[_Node]]
     limit: int
-    pending: list[tuple[int, ...]] = field(default_factory=list)
-    seen: set[tuple[int, ...]] = field(default_factory=set)
+    pending: list[_Node] = field(default_factory=list)
     narrow: bool = False
 
-    def push(self, sets: list[tuple[int, ...]]) -> None:
-        """Sets to look at; those beyond the limit are not, so that the image can be broken but not certified."""
-        for rows in sets:
-            if rows in self.seen:
-                continue
-            if len(self.seen) >= self.limit:
-                self.narrow, self.fresh = True, iter(())
-                return
-            self.seen.add(rows)
-            self.pending.append(rows)
+    def push(self, nodes: list[_Node]) -> None:
+        """Nodes to look at; those beyond the limit are not, so that the image can be broken but not certified."""
+        self.pending += reversed(nodes[: self.limit])
+        if len(nodes) > self.limit:
+            self.narrow, self.fresh = True, iter(())
+        self.limit -= min(len(nodes), self.limit)
 
-    def take(self, count: int) -> list[tuple[int, ...]]:
-        """The next few of them."""
+    def take(self, count: int) -> list[_Node]:
+        """The next few of them: children before their parents' neighbours, the likeliest first."""
         while len(self.pending) < count and (block := next(self.fresh, None)) is not None:
             self.push(block)
         taken, self.pending = self.pending[-count:], self.pending[:-count]
@@ -203,6 +206,7 @@ class _Search:
         # features.
         size = float(vectors.norm(dim=1).max() + feature(x).norm(dim=1).max())
         self.slack = 64 * 2.0**-24 * size**2 + 8 * size * feature.error
+        self.values = self.planes.at(center)
         self._check_votes(rows)
         self.images, self.broken = x.clone(), surface.fooled(x, problem.y).cpu()
         self.certified = torch.zeros_like(self.broken)
@@ -210,8 +214,7 @@ class _Search:
 
     def _check_votes(self, rows: Rows) -> None:
         """The true pipeline answers as the rows say, where no rounding decides which rows are the nearest."""
-        values = self.planes.at(self.region.center)
-        near, found = values.topk(min(self.k + 1, rows.count), dim=1, largest=False)
+        near, found = self.values.topk(min(self.k + 1, rows.count), dim=1, largest=False)
         clear = torch.ones(len(near), dtype=torch.bool, device=near.device)
         if near.shape[1] > self.k:
             clear = near[:, self.k] - near[:, self.k - 1] > 2 * self.slack
@@ -236,7 +239,7 @@ class _Search:
                 taken = image.take(share)
                 # Nothing is left to look at.
                 self.certified[image.number] = not taken and not image.narrow
-                batch += [(image, rows) for rows in taken]
+                batch += [(image, node) for node in taken]
             for first in range(0, len(batch), room):
                 self._bound(batch[first : first + room])
             left = [
@@ -246,9 +249,9 @@ class _Search:
 
     # -- nodes -----------------------------------------------------------------------------------------------------
 
-    def _starts(self, number: int, roles: _Roles) -> Iterator[list[tuple[int, ...]]]:
-        """Sets of ``least`` rows that are not y's own, those that half-spaces leave, nearly the likeliest first."""
-        values = self.planes.at(self.region.center[number][None])[0]
+    def _starts(self, number: int, roles: _Roles) -> Iterator[list[_Node]]:
+        """The sets of the first ``least`` other rows, in an order with the likeliest first, that half-spaces leave."""
+        values = self.values[number]
         own, other = roles.own.nonzero()[:, 0], (~roles.own).nonzero()[:, 0]
         own = own[values[own].argsort()]
         spare = self.k - roles.least
@@ -277,48 +280,58 @@ class _Search:
                 grown = torch.maximum(distances[first], apart[row])
                 kept = needed(grown) <= radius
                 sets, distances = torch.cat([sets[first], row[:, None]], 1)[kept], grown[kept]
-            sets = other[sets]
             if sets.shape[1] == self.k:
-                sets = sets[self.votes.leads(sets, int(self.y[number])) >= -_VOTE]
+                sets = sets[self.votes.leads(other[sets], self.y[number].expand(len(sets))) >= -_VOTE]
+            # They are the first: no other row of a place between (or before, where none is left to add) is in the set.
+            whole = sets.shape[1] == roles.least
             if len(sets):
-                yield [tuple(sorted(rows)) for rows in sets.tolist()]
+                yield [
+                    _Node(tuple(other[places].tolist()), other[0 if whole else int(places[-1]) : last])
+                    for places in sets
+                ]
 
-    def _bound(self, batch: list[tuple[_Image, tuple[int, ...]]]) -> None:
+    def _bound(self, batch: list[tuple[_Image, _Node]]) -> None:
         """Bound nodes of several images, and give each what follows."""
         numbers = torch.tensor([image.number for image, _ in batch])
         self.nodes += torch.bincount(numbers, minlength=len(self.nodes))
-        inside = torch.tensor([(*rows, *rows[:1] * (self.k - len(rows))) for _, rows in batch])
-        own = {image.y: image.roles.own for image, _ in batch}
-        outside = torch.stack([own[image.y] | (len(rows) == self.k) for image, rows in batch])
+        inside = torch.tensor([(*node.rows, *node.rows[:1] * (self.k - len(node.rows))) for _, node in batch])
+        outside = torch.stack([image.roles.own | (len(node.rows) == self.k) for image, node in batch])
+        for line, (_, node) in zip(outside, batch, strict=True):
+            line[node.out] = True
         outside.scatter_(1, inside, False)
         found = decide(self.planes, self.region.take(numbers), inside, outside, self.slack)
         met = found.met.nonzero()[:, 0]
         if len(met):
             self._candidates(batch, met, inside, outside)
-        for place, (image, rows) in enumerate(batch):
+        for place, (image, node) in enumerate(batch):
             if self.broken[image.number]:
                 continue
-            if found.empty[place]:
-                image.push(self._with_own(image, rows, found.support[place]))
-            elif len(rows) == self.k or not found.met[place]:
+            if not found.empty[place] and (len(node.rows) == self.k or not found.met[place]):
                 image.narrow = True
-            else:
-                image.push(self._with_any(image, rows))
+            elif len(node.rows) < self.k:
+                # A set that is empty unless one of a few own rows is in it, too; or met, but where the vote is right.
+                more = found.support[place] if found.empty[place] else torch.ones_like(image.roles.own)
+                image.push(self._grown(image, node, more))
 
-    def _candidates(
-        self, batch: list[tuple[_Image, tuple[int, ...]]], met: Tensor, inside: Tensor, outside: Tensor
-    ) -> None:
+    def _candidates(self, batch: list[tuple[_Image, _Node]], met: Tensor, inside: Tensor, outside: Tensor) -> None:
         """Show the true pipeline points a hair inside the polyhedra that meet their regions."""
         numbers = torch.tensor([batch[place][0].number for place in met.tolist()])
         # Float32 can carry a point over the sphere by a few units in the last place.
         region = self.region.take(numbers)
         tight = replace(region, limit=region.limit * (1.0 - 1e-6) ** 2) if not self.linf else region
-        found = decide(self.planes, tight, inside[met], outside[met], -self.slack)
-        sets = self.planes.at(found.points).topk(self.k, dim=1, largest=False).indices
-        leads = torch.stack(
-            [self.votes.leads(rows[None], batch[place][0].y)[0] for place, rows in zip(met.tolist(), sets, strict=True)]
-        )
-        index = (found.met & (leads > 0)).nonzero()[:, 0]
+        found = decide(self.planes, tight, inside[met], outside[met], -1.5 * self.slack)
+        near, sets = self.planes.at(found.points).topk(min(self.k + 2, len(self.planes.level)), dim=1, largest=False)
+        near = torch.nn.functional.pad(near, (1, 2), value=torch.inf)
+        near[:, 0] = -torch.inf
+        # Rounding may put the next row in the place of the K-th, and then that vote must be wrong, too.
+        last, after = near[:, self.k], near[:, self.k + 1]
+        swapped = after - last <= self.slack
+        several = (near[:, self.k + 2] - last <= self.slack) | (after - near[:, self.k - 1] <= self.slack)
+        other = torch.cat([sets[:, : self.k - 1], sets[:, self.k :][:, :1]], 1) if sets.shape[1] > self.k else sets
+        sets, ys = sets[:, : self.k], self.y[numbers]
+        leads, others = self.votes.leads(sets, ys), self.votes.leads(other, ys)
+        wrong = (leads > _VOTE) & (~swapped | (~several & (others > _VOTE)))
+        index = (found.met & wrong).nonzero()[:, 0]
         if not len(index):
             return
         numbers = numbers[index]
@@ -328,31 +341,27 @@ class _Search:
         self.images[numbers.to(images.device)[fooled]] = images[fooled]
         self.broken[numbers[fooled.cpu()]] = True
 
-    def _with_own(self, image: _Image, rows: tuple[int, ...], support: Tensor) -> list[tuple[int, ...]]:
-        """A set that is empty unless one of a few own rows is in it, too: with each of these."""
-        if len(rows) == self.k:
-            return []
-        return self._possible(image, rows, support.nonzero()[:, 0])
-
-    def _with_any(self, image: _Image, rows: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """A set that is met, but where the vote is right: with every further row that half-spaces leave."""
-        values = self.planes.at(self.region.center[image.number][None])[0]
-        free = torch.ones_like(image.roles.own)
-        free[list(rows)] = False
-        own, rest = (image.roles.own & free).nonzero()[:, 0], free.nonzero()[:, 0]
+    def _grown(self, image: _Image, node: _Node, more: Tensor) -> list[_Node]:
+        """The node with each row of ``more`` (R truth values) that half-spaces and the vote leave, likeliest first."""
+        values = self.values[image.number]
+        free, held = more.clone(), list(node.rows)
+        free[node.out], free[held] = False, False
+        spare = self.k - image.roles.least - int(image.roles.own[held].sum())
+        if spare <= 0:
+            free &= ~image.roles.own
+        left = image.roles.own.clone()
+        left[held] = False
+        own, rest = left.nonzero()[:, 0], free.nonzero()[:, 0]
         own = own[values[own].argsort()[:_OWN]]
-        held = int(image.roles.own[list(rows)].sum())
-        spare = min(self.k - image.roles.least - held, self.k - len(rows) - 1)
-        if len(own) > spare:
+        spare = min(spare, self.k - len(held) - 1)
+        if len(own) > spare and len(rest):
             apart = gaps(self.planes, values, rest, own, slack=self.slack, linf=self.linf)
-            rest = rest[apart.topk(spare + 1, dim=1).values[:, -1] <= float(self.radii[image.number])]
-        return self._possible(image, rows, rest)
-
-    def _possible(self, image: _Image, rows: tuple[int, ...], more: Tensor) -> list[tuple[int, ...]]:
-        """The set with one row more, without those whose vote is right."""
-        if int(image.roles.own[list(rows)].sum()) >= self.k - image.roles.least:
-            more = more[~image.roles.own[more]]
-        if len(rows) + 1 == self.k and len(more):
-            sets = torch.cat([torch.tensor(rows, device=more.device).expand(len(more), -1), more[:, None]], 1)
-            more = more[self.votes.leads(sets, image.y) >= -_VOTE]
-        return [tuple(sorted((*rows, row))) for row in more.tolist()]
+            moves = apart.topk(spare + 1, dim=1).values[:, -1]
+            order = moves.argsort(stable=True)
+            rest = rest[order[moves[order] <= float(self.radii[image.number])]]
+        if len(held) + 1 == self.k and len(rest):
+            sets = torch.cat([torch.tensor(held).expand(len(rest), -1), rest[:, None]], 1)
+            rest = rest[self.votes.leads(sets, self.y[image.number].expand(len(sets))) >= -_VOTE]
+        return [
+            _Node((*node.rows, row), torch.cat([node.out, rest[:place]])) for place, row in enumerate(rest.tolist())
+        ]
