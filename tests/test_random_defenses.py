@@ -104,13 +104,26 @@ class TestAttack:
         plain = pgd(trained(), images, labels, eps=0.1, norm="normalized-l2", steps=10, random_start=False)
         right = [(trained()(attacked).argmax(1) == labels).sum() for attacked in (made, plain)]
         assert right[0] <= right[1]
-        assert 0 < net.backwards < net.forwards
+        assert 0 < net.backwards < net.forwards < 2 * net.backwards
 
     def test_it_asks_a_counted_surface_for_single_answers(self) -> None:
         images, labels = pictures("test", 5)
         surface = Counted(crops().attack_model(draws=6))
+        assert surface.predictions(images, 0.0).shape == (2, 5, 10)
+        before = surface.forwards
         eot_pgd(surface, images, labels, eps=0.1, steps=2, targets=0)
         assert surface.backwards == 2 * 5 * 6
+        # The clean images, two steps, and twice what came of them.
+        assert surface.forwards - before == 5 * 5 * 6
+
+    def test_what_is_counted_is_attacked_as_it_is(self) -> None:
+        images, labels = pictures("test", 8)
+        made = []
+        for wrap in (lambda surface: surface, Counted):
+            surface = wrap(tv_minimization(trained()).attack_model(draws=3, generator=torch.Generator().manual_seed(0)))
+            generator = torch.Generator().manual_seed(1)
+            made.append(eot_pgd(surface, images, labels, eps=0.1, steps=2, targets=1, generator=generator))
+        assert torch.equal(*made)
 
     @pytest.mark.parametrize("change", [{"steps": 0}, {"targets": -1}, {"restarts": 0}])
     def test_refuses(self, change: dict[str, int]) -> None:

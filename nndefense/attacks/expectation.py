@@ -33,11 +33,12 @@ def eot_pgd(
 ) -> Tensor:
     """Expectation over transformation (Athalye et al., ICML 2018b, section 2) with what it takes to get far.
 
-    A model that has ``predictions(x, progress)`` is asked for M single answers with fresh draws at every step, and for
-    true ones with ``progress=None``; any other answers once. What is raised is the mean over the answers of
-    ``sigmoid(margin / t)``, t the image's mean size of margin at that step: like the number of wrong answers it gains
-    nothing by answers that are far beyond the boundary on either side, and unlike cross-entropy it does not fade on a
-    net that is sure. Steps become shorter from 0.3 of the radius to 0.
+    A model that has ``predictions(x, progress)`` is asked for M single answers with fresh draws at every step, and
+    for true ones with ``progress=None``, at every step where it says that the others are ``softened``; any other
+    model answers once. What is raised is the mean over the answers of ``sigmoid(margin / t)``, t the image's mean
+    size of margin at that step: like the number of wrong answers it gains nothing by answers that are far beyond
+    the boundary on either side, and unlike cross-entropy it does not fade on a net that is sure. Steps become
+    shorter from 0.3 of the radius to 0.
 
     The first run leaves the class ``y``; images that are still right on some draws then meet a run towards each of
     their likeliest wrong classes. Each image keeps what is wrong on most draws of a fresh set. Where the model makes
@@ -103,7 +104,9 @@ def _ascend(
             size = margins.detach().abs().mean(0).clamp_min(_TINY)
             (gradient,) = torch.autograd.grad(torch.sigmoid(margins / size).mean(0).sum(), leaf)
         if len(answers) == 1:
-            best, reached = _better(best, reached, moved, _answers(model, moved), y)
+            # Where what is climbed is no true answer, that is asked for besides.
+            true = _answers(model, moved) if getattr(model, "softened", False) else answers.detach()
+            best, reached = _better(best, reached, moved, true, y)
         stride = norms.per_image(radii * (_FIRST_STEP * (1 - step / steps)), x)
         moved = inside(torch.addcmul(moved, stride, norms.steepest(gradient, norm)))
     return _better(best, reached, moved, torch.cat([_answers(model, moved), _answers(model, moved)]), y)

@@ -155,6 +155,9 @@ class Counted(nn.Module):
         self.forwards = self.backwards = self.queries = 0
         if hasattr(model, "expected_loss"):
             self.expected_loss = self._expected_loss
+        if hasattr(model, "predictions"):
+            self.predictions = self._predictions
+            self.softened = bool(getattr(model, "softened", False))
         adopt_mode(self, model)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -79,6 +79,11 @@ class TransformDefense(nn.Module):
         self._chance = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
         self.eval()
 
+    @property
+    def softened(self) -> bool:
+        """Whether attacks climb a stand-in with another value than the transformation's."""
+        return False
+
     def with_seed(self, seed: int) -> TransformDefense:
         """The same defence, over the same net, whose draws begin at this seed."""
         other = copy.copy(self)
@@ -173,6 +178,8 @@ class TransformSurface(nn.Module):
         self.defense, self.draws, self.generator = defense, draws, generator
         #: Forward passes of the classifier in one call.
         self.passes = draws * defense.views
+        #: Whether what :meth:`predictions` gives with ``progress`` is not the true answer.
+        self.softened = defense.softened
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:

@@ -202,11 +202,14 @@ class QuiltingDefense(TransformDefense):
         passed: Tensor = Bpda(lambda seen: self.transformed(seen, drawn), self.quilt.soft)(images)
         return passed
 
+    @property
+    def softened(self) -> bool:
+        """Attacks climb the soft quilt itself; where patches are drawn, the true quilt with its gradient."""
+        return self.quilt.k == 1 and self.substitute == "soft"
+
     def stand_in(self, images: Tensor, drawn: Tensor | None, progress: float) -> Tensor:
-        """The soft quilt itself, ever harder; where patches are drawn, the true quilt with its gradient."""
-        if drawn is not None or self.substitute == "identity":
-            return self.attacked(images, drawn)
-        return self.quilt.soft(images, progress)
+        """The soft quilt, ever harder, or the true one with its substitute's gradient."""
+        return self.quilt.soft(images, progress) if self.softened else self.attacked(images, drawn)
 
 
 def quilting(
