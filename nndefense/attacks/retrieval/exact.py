@@ -352,7 +352,7 @@ class _Search:
         left = image.roles.own.clone()
         left[held] = False
         own, rest = left.nonzero()[:, 0], free.nonzero()[:, 0]
-        own = own[values[own].argsort()[:_OWN]]
+        own = own[values[own].argsort()[: 2 * _FIRST]]
         spare = min(spare, self.k - len(held) - 1)
         if len(own) > spare and len(rest):
             apart = gaps(self.planes, values, rest, own, slack=self.slack, linf=self.linf)
@@ -362,6 +362,8 @@ class _Search:
         if len(held) + 1 == self.k and len(rest):
             sets = torch.cat([torch.tensor(held).expand(len(rest), -1), rest[:, None]], 1)
             rest = rest[self.votes.leads(sets, self.y[image.number].expand(len(sets))) >= -_VOTE]
+            # Of a whole set all other rows are outside.
+            return [_Node((*node.rows, row), node.out) for row in rest.tolist()]
         return [
             _Node((*node.rows, row), torch.cat([node.out, rest[:place]])) for place, row in enumerate(rest.tolist())
         ]
