@@ -17,6 +17,7 @@ from nndefense.evaluation import AttackSettings, Subject, evaluate, threats_of
 from nndefense.evaluation.audit_runs import AuditSubject, _repeats
 from nndefense.evaluation.judging import FRESH_DRAWS, draw_seeds, is_random
 from nndefense.evaluation.ladder import bits
+from nndefense.evaluation.report.records import accuracy_cell
 from nndefense.evaluation.subjects import known_of
 from nndefense.evaluation.threats import attacks_by
 from nndefense.pipeline import Materials, MaterialSettings
@@ -163,6 +164,9 @@ class TestEvaluation:
         assert clean.accuracy == pytest.approx(float(right.mean()))
         assert bits(clean.to_json()).tolist() == (right.mean(0) > 0.5).tolist()
         assert clean.ci_low < clean.accuracy < clean.ci_high
+        shown = accuracy_cell(clean.to_json(), "")
+        assert shown.below == f"right on most draws: {100 * bits(clean.to_json()).mean():.1f}"
+        assert not accuracy_cell(next(r for r in first if r.defense == "known").to_json(), "").below
 
     def test_a_random_defence_is_two_rows_of_a_comparison(self, tmp_path: object) -> None:
         settings = MaterialSettings(crop=0.8)

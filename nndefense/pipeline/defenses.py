@@ -29,7 +29,7 @@ class Defense:
         about: what it is where no option says otherwise, for people.
         images: it is made of training images, too.
         trained: a net is trained for it.
-        random: it draws, so that two calls of it would differ but for its seed.
+        random: it draws, so that two calls of it differ.
         sha256: of the code of a defence that is not the library's, so that a changed one is measured again.
     """
 

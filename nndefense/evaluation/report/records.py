@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nndefense.evaluation.ladder import from_hex
+from nndefense.evaluation.ladder import WORST, bits, from_hex
 from nndefense.reporting import Cell
 from nndefense.reporting.wording import interval, number, percent, raw_budget, weighting_name
 
@@ -67,7 +67,9 @@ def accuracy_cell(record: Record | None, absent: str) -> Cell:
     """The accuracy of a record with its interval; without one, why not."""
     if record is None:
         return Cell(reason=absent)
-    return Cell(accuracy_text(record), interval(record["ci_low"], record["ci_high"]))
+    drawn = record.get("draw_seeds") and record["threat_model"] != WORST
+    most = f"right on most draws: {percent(float(bits(record).mean()))}" if drawn else ""
+    return Cell(accuracy_text(record), interval(record["ci_low"], record["ci_high"]), most)
 
 
 def accuracy_text(record: Record) -> str:
