@@ -34,7 +34,7 @@ from nndefense.serving.pictures.decode import decode, from_base64
 from nndefense.serving.pictures.limits import refused
 
 STEPS = 20
-"""Gradient steps that the page asks for; of the adaptive attack, in each of its stages."""
+"""Gradient steps that the page asks for; of the adaptive attack, what its rounds are shares of."""
 MOST_STEPS = 50
 MOST_EPS = {"normalized-l2": 0.5, "linf": 76 / 255}
 """The largest size of an attack, in units of its norm."""
@@ -72,7 +72,7 @@ class AttackRequest(BaseModel):
         "normalized-l2", description="normalized-l2: eps is a share of the image's length; linf: eps is per pixel."
     )
     eps: float = Field(0.1, ge=0, le=1, allow_inf_nan=False, description="At most 0.5, or 76/255 per pixel.")
-    steps: int = Field(STEPS, ge=1, le=MOST_STEPS, description="Gradient steps; of the adaptive attack, in each stage.")
+    steps: int = Field(STEPS, ge=1, le=MOST_STEPS, description="Gradient steps; of the adaptive attack, what its rounds are shares of.")
     top: int = Field(5, ge=1, le=100_000, description="Classes in each list.")
     neighbors: int = Field(10, ge=0, le=100_000, description="Neighbours of each image.")
 
