@@ -72,7 +72,9 @@ class AttackRequest(BaseModel):
         "normalized-l2", description="normalized-l2: eps is a share of the image's length; linf: eps is per pixel."
     )
     eps: float = Field(0.1, ge=0, le=1, allow_inf_nan=False, description="At most 0.5, or 76/255 per pixel.")
-    steps: int = Field(STEPS, ge=1, le=MOST_STEPS, description="Gradient steps; of the adaptive attack, what its rounds are shares of.")
+    steps: int = Field(
+        STEPS, ge=1, le=MOST_STEPS, description="Gradient steps; of the adaptive attack, what its rounds are shares of."
+    )
     top: int = Field(5, ge=1, le=100_000, description="Classes in each list.")
     neighbors: int = Field(10, ge=0, le=100_000, description="Neighbours of each image.")
 
