@@ -73,7 +73,7 @@ class AttackRequest(BaseModel):
     )
     eps: float = Field(0.1, ge=0, le=1, allow_inf_nan=False, description="At most 0.5, or 76/255 per pixel.")
     steps: int = Field(
-        STEPS, ge=1, le=MOST_STEPS, description="Gradient steps; of the adaptive attack, what its rounds are shares of."
+        STEPS, ge=1, le=MOST_STEPS, description="Gradient steps; of the adaptive attack, those of a whole round."
     )
     top: int = Field(5, ge=1, le=100_000, description="Classes in each list.")
     neighbors: int = Field(10, ge=0, le=100_000, description="Neighbours of each image.")
