@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 
 .PHONY: demo serve-demo test test-slow bench bench-attacks bench-training bench-serving bench-baselines bench-index bench-reading oracle lint types check clean
 
@@ -15,8 +16,9 @@ serve-demo: $(VENV)/.serve runs/demo/database/guard.json
 runs/demo/database/guard.json:
 	$(MAKE) demo
 
+# Each test runs in one thread; two processes share the files of tests out.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
