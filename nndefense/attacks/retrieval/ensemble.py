@@ -110,7 +110,7 @@ def run_adaptive(
 
     Args:
         surface, x, y, eps, norm, generator, batch_size: as for :func:`~nndefense.attacks.retrieval.ascent.attack`.
-        steps: what the shares of :data:`SCHEDULE` are of; an image that stands costs about nine times as many passes.
+        steps: what the shares of :data:`SCHEDULE` are of; an image that stands costs about 13 times as many gradients.
         restarts: at least 1; each more adds a round of path relinking and one of the classifier's, from other draws.
         start: images of another attack inside the ball, such as the gray-box attack's: this one is then never weaker.
 
@@ -169,12 +169,23 @@ class _Run:
         log_p = self.problem.surface.predict(images).to(images.device)
         y = self.problem.y[index]
         margins, fooled = margin(log_p, y), log_p.argmax(1) != y
-        for place in range(len(index)):
-            image, fell = int(index[place]), bool(fooled[place])
-            if (fell, margins[place]) > (not self.standing[image], self.margins[image]):
-                self.best[image], self.margins[image] = images[place], margins[place]
-            if fell and self.standing[image]:
-                self.standing[image], self.stages[image] = False, name
+        # Decided on the host, so that a GPU waits once and not for each image.
+        scores = list(zip(fooled.tolist(), margins.tolist(), strict=True))
+        worst: dict[int, int] = {}
+        for place, image in enumerate(index.tolist()):
+            if image not in worst or scores[place] > scores[worst[image]]:
+                worst[image] = place
+        stood, before = self.standing.tolist(), self.margins.tolist()
+        worst = {i: place for i, place in worst.items() if scores[place] > (not stood[i], before[i])}
+        held, shown = (
+            torch.tensor([*worst], device=y.device).long(),
+            torch.tensor([*worst.values()], device=y.device).long(),
+        )
+        self.best[held], self.margins[held] = images[shown], margins[shown]
+        self.standing[held] &= ~fooled[shown]
+        for image, place in worst.items():
+            if scores[place][0] and stood[image]:
+                self.stages[image] = name
                 self.broken[name] += 1
 
     def everything(self, restarts: int) -> None:
