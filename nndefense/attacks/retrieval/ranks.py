@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nndefense.attacks.losses import margin
 from nndefense.attacks.retrieval import relaxation
@@ -18,22 +19,22 @@ _TINY = 1e-12
 
 
 class RankMargin(Objective):
-    """``m_t = D_q(rows not of t) - D_q(rows of t)``, above 0 where class t has the majority of the K nearest rows.
+    """``D_{K - m + 1}(rows not of t) - D_m(rows of t)``, above 0 where class t has the majority of the K nearest rows.
 
-    D_q is the *squared* distance to the row that tips the vote: the first, from the nearest outwards, with which rows
-    of its side have more than half of the K nearest rows' weight; of equal weights the q-th, q = ceil((K + 1) / 2).
-    A margin of the nearest row's membership (R1) is silent about the row that decides, where K - 1 of the right ones
-    are inside already. Raised is a smooth form, a mean of the squared distances around that row with weights
-    ``exp(-|d - D_q| / T)``, whose gradient is a difference of rows and does not vanish; T falls geometrically from
-    ``hot`` to ``cold`` times the image's own gap. Ours, after the advice of Tramer et al. (NeurIPS 2020) to attack the
-    decisive part itself; compare Sitawarin and Wagner (arXiv 2003.06559), whose hinge has no rank.
+    D_j is the j-th smallest *squared* distance of a side, and m the fewest rows of t that outweigh the K - m nearest
+    others: t wins where its m-th row comes before the other side's (K - m + 1)-th. With equal weights and odd K both
+    ranks are (K + 1) / 2. A margin of the nearest row's membership (R1) is silent about the row that decides, where
+    others of its class are inside already. Raised is a smooth form, a mean of the squared distances around each of the
+    two rows with weights ``exp(-|d - D_j| / T)``, whose gradient is a difference of rows and does not vanish; T falls
+    geometrically from ``hot`` to ``cold`` times the image's own gap. Ours, after the advice of Tramer et al. (NeurIPS
+    2020) to attack the decisive part itself; compare Sitawarin and Wagner (arXiv 2003.06559), whose hinge has no rank.
 
     Args:
         surface: L1 with rows, L2 or L3.
         target: N classes to aim at; where it is y itself, any class but y; default y.
-        gap: N, the clean image's ``|m_t|``, the scale of the temperatures; default: measured.
+        gap: N, the clean image's margin without its sign, the scale of the temperatures; default: measured.
         hot, cold: first and last temperature, in gaps.
-        around: rows beyond rank 2q that are looked at on each side.
+        around: rows beyond K + 1 that are looked at on each side.
         refresh: steps between two retrievals.
     """
 
@@ -90,7 +91,7 @@ def sides(rows: Rows, features: Tensor, target: Tensor, k: int, around: int = 30
 def margins(
     hood: Neighborhood, distances: Tensor, target: Tensor, y: Tensor, k: int, temperature: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """m_t of :class:`RankMargin` for each of N images, and its smooth form, which has a gradient.
+    """The margin of :class:`RankMargin` for each of N images, and its smooth form, which has a gradient.
 
     Args:
         hood: of :func:`sides`, m rows a side.
@@ -99,29 +100,44 @@ def margins(
         k: the defence's K.
         temperature: N, squared distances; None: the second is the first.
     """
-    half = distances.shape[1] // 2
-    # Half of the weight that the K nearest rows have together: more of it decides.
-    nearest = distances.detach().topk(min(k, distances.shape[1]), dim=1, largest=False).indices
+    half, swapped = distances.shape[1] // 2, (target == y).unsqueeze(1)
     weights = hood.log_weights.exp()
-    tip = weights.gather(1, nearest).sum(1, keepdim=True) / 2
-    own, rest = (
-        _decisive(distances[:, part], weights[:, part], tip, temperature)
-        for part in (slice(0, half), slice(half, None))
+    sides = [(distances[:, part], weights[:, part]) for part in (slice(0, half), slice(half, None))]
+    # Any class but y: the rows not of y are to come nearer, and those of y to go.
+    pull, push = (
+        tuple(torch.where(swapped, other, one) for one, other in zip(here, there, strict=True))
+        for here, there in (sides, sides[::-1])
     )
-    sign = torch.where(target == y, -1.0, 1.0)
-    return sign * (rest[0] - own[0]), sign * (rest[1] - own[1])
+    first, second = _ranks(pull, push, k)
+    nearer, farther = _decisive(pull[0], first, temperature), _decisive(push[0], second, temperature)
+    return farther[0] - nearer[0], farther[1] - nearer[1]
 
 
-def _decisive(distances: Tensor, weights: Tensor, tip: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The squared distance of the row with which a side's weight passes ``tip``, N, infinite where there is no row;
-    and its smooth form."""
+Side = tuple[Tensor, ...]
+
+
+def _ranks(pull: Side, push: Side, k: int) -> tuple[Tensor, Tensor]:
+    """Places (from 0) of the decisive row of each side, N x 1: m - 1 and K - m.
+
+    Sides are distances and weights, N x h each. Where not even all K rows would do, as many as there are stand for m.
+    """
+    ours, theirs = (
+        F.pad(weights.gather(1, distances.detach().argsort(1)).cumsum(1), (1, 0)) for distances, weights in (pull, push)
+    )
+    tips = ours[:, 1 : k + 1] > theirs[:, :k].flip(1)
+    there = torch.isfinite(pull[0]).sum(1).clamp(1, k)
+    m = torch.where(tips.any(1), tips.int().argmax(1) + 1, there)
+    m = torch.minimum(m, there).unsqueeze(1)
+    return m - 1, k - m
+
+
+def _decisive(distances: Tensor, place: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The squared distance of the row at a place of the order, N, infinite where none is there; and its smooth form."""
     filled = torch.isfinite(distances)
     squared = torch.where(filled, distances, 0.0).square()
     fixed = torch.where(filled, squared.detach(), torch.inf)
-    ordered, order = fixed.sort(1)
-    passed = weights.gather(1, order).cumsum(1) > tip
-    place = torch.where(passed.any(1), passed.int().argmax(1), filled.sum(1) - 1).clamp_min(0).unsqueeze(1)
-    there = ordered.gather(1, place)
+    ordered = fixed.sort(1).values
+    there = ordered.gather(1, place.clamp_max(ordered.shape[1] - 1))
     if temperature is None:
         return there[:, 0], there[:, 0]
     # Rows much farther out than the one that decides have no say, however warm it is.
