@@ -132,7 +132,7 @@ def test_the_rank_margin_is_the_majority(database, k):
     x, y = images("test", 12)
     features = surface.features(x).detach()
     for target in (torch.full_like(y, 3), y):
-        hood = ranks.sides(surface.rows, features, target, k)
+        hood, _ = ranks.sides(surface.rows, features, target, k)
         distances = hood.distances(features)
         plain, _ = ranks.margins(hood, distances, target, y, k)
         wanted = [
@@ -147,7 +147,7 @@ def test_the_rank_margin_is_the_majority(database, k):
     most = torch.stack([(surface.rows.posteriors(near).argmax(2) == c).sum(1) for c in range(10)], 1)
     for c in range(10):
         target = torch.full_like(y, c)
-        hood = ranks.sides(surface.rows, features, target, k)
+        hood, _ = ranks.sides(surface.rows, features, target, k)
         plain, _ = ranks.margins(hood, hood.distances(features), target, (y + 1) % 10 + 10, k)
         assert torch.equal(plain > 0, most[:, c] > k / 2)
 
@@ -324,7 +324,7 @@ def test_aims_lie_inside_and_the_best_are_kept(surface, batch):
         reached = []
         for found in (few, more):
             features, label = surface.features(found.points).detach(), y[found.index]
-            hood = ranks.sides(surface.rows, features, found.target, surface.k)
+            hood, _ = ranks.sides(surface.rows, features, found.target, surface.k)
             reached.append(ranks.margins(hood, hood.distances(features), found.target, label, surface.k)[0])
         assert float(reached[1].mean()) > float(reached[0].mean())
         again = aims.relinked(problem, more, torch.Generator().manual_seed(0), pool=4, keep=2)

@@ -11,7 +11,6 @@ from torch import Tensor
 from nndefense.attacks import norms
 from nndefense.attacks.retrieval import objectives, ranks
 from nndefense.attacks.retrieval.ascent import Problem
-from nndefense.attacks.retrieval.surface import Rows
 
 # Numbers in the images that are looked at together: what bounds the memory.
 _TOGETHER = 1 << 24
@@ -130,7 +129,10 @@ def _ranked(
     rows, features = problem.surface.need_rows("a start"), problem.surface.need_features("a start")
     own, k = problem.take(aims.index), problem.surface.k
     here = features(aims.points)
-    hood = ranks.sides(rows, here, aims.target, k, around=pool)
+    hood, near = ranks.sides(rows, here, aims.target, k, around=pool)
+    half = near.shape[1] // 2
+    # The rows that are to come nearer: of the class, or, where it is y itself, of any other.
+    goals = torch.where((aims.target == own.y).unsqueeze(1), near[:, half:], near[:, :half])[:, :pool]
 
     def score(vectors: Tensor) -> Tensor:
         return ranks.margins(hood, hood.distances(vectors), aims.target, own.y, k)[0]
@@ -138,8 +140,8 @@ def _ranked(
     points, scores = ([aims.points], [score(here)]) if clean else ([], [])
     gap = scores[0].abs() if clean else aims.gap
     if rows.images is not None:
-        for goals in _goals(rows, here, aims.target, own.y, pool).unbind(1):
-            points.append(own.bring_in(mix(aims.points, rows.images(goals).to(own.x))))
+        for column in goals.unbind(1):
+            points.append(own.bring_in(mix(aims.points, rows.images(column).to(own.x))))
             scores.append(score(features(points[-1])))
     ranked, order = torch.stack(scores).topk(min(keep, len(scores)), dim=0)
     best = torch.stack(points)[order, torch.arange(len(aims), device=order.device)]
@@ -149,14 +151,3 @@ def _ranked(
 
 def _goal(points: Tensor, goals: Tensor) -> Tensor:
     return goals
-
-
-def _goals(rows: Rows, features: Tensor, target: Tensor, y: Tensor, pool: int) -> Tensor:
-    """The nearest rows of class ``target``, or those of any class but y where it is y: N x pool row numbers."""
-    pool, anyone = min(pool, rows.count), (target == y).unsqueeze(1)
-    distances, near = rows.nearest(features, pool, of=target)
-    if bool(anyone.any()):
-        far, others = rows.nearest(features, pool, but=target)
-        distances, near = torch.where(anyone, far, distances), torch.where(anyone, others, near)
-    # A class with fewer rows repeats its nearest.
-    return torch.where(torch.isfinite(distances), near, near[:, :1])

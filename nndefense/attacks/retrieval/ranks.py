@@ -64,9 +64,9 @@ class RankMargin(Objective):
         self.target = problem.y if self.target is None else self.target
         if self.gap is None:
             clean = problem.clean_features()
-            hood = sides(self.rows, clean, self.target, self.k, self.around)
+            hood, _ = sides(self.rows, clean, self.target, self.k, self.around)
             self.gap = margins(hood, hood.distances(clean), self.target, self.y, self.k)[0].abs()
-        self.hood = sides(self.rows, features, self.target, self.k, self.around)
+        self.hood, _ = sides(self.rows, features, self.target, self.k, self.around)
 
     def value(self, images: Tensor, features: Tensor, progress: float) -> Raised:
         """The smooth margin, and the plain one as its score."""
@@ -80,12 +80,17 @@ class RankMargin(Objective):
 
 
 @torch.no_grad()
-def sides(rows: Rows, features: Tensor, target: Tensor, k: int, around: int = 30) -> Neighborhood:
-    """The rows of class ``target`` (N) nearest to features N x d, and then as many of all other classes."""
+def sides(rows: Rows, features: Tensor, target: Tensor, k: int, around: int = 30) -> tuple[Neighborhood, Tensor]:
+    """The m rows of class ``target`` (N) nearest to features N x d, and then as many of all other classes.
+
+    m is ``around`` and K + 1 or K + 2. Also their numbers, N x 2m, nearest first on each side; where a side has fewer
+    rows its nearest is repeated.
+    """
     count = min(2 * (k // 2 + 1) + around, rows.count)
     own, rest = rows.nearest(features, count, of=target), rows.nearest(features, count, but=target)
+    near = torch.cat([torch.where(torch.isfinite(far), found, found[:, :1]) for far, found in (own, rest)], 1)
     filled = torch.isfinite(torch.cat([own[0], rest[0]], 1))
-    return Neighborhood.of(rows, torch.cat([own[1], rest[1]], 1), filled, torch.ones_like(features[:, 0]))
+    return Neighborhood.of(rows, near, filled, torch.ones_like(features[:, 0])), near
 
 
 def margins(
@@ -113,10 +118,10 @@ def margins(
     return farther[0] - nearer[0], farther[1] - nearer[1]
 
 
-Side = tuple[Tensor, ...]
+_Side = tuple[Tensor, ...]
 
 
-def _ranks(pull: Side, push: Side, k: int) -> tuple[Tensor, Tensor]:
+def _ranks(pull: _Side, push: _Side, k: int) -> tuple[Tensor, Tensor]:
     """Places (from 0) of the decisive row of each side, N x 1: m - 1 and K - m.
 
     Sides are distances and weights, N x h each. Where not even all K rows would do, as many as there are stand for m.
