@@ -80,7 +80,7 @@ def build_patches(
             f"{height} x {width}: choose a side from 1 to {min(height, width)}"
         )
     # A folder that cannot be used is told before the work, not after it.
-    check_patch_folder(Path(out), overwrite=overwrite)
+    check_patch_folder(Path(out).expanduser(), overwrite=overwrite)
     origins = draw_places(len(dataset), height - side + 1, width - side + 1, patches, seed)
     pixels = _cut_all(dataset, origins, side, storage, batch_size, progress)
     data = {"name": dataset.name, "fingerprint": dataset.fingerprint, "images": len(dataset), "specs": list(specs)}

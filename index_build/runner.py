@@ -77,7 +77,9 @@ def build_database(
     **settings: Unpack[BuildSettings],
 ) -> ImageDatabase:
     """Build one database; see :func:`build_databases`."""
-    return build_databases(dataset, classifier, {Path(out): feature}, index_device=index_device, **settings)[0]
+    return build_databases(
+        dataset, classifier, {Path(out).expanduser(): feature}, index_device=index_device, **settings
+    )[0]
 
 
 def build_databases(
@@ -130,7 +132,7 @@ def build_databases(
     """
     # Asked now: without such a device the index would fail hours later.
     check_device(index_device)
-    places = {Path(folder): feature for folder, feature in features.items()}
+    places = {Path(folder).expanduser(): feature for folder, feature in features.items()}
     progress = settings.get("progress", True)
     with extracted(dataset, classifier, places, **settings) as (job, _, ray):
         for target in job.targets:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -99,6 +100,56 @@ def test_lists_may_be_given_several_times() -> None:
     fails(2, "--only names magic, sorcery", *table, "--only", "magic", "--only", "none,sorcery")
     # Said and empty is not the default.
     assert run(records_first, "--name", "x", "--eps", "")[2] == ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """A record with files."""
+
+    database: Path | None = None
+
+
+def with_files(
+    images: Annotated[list[Path], typer.Argument()],
+    *,
+    out: Annotated[Path, typer.Option()] = Path("~/of the default"),
+    files: Files,
+    word: str = "~/no path",
+) -> None:
+    SAID.append((images, out, files, word))
+
+
+def test_paths_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Shells expand neither --out=~/x nor what is quoted.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    said = run(with_files, "~/a.png", "b/~/c.png", "--database=~/db")
+    assert said == (
+        [tmp_path / "a.png", Path("b/~/c.png")],
+        tmp_path / "of the default",
+        Files(database=tmp_path / "db"),
+        "~/no path",
+    )
+    assert run(with_files, "~", "--out=~")[:2] == ([tmp_path], tmp_path)
+    stranger = run(with_files, "a.png", "--out=~nobody-of-this-name/x")
+    assert "a user who is not known here" in str(stranger.exception)
+
+
+def test_a_command_writes_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    (home / "mine.py").write_text(
+        "import torch\ndef net():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))"
+    )
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    net = ("--classifier=python:~/mine.py:net", "--input-shape=1,8,8")
+    done = nndefense("attack", "--dataset=digits:test[:4]", *net, "--steps=1", "--eps=0.1", "--out=~/a.h5", "--json")
+    assert done.json["n"] == 4
+    assert (home / "a.h5").exists()
+    assert nndefense("train", "--dataset=digits[:20]", "--epochs=1", "--out=~/net", "--quiet").code == 0
+    assert (home / "net").is_dir()
+    assert list(here.iterdir()) == []
 
 
 def test_choices_are_asked_for_when_the_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:

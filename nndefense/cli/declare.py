@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from inspect import Parameter
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
+from nndefense.errors import InputError
 from nndefense.own_code import PYTHON
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -74,7 +77,8 @@ class Commas:
 def spread(function: Callable[..., None]) -> Callable[..., None]:
     """The function as Typer takes it: with one option for every field of its records.
 
-    A default of a record's parameter stands before those of its fields. Options without a default come first.
+    A default of a record's parameter stands before those of its fields. Options without a default come first. Paths get
+    their ``~`` expanded.
     """
     offered: list[Parameter] = []
     records: list[tuple[str, Any, list[str]]] = []
@@ -96,6 +100,7 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(**values: Any) -> None:
+        values = {name: _from_home(value) for name, value in values.items()}
         for name, default in joined.items():
             values[name] = ",".join(values[name]) if values[name] else default
         for name, record, taken in records:
@@ -107,6 +112,18 @@ def spread(function: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
     return command
+
+
+def _from_home(value: Any) -> Any:
+    """A path, or several, with the home folder for ``~``, which a shell leaves as it is in ``--out=~/x``."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_from_home, value))
+    if not isinstance(value, Path):
+        return value
+    found = Path(os.path.expanduser(value))
+    if (user := found.parts[:1]) and user[0].startswith("~"):
+        raise InputError(f"{value} begins with the home folder of a user who is not known here: write the whole path")
+    return found
 
 
 def _annotated(annotation: Any) -> bool:

@@ -142,7 +142,7 @@ def evaluate(
         from nndefense.comparison import compare, summary_of
 
         scope = _scope(rungs, {"limit": limit, "batch_size": batch_size, "headline": headline}, given)
-        place = Path("runs") / f"{comparison}-{dataset.partition(':')[0]}" if out is None else out.expanduser()
+        place = Path("runs") / f"{comparison}-{dataset.partition(':')[0]}" if out is None else out
         results, files = compare(
             _rows(comparison, dataset, words(only), train, scope, common.seed),
             dataset,

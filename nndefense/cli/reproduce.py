@@ -59,7 +59,7 @@ def reproduce(
         raise InputError(f"name a recipe: {', '.join(experiments.recipe_names())} (--list says more)")
     shipped = experiments.shipped_recipe(name, scale)
     recipe = changed(shipped, seeds=seeds, arch=arch, unlabelled=unlabelled, attack=attack)
-    folder = Path("runs/reproduce") / f"{name}-{scale}" if out is None else out.expanduser()
+    folder = Path("runs/reproduce") / f"{name}-{scale}" if out is None else out
     if report_only:
         results = experiments.read_results(folder / "results.json")
     else:

@@ -70,7 +70,13 @@ class ImageDatabase:
         :class:`~nndefense.database.writer.DatabaseWriter`.
         """
         return DatabaseWriter(
-            Path(path), classifier=classifier, feature=feature, pca=pca, data=data, index=index, overwrite=overwrite
+            Path(path).expanduser(),
+            classifier=classifier,
+            feature=feature,
+            pca=pca,
+            data=data,
+            index=index,
+            overwrite=overwrite,
         )
 
     @classmethod
@@ -110,7 +116,7 @@ class ImageDatabase:
         """
         check_choice("backend", backend, BACKENDS)
         check_choice("engine", engine, ENGINES)
-        folder = Path(path)
+        folder = Path(path).expanduser()
         manifest = Manifest.read(folder)
         manifest.check_files(folder, checksums=verify)
         if classifier is not None:

@@ -64,7 +64,7 @@ def open_stored(
         DataError: the stored calibration is damaged.
     """
     opened = database if isinstance(database, ImageDatabase) else None
-    folder = Path(database) if not isinstance(database, ImageDatabase) else database.path
+    folder = Path(database).expanduser() if not isinstance(database, ImageDatabase) else database.path
     if not isinstance(classifier, Classifier):
         manifest = opened.manifest if opened is not None else Manifest.read(folder)
         classifier = classifier_of(

@@ -171,7 +171,7 @@ class Guard:
             found.weighting,
             calibration=_calibration(folder, calibration),
             reject_rate=reject_rate,
-            data_dir=None if data_dir is None else Path(data_dir),
+            data_dir=None if data_dir is None else Path(data_dir).expanduser(),
         )
 
     # -- predicting ---------------------------------------------------------------------------------------------
@@ -351,4 +351,4 @@ def _calibration(folder: Path, wanted: str | Path | bool) -> Percentile | None:
     if isinstance(wanted, bool):
         path = folder / FILE
         return Percentile.read(path) if wanted and path.exists() else None
-    return Percentile.read(Path(wanted))
+    return Percentile.read(Path(wanted).expanduser())

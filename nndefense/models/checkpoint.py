@@ -37,7 +37,7 @@ def save_classifier(classifier: Classifier, folder: str | Path) -> None:
         InputError: the architecture is a user's own, or the folder cannot be written.
     """
     check_savable(classifier)
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     make_folder(folder)
     sha256 = write_tensors(folder / WEIGHTS_FILE, classifier.state_dict())
     data = classifier.info.get("data")

@@ -196,7 +196,7 @@ def read_classes(path: str | Path) -> tuple[tuple[str, ...], tuple[str, ...] | N
     Raises:
         ModelError: the file is missing or not of that form.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

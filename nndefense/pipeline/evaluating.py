@@ -83,8 +83,8 @@ def evaluate(
     Raises:
         NNDefenseError: something cannot be opened, or does not fit together.
     """
-    opened = open_recipe(recipe, Path(out), data_dir=data_dir, device=device, progress=progress, say=say)
-    return measure(recipe, opened, Path(out), progress=progress, command=command)
+    opened = open_recipe(recipe, Path(out).expanduser(), data_dir=data_dir, device=device, progress=progress, say=say)
+    return measure(recipe, opened, Path(out).expanduser(), progress=progress, command=command)
 
 
 def open_recipe(
@@ -101,7 +101,7 @@ def open_recipe(
     """
     shared = {"norm": recipe.headline_norm, "headline": recipe.headline_eps, "batch_size": recipe.batch_size}
     scope = recipes.build(MaterialSettings, {**shared, **recipe.materials}, "materials")
-    folder = Path(recipe.database) if recipe.database else None
+    folder = Path(recipe.database).expanduser() if recipe.database else None
     wanted = [defenses.get(name) for name in recipe.defenses if name != BARE]
     for defense in wanted:
         if recipe.defenses.count(defense.name) > 1:
@@ -116,7 +116,7 @@ def open_recipe(
             source,
             device=device,
             data_dir=data_dir,
-            classes=Path(recipe.classes) if recipe.classes else None,
+            classes=Path(recipe.classes).expanduser() if recipe.classes else None,
             input_shape=recipe.input_shape,
             specs=(recipe.dataset,),
             database=folder,

@@ -69,7 +69,7 @@ class PseudoLabels:
         Raises:
             DataError: the file is missing, damaged, of another kind, or made by another teacher.
         """
-        found = cls(*read_file(Path(path)))
+        found = cls(*read_file(Path(path).expanduser()))
         if teacher is not None and teacher.fingerprint not in found.teachers:
             made = ", ".join(f"{source} ({print_[:12]})" for print_, source in found.teachers.items())
             raise DataError(
@@ -208,7 +208,7 @@ class PseudoLabels:
                 block = {name: column[first : first + BLOCK] for name, column in self._columns.items()}
                 yield block | {"ids": encode_ids(self.ids[first : first + BLOCK])}
 
-        write_file(Path(path), len(self), blocks, self.classes, self.class_ids, self.job, self.selection)
+        write_file(Path(path).expanduser(), len(self), blocks, self.classes, self.class_ids, self.job, self.selection)
 
     def numbers(self, like: ImageDataset | Sequence[str]) -> list[int]:
         """The teacher's number of each class of a labelled set.

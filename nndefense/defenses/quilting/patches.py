@@ -145,7 +145,7 @@ class PatchDatabase:
             InputError: an unknown backend, or probes without an inverted index.
         """
         check_choice("backend", backend, BACKENDS)
-        folder = Path(path)
+        folder = Path(path).expanduser()
         manifest = PatchManifest.read(folder)
         manifest.check_files(folder)
         stored = _read_pixels(folder, manifest)

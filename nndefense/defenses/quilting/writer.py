@@ -106,7 +106,7 @@ def write_patches(
         InputError: patches or origins of the wrong form, or an index that FAISS cannot build.
         DatabaseError: see :func:`check_patch_folder`; a disk that is full; an index by name where FAISS is missing.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     _check(patches, origins)
     check_patch_folder(folder, overwrite=overwrite)
     stored = patches.detach().cpu().contiguous()

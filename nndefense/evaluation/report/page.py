@@ -45,7 +45,7 @@ def write_report(results: dict[str, Any], gallery: Sequence[GalleryRow], path: P
         OSError: the file cannot be written.
     """
     content = report_html(results, gallery).encode()
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, content)
 
