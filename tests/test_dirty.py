@@ -273,7 +273,7 @@ def test_without_a_size_the_first_good_image_gives_it(tmp_path: Path) -> None:
     assert reading.rows.tolist() == [1, 2]
     assert [(r.row, r.kind) for r in reading.rejected] == [(0, "empty"), (3, "other size")]
     assert reading.rejected[1].reason == (
-        "it is 7 x 6 pixels, but the first image is 5 x 6: give a size that all images are brought to"
+        "it is 7 x 6 pixels, but the first image is 5 x 6: give a size that all images are brought to (--size)"
     )
     shutil.rmtree(tmp_path / "c")
     (tmp_path / "c").mkdir()

@@ -10,7 +10,17 @@ import typer
 
 from nndefense.cli.calibrate import CalibrationOptions
 from nndefense.cli.evaluate import RungOptions, show_results
-from nndefense.cli.options import SPEC_HELP, BatchOption, Common, LimitOption, OwnOptions, command_line, number
+from nndefense.cli.options import (
+    SPEC_HELP,
+    BatchOption,
+    Common,
+    LimitOption,
+    OwnOptions,
+    SizeOption,
+    command_line,
+    number,
+)
+from nndefense.cli.options import size as sides
 
 # What stands at a small budget meets every round of the adaptive attack: fewer budgets than elsewhere.
 _SHORT = RungOptions(eps="0.1,0.2,0.3", exact=True)
@@ -28,6 +38,7 @@ def demo(
     classifier: Annotated[str | None, typer.Option(help="A ready classifier [default: train one].")] = None,
     arch: Annotated[str, typer.Option(help="Architecture of the classifier that is trained.")] = "small-cnn",
     surrogate_arch: Annotated[str, typer.Option(help="Architecture of the surrogate.")] = "madry-mnist",
+    size: SizeOption = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Training epochs [default: by the data's size].")] = None,
     rungs: RungOptions = _SHORT,
     headline: Annotated[str, typer.Option(help="The budget to calibrate for and to tabulate.")] = "0.2",
@@ -58,6 +69,7 @@ def demo(
         surrogate_arch=surrogate_arch,
         classes=own.classes,
         input_shape=own.shape,
+        size=sides(size),
         candidates=choice.candidates,
         epochs=epochs,
         limit=limit,

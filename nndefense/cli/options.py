@@ -29,6 +29,14 @@ DatasetOption = Annotated[str, typer.Option(help=SPEC_HELP)]
 DatasetsOption = Annotated[list[str], typer.Option(help=SPEC_HELP + " Repeat it to join several.")]
 DatabaseOption = Annotated[Path, typer.Option(help="Folder of the image database.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+SizeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIDE|H,W",
+        help="Bring all images to this size [default: their own where all have one, of at most 256 pixels a side, else "
+        "the architecture's].",
+    ),
+]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Use so many images, drawn at random.")]
 NormOption = Annotated[str, OneOf("normalized-l2: length of the change / length of the image.", registry.NORMS)]
@@ -152,6 +160,7 @@ class ClassifierOptions(OwnOptions):
             input_shape=self.shape,
             specs=specs,
             database=database,
+            say=common.say,
         )
 
 
@@ -214,6 +223,16 @@ def shape(text: str | None) -> tuple[int, int, int] | None:
     if len(sides) != 3:
         raise InputError(f"--input-shape is {text}, but must be channels, height and width, such as 3,224,224")
     return int(sides[0]), int(sides[1]), int(sides[2])
+
+
+def size(text: str | None) -> tuple[int, int] | None:
+    """Read ``64`` or ``48,64`` as height and width."""
+    if text is None:
+        return None
+    sides = numbers(text.replace("x", ","), whole=True)
+    if len(sides) > 2:
+        raise InputError(f"--size is {text}, but must be one side or height and width, such as 64 or 48,64")
+    return int(sides[0]), int(sides[-1])
 
 
 def command_line() -> str:

@@ -10,7 +10,7 @@ import typer
 
 from nndefense.attacks import registry
 from nndefense.cli.declare import Commas, OneOf
-from nndefense.cli.options import SPEC_HELP, Common, DatasetOption, OverwriteOption, number, numbers
+from nndefense.cli.options import SPEC_HELP, Common, DatasetOption, OverwriteOption, SizeOption, number, numbers, size
 from nndefense.errors import InputError
 
 if TYPE_CHECKING:
@@ -212,8 +212,9 @@ class InnerAttackOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """The images beside the training set."""
+    """What is trained on: the size of the images, and those beside the training set."""
 
+    size: SizeOption = None
     labels: Annotated[
         int | None,
         typer.Option(
@@ -227,20 +228,24 @@ class DataOptions:
     ] = None
     holdout: Annotated[int | None, typer.Option(min=1, help="Or hold so many images of --dataset out for that.")] = None
 
-    def opened(self, spec: str, common: Common) -> tuple[ImageDataset, ImageDataset | None, ImageDataset | None]:
+    def opened(
+        self, spec: str, arch: str, common: Common
+    ) -> tuple[ImageDataset, ImageDataset | None, ImageDataset | None]:
         """The labelled set, the pool and the validation set."""
-        from nndefense.datasets import holdout, open_dataset
+        from nndefense.datasets import holdout
+        from nndefense.pipeline import open_datasets, training_shape
         from nndefense.training.pools import complement
 
-        images, pool = open_dataset(spec, data_dir=common.data_dir), None
+        shape = training_shape([spec], arch, size(self.size), data_dir=common.data_dir, say=common.say)
+        images, pool = open_datasets([spec], data_dir=common.data_dir, like=shape), None
         if self.labels is not None:
             images, pool = complement(images, self.labels, common.seed)
         if self.unlabelled is not None:
-            size, channels = images.shape[1:], images.shape[0]
-            pool = open_dataset(self.unlabelled, data_dir=common.data_dir, size=size, channels=channels)
+            pool = open_datasets([self.unlabelled], data_dir=common.data_dir, like=shape)
         unlabelled = self._labelled(pool, images)
         if self.holdout is None:
-            held = open_dataset(self.validation, data_dir=common.data_dir) if self.validation else None
+            validation = [self.validation] if self.validation else []
+            held = open_datasets(validation, data_dir=common.data_dir, like=shape) if validation else None
             return images, unlabelled, held
         if self.validation is not None:
             raise InputError("the validation set is either named or held out: give --validation or --holdout, not both")
@@ -292,7 +297,7 @@ def train(
     settings = loop.settings(common)
     loss = make_objective(objective, **dict(map(_weight, weight or [])))
     inner = attack.made(objective, common.data_dir)
-    images, unlabelled, held = data.opened(dataset, common)
+    images, unlabelled, held = data.opened(dataset, arch, common)
     net = build_classifier(arch, input_shape=images.shape, classes=images.classes, seed=common.seed)
     classifier = train_classifier(
         net,

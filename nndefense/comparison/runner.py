@@ -242,14 +242,16 @@ def compare(
         if source is None:
             return None
         return pipeline.open_classifier(
-            source, device=device, data_dir=data_dir, classes=classes, input_shape=input_shape, specs=sources
+            source, device=device, data_dir=data_dir, classes=classes, input_shape=input_shape, specs=sources, say=say
         )
 
     model, other = opened(classifier), opened(surrogate)
     if model is not None:
         pipeline.check_surrogate(other, model)
-    images = pipeline.open_datasets(sources, data_dir=data_dir, like=model)
-    test = pipeline.open_datasets([reported], data_dir=data_dir, like=model)
+    arch = str(recipe.scope.classifier.get("arch", ""))
+    like = model or pipeline.training_shape(sources, arch, data_dir=data_dir, say=say)
+    images = pipeline.open_datasets(sources, data_dir=data_dir, like=like)
+    test = pipeline.open_datasets([reported], data_dir=data_dir, like=like)
     pipeline.check_disjoint(test, images)
     materials = pipeline.Materials(
         recipe.scope,

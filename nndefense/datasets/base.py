@@ -17,12 +17,13 @@ from torch.utils.data import Dataset
 
 from nndefense.datasets.ids import Ids, PackedIds, PickedIds, RowNumbers
 from nndefense.datasets.pixels import Digests, pixel_digests
-from nndefense.datasets.rejected import BadImage, Reading, Rejected, SourceError
+from nndefense.datasets.rejected import OTHER_SIZE, BadImage, Reading, Rejected, SourceError
 from nndefense.errors import DataError, InputError
 from nndefense.images import shape_text
 
 _POOL_SAMPLE = 64
 _BLOCK = 8192
+_COMPARED, _TOGETHER = 200, 25
 
 # Indices may come as any list of numbers, as an array, as a tensor, or as a boolean mask over the whole data set.
 Indices = ArrayLike | Tensor
@@ -168,6 +169,16 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         if len(rows) == 0:
             return torch.zeros((0, *self.shape)), torch.zeros(0, dtype=torch.int64)
         return self._read(rows), torch.from_numpy(self.labels[rows])
+
+    def has_one_size(self) -> bool:
+        """Whether up to 200 evenly spaced images have the size of the first; what cannot be read says nothing."""
+        rows = np.unique(np.linspace(0, len(self) - 1, min(len(self), _COMPARED)).astype(np.int64))
+        for start in range(0, len(rows), _TOGETHER):
+            part = rows[start : start + _TOGETHER]
+            wrong = self.read_into(part, torch.empty((len(part), *self.shape)))
+            if any(error.kind == OTHER_SIZE for error in wrong.values()):
+                return False
+        return True
 
     def read_each(self, indices: Indices) -> Reading:
         """Read the images at ``indices`` that can be read, in that order, and say of the others what is wrong.

@@ -23,7 +23,7 @@ from nndefense.datasets.base import ImageDataset, update_with_strings
 from nndefense.datasets.ids import RowNumbers
 from nndefense.datasets.image_files import decode, fill
 from nndefense.datasets.pixels import Digests, Pixels, pixel_digest
-from nndefense.datasets.rejected import BadImage
+from nndefense.datasets.rejected import BRING, OTHER_SIZE, BadImage
 from nndefense.errors import DataError
 from nndefense.images import shape_text
 
@@ -148,10 +148,9 @@ class EncodedDataset(PictureDataset):
         if shape[:2] != self.shape[1:]:
             own, others = shape_text(shape[:2]), shape_text(self.shape[1:])
             raise BadImage(
-                f"the image {called} is {own}, but the first one of {self.name} is {others}: "
-                "give a size that all images are brought to",
-                "other size",
-                f"it is {own} pixels, but the first image is {others}: give a size that all images are brought to",
+                f"the image {called} is {own}, but the first one of {self.name} is {others}: {BRING}",
+                OTHER_SIZE,
+                f"it is {own} pixels, but the first image is {others}: {BRING}",
             )
 
 

@@ -9,6 +9,9 @@ from torch import Tensor
 from nndefense.datasets.ids import RowNumbers
 from nndefense.errors import DataError
 
+OTHER_SIZE = "other size"
+BRING = "give a size that all images are brought to (--size)"
+
 REJECTED_KINDS = (
     "empty",
     "damaged",
@@ -16,7 +19,7 @@ REJECTED_KINDS = (
     "too large",
     "unreadable",
     "missing",
-    "other size",
+    OTHER_SIZE,
     "out of range",
 )
 """What can be wrong with an image, for counting."""

@@ -22,7 +22,7 @@ from nndefense.datasets.encoded import PictureDataset
 from nndefense.datasets.ids import NumberedIds, RowNumbers
 from nndefense.datasets.image_files import FORMATS, check_pixels, convert
 from nndefense.datasets.pixels import Pixels
-from nndefense.datasets.rejected import BadImage, SourceError
+from nndefense.datasets.rejected import BRING, OTHER_SIZE, BadImage, SourceError
 from nndefense.errors import DataError
 from nndefense.images import shape_text
 
@@ -136,8 +136,8 @@ class TorchvisionDataset(PictureDataset):
             raise _damaged(f"cannot read the image {called}", error) from error
         if pixels.shape[:2] != self.shape[1:]:
             sizes = f"{shape_text(pixels.shape[:2])}, but the first one is {shape_text(self.shape[1:])}"
-            reason = f"it is {sizes}: give a size that all images are brought to"
-            raise BadImage(f"the image {called}: {reason}", "other size", reason)
+            reason = f"it is {sizes}: {BRING}"
+            raise BadImage(f"the image {called}: {reason}", OTHER_SIZE, reason)
         return pixels
 
     def _pixels_of(self, rows: RowNumbers) -> Callable[[int], Pixels]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ def load_classifier(
     input_shape: Sequence[int] | None = None,
     classes: Classes | None = None,
     data_dir: str | Path | None = None,
+    guess: Callable[[], Sequence[int]] | None = None,
 ) -> Classifier:
     """Return a classifier in evaluation mode on ``device``.
 
@@ -37,6 +38,7 @@ def load_classifier(
         input_shape: channels, height and width, where the source does not know them or other ones are wanted.
         classes: names of the classes, or the path of a file for :func:`read_classes`, instead of the source's own.
         data_dir: the folder of downloads; torch's own cache by default.
+        guess: gives the input shape that a module is taken to have which does not say its own.
 
     Raises:
         ModelError: the classifier cannot be found, read or used.
@@ -45,7 +47,7 @@ def load_classifier(
     target = resolve_device(device)
     text = str(source)
     if text.startswith(PYTHON):
-        return load_python(text, device=target, input_shape=input_shape, classes=classes)
+        return load_python(text, device=target, input_shape=input_shape, classes=classes, guess=guess)
     if text.startswith(TORCHVISION):
         classifier = load_torchvision(text, data_dir=None if data_dir is None else Path(data_dir))
     elif re.match(r"[a-z]\w+:", text) and not Path(text).exists():
@@ -135,11 +137,13 @@ def load_python(
     device: torch.device,
     input_shape: Sequence[int] | None = None,
     classes: Classes | None = None,
+    guess: Callable[[], Sequence[int]] | None = None,
 ) -> Classifier:
     """Return the net that ``python:FILE_OR_MODULE:FACTORY`` makes as a classifier in evaluation mode on ``device``.
 
     FACTORY is called without arguments and returns a module from images N x C x H x W in [0, 1] to logits N x K. The
-    module may have attributes ``input_shape`` (C, H, W) and ``classes`` (names), which the arguments override.
+    module may have attributes ``input_shape`` (C, H, W) and ``classes`` (names), which the arguments override;
+    ``guess`` is asked for the shape only where nothing else says it.
 
     Raises:
         ModelError: the code cannot be found or run, or what it makes is not such a module.
@@ -148,6 +152,8 @@ def load_python(
     if not isinstance(net, nn.Module):
         raise ModelError(f"{source} returned {type(net).__name__}: it must return a torch.nn.Module")
     shape = input_shape if input_shape is not None else getattr(net, "input_shape", None)
+    if shape is None and guess is not None:
+        shape = guess()
     if shape is None:
         raise ModelError(
             f"the images that {source} takes are not known: give the input shape (channels, height, width), or set "

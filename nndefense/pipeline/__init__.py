@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from nndefense.pipeline.evaluating import evaluate, headline_of
     from nndefense.pipeline.making import Made, make_defense, subject_of, with_known_seed
     from nndefense.pipeline.materials import Materials, MaterialSettings
-    from nndefense.pipeline.opening import drawn, open_classifier, open_datasets, reported_split, split
+    from nndefense.pipeline.opening import (
+        drawn,
+        open_classifier,
+        open_datasets,
+        reported_split,
+        split,
+        training_shape,
+    )
 
 _NAMES = {
     "attacking": "write_attacked",
@@ -33,7 +40,7 @@ _NAMES = {
     "evaluating": "evaluate headline_of",
     "making": "Made make_defense subject_of with_known_seed",
     "materials": "MaterialSettings Materials",
-    "opening": "drawn open_classifier open_datasets reported_split split",
+    "opening": "drawn open_classifier open_datasets reported_split split training_shape",
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()}
 __getattr__ = importing(__name__, _HOMES | {"defenses": f"{__name__}.defenses"})
@@ -42,5 +49,5 @@ __all__ = [
     "Candidates", "Chosen", "DemoSettings", "Made", "MaterialSettings", "Materials", "build_calibrated",
     "check_disjoint", "check_not_calibrated_on", "check_not_in_database", "check_surrogate", "choose", "defenses",
     "drawn", "evaluate", "headline_of", "make_defense", "open_classifier", "open_datasets", "reported_split",
-    "run_demo", "split", "subject_of", "with_known_seed", "write_attacked",
+    "run_demo", "split", "subject_of", "training_shape", "with_known_seed", "write_attacked",
 ]  # fmt: skip

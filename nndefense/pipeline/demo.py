@@ -24,7 +24,7 @@ from nndefense.models import Classifier, build_classifier
 from nndefense.pipeline.calibrating import Candidates, Chosen, choose
 from nndefense.pipeline.checks import check_disjoint, check_surrogate
 from nndefense.pipeline.evaluating import Opened, measure
-from nndefense.pipeline.opening import drawn, open_classifier, open_datasets, split
+from nndefense.pipeline.opening import drawn, open_classifier, open_datasets, split, training_shape
 from nndefense.training import train_classifier
 
 # The sets of neighbours that a proof goes through grow with K.
@@ -46,6 +46,8 @@ class DemoSettings:
         arch, surrogate_arch: architectures for the nets that are trained.
         classes: file of class names for classifiers of one's own, or None.
         input_shape: C, H, W for classifiers that do not say it, or None for that of the images.
+        size: height and width of the images where nets are trained, or None as for
+            :func:`~nndefense.pipeline.training_shape`.
         candidates: the settings that are compared.
         limit: how many test images, drawn at random, or None for all.
         adaptive: the adaptive attack; None for neither that nor the white box.
@@ -68,6 +70,7 @@ class DemoSettings:
     surrogate_arch: str = "madry-mnist"
     classes: Path | None = None
     input_shape: tuple[int, int, int] | None = None
+    size: tuple[int, int] | None = None
     candidates: Candidates = field(default_factory=Candidates)
     epochs: int | None = None
     limit: int | None = None
@@ -93,10 +96,13 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = lambda text:
     s = settings
     # What can be found wrong before the hours of work is found before them.
     recipe = _recipe(s)
-    model = _load(s, s.classifier) if s.classifier else None
-    surrogate = _load(s, s.surrogate) if s.surrogate else None
-    rows, rest, held = split(s.database_sets, s.calibration, s.holdout, data_dir=s.data_dir, like=model, seed=s.seed)
-    test = open_datasets([s.test], data_dir=s.data_dir, like=model)
+    model = _load(s, s.classifier, say) if s.classifier else None
+    surrogate = _load(s, s.surrogate, say) if s.surrogate else None
+    if model is not None and s.size is not None:
+        raise InputError("the size of the images is that of the classifier: leave --size out")
+    like = model or training_shape(s.database_sets, s.arch, s.size, data_dir=s.data_dir, say=say)
+    rows, rest, held = split(s.database_sets, s.calibration, s.holdout, data_dir=s.data_dir, like=like, seed=s.seed)
+    test = open_datasets([s.test], data_dir=s.data_dir, like=like)
     check_disjoint(test, rows)
     check_disjoint(test, held)
     rows, guarded = _for_the_guard(s, rows, held)
@@ -199,7 +205,7 @@ def _with_exact(
     return replace(recipe, rungs=(*recipe.rungs, Rung("exact", AttackSettings("exact", s.attack.norm, s.attack.eps))))
 
 
-def _load(s: DemoSettings, source: str) -> Classifier:
+def _load(s: DemoSettings, source: str, say: Callable[[str], object]) -> Classifier:
     return open_classifier(
         source,
         device=s.device,
@@ -207,6 +213,7 @@ def _load(s: DemoSettings, source: str) -> Classifier:
         classes=s.classes,
         input_shape=s.input_shape,
         specs=s.database_sets,
+        say=say,
     )
 
 

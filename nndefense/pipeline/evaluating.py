@@ -120,6 +120,7 @@ def open_recipe(
             input_shape=recipe.input_shape,
             specs=(recipe.dataset,),
             database=folder,
+            say=say,
         )
 
     classifier = load(recipe.classifier)

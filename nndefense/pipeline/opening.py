@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from nndefense.database import ImageDatabase, Manifest, classifier_of
 from nndefense.datasets import ImageDataset, concatenate, holdout, open_dataset, open_recorded
+from nndefense.datasets.derived import Size
 from nndefense.errors import DataError, InputError, NNDefenseError
-from nndefense.models import Classifier, load_classifier
+from nndefense.images import shape_text
+from nndefense.models import ARCHITECTURES, Classifier, load_classifier
 from nndefense.pipeline.checks import check_disjoint
 
 _PYTHON = "python:"
+# Images that all have one size are trained on as they are, unless they are those of a camera.
+_LARGEST_SIDE = 256
 # Whoever wrote these decides which of their images are test images.
 _WITHOUT_SPLITS = ("imagefolder", "images", "files", "hdf5", "webdataset", "parquet", "torchvision")
 
@@ -27,6 +31,7 @@ def open_classifier(
     input_shape: tuple[int, int, int] | None = None,
     specs: Sequence[str] = (),
     database: Path | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Classifier:
     """Load a classifier.
 
@@ -36,9 +41,11 @@ def open_classifier(
         device, classes: as for :func:`~nndefense.models.load_classifier`.
         data_dir: the folder of the data sets.
         input_shape: C, H, W of its images. None: those that the database was made with, where the net can take them;
-            of a classifier of one's own, where there is no database, those of the first data set of ``specs``.
+            of a classifier of one's own that does not say, where there is no database, those of the first data set of
+            ``specs``.
         specs: the data sets that it is for.
         database: the folder of the database that it is for.
+        say: called with a line for people where the input shape is a guess.
 
     Raises:
         ModelError: it cannot be found or read, or is Python code that nobody named.
@@ -49,9 +56,52 @@ def open_classifier(
         return classifier_of(database, manifest, source, device=device, classes=classes, input_shape=input_shape)
     if source is None:
         raise InputError("no classifier was named: give --classifier")
-    if str(source).startswith(_PYTHON) and input_shape is None and specs:
-        input_shape = open_dataset(specs[0], data_dir=data_dir).shape
-    return load_classifier(source, device=device, input_shape=input_shape, classes=classes)
+
+    def guessed() -> tuple[int, int, int]:
+        found = open_dataset(specs[0], data_dir=data_dir).shape
+        text = ",".join(map(str, found))
+        say(f"{source} does not say its input shape: from {specs[0]} --input-shape {text} is taken")
+        return found
+
+    guess = guessed if specs else None
+    return load_classifier(source, device=device, input_shape=input_shape, classes=classes, guess=guess)
+
+
+def training_shape(
+    specs: Sequence[str],
+    arch: str,
+    size: Size | None = None,
+    *,
+    data_dir: Path | None = None,
+    say: Callable[[str], object] = lambda text: None,
+) -> tuple[int, int, int]:
+    """C, H, W of the images of a training: what ``like`` of :func:`open_datasets` takes.
+
+    Args:
+        specs: the data sets.
+        arch: the architecture that is trained.
+        size: one side, or (height, width), that was asked for. None: that of the images where all have one (of a set,
+            200 are looked at) and no side has more than 256 pixels, else the architecture's own.
+        data_dir: the folder of the data sets.
+        say: called with a line for people where the size is the architecture's.
+
+    Raises:
+        DataError: a data set cannot be opened, or none is named.
+        InputError: an impossible size.
+    """
+    if not specs:
+        raise DataError("no data set was named: give --dataset")
+    opened = [open_dataset(spec, data_dir=data_dir, size=size) for spec in specs]
+    first = opened[0].shape
+    if size is not None or arch not in ARCHITECTURES:
+        return first
+    small = max(first[1:]) <= _LARGEST_SIDE
+    if small and all(part.shape == first and part.has_one_size() for part in opened):
+        return first
+    side = ARCHITECTURES[arch].side
+    why = "images of different sizes" if small else f"images of {shape_text(first[1:])}"
+    say(f"{why} are brought to {side} x {side}, which {arch} was made for; --size says otherwise")
+    return first[0], side, side
 
 
 def open_datasets(
@@ -109,7 +159,7 @@ def split(
     n_holdout: int = 300,
     *,
     data_dir: Path | None = None,
-    like: Classifier | None = None,
+    like: Classifier | tuple[int, int, int] | None = None,
     seed: int = 0,
 ) -> tuple[ImageDataset, ImageDataset, ImageDataset]:
     """Open the database's images and set apart those to calibrate on.

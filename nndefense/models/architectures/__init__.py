@@ -22,12 +22,14 @@ class Architecture:
         build: from (C, H, W) and the number of classes K to a net with fresh weights.
         smallest: the least height and width that the net takes.
         fixed_size: whether a built net takes only images of that height and width.
+        side: the height and width that it was made for, to which photos of different sizes are brought.
         summary: one line for people.
     """
 
     build: Callable[[InputShape, int], nn.Module]
     smallest: int
     fixed_size: bool
+    side: int
     summary: str
 
 
@@ -36,15 +38,18 @@ def _wide_resnet(depth: int, factor: int, millions: str) -> Architecture:
         build=lambda shape, count: WideResNet(shape, count, depth=depth, factor=factor),
         smallest=4,
         fixed_size=False,
+        side=32,
         summary=f"pre-activation wide residual net of depth {depth} and width factor {factor}, {millions} M weights",
     )
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "small-cnn": Architecture(SmallCNN, 4, False, "three convolution blocks, for images of 8 to 32 pixels"),
-    "madry-mnist": Architecture(MadryMNIST, 4, True, "two 5x5 convolutions and a wide linear layer, for MNIST"),
-    "strided-cnn": Architecture(StridedCNN, 4, True, "two strided 4x4 convolutions, a tenth of madry-mnist's work"),
-    "cifar-resnet18": Architecture(CifarResNet18, 4, False, "ResNet-18 with a 3x3 stem for CIFAR-10, 11.2 M weights"),
+    "small-cnn": Architecture(SmallCNN, 4, False, 32, "three convolution blocks, for images of 8 to 32 pixels"),
+    "madry-mnist": Architecture(MadryMNIST, 4, True, 28, "two 5x5 convolutions and a wide linear layer, for MNIST"),
+    "strided-cnn": Architecture(StridedCNN, 4, True, 28, "two strided 4x4 convolutions, a tenth of madry-mnist's work"),
+    "cifar-resnet18": Architecture(
+        CifarResNet18, 4, False, 32, "ResNet-18 with a 3x3 stem for CIFAR-10, 11.2 M weights"
+    ),
     "wrn-40-2": _wide_resnet(40, 2, "2.2"),
     "wrn-28-10": _wide_resnet(28, 10, "36.5"),
     "wrn-34-10": _wide_resnet(34, 10, "46.2"),
@@ -60,6 +65,7 @@ def _attentive(name: str) -> Architecture:
         build=lambda shape, count: AttentiveNet(base.build(shape, DIMENSION), DIMENSION, count),
         smallest=base.smallest,
         fixed_size=base.fixed_size,
+        side=base.side,
         summary=f"RA-CNN with {name} for its features, to be trained with a database by nndefense racnn train",
     )
 
