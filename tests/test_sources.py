@@ -275,7 +275,8 @@ def test_parquet_labels_and_ids(tmp_path: Path) -> None:
     assert named.labels.tolist() == [1, -1, 0]
     assert named.classes == ("a", "b")
     for columns, message in (
-        ({"label": [0.5, 1, 2]}, "labels of type double"),
+        ({"label": [0.5, 1, 2]}, "has label 0.5"),
+        ({"label": [b"0", b"1", b"2"]}, "labels of type binary"),
         ({"label": [0, -2, 1]}, "has label -2"),
         ({"id": ["x", "x", "y"]}, "has an id twice"),
         ({"id": ["x", None, "y"]}, "rows without an id"),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nndefense.datasets.base import ImageDataset, update_with_strings
 from nndefense.datasets.ids import Ids, NumberedIds, RowNumbers
+from nndefense.datasets.labels import class_number, numbered_classes
 from nndefense.datasets.pixels import Pixels
 from nndefense.datasets.rejected import BadImage, SourceError
 from nndefense.datasets.remote import open_store
@@ -136,7 +137,7 @@ class HDF5Dataset(ImageDataset):
         labels = self._store.labels(count)
         classes = self._store.classes()
         if classes is None:
-            classes = [str(label) for label in range(int(labels.max(initial=-1)) + 1)]
+            classes = numbered_classes(labels, str(path))
         elif count and labels.max() >= len(classes):
             raise DataError(f"{path} has label {labels.max()}, but names only {len(classes)} classes: {_REMEDY}")
         ids: Ids = NumberedIds(Path(self._store.path).stem, count)
@@ -231,13 +232,12 @@ class _Store:
             return np.full(count, -1, dtype=np.int64)
         stored = self.dataset("labels")
         self._check_length("labels", stored.shape, count)
-        if stored.dtype.kind not in "iu":
+        if stored.dtype.kind not in "iuf":
             raise DataError(f"{self.path} has labels of type {stored.dtype}: store whole numbers from 0")
         with self._reading():
-            labels = np.asarray(stored[...], dtype=np.int64)
-        if labels.min(initial=0) < -1:
-            raise DataError(f"{self.path} has label {labels.min()}: store numbers from 0, or -1 where unknown")
-        return labels
+            distinct, places = np.unique(np.asarray(stored[...]), return_inverse=True)
+        numbers = [class_number(value, str(self.path)) for value in distinct.tolist()]
+        return np.array(numbers, dtype=np.int64)[places.reshape(-1)]
 
     def classes(self) -> list[str] | None:
         with self._reading():

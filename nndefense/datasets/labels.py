@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,15 +11,75 @@ from numpy.typing import NDArray
 from nndefense.datasets.store import Store
 from nndefense.errors import DataError
 
-_NUMBER = re.compile(r"-1|[0-9]{1,9}")
+# What spreadsheets, pandas and R write in the place of a number that is missing.
+_UNKNOWN = ("", "nan", "<na>")
+_EMPTY = (*_UNKNOWN, "na", "n/a", "#n/a", "null", "none", "-")
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?", re.IGNORECASE)
+MOST_CLASSES = 1 << 20
+"""Where nothing names the classes, a label must be below this: a number above it is an id or a year, not a class."""
+
+Label = int | float | str | None
 
 
-def written_labels(texts: Sequence[str]) -> list[int | str | None]:
-    """Take labels written as text: numbers if all are whole numbers from -1, else names; nothing is unknown."""
-    words = [text.strip() for text in texts]
-    if all(_NUMBER.fullmatch(word) for word in words if word):
-        return [int(word) if word else None for word in words]
-    return [word or None for word in words]
+def class_number(value: float, title: str) -> int:
+    """Return a number found as a label as the number of a class: 3.0 is 3, and -1 and NaN are -1, the unknown.
+
+    Raises:
+        DataError: it has a fraction, or is below -1.
+    """
+    if value != value:
+        return -1
+    # Infinity does not get as far as int().
+    if not -1 <= value < 1 << 31 or value != int(value):
+        raise DataError(f"{title} has label {value}: store whole numbers from 0, or -1 where unknown")
+    return int(value)
+
+
+def read_labels(found: Iterable[Label], names: Sequence[str] | None, title: str) -> dict[Label, int | str | None]:
+    """Return what each label that was found means: the number of a class, its name, or None where unknown.
+
+    A text is a name where ``names`` has it. Where all others are numbers (``7``, ``07``, ``7.0``, ``7e0``) they are
+    numbers, and an empty text, NaN, NA, null, None or ``-`` is unknown; else they are names, and an empty text or NaN
+    is unknown.
+
+    Raises:
+        DataError: a number is no class number, or numbers and names are mixed: a text among more numbers than names is
+            a slip, since as names in text order 10 would come before 2.
+    """
+    distinct = set(found)
+    listed = set(names or ())
+    texts = {label: label.strip() for label in distinct if isinstance(label, str)}
+    open_ = {text for text in texts.values() if text not in listed and text.casefold() not in _UNKNOWN}
+    numbers = {text for text in open_ if _NUMBER.fullmatch(text)}
+    words = {text for text in open_ - numbers if text.casefold() not in _EMPTY}
+    typed = any(isinstance(label, int | float) for label in distinct)
+    named = words | (listed & set(texts.values()))
+    if (typed and named) or (numbers and len(numbers) >= len(named) > 0):
+        example = f" ({min(named)!r} beside {min(numbers)!r})" if numbers else f" ({min(named)!r})"
+        raise DataError(f"{title} has labels that are numbers and labels that are names{example}: use one kind")
+    empty = _UNKNOWN if named else _EMPTY
+
+    def meaning(label: Label) -> int | str | None:
+        if label is None or isinstance(label, int | float):
+            return None if label is None else class_number(label, title)
+        text = texts[label]
+        if text in listed or (named and text.casefold() not in empty):
+            return text
+        return None if text.casefold() in empty else class_number(float(text), title)
+
+    return {label: meaning(label) for label in distinct}
+
+
+def numbered_classes(labels: NDArray[np.int64], title: str) -> list[str]:
+    """Return the classes ``0``, ``1``, ... that numbers without names stand for; none where all are unknown.
+
+    Raises:
+        DataError: a number is not below :data:`MOST_CLASSES`.
+    """
+    highest = int(labels.max(initial=-1))
+    if highest >= MOST_CLASSES:
+        raise DataError(f"{title} has label {highest}: number the classes from 0, or give their names")
+    return [str(number) for number in range(highest + 1)]
 
 
 def read_class_names(store: Store, path: str) -> list[str] | None:
@@ -42,12 +102,12 @@ def read_class_names(store: Store, path: str) -> list[str] | None:
 
 
 def class_numbers(
-    labels: Sequence[int | str | None], names: Sequence[str] | None, title: str, names_from: str
+    labels: Sequence[Label], names: Sequence[str] | None, title: str, names_from: str
 ) -> tuple[list[str], NDArray[np.int64]]:
     """Turn labels into numbers of classes.
 
     Args:
-        labels: numbers, or names of classes, or None where unknown.
+        labels: numbers, or names of classes, or None where unknown, as for :func:`read_labels`.
         names: the names of all classes in order, if they are given; else those that occur, sorted, or 0, 1, ...
         title: what messages call the data set.
         names_from: what messages call the place of ``names``.
@@ -56,24 +116,22 @@ def class_numbers(
         The names of the classes, and int64 labels, -1 where unknown.
 
     Raises:
-        DataError: numbers and names are mixed, or do not fit ``names``.
+        DataError: numbers and names are mixed, are no class numbers, or do not fit ``names``.
     """
-    words = sorted({label for label in labels if isinstance(label, str)})
-    numbered = any(isinstance(label, int) for label in labels)
-    if words and numbered:
-        raise DataError(f"{title} has labels that are numbers and labels that are names: use one kind")
+    meaning = read_labels(labels, names, title)
+    words = sorted({label for label in meaning.values() if isinstance(label, str)})
     classes = list(names) if names is not None else words
     unknown = sorted(set(words) - set(classes))
     if unknown:
         raise DataError(f"{title} has the class {unknown[0]!r}, which {names_from} does not list: add it")
     place = {word: number for number, word in enumerate(classes)}
-    found = np.fromiter(
-        (-1 if label is None else place[label] if isinstance(label, str) else label for label in labels),
-        dtype=np.int64,
-        count=len(labels),
-    )
+    numbers = {
+        label: -1 if found is None else place[found] if isinstance(found, str) else found
+        for label, found in meaning.items()
+    }
+    found = np.fromiter((numbers[label] for label in labels), dtype=np.int64, count=len(labels))
     if not classes:
-        classes = [str(number) for number in range(int(found.max(initial=-1)) + 1)]
+        classes = numbered_classes(found, title)
     elif found.max(initial=-1) >= len(classes):
         raise DataError(f"{title} has label {found.max()}, but {names_from} names {len(classes)} classes: add the rest")
     return classes, found

@@ -12,7 +12,7 @@ from nndefense.datasets.base import update_with_strings
 from nndefense.datasets.derived import Size, check_form
 from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import PackedIds
-from nndefense.datasets.labels import class_numbers, written_labels
+from nndefense.datasets.labels import Label, class_numbers
 from nndefense.datasets.remote import has_suffix, open_store
 from nndefense.datasets.store import LocalStore, Store, is_url
 from nndefense.errors import DataError
@@ -28,10 +28,10 @@ class FileListDataset(EncodedDataset):
     """The images that a text file names, decoded when asked for.
 
     A ``.csv`` or ``.tsv`` has a line of column names: ``path`` (or ``file``, ``filename``, ``image``, ``url``), and if
-    there are any, ``label`` (or ``class``, ``cls``) and ``id`` (or ``key``). Labels are whole numbers, -1 or nothing
-    where unknown, or else names of classes. Any other file has one path a line and no labels. Empty lines are passed
-    over. Paths are relative to the list's folder, absolute, or URLs; a list that is itself a URL names no files of this
-    machine. Without ids, the paths as they are written are the ids.
+    there are any, ``label`` (or ``class``, ``cls``) and ``id`` (or ``key``). Labels are whole numbers (also ``10.0``),
+    -1, NaN or nothing where unknown, or else names of classes. Any other file has one path a line and no labels. Empty
+    lines are passed over. Paths are relative to the list's folder, absolute, or URLs; a list that is itself a URL names
+    no files of this machine. Without ids, the paths as they are written are the ids.
 
     The files are not looked at before they are read: one that is missing then is a bad image.
 
@@ -115,7 +115,7 @@ def _read(store: Store, path: str, written: str) -> str:
         raise DataError(f"cannot read the list {written} ({' '.join(str(error).split())}): save it as UTF-8") from error
 
 
-def _entries(text: str, written: str) -> tuple[list[str], list[int | str | None], Sequence[str], list[int]]:
+def _entries(text: str, written: str) -> tuple[list[str], list[Label], Sequence[str], list[int]]:
     """Paths, labels, ids and line numbers; ids are the very paths where there are none."""
     delimiter = next((mark for suffix, mark in _TABLES.items() if has_suffix(written, (suffix,))), None)
     if delimiter is None:
@@ -123,7 +123,8 @@ def _entries(text: str, written: str) -> tuple[list[str], list[int | str | None]
         paths = [line for _, line in lines if line]
         return paths, [None] * len(paths), paths, [number for number, line in lines if line]
     reader = csv.reader(text.splitlines(), delimiter=delimiter, strict=True)
-    paths, labels, ids, numbers = [], [], [], []
+    paths, ids, numbers = [], [], []
+    labels: list[Label] = []
     try:
         header = [name.strip().lower() for name in next(reader, [])]
         where = _column(header, _PATH_NAMES)
@@ -144,7 +145,7 @@ def _entries(text: str, written: str) -> tuple[list[str], list[int | str | None]
             numbers.append(reader.line_num)
     except csv.Error as error:
         raise DataError(f"line {reader.line_num} of {written} is no line of a table ({error}): mend it") from error
-    return paths, written_labels(labels), ids if key is not None else paths, numbers
+    return paths, labels, ids if key is not None else paths, numbers
 
 
 def _column(header: Sequence[str], names: Sequence[str]) -> int | None:

@@ -15,7 +15,7 @@ import numpy as np
 from nndefense.datasets.derived import Size, check_form
 from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import Ids, JoinedIds, NumberedIds, PackedIds, RowNumbers
-from nndefense.datasets.labels import class_numbers
+from nndefense.datasets.labels import Label, class_numbers
 from nndefense.datasets.rejected import BadImage, SourceError
 from nndefense.datasets.remote import find_files
 from nndefense.datasets.store import Store, check_bytes, empty_image
@@ -35,9 +35,9 @@ class ParquetDataset(EncodedDataset):
     The column of images holds the files' bytes, or a struct with ``bytes`` (and ``path``, which is passed over: a table
     does not say what else is read). It is the one named ``image``, ``img``, ``jpg``, ``png`` or the like, else the only
     column of that type. Labels, where there are any, are in ``label``, ``labels``, ``cls``, ``class``, ``target`` or
-    ``fine_label``: whole numbers from 0 (-1 or null where unknown) or names; the names of numbered classes are taken
-    from the Hugging Face schema where the file has one, else they are 0, 1, ... Ids are the column ``id``, ``key`` or
-    ``__key__`` if it is text, else ``<file>/00000`` and so on.
+    ``fine_label``: whole numbers from 0 (-1, NaN or null where unknown) or names; the names of numbered classes are
+    taken from the Hugging Face schema where the file has one, else they are 0, 1, ... Ids are the column ``id``,
+    ``key`` or ``__key__`` if it is text, else ``<file>/00000`` and so on.
 
     Labels and ids are in memory; of the pictures, what was read last, up to 256 MiB.
 
@@ -78,7 +78,7 @@ class ParquetDataset(EncodedDataset):
         self._group_start = np.concatenate([[0], np.cumsum(rows)])
         self._cells = Cells(self._store, self.files, tables[0].image)
         names = tables[0].names
-        labels: list[int | str | None] = []
+        labels: list[Label] = []
         for table in tables:
             labels.extend(table.labels())
         classes, numbers = class_numbers(labels, names, title, "the table")
@@ -158,20 +158,18 @@ class _Table:
             ) from error
         self.names = _class_names(schema, self.label)
 
-    def labels(self) -> list[int | str | None]:
+    def labels(self) -> list[Label]:
         if self.label is None or self._columns is None:
             return [None] * self.rows
         column = self._columns.column(self.label)
         types, kind = self._arrow.types, column.type
         if types.is_dictionary(kind):
             kind = kind.value_type
-        if not (types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
+        readable = (types.is_integer, types.is_floating, types.is_string, types.is_large_string)
+        if not any(fits(kind) for fits in readable):
             raise DataError(f"{self.place} has labels of type {kind}: store whole numbers from 0, or names of classes")
-        found: list[int | str | None] = column.to_pylist()
-        lowest = min((label for label in found if isinstance(label, int)), default=0)
-        if lowest < -1:
-            raise DataError(f"{self.place} has label {lowest}: store numbers from 0, or -1 where unknown")
-        return [label if label != "" else None for label in found]
+        found: list[Label] = column.to_pylist()
+        return found
 
     def ids(self) -> Ids:
         if self.id is None or self._columns is None:

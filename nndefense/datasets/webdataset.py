@@ -21,7 +21,7 @@ from nndefense.datasets.derived import Size, check_form
 from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import PackedIds
 from nndefense.datasets.image_files import SUFFIXES
-from nndefense.datasets.labels import class_numbers, read_class_names
+from nndefense.datasets.labels import Label, class_number, class_numbers, read_class_names
 from nndefense.datasets.rejected import BadImage, SourceError
 from nndefense.datasets.remote import find_files
 from nndefense.datasets.store import Store, check_bytes
@@ -136,7 +136,7 @@ class ShardIndex:
     offset: array[int] = field(default_factory=lambda: array("q"))
     size: array[int] = field(default_factory=lambda: array("q"))
     suffix: array[int] = field(default_factory=lambda: array("q"))
-    labels: list[int | str | None] = field(default_factory=list)
+    labels: list[Label] = field(default_factory=list)
     suffix_names: dict[str, int] = field(default_factory=dict)
     suffixes: set[str] = field(default_factory=set)
 
@@ -218,21 +218,15 @@ def _label(file: BinaryIO, member: tarfile.TarInfo, path: str) -> int | str | No
         raise DataError(f"{path} is cut short within {member.name}: {REMEDY}")
     try:
         if not member.name.lower().endswith("json"):
-            return _whole(int(data.decode("ascii").strip()))
+            return class_number(float(data.decode("ascii").strip()), place)
         value = json.loads(data)
         entry = next((value[name] for name in _JSON_NAMES if name in value), None) if isinstance(value, dict) else None
-        if isinstance(entry, int) and not isinstance(entry, bool):
-            return _whole(entry)
-        if entry is not None and (not isinstance(entry, str) or not entry):
+        if isinstance(entry, int | float) and not isinstance(entry, bool):
+            return class_number(entry, place)
+        if entry is not None and not isinstance(entry, str):
             raise ValueError
         return entry
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, DataError):
         raise DataError(
             f"{place} is no label: write a whole number from 0, or in JSON an entry label that is one or a class's name"
         ) from None
-
-
-def _whole(number: int) -> int:
-    if number < -1 or number >= 1 << 31:
-        raise ValueError
-    return number
