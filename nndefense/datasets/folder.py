@@ -26,7 +26,9 @@ _SHOWN = 8
 class ImageFolderDataset(EncodedDataset):
     """The images below ``root/<class>/`` (or ``root/<split>/<class>/``), decoded when asked for.
 
-    Classes and files are in sorted order; hidden files and folders (``.name``) are left out. The id of an image is
+    Classes and files are in sorted order. Hidden files and folders (``.name``) are left out, so is what systems leave
+    behind (``@eaDir``, ``$RECYCLE.BIN``, ``__MACOSX``, ``lost+found``, ...), and links to folders that are in the data
+    set anyway or hold it. The id of an image is
     its path relative to ``root``, with forward slashes. Without a split, a folder that holds nothing but folders
     named train, val, valid, validation or test stands for its ``train`` folder.
 
@@ -105,13 +107,14 @@ def _find_images(store: Store, home: str, prefix: str) -> _Found:
         raise DataError(
             f"{place} {state}: put the images of each class into a folder with the name of the class{remedy}"
         )
+    _check_apart(store, home, classes)
     counts: list[int] = []
     sizes = array("q")
 
     def inside() -> Iterator[str]:
         for folder in classes:
             before = len(sizes)
-            yield from _images_below(store, store.join(home, folder), f"{prefix}{folder}/", sizes)
+            yield from _images_below(store, store.join(home, folder), home, f"{prefix}{folder}/", sizes)
             counts.append(len(sizes) - before)
 
     ids = PackedIds(inside())
@@ -124,17 +127,31 @@ def _find_images(store: Store, home: str, prefix: str) -> _Found:
     return classes, labels, ids, _known(store, sizes)
 
 
+def _check_apart(store: Store, home: str, classes: list[str]) -> None:
+    """Raise DataError where a class is a link into another class: its pictures would have two labels."""
+    owners = {store.true_path(store.join(home, folder)): folder for folder in reversed(classes)}
+    for folder in classes:
+        path = store.true_path(store.join(home, folder))
+        while path and owners.get(path, folder) == folder:
+            path = path.rpartition("/")[0]
+        if path:
+            raise DataError(
+                f"the folders {owners[path]} and {folder} of {store.url(home)} have images in common, because one is a "
+                "link to the other: remove one"
+            )
+
+
 def _find_loose_images(store: Store, home: str, prefix: str) -> _Found:
     sizes = array("q")
-    ids = PackedIds(_images_below(store, home, prefix, sizes))
+    ids = PackedIds(_images_below(store, home, home, prefix, sizes))
     if not len(ids):
         raise DataError(f"{store.url(home)} has no images: they must end in {', '.join(SUFFIXES)}")
     return [], np.full(len(ids), -1, dtype=np.int64), ids, _known(store, sizes)
 
 
-def _images_below(store: Store, folder: str, prefix: str, sizes: array[int]) -> Iterator[str]:
+def _images_below(store: Store, folder: str, home: str, prefix: str, sizes: array[int]) -> Iterator[str]:
     """The images in and below a folder, sorted, each path with ``prefix`` before it; adds their bytes to ``sizes``."""
-    for item, size in sorted(entry for entry in store.below(folder) if entry[0].lower().endswith(SUFFIXES)):
+    for item, size in sorted(entry for entry in store.below(folder, home) if entry[0].lower().endswith(SUFFIXES)):
         sizes.append(size)
         yield prefix + item
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
+from nndefense.datasets.litter import is_passed_over
 from nndefense.datasets.rejected import BadImage
 from nndefense.datasets.store import LocalStore, Store, check_bytes, is_url
 from nndefense.errors import DataError
@@ -55,7 +56,9 @@ class RemoteStore(Store):
         self._url = url
         self._process = -1
         self._file_system: Any = None
-        self.root: str = self._connect().rstrip("/") or "/"
+        root = self._connect()
+        # The top of an archive is called nothing, and what lies in it has no slash before it.
+        self.root: str = root.rstrip("/") or root[:1]
 
     def __getstate__(self) -> dict[str, object]:
         return {"_url": self._url, "root": self.root, "_process": -1, "_file_system": None}
@@ -87,20 +90,23 @@ class RemoteStore(Store):
     def url(self, path: str) -> str:
         return str(self.file_system.unstrip_protocol(path))
 
+    def join(self, folder: str, name: str) -> str:
+        return super().join(folder, name) if folder else name
+
     def listing(self, folder: str) -> tuple[list[str], list[str]]:
         folders: list[str] = []
         files: list[str] = []
         for name, entry in self._entries(folder):
-            if not name.startswith(".") and "/" not in name:
+            if not is_passed_over(name) and "/" not in name:
                 (folders if entry["type"] == "directory" else files).append(name)
         return sorted(folders), sorted(files)
 
-    def below(self, folder: str) -> Iterator[tuple[str, int]]:
+    def below(self, folder: str, root: str) -> Iterator[tuple[str, int]]:
         for name, entry in self._entries(folder):
-            if name.startswith("."):
+            if is_passed_over(name):
                 continue
             if entry["type"] == "directory":
-                for inner, size in self.below(str(entry["name"]).rstrip("/")):
+                for inner, size in self.below(str(entry["name"]).rstrip("/"), root):
                     yield f"{name}/{inner}", size
             elif "/" not in name:
                 known = entry.get("size")
@@ -113,14 +119,14 @@ class RemoteStore(Store):
             raise DataError(f"there is no folder {self.url(folder)}: check the URL") from error
         except OSError as error:
             raise DataError(f"cannot list the folder {self.url(folder)} ({_words(error)}): check the URL") from error
-        base = folder.rstrip("/") + "/"
+        base = folder.strip("/") + "/"
         for entry in entries:
-            path = str(entry["name"]).rstrip("/")
+            path = str(entry["name"]).strip("/")
             # Some stores list the folder itself, and web pages link to places outside it.
             if path.startswith(base) and len(path) > len(base):
                 yield path[len(base) :], entry
-            elif base == "/" or not base.strip("/"):
-                yield path.lstrip("/"), entry
+            elif base == "/":
+                yield path, entry
 
     def reachable(self, folder: str) -> bool:
         self.file_system.invalidate_cache()

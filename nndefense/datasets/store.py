@@ -9,9 +9,9 @@ import re
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import BinaryIO
 
+from nndefense.datasets.litter import Place, holders, is_folder, is_passed_over, leads_up, place_of, stands_in
 from nndefense.datasets.rejected import BadImage, SourceError
 from nndefense.errors import DataError
 
@@ -40,21 +40,28 @@ class Store(ABC):
 
     @abstractmethod
     def listing(self, folder: str) -> tuple[list[str], list[str]]:
-        """Return the sorted names of the folders and of the files in a folder, without hidden ones (``.name``).
+        """Return the sorted names of the folders and of the files in a folder.
+
+        Left out is what :func:`~nndefense.datasets.litter.is_passed_over` names, and links to this folder or one above.
 
         Raises:
             DataError: it is no folder, or cannot be listed.
         """
 
     @abstractmethod
-    def below(self, folder: str) -> Iterator[tuple[str, int]]:
+    def below(self, folder: str, root: str) -> Iterator[tuple[str, int]]:
         """Yield every file in and below a folder: its path relative to it, and its bytes (-1 where unknown).
 
-        Hidden files and folders are left out.
+        Left out is what :func:`~nndefense.datasets.litter.is_passed_over` names, and links back up, or to other
+        folders of ``root``, the whole that ``folder`` is a part of: what is there is found there.
 
         Raises:
             DataError: a folder cannot be listed.
         """
+
+    def true_path(self, path: str) -> str:
+        """The path without links."""
+        return path
 
     @abstractmethod
     def reachable(self, folder: str) -> bool:
@@ -200,14 +207,25 @@ class LocalStore(Store):
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if not entry.name.startswith("."):
-                        (folders if entry.is_dir() else files).append(entry.name)
+                    if is_passed_over(entry.name):
+                        continue
+                    if not is_folder(entry):
+                        files.append(entry.name)
+                    elif not leads_up(entry):
+                        folders.append(entry.name)
         except OSError as error:
             raise _unlisted(folder, error) from error
         return sorted(folders), sorted(files)
 
-    def below(self, folder: str) -> Iterator[tuple[str, int]]:
-        return _walk(Path(folder), "", frozenset())
+    def below(self, folder: str, root: str) -> Iterator[tuple[str, int]]:
+        try:
+            above = holders(os.path.realpath(folder))
+        except OSError as error:
+            raise _unlisted(folder, error) from error
+        return _walk(folder, "", above, os.path.realpath(root))
+
+    def true_path(self, path: str) -> str:
+        return os.path.realpath(path)
 
     def reachable(self, folder: str) -> bool:
         with os.scandir(folder) as entries:
@@ -245,23 +263,29 @@ class LocalStore(Store):
             return file.read(-1 if count is None else count)
 
 
-def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+def _walk(folder: str, prefix: str, above: frozenset[Place], root: str) -> Iterator[tuple[str, int]]:
+    """As :meth:`Store.below`; ``above`` are the folders that this one is in, ``root`` is without links."""
     try:
-        status = folder.stat()
-        here = (status.st_dev, status.st_ino)
+        here = place_of(folder)
         if here in above:  # a link back to a folder that we are in
             return
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if is_passed_over(entry.name):
                     continue
-                if entry.is_dir():
-                    yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", above | {here})
-                else:
+                if not is_folder(entry):
                     # Byte counts would cost a system call each; who wants them asks for them.
                     yield f"{prefix}{entry.name}", -1
+                    continue
+                inside = above | {here}
+                if entry.is_symlink():
+                    real = os.path.realpath(entry.path)
+                    if stands_in(real, root):
+                        continue
+                    inside |= holders(real)
+                yield from _walk(entry.path, f"{prefix}{entry.name}/", inside, root)
     except OSError as error:
-        raise _unlisted(str(folder), error) from error
+        raise _unlisted(folder, error) from error
 
 
 def _unlisted(folder: str, error: OSError) -> DataError:

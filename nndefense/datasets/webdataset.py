@@ -22,6 +22,7 @@ from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import PackedIds
 from nndefense.datasets.image_files import SUFFIXES
 from nndefense.datasets.labels import Label, class_number, class_numbers, read_class_names
+from nndefense.datasets.litter import passes_through
 from nndefense.datasets.rejected import BadImage, SourceError
 from nndefense.datasets.remote import find_files
 from nndefense.datasets.store import Store, check_bytes
@@ -153,7 +154,7 @@ def scan(store: Store, path: str, number: int, index: ShardIndex) -> None:
                 tar.members = []  # type: ignore[attr-defined]  # or a kilobyte would stay in memory for every file
                 folder, _, base = member.name.rpartition("/")
                 stem, dot, suffix = base.partition(".")
-                if not member.isfile() or not dot or not stem:
+                if not member.isfile() or not dot or not stem or passes_through(folder):
                     continue
                 if member.issparse():
                     raise DataError(f"{place} stores {member.name} as a sparse file: {REMEDY}, without --sparse")

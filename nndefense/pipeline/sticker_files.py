@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from nndefense.attacks.rp2 import Mode, Sticker, check_mask, check_palette, frame, homography
+from nndefense.datasets.litter import is_passed_over
 from nndefense.errors import DataError, InputError
 from nndefense.files import read_json, write_atomically
 
@@ -55,7 +56,8 @@ def read_photos(folder: Path, shape: tuple[int, int, int], corners: Path | None)
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder: name the folder that holds the photos")
-    files = sorted((f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES), key=_natural)
+    seen = (file for file in folder.iterdir() if not is_passed_over(file.name))
+    files = sorted((file for file in seen if file.suffix.lower() in _SUFFIXES), key=_natural)
     if not files:
         raise DataError(f"{folder} holds no photos: put PNG, JPEG, WebP or BMP files into it")
     points = frame(len(files)).clone()

@@ -1,0 +1,99 @@
+"""Folders as people have them: what systems leave in them, links that lead back, pictures under other names."""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from dirty import encoded, noise
+
+from nndefense.datasets import open_dataset
+from nndefense.errors import DataError
+from nndefense.pipeline.sticker_files import read_photos
+
+# As macOS, Windows, Synology, QNAP, ext4, chkdsk and Python write them.
+LITTER = (
+    ["@eaDir", "$RECYCLE.BIN", "$Recycle.Bin", "RECYCLER", "__MACOSX", "lost+found", "System Volume Information"]
+    + ["#recycle", "@Recycle", ".@__thumb", "@__thumb", "found.000", "Temporary Items", "__pycache__", ".Trashes"]
+)  # fmt: skip
+
+
+def lay(root: Path, *names: str) -> Path:
+    """Put a picture of its own at each of these names below ``root``."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(noise(sum(name.encode()), 8, 8), "PNG"))
+    return root
+
+
+@pytest.mark.parametrize("litter", LITTER)
+def test_what_systems_leave_is_no_class_and_no_picture(litter: str, tmp_path: Path) -> None:
+    root = lay(tmp_path / "p", "cat/0.png", "dog/deep/1.png", f"{litter}/x/a.png", f"{litter}/b.png")
+    lay(root, f"cat/{litter}/0.png/thumb.png", f"dog/deep/{litter}/c.png", "cat/._0.png")
+    found = open_dataset(f"imagefolder:{root}")
+    assert (found.classes, list(found.ids)) == (("cat", "dog"), ["cat/0.png", "dog/deep/1.png"])
+    assert open_dataset(f"images:{root}").ids == ["cat/0.png", "dog/deep/1.png"]
+    lay(tmp_path / "s", "train/cat/0.png", "val/cat/1.png", f"{litter}/x/0.png")
+    assert open_dataset(f"imagefolder:{tmp_path / 's'}").ids == ["train/cat/0.png"]
+    # In a zip and in a tar it is the same.
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive, tarfile.open(tmp_path / "p.tar", "w") as tar:
+        for path in sorted(path for path in root.rglob("*") if path.is_file()):
+            archive.write(path, str(path.relative_to(root)))
+            tar.add(path, str(path.relative_to(root)))
+    pytest.importorskip("fsspec")
+    zipped = open_dataset(f"imagefolder:zip://::{tmp_path / 'p.zip'}")
+    assert (zipped.classes, list(zipped.ids)) == (found.classes, list(found.ids))
+    assert open_dataset(f"webdataset:{tmp_path / 'p.tar'}").ids == ["cat/0", "dog/deep/1"]
+
+
+def test_names_that_only_resemble_litter_are_classes(tmp_path: Path) -> None:
+    names = ["$1 bill", "@home", "foundation", "lost", "macosx", "recycled"]
+    assert open_dataset(f"imagefolder:{lay(tmp_path, *(f'{name}/0.png' for name in names))}").classes == tuple(names)
+
+
+@pytest.mark.parametrize("target", ["..", ".", "../..", "../dog", "../dog/deep", "loop", "nowhere", "/"])
+def test_links_within_the_folder_add_nothing(target: str, tmp_path: Path) -> None:
+    root = lay(tmp_path / "all" / "p", "cat/0.png", "dog/deep/1.png")
+    (root / "cat" / "loop").symlink_to(target)
+    (root / "dog" / "deep" / "again").symlink_to(root / "cat" / target)
+    dataset = open_dataset(f"imagefolder:{root}")
+    assert dataset.ids == ["cat/0.png", "dog/deep/1.png"]
+    assert dataset.labels.tolist() == [0, 1]
+    assert open_dataset(f"images:{root}").ids == dataset.ids
+
+
+@pytest.mark.parametrize("target", ["..", ".", "../..", "/"])
+def test_links_up_the_tree_are_no_classes(target: str, tmp_path: Path) -> None:
+    root = lay(tmp_path / "all" / "p", "cat/0.png", "dog/1.png")
+    (root / "up").symlink_to(target)
+    assert open_dataset(f"imagefolder:{root}").classes == ("cat", "dog")
+
+
+def test_links_to_pictures_elsewhere_are_followed(tmp_path: Path) -> None:
+    store = lay(tmp_path / "store", "one/0.png", "two/1.png", "two/more/2.png")
+    (store / "two" / "more" / "back").symlink_to("../..")
+    root = lay(tmp_path / "p", "dog/3.png", ".kept/cat/4.png")
+    (root / "cat").symlink_to(store / "one")
+    (root / "dog" / "more").symlink_to(store / "two")
+    (root / "fox").symlink_to(".kept/cat")
+    dataset = open_dataset(f"imagefolder:{root}")
+    assert dataset.ids == ["cat/0.png", "dog/3.png", "dog/more/1.png", "dog/more/more/2.png", "fox/4.png"]
+    # The folder that is opened may be a link itself.
+    (tmp_path / "link").symlink_to(root)
+    assert open_dataset(f"imagefolder:{tmp_path / 'link'}").ids == dataset.ids
+
+
+@pytest.mark.parametrize("target", ["cat", "cat/small"])
+def test_two_classes_with_the_same_pictures_are_refused(target: str, tmp_path: Path) -> None:
+    root = lay(tmp_path, "cat/0.png", "cat/small/1.png")
+    (root / "kitten").symlink_to(target)
+    with pytest.raises(DataError, match=r"the folders cat and kitten .* have images in common.*: remove one"):
+        open_dataset(f"imagefolder:{root}")
+
+
+def test_stickers_are_not_put_on_what_macos_leaves(tmp_path: Path) -> None:
+    (lay(tmp_path, "a.png") / "._a.png").write_bytes(b"\0\5\x16\7junk")
+    assert read_photos(tmp_path, (3, 8, 8), None).names == ["a.png"]
