@@ -27,7 +27,7 @@ from nndefense.database.rows import DIGEST, StoredRows, write_shard, write_virtu
 from nndefense.database.writer import REJECTED, VIRTUAL, check_rows, columns, store, writing
 from nndefense.errors import DatabaseError, DataError, InputError
 from nndefense.features import reduced
-from nndefense.files import read_json, write_json
+from nndefense.files import escaped_json, read_json, write_json
 from nndefense.memory import reused_memory
 
 Array = NDArray[Any]
@@ -341,9 +341,7 @@ def rejection_limit(text: int | str | None, images: int) -> int | None:
 def _write_lines(path: Path, entries: Iterable[Rejection]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for entry in entries:
-            text = json.dumps(entry, ensure_ascii=False)
-            # File names that are not UTF-8 are written as escapes, which JSON reads back to the same name.
-            file.write((text if text.isprintable() else json.dumps(entry)) + "\n")
+            file.write(escaped_json(json.dumps(entry, ensure_ascii=False)) + "\n")
 
 
 def bar(total: int, what: str, progress: bool, done: int = 0, unit: str = " images") -> Any:

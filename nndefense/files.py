@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from nndefense.errors import DataError, InputError
 
 PART = ".part"
+_NO_UTF8 = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def make_folder(folder: Path) -> None:
@@ -54,7 +56,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def json_text(value: Any) -> str:
     """Write plain values as indented JSON with a final newline; a NaN is an error, since JSON has none."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return escaped_json(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
+
+
+def escaped_json(text: str) -> str:
+    """JSON with its unusual characters escaped, as which they can be read back.
+
+    These are the bytes of file names that are no UTF-8 (which Python holds as halves of characters, PEP 383, and which
+    have no UTF-8 either), and what a terminal would obey.
+    """
+    return _NO_UTF8.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def write_json(path: Path, value: Any) -> None:

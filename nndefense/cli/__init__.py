@@ -15,8 +15,10 @@ def main() -> None:
     classifier, 5 a database missing or unusable; 130 interrupted.
     """
     from nndefense.cli.app import build
+    from nndefense.cli.streams import prepare
     from nndefense.errors import NNDefenseError
 
+    prepare()
     try:
         code = build()(prog_name="nndefense", standalone_mode=False)
         # Here rather than at the end of the process, where a reader that has gone could not be handled.
@@ -52,7 +54,9 @@ def _fail(error: Exception, code: int, text: str = "") -> None:
     """Say in one line what is wrong, or, with ``--debug``, raise it with its traceback."""
     if "--debug" in sys.argv:
         raise error
-    print(f"nndefense: error: {text or error}", file=sys.stderr)
+    from nndefense.cli.streams import one_line
+
+    print(f"nndefense: error: {one_line(text or error)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from nndefense.cli.declare import Only
 from nndefense.cli.options import BatchOption, Common, DatabaseOptions, KOption, WeightingOption
+from nndefense.cli.streams import one_line
 from nndefense.errors import InputError
 
 
@@ -44,11 +45,12 @@ def classify(
         marks += [] if said.percentile is None else [f"farther than {said.percentile:.1f} % of clean images"]
         marks += ["too far: rejected"] if said.abstained else []
         lines.append(
-            f"{path}: {said.class_name} {said.probability:.3f}; "
-            f"bare classifier: {said.bare.class_name} {said.bare.probability:.3f}"
+            f"{one_line(path)}: {one_line(said.class_name)} {said.probability:.3f}; "
+            f"bare classifier: {one_line(said.bare.class_name)} {said.bare.probability:.3f}"
             + (f"   ({'; '.join(marks)})" if marks else "")
         )
         lines += [
-            f"    {n.class_name:<12} weight {n.weight:.3f}  distance {n.distance:.3f}  {n.id}" for n in said.neighbors
+            f"    {one_line(n.class_name):<12} weight {n.weight:.3f}  distance {n.distance:.3f}  {one_line(n.id)}"
+            for n in said.neighbors
         ]
     common.show({"k": guard.k, "weighting": guard.weighting, "images": found}, "\n".join(lines))

@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ import typer
 
 from nndefense.attacks import registry
 from nndefense.cli.declare import Commas, OneOf, Only
+from nndefense.cli.streams import json_of, visible
 from nndefense.errors import InputError
 
 if TYPE_CHECKING:
@@ -92,11 +92,11 @@ class Common:
     def say(self, text: str) -> None:
         """Tell how far the work is."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(visible(text), file=sys.stderr, flush=True)
 
     def show(self, value: Any, text: str) -> None:
         """Print the text for people, or the value as JSON."""
-        print(dumps(value, indent=2, ensure_ascii=False) if self.json else text)
+        print(json_of(value) if self.json else visible(text))
 
 
 Printing = Annotated[Common, Only("json", "debug")]

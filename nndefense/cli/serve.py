@@ -12,6 +12,7 @@ import typer
 
 from nndefense.cli.declare import OneOf, Only
 from nndefense.cli.options import Common, DatabaseOptions, KOption, WeightingOption
+from nndefense.cli.streams import one_line
 from nndefense.errors import InputError
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
@@ -107,7 +108,7 @@ def serve(
 
     def started(addresses: list[str]) -> None:
         where = f"{' and '.join(addresses)}; {f'Ray at {address()}; ' if engine == 'ray' else ''}Ctrl-C ends it"
-        print(f"nndefense: {data.database} on {where}", flush=True)
+        print(one_line(f"nndefense: {data.database} on {where}"), flush=True)
         if allow_open and api_key_file is None:
             print("nndefense: warning: no keys are asked for; whoever reaches the address may use it", file=sys.stderr)
 

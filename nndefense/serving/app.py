@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nndefense import __version__
 from nndefense.errors import InputError
+from nndefense.files import escaped_json
 from nndefense.guard import Defended, Guard
 from nndefense.serving import demo_attacks, pages
 from nndefense.serving.demo_attacks.attack import png
@@ -109,7 +110,7 @@ def create_app(guard: Guard | Callable[[], Guard], settings: ServingSettings | N
 def answer_json(predictions: Sequence[Defended], model: str, database: str) -> bytes:
     """The answer to a classification: exactly the JSON of the predictions that the Python call gives."""
     value = {"predictions": [one.to_json() for one in predictions], "model": model, "database": database}
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return escaped_json(json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))).encode()
 
 
 def _read(
@@ -122,7 +123,7 @@ def _read(
 
 
 def _json(value: Any) -> Response:
-    return Response(json.dumps(value, ensure_ascii=False).encode(), media_type="application/json")
+    return Response(escaped_json(json.dumps(value, ensure_ascii=False)).encode(), media_type="application/json")
 
 
 def _says(summary: str, answer: dict[str, Any], *statuses: int) -> dict[str, Any]:

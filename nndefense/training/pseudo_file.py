@@ -138,12 +138,12 @@ def write_file(
                     file[name][first:last] = column.astype(types[name])
                 first = last
             text = h5py.string_dtype()
-            file.attrs.update(format=FORMAT, version=VERSION, job=json.dumps(job, ensure_ascii=False, sort_keys=True))
+            file.attrs.update(format=FORMAT, version=VERSION, job=json.dumps(job, sort_keys=True))
             file.attrs["classes"] = np.array(list(classes), dtype=text)
             if class_ids is not None:
                 file.attrs["class_ids"] = np.array(list(class_ids), dtype=text)
             if selection is not None:
-                file.attrs["selection"] = json.dumps(selection, ensure_ascii=False, sort_keys=True)
+                file.attrs["selection"] = json.dumps(selection, sort_keys=True)
 
     make_folder(path.parent)
     try:
