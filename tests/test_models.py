@@ -520,7 +520,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         (tmp_path / "code.py", f"as python:{tmp_path / 'code.py'}:FACTORY"),
         (tmp_path / "model.safetensors", f"give its folder {tmp_path}"),
         (tmp_path / "notes", "is a file"),
-        ("timm:resnet18", "no kind of classifier"),
+        ("keras:resnet18", "no kind of classifier"),
     ):
         with pytest.raises(ModelError) as error:
             load_classifier(source)

@@ -134,7 +134,7 @@ def test_the_demo_of_photos_of_different_sizes(tmp_path: Path) -> None:
         "--no-adaptive", "--pca", 8, "--json",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert json.loads(done.out)["results"]
+    assert json.loads(done.out)["format"] == "nndefense-results"
     for net in ("classifier", "surrogate"):
         assert load_classifier(tmp_path / "out" / net).input_shape == (3, 16, 16)
     fails(2, "leave --size out", "demo", "--dataset", f"imagefolder:{train}", "--test", f"imagefolder:{test}",

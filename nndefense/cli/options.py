@@ -144,7 +144,8 @@ class ClassifierOptions(OwnOptions):
     classifier: Annotated[
         str,
         typer.Option(
-            help="A trained folder, torchvision:NAME:WEIGHTS, or python:FILE_OR_MODULE:FACTORY (it is run).",
+            help="A trained folder, torchvision:NAME:WEIGHTS, timm:NAME[:pretrained], hf:MODEL, or "
+            "python:FILE_OR_MODULE:FACTORY (it is run).",
         ),
     ]
 

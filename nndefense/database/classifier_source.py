@@ -10,7 +10,8 @@ from nndefense.errors import ModelError
 from nndefense.models import Classifier, load_classifier
 from nndefense.own_code import PYTHON
 
-_TORCHVISION = "torchvision:"
+# What these names open is data, and no code of a stranger.
+_NAMED = ("torchvision:", "timm:", "hf:")
 _FOLDER, _DESCRIPTION = "classifier", "classifier.json"
 
 
@@ -61,7 +62,7 @@ def source_of(folder: Path, manifest: Manifest | None = None) -> str:
         raise ModelError(
             f"the classifier of {folder} is Python code ({named}), which runs only if you name it: give --classifier"
         )
-    if named.startswith(_TORCHVISION):
+    if named.startswith(_NAMED):
         return named
     places = [Path(named)] if named else []
     for place in (*places, folder.parent / _FOLDER, folder / _FOLDER):

@@ -15,6 +15,7 @@ from nndefense.images import shape_text
 from nndefense.models.architectures import ARCHITECTURES
 from nndefense.models.checkpoint import load_folder
 from nndefense.models.classifier import Classes, Classifier, check_input_shape, given_classes
+from nndefense.models.named_sources import HF, TIMM, load_hf, load_timm
 from nndefense.models.torchvision_source import TORCHVISION, load_torchvision
 from nndefense.own_code import PYTHON, own_function
 
@@ -32,7 +33,8 @@ def load_classifier(
 
     Args:
         source: a folder that :func:`save_classifier` or a training wrote; ``torchvision:NAME:WEIGHTS``, such as
-            ``torchvision:resnet50:IMAGENET1K_V2``, with ``none`` for random weights; or
+            ``torchvision:resnet50:IMAGENET1K_V2``, with ``none`` for random weights;
+            ``timm:NAME[:pretrained]`` and ``hf:MODEL`` (:mod:`nndefense.models.named_sources`); or
             ``python:FILE_OR_MODULE:FACTORY``, a function that returns a module from images in [0, 1] to logits.
         device: as for :func:`resolve_device`.
         input_shape: channels, height and width, where the source does not know them or other ones are wanted.
@@ -50,8 +52,15 @@ def load_classifier(
         return load_python(text, device=target, input_shape=input_shape, classes=classes, guess=guess)
     if text.startswith(TORCHVISION):
         classifier = load_torchvision(text, data_dir=None if data_dir is None else Path(data_dir))
+    elif text.startswith(TIMM):
+        classifier = load_timm(text)
+    elif text.startswith(HF):
+        classifier = load_hf(text)
     elif re.match(r"[a-z]\w+:", text) and not Path(text).exists():
-        raise ModelError(f"{text} is no kind of classifier: write torchvision:NAME:WEIGHTS or python:FILE:FACTORY")
+        raise ModelError(
+            f"{text} is no kind of classifier: write torchvision:NAME:WEIGHTS, timm:NAME, hf:MODEL or "
+            "python:FILE:FACTORY"
+        )
     else:
         classifier = load_folder(Path(text).expanduser())
     if input_shape is not None:

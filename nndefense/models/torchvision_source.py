@@ -80,7 +80,7 @@ def build_torchvision(name: str, classes: int, options: Mapping[str, Any]) -> nn
     if name in ("googlenet", "inception_v3"):
         # Their own initialisation takes a minute; they also warn when it is left open.
         settings["init_weights"] = False
-    return _without_in_place(get_model(name, weights=None, num_classes=classes, **settings))
+    return without_in_place(get_model(name, weights=None, num_classes=classes, **settings))
 
 
 def torchvision_options(net: nn.Module) -> dict[str, Any]:
@@ -121,10 +121,10 @@ def _with_weights(name: str, label: str, weights: Any, data_dir: Path | None) ->
         ) from error
     # The recipe would fetch the weights itself, with full unpickling; it gets those just read.
     with mock.patch.object(weights, "get_state_dict", return_value=state):
-        return _without_in_place(get_model(name, weights=weights))
+        return without_in_place(get_model(name, weights=weights))
 
 
-def _without_in_place(net: nn.Module) -> nn.Module:
+def without_in_place(net: nn.Module) -> nn.Module:
     """Make activations leave their input as it is, so that a feature taken before one of them is not overwritten."""
     for module in net.modules():
         if getattr(module, "inplace", False) is True:
