@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -97,3 +99,45 @@ def test_two_classes_with_the_same_pictures_are_refused(target: str, tmp_path: P
 def test_stickers_are_not_put_on_what_macos_leaves(tmp_path: Path) -> None:
     (lay(tmp_path, "a.png") / "._a.png").write_bytes(b"\0\5\x16\7junk")
     assert read_photos(tmp_path, (3, 8, 8), None).names == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("a.jfif", "JPEG"), ("a.JPE", "JPEG"), ("a.pjpeg", "JPEG"), ("a.dib", "BMP"), ("a", "PNG"), ("a", "JPEG")]
+    + [("a", "BMP"), ("a", "GIF"), ("a", "TIFF"), ("a", "WEBP"), ("a.2", "PNG"), ("a.jpg_large", "JPEG")],
+)
+def test_pictures_under_other_names_are_read(name: str, form: str, tmp_path: Path) -> None:
+    lay(tmp_path, "cat/0.png")
+    (tmp_path / "cat" / name).write_bytes(encoded(noise(5, 8, 8), form))
+    (tmp_path / "cat" / "README").write_text("BMW and other cats: no picture")
+    (tmp_path / "cat" / "void").touch()
+    os.mkfifo(tmp_path / "cat" / "pipe")
+    for kind in ("imagefolder", "images"):
+        dataset = open_dataset(f"{kind}:{tmp_path}")
+        assert dataset.ids == sorted(["cat/0.png", f"cat/{name}"])
+        assert not dataset.read_each(range(2)).rejected
+
+
+@pytest.mark.parametrize("name", ["b.heic", "b.HEIF", "b.avif", "b.jxl", "b.CR2", "b"])
+def test_pictures_that_are_not_read_are_named(name: str, tmp_path: Path) -> None:
+    root = lay(tmp_path / "p", "cat/a.png")
+    (root / "cat" / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    for kind in ("imagefolder", "images"):
+        with pytest.warns(UserWarning, match=rf"left out a picture .*\({name}\): convert to JPEG or PNG"):
+            assert open_dataset(f"{kind}:{root}").ids == ["cat/a.png"]
+    if "." in name:
+        with tarfile.open(tmp_path / "p.tar", "w") as tar:
+            tar.add(root / "cat" / "a.png", "a.png")
+            tar.add(root / "cat" / name, name)
+        with pytest.warns(UserWarning, match=re.escape(name)):
+            assert open_dataset(f"webdataset:{tmp_path / 'p.tar'}").ids == ["a"]
+    (root / "cat" / "a.png").unlink()
+    with pytest.warns(UserWarning, match="left out a picture"), pytest.raises(DataError, match="has no images"):
+        open_dataset(f"imagefolder:{root}")
+
+
+def test_many_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    root = lay(tmp_path, "cat/a.png", *(f"dog/{n}.heic" for n in range(1200)), "dog/b.png")
+    with pytest.warns(UserWarning, match=r"left out 1,200 pictures .*0\.heic, 1\.heic, .* and 1,197 more") as told:
+        assert len(open_dataset(f"imagefolder:{root}")) == 2
+    assert len(told) == 1

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from nndefense.datasets.derived import Size, check_form
 from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import PackedIds
-from nndefense.datasets.image_files import SUFFIXES
+from nndefense.datasets.picture_names import SUFFIXES, is_picture, tell_unread
 from nndefense.datasets.remote import open_store
 from nndefense.datasets.store import Store
 from nndefense.errors import DataError
@@ -26,9 +26,10 @@ _SHOWN = 8
 class ImageFolderDataset(EncodedDataset):
     """The images below ``root/<class>/`` (or ``root/<split>/<class>/``), decoded when asked for.
 
-    Classes and files are in sorted order. Hidden files and folders (``.name``) are left out, so is what systems leave
-    behind (``@eaDir``, ``$RECYCLE.BIN``, ``__MACOSX``, ``lost+found``, ...), and links to folders that are in the data
-    set anyway or hold it. The id of an image is
+    A file is taken for a picture by its suffix, and without one by its first bytes; pictures in formats that are not
+    read (HEIC, AVIF, ...) are left out with a warning. Classes and files are in sorted order. Hidden files and folders
+    (``.name``) are left out, so is what systems leave behind (``@eaDir``, ``$RECYCLE.BIN``, ``__MACOSX``,
+    ``lost+found``, ...), and links to folders that are in the data set anyway or hold it. The id of an image is
     its path relative to ``root``, with forward slashes. Without a split, a folder that holds nothing but folders
     named train, val, valid, validation or test stands for its ``train`` folder.
 
@@ -110,14 +111,16 @@ def _find_images(store: Store, home: str, prefix: str) -> _Found:
     _check_apart(store, home, classes)
     counts: list[int] = []
     sizes = array("q")
+    unread: list[str] = []
 
     def inside() -> Iterator[str]:
         for folder in classes:
             before = len(sizes)
-            yield from _images_below(store, store.join(home, folder), home, f"{prefix}{folder}/", sizes)
+            yield from _images_below(store, store.join(home, folder), home, f"{prefix}{folder}/", sizes, unread)
             counts.append(len(sizes) - before)
 
     ids = PackedIds(inside())
+    tell_unread(place, unread)
     if not len(ids):
         raise DataError(f"{place} has no images in its folders: they must end in {', '.join(SUFFIXES)}")
     if 0 in counts:
@@ -143,17 +146,25 @@ def _check_apart(store: Store, home: str, classes: list[str]) -> None:
 
 def _find_loose_images(store: Store, home: str, prefix: str) -> _Found:
     sizes = array("q")
-    ids = PackedIds(_images_below(store, home, home, prefix, sizes))
+    unread: list[str] = []
+    ids = PackedIds(_images_below(store, home, home, prefix, sizes, unread))
+    tell_unread(store.url(home), unread)
     if not len(ids):
         raise DataError(f"{store.url(home)} has no images: they must end in {', '.join(SUFFIXES)}")
     return [], np.full(len(ids), -1, dtype=np.int64), ids, _known(store, sizes)
 
 
-def _images_below(store: Store, folder: str, home: str, prefix: str, sizes: array[int]) -> Iterator[str]:
-    """The images in and below a folder, sorted, each path with ``prefix`` before it; adds their bytes to ``sizes``."""
-    for item, size in sorted(entry for entry in store.below(folder, home) if entry[0].lower().endswith(SUFFIXES)):
-        sizes.append(size)
-        yield prefix + item
+def _images_below(
+    store: Store, folder: str, home: str, prefix: str, sizes: array[int], unread: list[str]
+) -> Iterator[str]:
+    """The images in and below a folder, sorted, each path with ``prefix`` before it.
+
+    Adds their bytes to ``sizes``, and pictures that cannot be read to ``unread``.
+    """
+    for item, size in sorted(store.below(folder, home)):
+        if is_picture(store, store.join(folder, item), unread):
+            sizes.append(size)
+            yield prefix + item
 
 
 def _known(store: Store, sizes: array[int]) -> NDArray[np.int64] | None:

@@ -22,7 +22,6 @@ from nndefense.datasets.derived import Sides, Size, check_form, crop_box
 from nndefense.datasets.pixels import Pixels
 from nndefense.datasets.rejected import BadImage, SourceError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Only these decoders: Pillow has others that start helper programs, and a file's suffix proves nothing.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 

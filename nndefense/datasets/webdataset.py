@@ -20,9 +20,9 @@ import numpy as np
 from nndefense.datasets.derived import Size, check_form
 from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import PackedIds
-from nndefense.datasets.image_files import SUFFIXES
 from nndefense.datasets.labels import Label, class_number, class_numbers, read_class_names
 from nndefense.datasets.litter import passes_through
+from nndefense.datasets.picture_names import SUFFIXES, UNREAD, tell_unread
 from nndefense.datasets.rejected import BadImage, SourceError
 from nndefense.datasets.remote import find_files
 from nndefense.datasets.store import Store, check_bytes
@@ -79,6 +79,7 @@ class WebDataset(EncodedDataset):
         for number, shard in enumerate(self.shards):
             scan(self._store, shard, number, index)
         title = name or f"webdataset:{os.fspath(source)}" + (f":{split}" if split else "")
+        tell_unread(title, index.unread)
         if not index.keys:
             seen = ", ".join(sorted(index.suffixes)[:8]) or "nothing"
             raise DataError(f"{title} holds no images, but {seen}: they must end in {', '.join(SUFFIXES)}")
@@ -140,6 +141,7 @@ class ShardIndex:
     labels: list[Label] = field(default_factory=list)
     suffix_names: dict[str, int] = field(default_factory=dict)
     suffixes: set[str] = field(default_factory=set)
+    unread: list[str] = field(default_factory=list)
 
 
 def scan(store: Store, path: str, number: int, index: ShardIndex) -> None:
@@ -160,6 +162,8 @@ def scan(store: Store, path: str, number: int, index: ShardIndex) -> None:
                     raise DataError(f"{place} stores {member.name} as a sparse file: {REMEDY}, without --sparse")
                 key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
                 index.suffixes.add(suffix)
+                if base.lower().endswith(UNREAD):
+                    index.unread.append(member.name)
                 if f".{suffix}" in SUFFIXES and key not in places:
                     places[key] = len(index.keys)
                     index.keys.append(key)

@@ -1,0 +1,60 @@
+"""Which files are pictures: by how their names end, and where that says nothing, by how they begin."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+
+from nndefense.datasets.store import Store
+from nndefense.errors import DataError
+
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".jfif", ".jpe", ".jif", ".jfi", ".pjpeg", ".pjp", ".apng", ".dib"),
+)
+UNREAD = (
+    *(".heic", ".heif", ".hif", ".heics", ".avif", ".avifs", ".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".jxr", ".svg"),
+    *(".psd", ".xcf", ".ico", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".exr", ".hdr", ".eps", ".cr2", ".cr3", ".nef"),
+    *(".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+)
+"""How pictures end that no decoder of the library's reads: whoever opens a data set is told of them."""
+
+# "photo", "photo.2", "photo.jpg_large": an ending that is none of a kind of file.
+_ENDING = re.compile(r".+\.[A-Za-z][A-Za-z0-9]{0,7}")
+_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
+_UNREAD_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis")
+_SHOWN = 3
+
+
+def is_picture(store: Store, path: str, unread: list[str]) -> bool:
+    """Whether a file is a picture of a kind that is read; where it is one of another kind, add it to ``unread``."""
+    name = path.rpartition("/")[2]
+    lower = name.lower()
+    if lower.endswith(SUFFIXES):
+        return True
+    head = b"" if _ENDING.fullmatch(name) else _head(store, path)
+    if lower.endswith(UNREAD) or (head[4:8] == b"ftyp" and head[8:12] in _UNREAD_BRANDS):
+        unread.append(path)
+        return False
+    webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    return head.startswith(_BEGINNINGS) or webp or (head[:2] == b"BM" and head[6:10] == bytes(4))
+
+
+def tell_unread(place: str, unread: Sequence[str]) -> None:
+    """Warn of pictures that are left out, with their number and the first names; say nothing where there are none."""
+    if unread:
+        names = ", ".join(path.rpartition("/")[2] for path in unread[:_SHOWN])
+        more = f" and {len(unread) - _SHOWN:,} more" if len(unread) > _SHOWN else ""
+        count = f"{len(unread):,} pictures" if len(unread) > 1 else "a picture"
+        warnings.warn(
+            f"{place}: left out {count} of a format that is not read ({names}{more}): convert to JPEG or PNG",
+            stacklevel=4,
+        )
+
+
+def _head(store: Store, path: str) -> bytes:
+    try:
+        return store.read(path, 0, 16)
+    except (OSError, DataError):
+        return b""
