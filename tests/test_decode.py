@@ -420,12 +420,19 @@ def test_numbers_in_bodies() -> None:
 
 @given(st.binary(max_size=50))
 def test_base64_there_and_back(data: bytes) -> None:
-    assert from_base64(base64.b64encode(data).decode(), LIMITS) == data
+    plain = base64.b64encode(data).decode()
+    assert from_base64(plain, LIMITS) == (data, None)
+    # In lines of 76 or with CRLF, and as a data URL, as browsers and mail write it.
+    for lines in (base64.encodebytes(data).decode(), "\r\n ".join([plain[:7], plain[7:], ""])):
+        assert from_base64(lines, LIMITS) == (data, None)
+        assert from_base64("data:;base64," + lines, LIMITS) == (data, None)
+        assert from_base64("DATA:image/png;charset=x;BASE64," + lines, LIMITS) == (data, "image/png;charset=x")
 
 
 def test_base64_is_measured_before_it_is_decoded() -> None:
     limits = Limits(max_image_bytes=6)
-    assert from_base64("AAAAAAAA", limits) == bytes(6)
+    assert from_base64("AAAAAAAA", limits) == (bytes(6), None)
+    assert from_base64("data:image/png;base64,\nAAAA\n  \n  \nAAAA\n", limits)[0] == bytes(6)
     with pytest.raises(Refused) as error:
         from_base64("AAAA" * 3, limits)
     assert error.value.code == "image_too_large"

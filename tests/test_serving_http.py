@@ -5,6 +5,7 @@ last digit, and what it does with too many, too large, too slow and unauthorised
 from __future__ import annotations
 
 import base64
+import gzip
 import hmac
 import io
 import json
@@ -97,6 +98,62 @@ def test_every_form_of_request_gives_the_python_call_s_answer(client: httpx.Clie
     )
     if count == 1:
         assert client.post("/v1/classify", params=options, **raw(files[0])).content == wanted
+
+
+GETS = ["/", "/healthz", "/readyz", "/metrics", "/openapi.json", "/v1/model", "/problems/not_found", "/page/page.js"]
+
+
+@pytest.mark.parametrize("path", GETS)
+def test_head_is_get_without_the_body(client: httpx.Client, path: str) -> None:
+    full, head = client.get(path), client.head(path)
+    assert (head.status_code, head.content) == (full.status_code, b"") == (200, b"")
+    assert set(head.headers) == set(full.headers)
+    assert head.headers["content-type"] == full.headers["content-type"]
+    if path != "/metrics":
+        assert head.headers["content-length"] == full.headers["content-length"] == str(len(full.content))
+
+
+def test_head_where_get_does_not_work(client: httpx.Client) -> None:
+    for path, status in (("/v1/classify", 405), ("/nowhere", 404), ("/v1/neighbors/none/image", 404)):
+        answer = client.head(path)
+        assert (answer.status_code, answer.content) == (client.get(path).status_code, b"") == (status, b"")
+    # The connection goes on after it.
+    assert client.head("/healthz").status_code == client.get("/healthz").status_code == 200
+
+
+def packed(data: bytes, content_type: str, encoding: str = "gzip") -> Json:
+    return {"content": data, "headers": {"content-type": content_type, "content-encoding": encoding}}
+
+
+def test_bodies_in_gzip(client: httpx.Client) -> None:
+    file, wanted = pictures()[0], expected(pictures()[:1])
+    for encoding in ("gzip", "GZIP", "x-gzip", "identity, gzip"):
+        answer = client.post("/v1/classify", **packed(gzip.compress(file), "image/png", encoding))
+        assert answer.content == wanted, answer.text
+    assert client.post("/v1/classify", **packed(file, "image/png", "identity")).content == wanted
+    # As a sender makes it that flushes in between; and as chunks, of which the length is not known.
+    twice = gzip.compress(file[:50]) + gzip.compress(file[50:])
+    assert client.post("/v1/classify", **packed(twice, "image/png")).content == wanted
+    text = json.dumps(base64_json(pictures()[:3])["json"]).encode()
+    chunks = packed(gzip.compress(text), "application/json")
+    chunks["content"] = iter([chunks["content"][:30], chunks["content"][30:]])
+    assert client.post("/v1/classify", **chunks).content == expected(pictures()[:3])
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "deflate", "gzip, gzip", "gzip, br", "nonsense"])
+def test_other_encodings_are_refused(client: httpx.Client, encoding: str) -> None:
+    answer = client.post("/v1/classify", **packed(gzip.compress(pictures()[0]), "image/png", encoding))
+    assert_problem(answer, 415, "unsupported_media_type")
+    assert "encoding" in answer.json()["detail"]
+    assert answer.headers["accept-encoding"] == "gzip, identity"
+
+
+def test_gzip_that_is_none(client: httpx.Client) -> None:
+    whole = gzip.compress(pictures()[0])
+    wrong = whole[:-8] + bytes(4) + whole[-4:]
+    for data in (pictures()[0], whole[:-1], whole[:20], wrong, whole + b"more", b"", gzip.compress(b"") * 65):
+        answer = client.post("/v1/classify", **packed(data, "image/png"))
+        assert_problem(answer, 400, "malformed_request")
 
 
 def test_concurrent_requests_share_batches_and_keep_their_digits(served: Any) -> None:
@@ -457,6 +514,17 @@ def test_a_body_that_becomes_too_large_is_refused_while_it_comes(strict: Any) ->
     # A client that sends everything before it reads gets to read the answer.
     with strict.client() as client:
         assert_problem(client.post("/v1/classify", content=b"x" * 5_000_000), 413, "body_too_large")
+    assert strict.counted("nndefense_buffered_bytes") == 0
+
+
+def test_gzip_is_unpacked_within_the_limits(strict: Any) -> None:
+    with strict.client() as client:
+        for size in (20_001, 50_000_000):
+            answer = client.post("/v1/classify", **packed(gzip.compress(bytes(size)), "image/png"))
+            code = "body_too_large"
+            assert_problem(answer, 413, code)
+        fits = client.post("/v1/classify", **packed(gzip.compress(bytes(20_000)), "image/png"))
+        assert_problem(fits, 413, "image_too_large")
     assert strict.counted("nndefense_buffered_bytes") == 0
 
 

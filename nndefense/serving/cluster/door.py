@@ -81,7 +81,7 @@ class Door:
         headers = [pair for pair in headers if pair[0] not in (b"content-length", b"x-request-id")]
         headers.append((b"content-length", str(len(content)).encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else content})
+        await send({"type": "http.response.body", "body": content})
 
     async def reload(self) -> None:
         """Load the database and the keys again, in every replica: first in one, then in the others if that went well.

@@ -30,7 +30,7 @@ from nndefense.serving.demo_attacks.attack import (
 from nndefense.serving.http.problem import ServiceProblem
 from nndefense.serving.http.schema import PredictionAnswer, problems
 from nndefense.serving.http.state import ServingState
-from nndefense.serving.pictures.decode import decode, from_base64
+from nndefense.serving.pictures.decode import decode_all, from_base64
 from nndefense.serving.pictures.limits import refused
 
 STEPS = 20
@@ -165,8 +165,8 @@ def router(state: ServingState) -> APIRouter:
         if wanted.eps > most * (1 + 1e-9):
             raise refused("invalid_argument", f"eps is {wanted.eps:g}, but must be at most {most:g} in {wanted.norm}")
         limits = state.settings.limits
-        picture = from_base64(wanted.image, limits)
-        clean = eight_bits(await state.small.run(decode, picture, limits, guard.input_shape))
+        picture, kind = from_base64(wanted.image, limits)
+        clean = eight_bits((await state.small.run(decode_all, [(picture, kind)], limits, guard.input_shape))[0])
         before = (await state.submit([clean], wanted.top, wanted.neighbors, guard=guard))[0]
         leaving = before.bare if wanted.attack == "classifier" else before
         job = AttackJob(clean[None], leaving.class_index, wanted.attack, wanted.norm, wanted.eps, wanted.steps)

@@ -114,7 +114,7 @@ def _parse_json(body: bytes, limits: Limits) -> Upload:
         raise _invalid_json(error) from None
     if len(wanted.images) > limits.max_images:
         raise _too_many(limits)
-    images = tuple(Part(from_base64(image, limits), None) for image in wanted.images)
+    images = tuple(Part(*from_base64(image, limits)) for image in wanted.images)
     return Upload(images, wanted.top, wanted.neighbors)
 
 

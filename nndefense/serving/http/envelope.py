@@ -37,7 +37,8 @@ class Envelope:
     """ASGI middleware, the outermost one.
 
     It asks the gate, adds the security headers and ``X-Request-ID``, turns errors into problem details (a defect of
-    the server into a bare 500, with its traceback in the log under the request's id), and counts.
+    the server into a bare 500, with its traceback in the log under the request's id), and counts. HEAD is answered as
+    GET without the body (RFC 9110, section 9.3.2).
     """
 
     def __init__(
@@ -62,10 +63,12 @@ class Envelope:
                 await self.app(scope, receive, send)
             return
         answer = _Answer(scope, receive, send)
+        # The server itself has to know which it was.
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         self._metrics.in_flight.inc()
         try:
             self._gate.check(scope)
-            await self.app(scope, answer.receive, answer.send)
+            await self.app(asked, answer.receive, answer.send)
         except Exception as error:
             if not isinstance(error, (ServiceProblem, Refused)):
                 _log.exception("request %s failed", answer.id)
@@ -79,11 +82,11 @@ class Envelope:
             await answer.refuse(error)
         finally:
             self._metrics.in_flight.dec()
-            self._count(scope, answer)
+            self._count(scope, asked.get("route"), answer)
 
-    def _count(self, scope: Scope, answer: _Answer) -> None:
+    def _count(self, scope: Scope, found: Any, answer: _Answer) -> None:
         # Only known routes become labels: a client must not be able to make new ones.
-        route = getattr(scope.get("route"), "path", "other")
+        route = getattr(found, "path", "other")
         seconds = time.perf_counter() - answer.begun
         self._metrics.requests.labels(route, answer.status or 499).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
@@ -130,6 +133,8 @@ class _Answer:
             headers += [pair for pair in HEADERS if pair[0] not in names]
             headers.append((b"x-request-id", self.id.encode()))
             message = {**message, "headers": headers}
+        elif self._scope["method"] == "HEAD":
+            message = {**message, "body": b""}
         await self._send(message)
 
     async def refuse(self, problem: ServiceProblem | Refused) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nndefense.errors import InputError
+from nndefense.serving.http.encodings import is_packed, unpacked
 from nndefense.serving.http.problem import ServiceProblem, busy
 from nndefense.serving.http.settings import ServingSettings, is_loopback
 from nndefense.serving.pictures.limits import Refused, refused
@@ -39,6 +40,7 @@ HEADERS: tuple[tuple[bytes, bytes], ...] = (
 """On every answer, unless it brings its own value (as the page does)."""
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _SHORTEST_KEY = 16
+_ABOUT_BODY = (b"content-encoding", b"content-length", b"transfer-encoding")
 
 
 class Keys:
@@ -179,6 +181,8 @@ def _name(host: str) -> str:
 class BodyLimit:
     """ASGI middleware that receives a body whole, within limits, before anything else looks at it.
 
+    What was compressed is unpacked, so that nothing else sees that it was.
+
     Args:
         app: what gets the body, in one piece.
         settings: the limits: bytes and seconds of one body, bytes of all together.
@@ -193,12 +197,22 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         held, seconds, begun = [0], self._settings.limits.body_seconds, time.monotonic()
+        packed = is_packed(",".join(v.decode("latin-1") for n, v in scope["headers"] if n == b"content-encoding"))
         try:
             try:
                 body = await asyncio.wait_for(self._body(scope, receive, held), seconds)
             except asyncio.TimeoutError:
                 raise refused("slow_body", f"the body did not arrive within {seconds:g} seconds") from None
             self._on_body(time.monotonic() - begun)
+            if packed:
+                body = await asyncio.to_thread(unpacked, body, self._settings.limits)
+                self._hold(len(body), held)
+                rest = [
+                    p
+                    for p in scope["headers"]
+                    if p[0] not in (b"content-encoding", b"content-length", b"transfer-encoding")
+                ]
+                scope["headers"] = [*rest, (b"content-length", str(len(body)).encode())]
             pieces = [{"type": "http.request", "body": body, "more_body": False}]
 
             async def again() -> Message:
@@ -220,15 +234,19 @@ class BodyLimit:
             if message["type"] == "http.disconnect":
                 raise refused("malformed_request", "the connection was closed before the body was complete")
             chunk = message.get("body", b"")
-            held[0] += len(chunk)
-            self.buffered += len(chunk)
-            if held[0] > limits.max_body_bytes:
+            if held[0] + len(chunk) > limits.max_body_bytes:
                 raise _too_large(limits.max_body_bytes)
-            if self.buffered > self._settings.max_buffered_bytes:
-                raise busy("queue_full", "too many bodies are being received: try later", 1)
+            self._hold(len(chunk), held)
             chunks.append(chunk)
             more = message.get("more_body", False)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def _hold(self, size: int, held: list[int]) -> None:
+        """Count bytes that are kept until the answer."""
+        held[0] += size
+        self.buffered += size
+        if self.buffered > self._settings.max_buffered_bytes:
+            raise busy("queue_full", "too many bodies are being received: try later", 1)
 
 
 def has_body(scope: Scope) -> bool:

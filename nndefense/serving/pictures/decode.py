@@ -21,6 +21,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -171,19 +172,29 @@ def inspect(data: bytes, limits: Limits, *, media_type: str | None = None) -> Pi
     return picture
 
 
-def from_base64(text: str, limits: Limits) -> bytes:
-    """Decode base64 (RFC 4648, the standard alphabet, padded, without white space).
+_DATA_URL = re.compile(r"\s*data:([^,]{0,200}?);base64,", re.IGNORECASE)
+_BLANKS = b" \t\r\n"
+
+
+def from_base64(text: str, limits: Limits) -> tuple[bytes, str | None]:
+    """Decode base64 (RFC 4648, the standard alphabet, padded), also in lines (RFC 2045) or as a data URL (RFC 2397).
+
+    Returns:
+        The bytes, and the content type that a data URL declares; None where there is none.
 
     Raises:
         Refused: ``invalid_base64``; ``image_too_large`` for what would be more than ``limits.max_image_bytes``.
     """
-    if len(text) // 4 * 3 - 2 > limits.max_image_bytes:
-        raise refused(
-            "image_too_large", f"an image has more than the {limits.max_image_bytes:,} bytes allowed: scale it down"
-        )
+    url = _DATA_URL.match(text)
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+        # Of the whole text at once, since a text can be all blanks.
+        plain = text[url.end() if url else 0 :].encode("ascii").translate(None, _BLANKS)
+        if len(plain) // 4 * 3 - 2 > limits.max_image_bytes:
+            raise refused(
+                "image_too_large", f"an image has more than the {limits.max_image_bytes:,} bytes allowed: scale it down"
+            )
+        return base64.b64decode(plain, validate=True), (url[1].strip() or None) if url else None
+    except (binascii.Error, UnicodeError):
         # The error's own words may repeat what was sent.
         raise invalid_base64() from None
 
