@@ -254,7 +254,10 @@ def named(classes: list[str], ids: list[str] | None = None) -> Classifier:
         (["great white shark", "tench"], None, ["Tench", "great_white_shark"], [1, 0]),
         (["x", "y", "z"], ["n1", "n2", "n3"], ["n3", "n1"], [2, 0]),
         (["x", "y", "z"], ["n1", "n2", "n3"], ["n3", "x"], [2, 0]),
-        (["0", "1", "2"], None, ["cat", "dog", "bird"], [0, 1, 2]),
+        (["cat", "dog", "bird"], None, ["0", "1", "2"], [0, 1, 2]),
+        (["0", "1", "2"], None, ["00", "01"], [0, 1]),
+        (["0", "1", "2"], None, [], []),
+        (["tench, Tinca tinca", "goldfish"], None, ["goldfish", "tench"], [1, 0]),
         (["a", "b", "T-shirt"], None, ["a", "b", "T-shirt/top"], [0, 1, 2]),
         (["crane", "bird", "crane"], None, ["crane", "bird", "crane"], [0, 1, 2]),
         (["crane", "bird", "crane"], ["n1", "n2", "n3"], ["n3"], [2]),
@@ -273,12 +276,46 @@ def test_label_map(classes: list[str], ids: list[str] | None, wanted: list[str],
         (["a", "b", "c"], ["b", "a", "d"], "'d' is not one"),  # equally many, but in another order
         (["crane", "bird", "crane"], ["crane", "bird"], "'crane' is the name of several"),
         (["cat", "dog"], ["cat", "Cat"], "shares"),
+        (["apple", "banana", "cherry"], ["apple", "banana", "durian"], "'durian' is not one"),
+        (["apple", "banana"], ["car", "lorry"], "'car' is not one"),
+        (["cat", "dog"], ["1", "2"], "'1' is not one"),
+        (["0", "1", "2"], ["1", "2", "3"], "'3' is not one"),
+        (["0", "1", "2"], ["0", "1", "cat"], "'cat' is not one"),
+        (["dog/cat", "cat/fox"], ["cat"], "'cat' is not one"),
     ],
 )
 def test_label_map_errors(classes: list[str], wanted: list[str], words: str) -> None:
     with pytest.raises(ModelError) as error:
         named(classes).label_map(wanted)
     assert words in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("classes", "wanted", "expected", "words"),
+    [
+        (["0", "1", "2"], ["cat", "dog", "fox"], [0, 1, 2], "'cat' is taken for the first"),
+        (
+            [str(n) for n in range(12)],
+            sorted(map(str, range(12))),
+            [0, 1, 10, 11, *range(2, 10)],
+            "class '9' for output 9",
+        ),
+        ([f"c{n}" for n in range(11)], sorted(map(str, range(11))), [0, 1, 10, *range(2, 10)], "in text order"),
+        ([str(n) for n in range(12)], ["10", "2"], [10, 2], "class '2' for output 2"),
+    ],
+)
+def test_an_order_that_is_in_doubt_is_said(
+    classes: list[str], wanted: list[str], expected: list[int], words: str
+) -> None:
+    with pytest.warns(UserWarning, match=words):
+        assert named(classes).label_map(wanted).tolist() == expected
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_order_that_is_sure_is_not_warned_of() -> None:
+    assert named(["0", "1", "2"]).label_map(["0", "2"]).tolist() == [0, 2]
+    assert named(["10", "2"]).label_map(["2", "10"]).tolist() == [1, 0]
+    assert named(["cat", "dog"]).label_map(["dog"]).tolist() == [1]
 
 
 def test_read_classes(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import math
 import sys
-from collections import Counter
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from nndefense.errors import InputError, ModelError
 from nndefense.images import channel_message, shape_text
+from nndefense.models.class_names import match_classes
 
 # A sequence of names, or the path of a file that lists them.
 Classes = Sequence[str] | str | Path
@@ -133,16 +134,18 @@ class Classifier(nn.Module):
     def label_map(self, classes: Sequence[str]) -> Tensor:
         """Return an int64 tensor that maps a data set's class numbers to those of this classifier.
 
-        Classes are matched by name, else by class id, else by number where both have equally many and no name that
-        they share has another number.
+        Classes are matched by :func:`~nndefense.models.class_names.match_classes`: by name or class id, and by number
+        only where one side has numbers for names. Where another order is as likely, a warning says which was taken.
 
         Raises:
             ModelError: a class of the data set is none of the classifier's.
         """
-        result = match_classes(classes, self.classes, self.class_ids)
-        if isinstance(result, list):
-            return torch.tensor(result, dtype=torch.int64)
-        name, why = result
+        found = match_classes(classes, self.classes, self.class_ids)
+        if found.doubt:
+            warnings.warn(found.doubt, stacklevel=2)
+        if found.missing is None:
+            return torch.tensor(found.numbers, dtype=torch.int64)
+        name, why = found.missing
         raise ModelError(
             f"the data set's class {name!r} {why} of the classifier's {len(self.classes)} classes "
             f"({self.classes[0]!r} to {self.classes[-1]!r}): use data with the same class names or ids, or give the "
@@ -241,45 +244,3 @@ def given_classes(classes: Classes) -> tuple[tuple[str, ...], tuple[str, ...] | 
     if isinstance(classes, (str, Path)):
         return read_classes(classes)
     return tuple(str(name) for name in classes), None
-
-
-def match_classes(
-    wanted: Sequence[str], classes: Sequence[str], class_ids: Sequence[str] | None
-) -> list[int] | tuple[str, str]:
-    """Find each of a data set's classes among a classifier's: by name, else by id, else by number.
-
-    Names match exactly, or failing that without regard to case, ``_`` and ``-``; a name that two of the classifier's
-    classes have matches neither. Numbers serve only where both have equally many classes and no name says otherwise.
-
-    Returns:
-        the classifier's class numbers, or else the first class that is not found, and why.
-    """
-    if list(wanted) == list(classes):
-        return list(range(len(classes)))
-    tables = [_unique(classes), _unique([_plain(name) for name in classes]), _unique(class_ids or ())]
-    found = [
-        next((table[key] for table, key in zip(tables, (name, _plain(name), name), strict=True) if key in table), None)
-        for name in wanted
-    ]
-    places = [place for place in found if place is not None]
-    if len(places) == len(wanted):
-        twice = [place for place, count in Counter(places).items() if count > 1]
-        if not twice:
-            return places
-        return wanted[found.index(twice[0])], "shares the classifier's class with another one"
-    # Names that do match must agree with the numbers, or the two lists are not in the same order.
-    agrees = all(place is None or place == number for number, place in enumerate(found))
-    if len(wanted) == len(classes) and agrees:
-        return list(range(len(classes)))
-    missing = wanted[found.index(None)]
-    plain = [_plain(name) for name in classes]
-    return missing, "is the name of several" if plain.count(_plain(missing)) > 1 else "is not one"
-
-
-def _plain(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
-
-
-def _unique(names: Sequence[str]) -> dict[str, int]:
-    counts = Counter(names)
-    return {name: number for number, name in enumerate(names) if counts[name] == 1}

@@ -14,7 +14,7 @@ from nndefense.datasets.base import check_pool, shuffle_keys
 from nndefense.datasets.ids import Ids, PickedIds
 from nndefense.errors import DataError, InputError
 from nndefense.models import Classifier
-from nndefense.models.classifier import match_classes
+from nndefense.models.class_names import match_classes
 from nndefense.training.pools import PseudoLabelledDataset, without_labels
 from nndefense.training.pseudo_file import BLOCK, encode_ids, read_file, teachers_of, write_file
 
@@ -217,10 +217,11 @@ class PseudoLabels:
             InputError: a class is none of the teacher's.
         """
         found = match_classes(_names(like), self.classes, self.class_ids)
-        if isinstance(found, list):
-            return found
+        if found.missing is None:
+            return [number for number in found.numbers if number is not None]
+        name, why = found.missing
         raise InputError(
-            f"the labelled set's class {found[0]!r} {found[1]} of the teacher's {len(self.classes)} classes "
+            f"the labelled set's class {name!r} {why} of the teacher's {len(self.classes)} classes "
             f"({self.classes[0]!r} to {self.classes[-1]!r}): label the pool with a teacher of the same classes"
         )
 
