@@ -119,3 +119,12 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is missing") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON: restore it or write it again") from error
+
+
+def text_lines(text: str) -> list[str]:
+    """Return the lines of a text, which end in LF, CR LF or CR and in nothing else.
+
+    ``str.splitlines`` also cuts at characters that a file's name may hold: U+2028, U+0085, form feeds and others.
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]

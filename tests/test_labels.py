@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from test_webdataset import png, shard
 
 from nndefense.datasets import HDF5Dataset, ImageDataset, ParquetDataset, WebDataset, open_dataset
-from nndefense.datasets.labels import Label, class_numbers
+from nndefense.datasets.labels import LABEL_NAMES, Label, class_numbers
 from nndefense.errors import DataError
+from nndefense.files import text_lines
+from nndefense.models.classifier import read_classes
 
 
 def read(*labels: Label, names: Sequence[str] | None = None) -> tuple[list[str], list[int]]:
@@ -111,3 +113,42 @@ def test_any_way_of_writing_gives_the_number(numbers: list[int | None], data: st
         )
 
     assert read(*map(written, numbers))[1] == [-1 if number is None else number for number in numbers]
+
+
+@pytest.mark.parametrize("column", LABEL_NAMES)
+def test_a_list_and_a_table_have_the_same_columns_of_labels(column: str, tmp_path: Path) -> None:
+    assert in_list(tmp_path, [1, 0], column).labels.tolist() == [1, 0]
+    assert in_list(tmp_path, [1, 0], f" {column.upper()}").labels.tolist() == [1, 0]
+    parquet.write_table(arrow.table({"image": [png(0)] * 2, column: [1, 0]}), tmp_path / "b.parquet")
+    assert ParquetDataset(tmp_path / "b.parquet").labels.tolist() == [1, 0]
+
+
+ODD = ["a\u2028b.png", "c\x85d.png", "e\u2029.png", "f\x0cg\x0bh.png", "i\x1cj\x1dk\x1e.png", "\u00a0l.png"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("kind", ["txt", "csv"])
+def test_lines_end_where_a_line_ends_and_nowhere_else(end: str, kind: str, tmp_path: Path) -> None:
+    for name in ODD:
+        (tmp_path / name).write_bytes(png(0))
+    lines = [*(["path"] if kind == "csv" else []), *ODD]
+    (tmp_path / f"l.{kind}").write_bytes(end.join([*lines, ""]).encode())
+    dataset = open_dataset(f"files:{tmp_path / f'l.{kind}'}")
+    assert list(dataset.ids) == ODD
+    assert not dataset.read_each(range(len(ODD))).rejected
+
+
+def test_class_names_with_odd_characters(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_bytes("cat\u2028big\r\ndog\n".encode())
+    assert read_classes(tmp_path / "classes.txt")[0] == ("cat\u2028big", "dog")
+    assert WebDataset(shard(tmp_path / "a.tar", [("x", {"png": png(0), "cls": b"1"})])).classes == (
+        "cat\u2028big",
+        "dog",
+    )
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\r\n", codec="utf-8"), max_size=5)), st.data())
+@settings(max_examples=60, deadline=None)
+def test_lines_are_what_was_written(lines: list[str], data: st.DataObject) -> None:
+    text = "".join(line + data.draw(st.sampled_from(["\n", "\r\n"])) for line in lines)
+    assert text_lines(text) == lines

@@ -196,6 +196,27 @@ def test_keys_with_folders_and_other_files(tmp_path: Path) -> None:
     assert torch.equal(dataset[1][0], torch.from_numpy(pixels(3)).permute(2, 0, 1) / 255)
 
 
+def test_suffixes_of_two_parts(tmp_path: Path) -> None:
+    def write(*samples: dict[str, bytes]) -> WebDataset:
+        return WebDataset(shard(tmp_path / "a.tar", [(f"k{n}", files) for n, files in enumerate(samples)]))
+
+    found = write(
+        {"image.png": png(0), "label.cls": b"1"},
+        {"mask.png": png(9), "IMAGE.png": png(1), "label.json": b'{"target": 2}'},
+        {"rgb.png": png(2), "cls": b"0", "label.cls": b"5"},
+        {"mask.png": png(9), "png": png(3), "json": b'{"label": 6}', "target.cls": b"3", "other.cls": b"7"},
+    )
+    order = [found.ids.index(f"k{n}") for n in range(4)]
+    assert found.labels[order].tolist() == [1, 2, 0, 3]
+    for n, row in enumerate(order):
+        assert torch.equal(found[row][0], torch.from_numpy(pixels(n)).permute(2, 0, 1) / 255)
+    with pytest.raises(DataError, match=r"k0.left.png and k0.right.png for one key"):
+        write({"left.png": png(0), "right.png": png(1)})
+    twice = [("a", {"image.png": png(0)}), ("a", {"image.png": png(1)})]
+    with pytest.raises(DataError, match=r"a.image.png twice"):
+        WebDataset(shard(tmp_path / "b.tar", twice))
+
+
 def test_fingerprint(pool: Path, tmp_path: Path) -> None:
     first = WebDataset(pool).fingerprint
     assert first == WebDataset(f"{pool}/pool-*.tar").fingerprint

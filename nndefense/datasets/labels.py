@@ -10,11 +10,14 @@ from numpy.typing import NDArray
 
 from nndefense.datasets.store import Store
 from nndefense.errors import DataError
+from nndefense.files import text_lines
 
 # What spreadsheets, pandas and R write in the place of a number that is missing.
 _UNKNOWN = ("", "nan", "<na>")
 _EMPTY = (*_UNKNOWN, "na", "n/a", "#n/a", "null", "none", "-")
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?", re.IGNORECASE)
+LABEL_NAMES = ("label", "labels", "cls", "class", "target", "fine_label", "class_name", "category")
+"""What a column or an entry that holds the label is called, in tables and in JSON; the first that is there is taken."""
 MOST_CLASSES = 1 << 20
 """Where nothing names the classes, a label must be below this: a number above it is an id or a year, not a class."""
 
@@ -95,7 +98,7 @@ def read_class_names(store: Store, path: str) -> list[str] | None:
         text = store.read_text(path)
     except (OSError, UnicodeDecodeError):
         raise DataError(f"{place} cannot be read: it must be a UTF-8 text with one class name a line") from None
-    names = [line.strip() for line in text.splitlines()]
+    names = [line.strip() for line in text_lines(text)]
     if not names or "" in names or len(set(names)) < len(names):
         raise DataError(f"{place} is empty, or has an empty or a repeated line: write one class name a line")
     return names

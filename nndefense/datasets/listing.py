@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Sequence
 
@@ -12,14 +13,14 @@ from nndefense.datasets.base import update_with_strings
 from nndefense.datasets.derived import Size, check_form
 from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import PackedIds
-from nndefense.datasets.labels import Label, class_numbers
+from nndefense.datasets.labels import LABEL_NAMES, Label, class_numbers
 from nndefense.datasets.remote import has_suffix, open_store
 from nndefense.datasets.store import LocalStore, Store, is_url
 from nndefense.errors import DataError
+from nndefense.files import text_lines
 
 _TABLES = {".csv": ",", ".tsv": "\t"}
-_PATH_NAMES = ("path", "file", "filename", "image", "url")
-_LABEL_NAMES = ("label", "class", "cls")
+_PATH_NAMES = ("path", "file", "filename", "file_name", "image", "image_path", "url")
 _ID_NAMES = ("id", "key")
 _ASKED = 10
 
@@ -27,11 +28,13 @@ _ASKED = 10
 class FileListDataset(EncodedDataset):
     """The images that a text file names, decoded when asked for.
 
-    A ``.csv`` or ``.tsv`` has a line of column names: ``path`` (or ``file``, ``filename``, ``image``, ``url``), and if
-    there are any, ``label`` (or ``class``, ``cls``) and ``id`` (or ``key``). Labels are whole numbers (also ``10.0``),
-    -1, NaN or nothing where unknown, or else names of classes. Any other file has one path a line and no labels. Empty
-    lines are passed over. Paths are relative to the list's folder, absolute, or URLs; a list that is itself a URL names
-    no files of this machine. Without ids, the paths as they are written are the ids.
+    A ``.csv`` or ``.tsv`` has a line of column names: ``path`` (or ``file``, ``filename``, ``file_name``, ``image``,
+    ``image_path``, ``url``), and if there are any, ``label`` (or another one of
+    :data:`~nndefense.datasets.labels.LABEL_NAMES`, the same as in Parquet) and ``id`` (or ``key``). Labels are whole
+    numbers (also ``10.0``), -1, NaN or nothing where unknown, or else names of classes. Any other file has one path a
+    line and no labels. Lines end in LF, CR LF or CR; empty ones are passed over. Paths are relative to the list's
+    folder, absolute, or URLs; a list that is itself a URL names no files of this machine. Without ids, the paths as
+    they are written are the ids.
 
     The files are not looked at before they are read: one that is missing then is a bad image.
 
@@ -119,10 +122,10 @@ def _entries(text: str, written: str) -> tuple[list[str], list[Label], Sequence[
     """Paths, labels, ids and line numbers; ids are the very paths where there are none."""
     delimiter = next((mark for suffix, mark in _TABLES.items() if has_suffix(written, (suffix,))), None)
     if delimiter is None:
-        lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+        lines = [(number, line.strip(" \t")) for number, line in enumerate(text_lines(text), 1)]
         paths = [line for _, line in lines if line]
         return paths, [None] * len(paths), paths, [number for number, line in lines if line]
-    reader = csv.reader(text.splitlines(), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     paths, ids, numbers = [], [], []
     labels: list[Label] = []
     try:
@@ -130,7 +133,7 @@ def _entries(text: str, written: str) -> tuple[list[str], list[Label], Sequence[
         where = _column(header, _PATH_NAMES)
         if where is None:
             raise DataError(f"{written} has no column path: begin it with the line path{delimiter}label")
-        label, key = _column(header, _LABEL_NAMES), _column(header, _ID_NAMES)
+        label, key = _column(header, LABEL_NAMES), _column(header, _ID_NAMES)
         for cells in reader:
             if not any(cells):
                 continue
@@ -139,7 +142,7 @@ def _entries(text: str, written: str) -> tuple[list[str], list[Label], Sequence[
                     f"line {reader.line_num} of {written} has {len(cells)} cells or no path, but the first line names "
                     f"{len(header)} columns: mend it"
                 )
-            paths.append(cells[where].strip())
+            paths.append(cells[where].strip(" \t"))
             labels.append(cells[label] if label is not None else "")
             ids.append(cells[key].strip() if key is not None else "")
             numbers.append(reader.line_num)

@@ -15,7 +15,7 @@ import numpy as np
 from nndefense.datasets.derived import Size, check_form
 from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import Ids, JoinedIds, NumberedIds, PackedIds, RowNumbers
-from nndefense.datasets.labels import Label, class_numbers
+from nndefense.datasets.labels import LABEL_NAMES, Label, class_numbers
 from nndefense.datasets.rejected import BadImage, SourceError
 from nndefense.datasets.remote import find_files
 from nndefense.datasets.store import Store, check_bytes, empty_image
@@ -24,7 +24,6 @@ from nndefense.errors import DataError
 SUFFIXES = (".parquet",)
 _REMEDY = "write or fetch the file again"
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
-_LABEL_NAMES = ("label", "labels", "cls", "class", "target", "fine_label")
 _ID_NAMES = ("id", "key", "__key__")
 _FINGERPRINT_IMAGES = 100
 
@@ -32,12 +31,12 @@ _FINGERPRINT_IMAGES = 100
 class ParquetDataset(EncodedDataset):
     """The pictures in a column of Parquet files, read row group by row group and decoded when asked for.
 
-    The column of images holds the files' bytes, or a struct with ``bytes`` (and ``path``, which is passed over: a table
-    does not say what else is read). It is the one named ``image``, ``img``, ``jpg``, ``png`` or the like, else the only
-    column of that type. Labels, where there are any, are in ``label``, ``labels``, ``cls``, ``class``, ``target`` or
-    ``fine_label``: whole numbers from 0 (-1, NaN or null where unknown) or names; the names of numbered classes are
-    taken from the Hugging Face schema where the file has one, else they are 0, 1, ... Ids are the column ``id``,
-    ``key`` or ``__key__`` if it is text, else ``<file>/00000`` and so on.
+    The column of images holds the files' bytes, or a struct with ``bytes`` (and ``path``, which is passed over: a
+    table does not say what else is read). It is the one named ``image``, ``img``, ``jpg``, ``png`` or the like, else
+    the only column of that type. Labels, where there are any, are in a column of
+    :data:`~nndefense.datasets.labels.LABEL_NAMES`: whole numbers from 0 (-1, NaN or null where unknown) or names; the
+    names of numbered classes are taken from the Hugging Face schema where the file has one, else they are 0, 1, ...
+    Ids are the column ``id``, ``key`` or ``__key__`` if it is text, else ``<file>/00000`` and so on.
 
     Labels and ids are in memory; of the pictures, what was read last, up to 256 MiB.
 
@@ -141,7 +140,7 @@ class _Table:
                 file = parquet.ParquetFile(handle)
                 schema, metadata = file.schema_arrow, file.metadata
                 self.image = _image_column(schema, self.place, arrow)
-                self.label = next((name for name in _LABEL_NAMES if name in schema.names), None)
+                self.label = next((name for name in LABEL_NAMES if name in schema.names), None)
                 texts = [name for name in schema.names if arrow.types.is_string(schema.field(name).type)]
                 self.id = next((name for name in _ID_NAMES if name in texts), None)
                 self.rows = metadata.num_rows

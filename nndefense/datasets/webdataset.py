@@ -20,7 +20,7 @@ import numpy as np
 from nndefense.datasets.derived import Size, check_form
 from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import PackedIds
-from nndefense.datasets.labels import Label, class_number, class_numbers, read_class_names
+from nndefense.datasets.labels import LABEL_NAMES, Label, class_number, class_numbers, read_class_names
 from nndefense.datasets.litter import passes_through
 from nndefense.datasets.picture_names import SUFFIXES, UNREAD, tell_unread
 from nndefense.datasets.rejected import BadImage, SourceError
@@ -32,7 +32,8 @@ CLASSES_FILE = "classes.txt"
 REMEDY = "write or fetch the shard again"
 _FINGERPRINT_IMAGES = 100
 _LABELS = ("cls", "json")
-_JSON_NAMES = ("label", "cls", "class")
+# Of a sample's pictures with names of two parts (0.image.png), the one that is the image.
+_IMAGE_PARTS = ("image", "img", "input", "picture", "photo", "rgb")
 # A label takes a few bytes; what is longer is something else, and is not read into memory.
 _LONGEST_LABEL = 1 << 20
 
@@ -42,9 +43,11 @@ class WebDataset(EncodedDataset):
 
     Files of one sample share a key, their path in the tar up to the first dot of its last part: ``dog/0007.jpg`` and
     ``dog/0007.cls`` are the sample ``dog/0007``. The image is the file with the suffix of one (the first, if there are
-    several). The label, where there is one, is a whole number in ``.cls``, or in ``.json`` the entry ``label``,
-    ``cls`` or ``class``: a whole number or the name of a class. The names of classes come from ``classes.txt`` beside
-    the first shard (a line each), else from the JSON, else they are 0, 1, ... Without any label there are no classes.
+    several); in a sample without, the only one whose suffix ends so, or ``.image.png``. The label, where there is one,
+    is a whole number in ``.cls`` (or ``.label.cls``), or in ``.json`` (or ``.label.json``) an entry of
+    :data:`~nndefense.datasets.labels.LABEL_NAMES`: a whole number or the name of a class. The names of classes come
+    from ``classes.txt`` beside the first shard (a line each), else from the JSON, else they are 0, 1, ... Without any
+    label there are no classes.
 
     Ids are the keys; where two shards have a key in common, ``<shard>/<key>`` throughout. Besides ids and labels,
     30 bytes an image are kept in memory. Other files in the shards are passed over. Compressed shards are refused,
@@ -143,12 +146,23 @@ class ShardIndex:
     suffixes: set[str] = field(default_factory=set)
     unread: list[str] = field(default_factory=list)
 
+    def add(self, key: str, suffix: str, shard: int, offset: int, size: int) -> int:
+        """Add an image without a label; returns its row."""
+        self.keys.append(key)
+        self.shard.append(shard)
+        self.offset.append(offset)
+        self.size.append(size)
+        self.suffix.append(self.suffix_names.setdefault(suffix, len(self.suffix_names)))
+        self.labels.append(None)
+        return len(self.keys) - 1
+
 
 def scan(store: Store, path: str, number: int, index: ShardIndex) -> None:
     """Add the images of one shard: their places and labels, without reading their pixels."""
     place = store.url(path)
     places: dict[str, int] = {}
-    labels: dict[str, int | str] = {}
+    further: dict[str, dict[str, tuple[int, int, int]]] = {}
+    labels: dict[str, tuple[tuple[bool, bool], int | str]] = {}
     try:
         # "r:" is a plain tar: a compressed one must not be unpacked in secret for every image.
         with store.open(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -164,21 +178,23 @@ def scan(store: Store, path: str, number: int, index: ShardIndex) -> None:
                 index.suffixes.add(suffix)
                 if base.lower().endswith(UNREAD):
                     index.unread.append(member.name)
-                if f".{suffix}" in SUFFIXES and key not in places:
-                    places[key] = len(index.keys)
-                    index.keys.append(key)
-                    index.shard.append(number)
-                    index.offset.append(member.offset_data)
-                    index.size.append(member.size)
-                    index.suffix.append(index.suffix_names.setdefault(suffix, len(index.suffix_names)))
-                    index.labels.append(None)
-                elif f".{suffix}" in SUFFIXES and index.suffix_names.get(suffix) == index.suffix[places[key]]:
-                    raise DataError(f"{place} holds {key}.{suffix} twice: keys must be unique in a shard; {REMEDY}")
-                elif suffix in _LABELS:
+                part, _, kind = suffix.rpartition(".")
+                entry = (number, member.offset_data, member.size)
+                twice = DataError(f"{place} holds {key}.{suffix} twice: keys must be unique in a shard; {REMEDY}")
+                if f".{kind}" in SUFFIXES and part:
+                    if suffix in further.setdefault(key, {}):
+                        raise twice
+                    further[key][suffix] = entry
+                elif f".{kind}" in SUFFIXES and key not in places:
+                    places[key] = index.add(key, suffix, *entry)
+                elif f".{kind}" in SUFFIXES and index.suffix_names.get(suffix) == index.suffix[places[key]]:
+                    raise twice
+                elif kind in _LABELS and (not part or part in LABEL_NAMES):
+                    # .cls says nothing but the label, so it goes before .json, and .cls before .label.cls.
+                    rank = (kind != "cls", bool(part))
                     found = _label(file, member, place)
-                    # .cls says nothing but the label, so it goes before .json.
-                    if found is not None and (suffix == "cls" or key not in labels):
-                        labels[key] = found
+                    if found is not None and (key not in labels or rank <= labels[key][0]):
+                        labels[key] = rank, found
             _check_end(file, tar.offset, place)
     except tarfile.TarError as error:
         raise _damaged(store, path, error) from error
@@ -186,7 +202,16 @@ def scan(store: Store, path: str, number: int, index: ShardIndex) -> None:
         # fsspec raises ValueError where a server gives no part of a file.
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(f"cannot read {place} ({reason}): {REMEDY}") from error
-    for key, found in labels.items():
+    for key, pictures in further.items():
+        if key not in places:
+            named = [s for part in _IMAGE_PARTS for s in pictures if s.rpartition(".")[0] == part] or list(pictures)
+            if len(named) > 1:
+                raise DataError(
+                    f"{place} holds {key}.{named[0]} and {key}.{named[1]} for one key: call the image .image.png, or "
+                    "write keys without dots"
+                )
+            places[key] = index.add(key, named[0], *pictures[named[0]])
+    for key, (_, found) in labels.items():
         if key in places:
             index.labels[places[key]] = found
 
@@ -225,7 +250,7 @@ def _label(file: BinaryIO, member: tarfile.TarInfo, path: str) -> int | str | No
         if not member.name.lower().endswith("json"):
             return class_number(float(data.decode("ascii").strip()), place)
         value = json.loads(data)
-        entry = next((value[name] for name in _JSON_NAMES if name in value), None) if isinstance(value, dict) else None
+        entry = next((value[name] for name in LABEL_NAMES if name in value), None) if isinstance(value, dict) else None
         if isinstance(entry, int | float) and not isinstance(entry, bool):
             return class_number(entry, place)
         if entry is not None and not isinstance(entry, str):

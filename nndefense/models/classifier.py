@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import math
 import sys
 import warnings
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nndefense.errors import InputError, ModelError
+from nndefense.files import text_lines
 from nndefense.images import channel_message, shape_text
 from nndefense.models.class_names import match_classes
 
@@ -208,7 +210,7 @@ def read_classes(path: str | Path) -> tuple[tuple[str, ...], tuple[str, ...] | N
         raise ModelError(f"the file of classes {path} cannot be read: it must be a UTF-8 text or CSV file") from None
     if path.suffix.lower() == ".csv":
         return _read_csv(path, text)
-    names = tuple(line.strip() for line in text.splitlines())
+    names = tuple(line.strip() for line in text_lines(text))
     while names and not names[-1]:
         names = names[:-1]
     if not names or "" in names:
@@ -217,7 +219,7 @@ def read_classes(path: str | Path) -> tuple[tuple[str, ...], tuple[str, ...] | N
 
 
 def _read_csv(path: Path, text: str) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    rows = list(csv.DictReader(text.splitlines()))
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
     columns = {column.strip().lower(): column for column in (rows[0] if rows else {}) if column}
     name = next((columns[column] for column in _NAME_COLUMNS if column in columns), None)
     if name is None:
