@@ -27,6 +27,7 @@ FLOORS = (
         "nndefense.images",
         "nndefense.files",
         "nndefense.memory",
+        "nndefense.modes",
         "nndefense.own_code",
         "nndefense.recipes",
         "nndefense.statistics",

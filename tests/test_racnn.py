@@ -478,3 +478,20 @@ def test_the_surface_tells_what_it_is_asked_for(defense, batch):
 def test_errors_are_the_projects(database):
     with pytest.raises(NNDefenseError):
         RetrievalAugmented(torch.zeros(1, 2, dtype=torch.int64), digits("train"), torch.tensor([-1]), draws=5)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_defence_answers_as_in_evaluation_mode_whatever_mode_its_nets_are_in(defense, batch, copied):
+    x, _ = batch
+    expected, explained = defense(x), defense.explain(x).log_probabilities
+    other = copy.deepcopy(defense)
+    torch.nn.Sequential(other).train()
+    if not copied:
+        other.net.train()
+        other.extractor.truncated.net.train()
+    before = copy.deepcopy(other.state_dict())
+    torch.testing.assert_close(other(x), expected)
+    torch.testing.assert_close(other.explain(x).log_probabilities, explained)
+    assert other.net.training is not copied
+    torch.testing.assert_close(other.attack_model(retrieval="fresh")(x), expected)
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nndefense.attacks.retrieval import Knowledge, RetrievalSurface
 from nndefense.database import ImageDatabase, combine, weight_shares
@@ -19,6 +19,7 @@ from nndefense.defenses.surface import retrieval_surface
 from nndefense.errors import InputError
 from nndefense.images import check_images
 from nndefense.models import Classifier
+from nndefense.modes import EvaluationOnly
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Explanation:
     ids: Sequence[Sequence[str]]
 
 
-class NearestNeighborDefense(nn.Module):
+class NearestNeighborDefense(EvaluationOnly):
     """Project an image on its K nearest neighbours and average what the classifier says of them.
 
     ``p(x) = sum_k w_k s_k / sum_k w_k``, where s_k is the posterior and w_k the weight of the k-th nearest row by
@@ -54,6 +55,9 @@ class NearestNeighborDefense(nn.Module):
 
     The output is piecewise constant in the pixels and carries no gradient: attack the classifier (gray box), or a
     relaxation of the retrieval.
+
+    A defence is used, not trained: it is in evaluation mode whatever is called on it, on a copy or on a parent, and
+    never changes the classifier's buffers.
     """
 
     def __init__(
@@ -87,7 +91,6 @@ class NearestNeighborDefense(nn.Module):
         self.classifier, self.database = classifier, database
         self.extractor = database.extractor(classifier)
         self.k, self.weighting, self.power, self.terms = k, weighting, power, terms
-        # A defence is used, not trained: batch norm must run on its stored statistics.
         self.eval()
 
     @classmethod

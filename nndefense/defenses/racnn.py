@@ -26,6 +26,7 @@ from nndefense.errors import DatabaseError, InputError, ModelError, check_choice
 from nndefense.images import check_images
 from nndefense.models import Classifier
 from nndefense.models.racnn import RaCnn, features_of, load_racnn
+from nndefense.modes import EvaluationOnly, evaluating
 
 RETRIEVALS = ("straight-through", "soft", "fresh", "held")
 _PIECE = 4096
@@ -56,7 +57,7 @@ class Projection:
     ids: Sequence[Sequence[str]]
 
 
-class RaCnnDefense(nn.Module):
+class RaCnnDefense(EvaluationOnly):
     """Retrieve K neighbours by fixed features phi', attend to them by trained features phi, classify the projection.
 
     ``b_k = phi(x'_k)^T U phi(x)``, ``a = softmax(b)``, ``P(x) = sum_k a_k phi(x'_k)``, output g(P(x)). A prediction
@@ -126,11 +127,13 @@ class RaCnnDefense(nn.Module):
         self.check(images)
         distances, rows = self.retrieve(images)
         neighbors = self.neighbors(rows, images)
-        weights = self.attentive.attention(features_of(self.net, images), neighbors)
-        projections = torch.einsum("nk,nkd->nd", weights, neighbors)
+        with evaluating(self.net):
+            weights = self.attentive.attention(features_of(self.net, images), neighbors)
+            projections = torch.einsum("nk,nkd->nd", weights, neighbors)
+            log_probabilities = self.attentive.g(projections).log_softmax(1)
         ids = self.database.ids(rows)
         return Projection(
-            log_probabilities=self.attentive.g(projections).log_softmax(1),
+            log_probabilities=log_probabilities,
             projections=projections,
             rows=rows,
             distances=distances,
@@ -248,14 +251,15 @@ class RaCnnDefense(nn.Module):
 
     def answer(self, images: Tensor, neighbors: Tensor) -> Tensor:
         """g(P(x)): images and their neighbours' features N x K x d -> logits N x C, differentiable in the images."""
-        return self.attentive.answer(features_of(self.net, images), neighbors)
+        with evaluating(self.net):
+            return self.attentive.answer(features_of(self.net, images), neighbors)
 
     def settings(self) -> dict[str, Any]:
         """What identifies the defence, for a record."""
         return {"k": self.k, "net": self.net.fingerprint, "database": self.database.fingerprint}
 
 
-class ConstantRetrieval(nn.Module):
+class ConstantRetrieval(EvaluationOnly):
     """Neighbours are taken for constants, so that the gradient flows through the attention alone.
 
     They are retrieved at every call; or, of the images ``held``, once, and then kept for what becomes of these images
@@ -286,7 +290,7 @@ class ConstantRetrieval(nn.Module):
         return self.defense.answer(images, neighbors).log_softmax(1)
 
 
-class SoftRetrieval(nn.Module):
+class SoftRetrieval(EvaluationOnly):
     """Who is retrieved gets a gradient: the soft top-K of :mod:`~nndefense.attacks.retrieval.relaxation`.
 
     ``log p_c = log sum_j a_j q_jc`` with q_j = softmax g(phi(x'_j)), what g says of row j alone, and memberships
@@ -353,4 +357,5 @@ def _alone(defense: RaCnnDefense) -> Tensor:
     """softmax g(phi(x'_j)) of every row, n x C."""
     like = defense.net.mean
     parts = torch.split(torch.arange(len(defense.table)), _PIECE)
-    return torch.cat([defense.attentive.g(defense.neighbors(rows, like)).softmax(1) for rows in parts])
+    with evaluating(defense.net):
+        return torch.cat([defense.attentive.g(defense.neighbors(rows, like)).softmax(1) for rows in parts])

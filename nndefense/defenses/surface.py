@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nndefense.attacks.retrieval import Knowledge, RetrievalSurface, Rows, relaxation
 from nndefense.database import ImageDatabase
@@ -18,6 +18,7 @@ from nndefense.errors import InputError
 from nndefense.features import FeatureExtractor
 from nndefense.images import check_images
 from nndefense.models import Classifier
+from nndefense.modes import EvaluationOnly, evaluating
 
 _PIECE = 256
 
@@ -127,7 +128,8 @@ def _describe(defense: NeighborSearch, images: Tensor) -> tuple[Tensor, Tensor]:
     device = defense.classifier.device
     parts = [part.to(device) for part in torch.split(images, _PIECE)]
     features = torch.cat([defense.extractor(part).cpu() for part in parts])
-    return features, torch.cat([defense.classifier(part).softmax(1).cpu() for part in parts])
+    with evaluating(defense.classifier):
+        return features, torch.cat([defense.classifier(part).softmax(1).cpu() for part in parts])
 
 
 def _row_images(
@@ -167,7 +169,7 @@ def _row_images(
     return fetch
 
 
-class RelaxedDefense(nn.Module):
+class RelaxedDefense(EvaluationOnly):
     """The defence with a soft top-K in place of the hard one, for any gradient attack: images -> log-probabilities.
 
     ``mode`` soft is the soft top-K R1 of :mod:`~nndefense.attacks.retrieval.relaxation`; straight-through (R3) gives

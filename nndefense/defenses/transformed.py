@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nndefense.attacks import Bpda
 from nndefense.attacks.checks import at_least
 from nndefense.errors import InputError
 from nndefense.images import check_images
 from nndefense.models import Classifier
+from nndefense.modes import EvaluationOnly, evaluating
 
 
 class RandomTransform(Protocol):
@@ -28,7 +29,7 @@ class RandomTransform(Protocol):
         """Images N x C x H x W in [0, 1] -> images of the same shape in [0, 1]."""
 
 
-class TransformDefense(nn.Module):
+class TransformDefense(EvaluationOnly):
     """Transform the image, then classify it; a random transformation may be drawn several times and averaged.
 
     ``p(x) = 1/draws sum_j softmax(f(t_j(x)))`` (Guo et al., ICLR 2018, section 4). A defence of this kind is a
@@ -149,7 +150,8 @@ class TransformDefense(nn.Module):
 
     def answer(self, transformed: Tensor) -> Tensor:
         """Log-probabilities of one draw's images: N x classes."""
-        each: Tensor = self.classifier(transformed).log_softmax(1)
+        with evaluating(self.classifier):
+            each: Tensor = self.classifier(transformed).log_softmax(1)
         if self.views == 1:
             return each
         return each.view(-1, self.views, each.shape[1]).logsumexp(1) - math.log(self.views)
@@ -166,7 +168,7 @@ def log_mean(draws: list[Tensor]) -> Tensor:
     return torch.stack(draws).logsumexp(0) - math.log(len(draws))
 
 
-class TransformSurface(nn.Module):
+class TransformSurface(EvaluationOnly):
     """A defence by transformation as who knows it sees it: the mean over an attacker's own draws (EOT).
 
     Called, it gives the log of the mean probability, N x classes, of the true transformation with the gradient of its

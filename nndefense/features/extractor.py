@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from nndefense.errors import InputError
 from nndefense.features.pooling import check_pooling, pool
 from nndefense.features.taps import Truncated, resolve_layer, tapped
+from nndefense.modes import EvaluationOnly
 
 #: Raw vectors longer than this are no candidates: their PCA would cost more than all the others together.
 WIDEST = 8192
@@ -74,11 +75,11 @@ def reduced(vectors: Tensor, spec: FeatureSpec, pca: PCA | None) -> Tensor:
     return F.normalize(vectors, dim=1) if spec.normalize else vectors
 
 
-class FeatureExtractor(nn.Module):
+class FeatureExtractor(EvaluationOnly):
     """Images -> feature vectors: layer, pooling, PCA, length (Dubey et al. 2019, section 3).
 
     Only the part of the net up to the layer is computed. It shares the classifier's parameters; gradients flow
-    from the vectors back to the pixels.
+    from the vectors back to the pixels. The net runs in evaluation mode, whatever mode it is in.
     """
 
     def __init__(self, net: nn.Module, spec: FeatureSpec, pca: PCA | None, example: Tensor) -> None:

@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from nndefense.errors import InputError
+from nndefense.modes import evaluating
 
 # The paper's names of ResNet-50's layers (Dubey et al. 2019, section 4) as torchvision's modules.
 LAYER_ALIASES = {"conv_2_3": "layer1.2", "conv_3_4": "layer2.3", "conv_4_6": "layer3.5", "conv_5_1": "layer4.0"}
@@ -109,6 +110,7 @@ class Truncated(nn.Module):
 
     The net is traced with torchvision's feature extraction where that is possible and gives the same output;
     otherwise it runs with a hook that stops the forward pass at the layer. The parameters are shared, not copied.
+    It runs in evaluation mode, whatever mode the net is in.
     """
 
     def __init__(self, net: nn.Module, layer: str, example: Tensor) -> None:
@@ -120,21 +122,16 @@ class Truncated(nn.Module):
         super().__init__()
         self.layer = layer
         self.net = net
-        # In evaluation mode, so that running statistics stay as they are; then each module has its own mode again.
-        modes = [(module, module.training) for module in net.modules()]
-        net.eval()
-        try:
+        with evaluating(net):
             self.traced = _trace(net, layer, example)
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def forward(self, images: Tensor) -> Tensor:
         """N x C x H x W -> the layer's output."""
-        if self.traced is not None:
-            output: Tensor = self.traced(images)["output"]
-            return output
-        return _run_until(self.net, self.layer, images)
+        with evaluating(self):
+            if self.traced is not None:
+                output: Tensor = self.traced(images)["output"]
+                return output
+            return _run_until(self.net, self.layer, images)
 
 
 class _Reached(Exception):
@@ -168,7 +165,9 @@ def _trace(net: nn.Module, layer: str, example: Tensor) -> nn.Module | None:
             net(example)
         expected = outputs[layer]
         try:
-            traced: nn.Module = create_feature_extractor(net, {layer: "output"})
+            both = create_feature_extractor(net, {layer: "output"})
+            # Of its two graphs that of evaluation mode alone: a copy of the pair runs the other one.
+            traced = fx.GraphModule(both, both.eval_graph)
             return traced if torch.equal(traced(example)["output"], expected) else None
         except Exception:
             # Tracing runs a stranger's forward method on symbols, and can fail in any way: the hook always works.

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from nndefense.errors import InputError
 from nndefense.features import PCA, FeatureSpec, layer_in, pooled, reduced
 from nndefense.models import Classifier
+from nndefense.modes import evaluating
 
 Vectors = NDArray[np.float32]
 
@@ -81,7 +82,7 @@ class SteadyForward:
 
     @torch.inference_mode()
     def _run(self, images: Tensor) -> tuple[Vectors, Vectors]:
-        with _threads(self.threads):
+        with _threads(self.threads), evaluating(self.classifier):
             self._caught.outputs = []
             try:
                 probabilities = self.classifier(images.to(self.device)).float().softmax(1)

@@ -8,18 +8,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from nndefense.attacks.checks import at_least
 from nndefense.defenses.transformed import TransformDefense
 from nndefense.errors import InputError, check_choice
 from nndefense.models import Classifier
+from nndefense.modes import EvaluationOnly
 
 SUBSAMPLING = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
 MODES = ("round", "floor")
 
 
-class Jpeg(nn.Module):
+class Jpeg(EvaluationOnly):
     """Compress and decompress as JPEG (Guo et al., ICLR 2018, section 3; quality 75 as in their experiments).
 
     Pixels are rounded to 8 bits first; the code of Athalye et al. (2018) cuts them off instead, which is half a
@@ -42,7 +43,6 @@ class Jpeg(nn.Module):
             raise InputError(f"quality is {quality}, but must be from 1 to 95: above it JPEG hardly compresses")
         check_choice("subsampling", subsampling, SUBSAMPLING)
         self.quality, self.subsampling = quality, subsampling
-        self.eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Jpeg(nn.Module):
         return f"quality={self.quality}, subsampling={self.subsampling}"
 
 
-class BitDepth(nn.Module):
+class BitDepth(EvaluationOnly):
     """Keep ``bits`` bits of every channel (Guo et al., ICLR 2018, section 3; Xu et al., NDSS 2018, section II.C).
 
     ``round``, the default, moves each value to the nearest of 2^bits levels from 0 to 1, as Xu et al. do.
@@ -96,7 +96,6 @@ class BitDepth(nn.Module):
             raise InputError(f"bits is {bits}, but must be from 1 to 8")
         check_choice("mode", mode, MODES)
         self.bits, self.mode = bits, mode
-        self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Images N x C x H x W in [0, 1] -> images of the same shape with 2^bits levels per channel."""

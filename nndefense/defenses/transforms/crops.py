@@ -6,12 +6,13 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nndefense.attacks.checks import at_least, fraction
 from nndefense.defenses.transformed import TransformDefense
 from nndefense.errors import InputError
 from nndefense.models import Classifier
+from nndefense.modes import EvaluationOnly
 
 #: 90 of 224 pixels (Guo et al., ICLR 2018, section 4).
 CROP_SIZE = 90 / 224
@@ -57,7 +58,7 @@ def window(images: Tensor, size: float) -> tuple[int, int]:
     return rows, columns
 
 
-class RandomCrop(nn.Module):
+class RandomCrop(EvaluationOnly):
     """One crop per image, each at its own place drawn uniformly, resized to the image (Guo et al., ICLR 2018).
 
     Differentiable.
@@ -73,7 +74,6 @@ class RandomCrop(nn.Module):
         super().__init__()
         fraction("size", size)
         self.size = size
-        self.eval()
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A place for each image, as shares of the free rows and columns: N x 2 in [0, 1), float64."""
@@ -87,7 +87,7 @@ class RandomCrop(nn.Module):
         return resized_crops(images, (places * free).long(), (rows, columns))
 
 
-class GridCrops(nn.Module):
+class GridCrops(EvaluationOnly):
     """The crops on a grid of places that reaches from border to border, one after another (AID's 9-crop variant).
 
     Differentiable and without chance.
@@ -107,7 +107,6 @@ class GridCrops(nn.Module):
         if math.isqrt(crops) ** 2 != crops:
             raise InputError(f"crops is {crops}, but a grid needs a square number, such as 9 or 16")
         self.size, self.crops = size, crops
-        self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Images N x C x H x W -> all crops of the first image, then of the second...: N * crops x C x H x W."""

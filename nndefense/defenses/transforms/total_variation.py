@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nndefense.attacks.checks import at_least
 from nndefense.defenses.transformed import TransformDefense
@@ -20,6 +20,7 @@ from nndefense.defenses.transforms.tv_gradient import Minimised
 from nndefense.defenses.transforms.tv_problem import Iterates, TvProblem, check_terms
 from nndefense.errors import InputError, check_choice
 from nndefense.models import Classifier
+from nndefense.modes import EvaluationOnly
 
 MASKS = ("pixel", "entry")
 #: Entries that are worked on together: on a CPU what stays in a core's cache.
@@ -221,7 +222,7 @@ def _solve(work: Iterates, tolerance: Tensor, limit: int, out: TvSolution) -> No
         work.drop(finished)
 
 
-class TotalVariation(nn.Module):
+class TotalVariation(EvaluationOnly):
     """Total variation minimisation (Guo et al., ICLR 2018, section 4).
 
     Each pixel is kept with probability ``keep``, all of its channels or none (Athalye et al. 2018; ``mask="entry"``
@@ -265,7 +266,6 @@ class TotalVariation(nn.Module):
             raise InputError(f"tolerance is {tolerance}, but must be from 1e-6 to 1")
         self.weight, self.keep, self.mask, self.kind, self.data = weight, keep, mask, kind, data
         self.tolerance, self.max_iterations = tolerance, max_iterations
-        self.eval()
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A mask of kept pixels for each image: booleans N x 1 x H x W, or N x C x H x W with ``mask="entry"``."""
