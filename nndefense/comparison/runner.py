@@ -184,8 +184,6 @@ def _described(row: Row) -> dict[str, Any]:
         "informed": row.spec.informed,
         "reason": row.reason,
         "facts": row.facts,
-        # The bare net's gray box is an attack that knows all there is.
-        "white": (row.subject is not None and row.subject.white is not None) or row.spec.kind == "none",
     }
 
 

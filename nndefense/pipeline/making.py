@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from nndefense.errors import InputError
 from nndefense.evaluation import Subject
 from nndefense.evaluation.judging import is_random
-from nndefense.evaluation.ladder import BARE
 from nndefense.evaluation.subjects import known_of
 from nndefense.images import shape_text
 from nndefense.models.classifier import update_with_tensors
@@ -120,7 +119,7 @@ def subject_of(made: Made, name: str, variant: str, materials: Materials, *, inf
         informed: whether attackers who know it are sent against it.
     """
     known = {}
-    if informed and name != BARE:
+    if informed:
         images = materials.rows if materials.train is not None else None
         known = known_of(made.model, materials.classifier, images=images, draws=materials.scope.draws)
     apart = {**made.identity, "options": sorted(made.identity.get("options", {}).items())}
