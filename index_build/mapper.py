@@ -18,7 +18,7 @@ from nndefense.database.tuning import fastest
 from nndefense.database.writer import PCA_FILE, load_pca
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DatabaseError, check_choice
-from nndefense.features import PCA, FeatureSpec, layer_in, pooled, tapped
+from nndefense.features import PCA, FeatureSpec, layer_in, layouts_in, pooled, tapped
 from nndefense.images import check_images
 from nndefense.models import Classifier
 from nndefense.models.folding import fold_batch_norms
@@ -94,6 +94,8 @@ class Mapper:
         check_choice("precision", precision, PRECISIONS)
         self.classifier, self.features, self.device = classifier, tuple(features), device
         self.layers = [layer_in(classifier, feature.layer) for feature in self.features]
+        example = torch.full((1, *classifier.input_shape), 0.5, device=device)
+        self.layouts = layouts_in(classifier, self.layers, example)
         self.choice: PrecisionChoice | None = None
         self._net: nn.Module = classifier
         self._plan = ("float32", False)
@@ -220,7 +222,7 @@ class Mapper:
         found = {}
         for place, (layer, feature) in enumerate(zip(self.layers, self.features, strict=True)):
             if layer == name:
-                vectors = pooled(whole, feature)
+                vectors = pooled(whole, feature, self.layouts[name])
                 shared = vectors.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
                 found[place] = vectors.clone() if shared else vectors
         return found

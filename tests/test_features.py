@@ -134,13 +134,13 @@ def test_vectors_pass_every_pooling_unchanged():
 
 @pytest.mark.parametrize("pooling", ["mean", "grid0", "grid", "grid<G>", "grid4x", "grid100", ""])
 def test_unknown_pooling(pooling):
-    with pytest.raises(InputError, match=r"must be one of avg, max, grid<G>, rmac, flatten \(as grid4\)"):
+    with pytest.raises(InputError, match=r"must be one of avg, max, grid<G>, rmac, flatten, cls \(as grid4\)"):
         FeatureSpec("block1", pooling)
 
 
 def test_layer_of_another_form():
-    with pytest.raises(InputError, match="3 dimensions, but pooling needs"):
-        pool(torch.rand(2, 3, 4), "avg")
+    with pytest.raises(InputError, match="5 dimensions, but pooling needs"):
+        pool(torch.rand(2, 3, 4, 2, 2), "avg")
 
 
 # -- PCA ---------------------------------------------------------------------------------------------------------------

@@ -84,8 +84,9 @@ def test_several_features_in_one_pass_are_those_of_separate_builds(tmp_path):
         few(), trained(), {tmp_path / f"all{i}": spec for i, spec in enumerate(SPECS)}, batch_size=30, progress=False
     )
     handle.remove()
-    # One image to learn the lengths, then the PCA's sample (here: all), then the rows; for all features at once.
-    assert passes == [1, 30, 30, 30, 30, 30, 30]
+    # Three images show how layers are laid out, in both stages, one the lengths; then the PCA's sample (here: all),
+    # then the rows; for all features at once.
+    assert passes == [3, 1, 30, 30, 30, 3, 30, 30, 30]
     for i, (spec, database) in enumerate(zip(SPECS, together, strict=True)):
         alone = build(few(), spec, tmp_path / f"one{i}", batch_size=30)
         assert alone.fingerprint == database.fingerprint, spec

@@ -33,8 +33,8 @@ class CalibrationOptions:
     calibration: Annotated[str | None, typer.Option(help="Data set to calibrate on [default: hold images out].")] = None
     holdout: Annotated[int, typer.Option(min=1, help="Images to hold out of the (first) data set.")] = 300
     layers: Annotated[str | None, Commas("Layers to try, with commas [default: six, spread over the net].")] = None
-    poolings: Annotated[str, Commas("Poolings to try, with commas: avg, max, rmac, gridG, flatten.")] = (
-        "avg,rmac,grid4,grid8"
+    poolings: Annotated[str, Commas("Poolings to try, with commas: avg, max, rmac, gridG, flatten, cls.")] = (
+        "avg,rmac,grid4,grid8,cls"
     )
     ks: Annotated[str, Commas("Numbers of neighbours to try, with commas.")] = "1,3,5,10,20,50"
     pca: PcaOption = 256

@@ -100,7 +100,7 @@ def build(
     model: ClassifierOptions,
     layer: Annotated[str, typer.Option(help="Module of the net, such as layer3.5, or conv_5_1.")],
     out: Annotated[Path, typer.Option(help="Folder for the database.")],
-    pooling: Annotated[str, typer.Option(help="avg, max, rmac, gridG or flatten.")] = "avg",
+    pooling: Annotated[str, typer.Option(help="avg, max, rmac, gridG, flatten, or cls (class token).")] = "avg",
     pca: PcaOption = 256,
     whiten: Annotated[bool, typer.Option("--whiten", help="Scale PCA coordinates to variance 1.")] = False,
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale vectors to length 1.")] = False,

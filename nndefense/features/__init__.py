@@ -12,6 +12,7 @@ from nndefense.features.extractor import (
     spread,
     vector_widths,
 )
+from nndefense.features.layouts import OutputLayout, layouts_in
 from nndefense.features.pooling import POOLINGS, pool, rmac
 from nndefense.features.taps import LAYER_ALIASES, resolve_layer, spatial_layers, tapped
 
@@ -22,8 +23,10 @@ __all__ = [
     "WIDEST",
     "FeatureExtractor",
     "FeatureSpec",
+    "OutputLayout",
     "fit_pca",
     "layer_in",
+    "layouts_in",
     "pool",
     "pooled",
     "reduced",

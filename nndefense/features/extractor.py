@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nndefense.errors import InputError
+from nndefense.features.layouts import OutputLayout, layouts_in
 from nndefense.features.pooling import check_pooling, pool
 from nndefense.features.taps import Truncated, resolve_layer, tapped
 from nndefense.modes import EvaluationOnly
@@ -25,7 +26,7 @@ class FeatureSpec:
 
     Attributes:
         layer: a module's name in the classifier's net, such as ``layer3.5``, or one of :data:`LAYER_ALIASES`.
-        pooling: ``avg``, ``max``, ``grid4`` (any G), ``rmac`` or ``flatten``.
+        pooling: ``avg``, ``max``, ``grid4`` (any G), ``rmac``, ``flatten``, or ``cls`` for a class token alone.
         pca: keep at most this many dimensions; vectors that are no longer than that are left as they are unless
             they are whitened. 0 turns PCA off.
         whiten: scale each PCA coordinate to variance 1.
@@ -56,9 +57,9 @@ class FeatureSpec:
         return asdict(self)
 
 
-def pooled(activation: Tensor, spec: FeatureSpec) -> Tensor:
-    """A layer's output -> the raw vectors N x D that PCA is fitted on."""
-    return pool(activation, spec.pooling).float()
+def pooled(activation: Tensor, spec: FeatureSpec, layout: OutputLayout | None = None) -> Tensor:
+    """A layer's output, laid out as :func:`pool` takes it, -> the raw vectors N x D that PCA is fitted on."""
+    return pool(activation, spec.pooling, layout).float()
 
 
 def fit_pca(sample: Tensor, spec: FeatureSpec) -> PCA | None:
@@ -93,12 +94,14 @@ class FeatureExtractor(EvaluationOnly):
         """
         super().__init__()
         self.spec = spec
-        self.truncated = Truncated(net, layer_in(net, spec.layer), example)
+        layer = layer_in(net, spec.layer)
+        self.truncated = Truncated(net, layer, example)
+        self.layout = layouts_in(net, [layer], example)[layer]
         self.pca = pca
 
     def forward(self, images: Tensor) -> Tensor:
         """N x C x H x W in [0, 1] -> N x d, float32."""
-        return reduced(pooled(self.truncated(images), self.spec), self.spec, self.pca)
+        return reduced(pooled(self.truncated(images), self.spec, self.layout), self.spec, self.pca)
 
     def dimension(self, example: Tensor) -> int:
         """The length d of the vectors, from one forward pass on ``example``."""
@@ -123,11 +126,24 @@ def spread(names: list[str], count: int) -> list[str]:
 
 @torch.no_grad()
 def vector_widths(net: nn.Module, layers: Sequence[str], poolings: Sequence[str], example: Tensor) -> list[list[int]]:
-    """How long the raw vectors of each layer (a row) are with each pooling, from one forward pass on ``example``."""
+    """How long the raw vectors of each layer (a row) are with each pooling, and 0 for a pooling that it does not allow.
+
+    Raises:
+        InputError: a layer that does not exist, or that no pooling suits.
+    """
     inside = [layer_in(net, layer) for layer in layers]
+    layouts = layouts_in(net, inside, example)
     with tapped(net, inside) as outputs:
         net(example)
-    return [[pool(outputs[layer], pooling).shape[1] for pooling in poolings] for layer in inside]
+    return [[_width(outputs[layer], pooling, layouts[layer]) for pooling in poolings] for layer in inside]
+
+
+def _width(output: Tensor, pooling: str, layout: OutputLayout) -> int:
+    if pooling == "cls" and (output.dim() == 2 or not layout.prefix):
+        return 0
+    if output.dim() == 3 and layout.grid is None and pooling not in ("avg", "max", "flatten", "cls"):
+        return 0
+    return pool(output, pooling, layout).shape[1]
 
 
 class PCA(nn.Module):

@@ -1,12 +1,15 @@
-"""Poolings: a layer's output N x C x H x W to one vector per image, each a pure differentiable function.
+"""Poolings: a layer's output to one vector per image, each a pure differentiable function.
 
 ``avg``     spatial average, C numbers (Dubey et al. 2019, for the plain layers)
 ``max``     spatial maximum, C numbers
 ``gridG``   averages over a G x G grid, C*G*G numbers: keeps where things are, which early layers need
 ``rmac``    regional maxima (Tolias et al., ICLR 2016), C numbers
 ``flatten`` every entry
+``cls``     the class token alone, C numbers (transformers that have one, such as ViT: Dosovitskiy et al., ICLR 2021)
 
-A layer whose output is already N x D is passed on unchanged by all of them.
+Maps may have their channels first or last. Of tokens, those of the patches are pooled, on their grid where a pooling
+needs places, and the class token only by ``cls`` and ``flatten``. A layer whose output is already N x D is passed on
+unchanged by all of them.
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nndefense.errors import InputError
+from nndefense.features.layouts import OutputLayout
 
 _GRID = re.compile(r"grid([1-9]\d?)")
 _OVERLAP = 0.4
 _RMAC_SCALES = 3
-POOLINGS = ("avg", "max", "grid<G>", "rmac", "flatten")
+POOLINGS = ("avg", "max", "grid<G>", "rmac", "flatten", "cls")
 
 
 def check_pooling(pooling: str) -> None:
@@ -32,32 +36,57 @@ def check_pooling(pooling: str) -> None:
         raise InputError(f"pooling is {pooling!r}, but must be one of {', '.join(POOLINGS)} (as grid4)")
 
 
-def pool(activation: Tensor, pooling: str) -> Tensor:
-    """Pool a layer's output: N x C x H x W (or N x D) -> N x D'.
+def pool(activation: Tensor, pooling: str, layout: OutputLayout | None = None) -> Tensor:
+    """Pool a layer's output: a map, tokens or vectors N x D -> N x D'.
+
+    Args:
+        activation: what the layer gave.
+        pooling: by name.
+        layout: which axis is which; None: N x C x H x W, or N x T x C without a class token.
 
     Raises:
-        InputError: an unknown pooling, or an activation of another number of dimensions.
+        InputError: an unknown pooling, one that the layer's output does not allow, or an activation of another number
+            of dimensions.
     """
     check_pooling(pooling)
+    if activation.is_quantized:
+        activation = activation.dequantize()
     if activation.dim() == 2:
         return activation
-    if activation.dim() != 4:
+    if activation.dim() not in (3, 4):
         raise InputError(
-            f"the layer's output has {activation.dim()} dimensions, but pooling needs N x C x H x W or N x D: "
-            "choose a convolutional or linear layer"
+            f"the layer's output has {activation.dim()} dimensions, but pooling needs a map, tokens or vectors: "
+            "choose a convolutional or linear layer, or a block of a transformer"
         )
-    if pooling == "avg":
-        return activation.mean((2, 3))
-    if pooling == "max":
-        return activation.amax((2, 3))
+    layout = layout or OutputLayout(channels_last=activation.dim() == 3)
+    arranged = layout.arranged(activation)
     if pooling == "flatten":
-        return activation.flatten(1)
+        return arranged.flatten(1)
+    if pooling == "cls":
+        if activation.dim() != 3 or not layout.prefix:
+            raise InputError("the layer's output has no class token: choose another pooling, such as avg")
+        return arranged[:, :, 0]
+    if activation.dim() == 3:
+        arranged = arranged[:, :, layout.prefix :]
+        if pooling in ("avg", "max"):
+            return arranged.mean(2) if pooling == "avg" else arranged.amax(2)
+        side = layout.side(arranged.shape[2])
+        if side is None:
+            raise InputError(
+                f"the layer's {arranged.shape[2]} tokens lie on no grid, which the pooling {pooling} needs: "
+                "choose avg, max or flatten"
+            )
+        arranged = arranged.reshape(*arranged.shape[:2], *side)
+    if pooling == "avg":
+        return arranged.mean((2, 3))
+    if pooling == "max":
+        return arranged.amax((2, 3))
     if pooling == "rmac":
-        return rmac(activation)
-    side = int(pooling.removeprefix("grid"))
-    height, width = activation.shape[2:]
+        return rmac(arranged)
+    cells = int(pooling.removeprefix("grid"))
+    height, width = arranged.shape[2:]
     # A grid finer than the map would only repeat entries.
-    return F.adaptive_avg_pool2d(activation, (min(side, height), min(side, width))).flatten(1)
+    return F.adaptive_avg_pool2d(arranged, (min(cells, height), min(cells, width))).flatten(1)
 
 
 def rmac(activation: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,9 @@ from nndefense.modes import evaluating
 
 # The paper's names of ResNet-50's layers (Dubey et al. 2019, section 4) as torchvision's modules.
 LAYER_ALIASES = {"conv_2_3": "layer1.2", "conv_3_4": "layer2.3", "conv_4_6": "layer3.5", "conv_5_1": "layer4.0"}
+#: Images of a batch that shows which axis is theirs: a number that is no other axis's by habit.
+PROBES = 3
+_ENOUGH = 4
 
 
 def resolve_layer(net: nn.Module, layer: str) -> str:
@@ -74,32 +78,61 @@ def spatial_layers(net: nn.Module, images: Tensor) -> list[str]:
     """The layers worth trying for retrieval, from the first to the last that a forward pass reaches.
 
     These are the outermost modules (a residual block rather than a convolution inside it) that run once and whose
-    output is a map N x C x H x W that depends on a trained parameter.
+    output is a map or tokens, with an axis for the images, and depends on a trained parameter. Plain containers are
+    looked through; and where fewer than four are found, the module with the most parameters is, such as the net in a
+    wrapper or the encoder of a transformer, until there are four.
 
     Args:
         net: the bare net.
         images: one or more images, N x C x H x W; one forward pass is made.
     """
-    reached: list[str] = []
+    images = images[:1].repeat(PROBES, 1, 1, 1)
     runs: Counter[str] = Counter()
+    shapes: dict[str, tuple[int, ...]] = {}
+    kept: dict[str, Callable[[], Any]] = {}
+    within: dict[str, list[str]] = {}
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
         runs[name] += 1
-        trained = bool(reached) or any(True for _ in module.parameters())
-        if trained and isinstance(output, Tensor) and output.dim() == 4 and name not in reached:
-            reached.append(name)
+        shapes.setdefault(name, tuple(output.shape) if isinstance(output, Tensor) else ())
+        within[name] = [inner for inner, ref in kept.items() if inner.startswith(f"{name}.") and ref() is output]
+        if isinstance(output, Tensor):
+            kept[name] = weakref.ref(output)
 
-    with torch.no_grad(), ExitStack() as hooks:
-        for name, module in _outermost(net):
-            hooks.enter_context(module.register_forward_hook(partial(note, name)))
+    with evaluating(net), torch.no_grad(), ExitStack() as hooks:
+        for name, module in net.named_modules():
+            if name:
+                hooks.enter_context(module.register_forward_hook(partial(note, name)))
         net(images)
-    return [name for name in reached if runs[name] == 1]
+    order = {name: place for place, name in enumerate(shapes)}
+    # What nothing trained has worked on yet is the image itself, perhaps normalised.
+    first = next((place for name, place in order.items() if _weight(net.get_submodule(name))), len(order))
+
+    def usable(name: str) -> bool:
+        axes = shapes.get(name, ())
+        shaped = len(axes) in (3, 4) and PROBES in axes[: 2 if len(axes) == 3 else 1]
+        return shaped and runs[name] == 1 and order[name] >= first
+
+    waiting = dict(_outermost(net))
+    found = {name for name in waiting if usable(name)}
+    while len(found) < _ENOUGH and (outer := max(waiting, key=lambda name: _weight(waiting[name]), default="")):
+        inner = dict(_outermost(waiting.pop(outer), f"{outer}."))
+        waiting |= inner
+        found |= {name for name in inner if usable(name)}
+        # A module whose output is that of its own last one would be tried twice.
+        if found.intersection(within.get(outer, ())):
+            found.discard(outer)
+    return sorted(found, key=order.__getitem__)
+
+
+def _weight(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _outermost(net: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The modules below ``net``, seen through plain containers but not into anything else."""
     for name, module in net.named_children():
-        if type(module) in (nn.Sequential, nn.ModuleList):
+        if type(module) in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
             yield from _outermost(module, f"{prefix}{name}.")
         else:
             yield prefix + name, module

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nndefense.errors import InputError
-from nndefense.features import PCA, FeatureSpec, layer_in, pooled, reduced
+from nndefense.features import PCA, FeatureSpec, OutputLayout, layer_in, layouts_in, pooled, reduced
 from nndefense.models import Classifier
 from nndefense.modes import evaluating
 
@@ -61,9 +61,11 @@ class SteadyForward:
         # A copy: moving a module moves it for all who hold it.
         self.pca = copy.deepcopy(pca).to(self.device) if pca is not None else None
         self._caught = threading.local()
-        layer = classifier.get_submodule(layer_in(classifier, feature.layer))
+        name = layer_in(classifier, feature.layer)
+        layout = layouts_in(classifier, [name], torch.full((1, *shape), 0.5, device=self.device))[name]
+        layer = classifier.get_submodule(name)
         # The hook stays, and does nothing in passes that are not this object's.
-        weakref.finalize(self, layer.register_forward_hook(_catcher(self._caught, feature)).remove)
+        weakref.finalize(self, layer.register_forward_hook(_catcher(self._caught, feature, layout)).remove)
         self.threads = torch.get_num_threads()
         found = self._measure()
         self.exact, self.sizes = bool(found), found or (1,)
@@ -136,12 +138,14 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _catcher(caught: threading.local, feature: FeatureSpec) -> Callable[[nn.Module, object, object], None]:
+def _catcher(
+    caught: threading.local, feature: FeatureSpec, layout: OutputLayout
+) -> Callable[[nn.Module, object, object], None]:
     def hook(module: nn.Module, args: object, output: object) -> None:
         outputs = getattr(caught, "outputs", None)
         if outputs is not None and isinstance(output, Tensor):
             # Pooled at once: the layer after this one may work in place.
-            outputs.append(pooled(output, feature))
+            outputs.append(pooled(output, feature, layout))
 
     return hook
 

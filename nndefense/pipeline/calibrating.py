@@ -26,7 +26,7 @@ from nndefense.pipeline.checks import check_disjoint
 from nndefense.pipeline.finished import find_or_build
 from nndefense.pipeline.opening import drawn
 
-DEFAULT_POOLINGS = ("avg", "rmac", "grid4", "grid8")
+DEFAULT_POOLINGS = ("avg", "rmac", "grid4", "grid8", "cls")
 # Candidates are compared, not kept: half of a database's own sample serves their PCA.
 _PCA_SAMPLE = 2048
 
@@ -56,7 +56,8 @@ class Candidates:
     def features(self, classifier: Classifier) -> list[FeatureSpec]:
         """The layers and poolings worth trying.
 
-        Left out: a finer grid than the layer's map (it equals a coarser one), and raw vectors of over 8,192 dimensions.
+        Left out: a finer grid than the layer's map (it equals a coarser one), raw vectors of over 8,192 dimensions, and
+        poolings that a layer does not allow, as ``cls`` where it has no class token.
 
         Raises:
             InputError: nothing is left.
@@ -68,7 +69,7 @@ class Candidates:
             seen = set()
             for pooling, width in zip(self.poolings, widths, strict=True):
                 kind = width if pooling.startswith("grid") else pooling
-                if kind not in seen and width <= WIDEST:
+                if kind not in seen and 0 < width <= WIDEST:
                     features.append(FeatureSpec(name, pooling, pca=self.pca))
                 seen.add(kind)
         if not features:
