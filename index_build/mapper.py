@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from nndefense.database.tuning import fastest
 from nndefense.database.writer import PCA_FILE, load_pca
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DatabaseError, check_choice
-from nndefense.features import PCA, FeatureSpec, layer_in, layouts_in, pooled, tapped
+from nndefense.features import PCA, FeatureSpec, OutputLayout, layer_in, layouts_in, pooled, tapped
 from nndefense.images import check_images
 from nndefense.models import Classifier
 from nndefense.models.folding import fold_batch_norms
@@ -94,8 +95,6 @@ class Mapper:
         check_choice("precision", precision, PRECISIONS)
         self.classifier, self.features, self.device = classifier, tuple(features), device
         self.layers = [layer_in(classifier, feature.layer) for feature in self.features]
-        example = torch.full((1, *classifier.input_shape), 0.5, device=device)
-        self.layouts = layouts_in(classifier, self.layers, example)
         self.choice: PrecisionChoice | None = None
         self._net: nn.Module = classifier
         self._plan = ("float32", False)
@@ -103,12 +102,19 @@ class Mapper:
             last = precision != "float32" if channels_last is None else channels_last
             self._use(PrecisionChoice(precision, last, f"{precision} was asked for", {}, 0.0, 0.0))
 
+    @cached_property
+    def _layouts(self) -> dict[str, OutputLayout]:
+        # Looked at with the first batch: a job that has nothing left to map makes no pass.
+        example = torch.full((1, *self.classifier.input_shape), 0.5, device=self.device)
+        return layouts_in(self.classifier, self.layers, example)
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Mapped:
         """Map images N x C x H x W in [0, 1].
 
         Raises:
-            InputError: images that are not finite, not in [0, 1] or of another shape than the classifier takes.
+            InputError: images that are not finite, not in [0, 1] or of another shape than the classifier takes, or a
+                layer whose output has no axis for the images.
         """
         check_images(images, channels=self.classifier.input_shape[0])
         if self.choice is None:
@@ -211,18 +217,19 @@ class Mapper:
         cast: Any = nullcontext()
         if precision != "float32":
             cast = torch.autocast(self.device.type, dtype=getattr(torch, precision))
-        with tapped(self._net, sorted(set(self.layers)), self._pooled) as outputs, cast:
+        pools = partial(self._pooled, self._layouts)
+        with tapped(self._net, sorted(set(self.layers)), pools) as outputs, cast:
             logits = self._net(images)
         vectors = tuple(outputs[layer][place] for place, layer in enumerate(self.layers))
         return Mapped(logits.float().softmax(1), vectors)
 
-    def _pooled(self, name: str, output: Tensor) -> dict[int, Tensor]:
+    def _pooled(self, layouts: dict[str, OutputLayout], name: str, output: Tensor) -> dict[int, Tensor]:
         """The vectors of all features of a layer, by their place; pooled where it is, without a copy of the map."""
         whole = output.float()
         found = {}
         for place, (layer, feature) in enumerate(zip(self.layers, self.features, strict=True)):
             if layer == name:
-                vectors = pooled(whole, feature, self.layouts[name])
+                vectors = pooled(whole, feature, layouts[name])
                 shared = vectors.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
                 found[place] = vectors.clone() if shared else vectors
         return found
