@@ -13,7 +13,7 @@ from typing import Any
 from nndefense.errors import DataError, InputError
 
 PART = ".part"
-_NO_UTF8 = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNUSUAL = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def make_folder(folder: Path) -> None:
@@ -65,7 +65,7 @@ def escaped_json(text: str) -> str:
     These are the bytes of file names that are no UTF-8 (which Python holds as halves of characters, PEP 383, and which
     have no UTF-8 either), and what a terminal would obey.
     """
-    return _NO_UTF8.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _UNUSUAL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def write_json(path: Path, value: Any) -> None:

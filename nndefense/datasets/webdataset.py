@@ -180,15 +180,14 @@ def scan(store: Store, path: str, number: int, index: ShardIndex) -> None:
                     index.unread.append(member.name)
                 part, _, kind = suffix.rpartition(".")
                 entry = (number, member.offset_data, member.size)
-                twice = DataError(f"{place} holds {key}.{suffix} twice: keys must be unique in a shard; {REMEDY}")
                 if f".{kind}" in SUFFIXES and part:
                     if suffix in further.setdefault(key, {}):
-                        raise twice
+                        raise _twice(place, key, suffix)
                     further[key][suffix] = entry
                 elif f".{kind}" in SUFFIXES and key not in places:
                     places[key] = index.add(key, suffix, *entry)
                 elif f".{kind}" in SUFFIXES and index.suffix_names.get(suffix) == index.suffix[places[key]]:
-                    raise twice
+                    raise _twice(place, key, suffix)
                 elif kind in _LABELS and (not part or part in LABEL_NAMES):
                     # .cls says nothing but the label, so it goes before .json, and .cls before .label.cls.
                     rank = (kind != "cls", bool(part))
@@ -235,6 +234,10 @@ def _damaged(store: Store, path: str, error: tarfile.TarError) -> DataError:
     if kind:
         return DataError(f"{place} is compressed ({kind}), so no image in its middle can be reached: unpack it to .tar")
     return DataError(f"{place} is no tar file or is cut short ({error}): {REMEDY}")
+
+
+def _twice(place: str, key: str, suffix: str) -> DataError:
+    return DataError(f"{place} holds {key}.{suffix} twice: keys must be unique in a shard; {REMEDY}")
 
 
 def _label(file: BinaryIO, member: tarfile.TarInfo, path: str) -> int | str | None:

@@ -29,7 +29,7 @@ def load_timm(source: str) -> Classifier:
     try:
         import timm
     except ImportError:
-        raise _missing(source, "timm", "timm") from None
+        raise _missing(source, "timm") from None
     pretrained = source.endswith(_PRETRAINED)
     name = source.removeprefix(TIMM).removesuffix(_PRETRAINED)
     net = _made(source, lambda: timm.create_model(name, pretrained=pretrained))
@@ -59,7 +59,7 @@ def load_hf(source: str) -> Classifier:
         from transformers import AutoModelForImageClassification
         from transformers.image_processing_base import ImageProcessingMixin
     except ImportError:
-        raise _missing(source, "transformers", "hf") from None
+        raise _missing(source, "transformers") from None
     name = source.removeprefix(HF)
 
     def make() -> Any:
@@ -164,5 +164,5 @@ def _made(source: str, make: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _missing(source: str, package: str, extra: str) -> ModelError:
-    return ModelError(f"{source} needs the package {package}, which is missing: pip install 'nndefense[{extra}]'")
+def _missing(source: str, package: str) -> ModelError:
+    return ModelError(f"{source} needs the package {package}, which is missing: pip install {package}")

@@ -207,11 +207,7 @@ class BodyLimit:
             if packed:
                 body = await asyncio.to_thread(unpacked, body, self._settings.limits)
                 self._hold(len(body), held)
-                rest = [
-                    p
-                    for p in scope["headers"]
-                    if p[0] not in (b"content-encoding", b"content-length", b"transfer-encoding")
-                ]
+                rest = [pair for pair in scope["headers"] if pair[0] not in _ABOUT_BODY]
                 scope["headers"] = [*rest, (b"content-length", str(len(body)).encode())]
             pieces = [{"type": "http.request", "body": body, "more_body": False}]
 
