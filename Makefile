@@ -16,9 +16,9 @@ serve-demo: $(VENV)/.serve runs/demo/database/guard.json
 runs/demo/database/guard.json:
 	$(MAKE) demo
 
-# Each test runs in one thread; two processes share the files of tests out.
+# Each test runs in one thread; two processes share the files of tests out, in the order of tests/conftest.py.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

@@ -24,6 +24,12 @@ def pytest_configure(config: pytest.Config) -> None:
         faiss.omp_set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Forked children train here: torch refuses that in a process that has used autograd's threads (which a backward
+    # pass within 60 others does), so these files come before all others.
+    items.sort(key=lambda item: item.path.name not in ("test_training_durable.py", "test_ensemble_adversarial.py"))
+
+
 def _data_root() -> Path | None:
     named = os.environ.get("NNDEFENSE_DATA")
     for folder in [Path(named)] if named else [REPOSITORY.parent / "shared" / "data"]:
