@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -167,6 +171,55 @@ def test_help_shows_what_stands_in_brackets() -> None:
     assert "[default: any]" in plain(nndefense("index", "build", "--help").out)
 
 
+def leaves(found: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command with the words that call it."""
+    for name, command in getattr(found, "commands", {}).items():
+        yield from leaves(command, (*path, name))
+    if not hasattr(found, "commands"):
+        yield path, found
+
+
+def shown_default(option: Any) -> str | None:
+    """What the help of an option must say of its default: nothing where there is none, or of a flag that is off."""
+    if option.default is None or option.required:
+        return None
+    if isinstance(option.default, bool):
+        # Of two flags the one that holds is named.
+        pair = {True: option.opts[0], False: [*option.secondary_opts, ""][0]}
+        return pair[option.default].lstrip("-") or None
+    several = isinstance(option.default, list | tuple)
+    return ", ".join(map(str, option.default)) if several else str(option.default)
+
+
+# As a table, and as the list that narrow consoles get: a pipe is one of 80.
+@pytest.mark.parametrize("columns", [80, 300])
+def test_the_help_of_every_command_shows_all_that_is_declared(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    whole, missing, defaults = typer.main.get_command(build()), [], 0
+    for path, command in leaves(whole):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            whole.main([*path, "--help"], "nndefense", standalone_mode=False)
+        # A line may end behind a hyphen.
+        text = plain(out.getvalue()).replace("- ", "-")
+        for option in command.params:
+            wanted = plain(option.help or "").replace("`", "").replace("- ", "-")
+            default = shown_default(option)
+            defaults += "[default: " in wanted or default is not None
+            pieces = [wanted, *([] if default is None else [f"[default: {default}".replace("- ", "-")])]
+            missing += [(*path, option.opts[0], piece) for piece in pieces if piece not in text]
+        assert "…" not in text, path
+        assert not re.search(r"\w [.,;:](\s|$)|\(\s*\)|\[\s*\]", text), path
+    assert not missing
+    assert defaults > 250
+
+
+def test_help_that_loses_a_default_would_be_seen() -> None:
+    # Rich's markup takes what stands in brackets for a style.
+    app = typer.Typer(rich_markup_mode="rich")
+    app.command()(spread(records_first))
+    assert "Of the place ." in plain(CliRunner().invoke(app, ["--help"], env={"COLUMNS": "300"}).output)
+
+
 def test_a_group() -> None:
     group = Group("places", "Of places.")
 
@@ -223,12 +276,7 @@ def test_a_wrong_choice_is_told_in_one_line() -> None:
 
 def test_every_command_can_be_made() -> None:
     # Each has a way to show an error's traceback, and none has an option twice.
-    def commands(found: Any, path: str) -> None:
-        for name, command in getattr(found, "commands", {}).items():
-            commands(command, f"{path} {name}")
-        if not hasattr(found, "commands"):
-            flags = [flag for option in found.params for flag in option.opts]
-            assert len(flags) == len(set(flags)), path
-            assert "--debug" in flags, path
-
-    commands(typer.main.get_command(build()), "nndefense")
+    for path, command in leaves(typer.main.get_command(build())):
+        flags = [flag for option in command.params for flag in option.opts]
+        assert len(flags) == len(set(flags)), path
+        assert "--debug" in flags, path

@@ -10,7 +10,7 @@ from nndefense import __version__
 from nndefense.cli.attack import attack
 from nndefense.cli.calibrate import calibrate
 from nndefense.cli.classify import classify
-from nndefense.cli.declare import Group, Only, spread
+from nndefense.cli.declare import Group, Helpful, Only, spread
 from nndefense.cli.demo import demo
 from nndefense.cli.evaluate import evaluate
 from nndefense.cli.guard import guard
@@ -51,7 +51,7 @@ def build() -> typer.Typer:
             if isinstance(command, Group):
                 app.add_typer(command.typer(), name=command.name, rich_help_panel=panel)
             else:
-                app.command(rich_help_panel=panel)(spread(command))
+                app.command(cls=Helpful, rich_help_panel=panel)(spread(command))
     return app
 
 

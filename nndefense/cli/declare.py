@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from inspect import Parameter
@@ -16,9 +17,13 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from nndefense.errors import InputError
 from nndefense.own_code import PYTHON
+
+# The table of options needs so many columns: below, it would cut off long words, and defaults with them.
+_TABLE = 110
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -149,6 +154,16 @@ def _typed(parameter: Parameter) -> Parameter:
     return parameter.replace(annotation=Annotated[hint, own.option()], default=default)
 
 
+class Helpful(TyperCommand):
+    """A command whose help is a table of options, and a plain list where the console is too narrow for that."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help."""
+        if shutil.get_terminal_size().columns < _TABLE:
+            self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
+
+
 class Group:
     """Commands under one name, such as ``nndefense index build``."""
 
@@ -169,5 +184,5 @@ class Group:
         """The group as Typer takes it."""
         made = typer.Typer(no_args_is_help=True, help=self.help)
         for name, function, text in self.commands:
-            made.command(name, help=text)(spread(function))
+            made.command(name, cls=Helpful, help=text)(spread(function))
         return made
