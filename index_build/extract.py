@@ -27,7 +27,7 @@ from nndefense.database.rows import DIGEST, StoredRows, write_shard, write_virtu
 from nndefense.database.writer import REJECTED, VIRTUAL, check_rows, columns, store, writing
 from nndefense.errors import DatabaseError, DataError, InputError
 from nndefense.features import reduced
-from nndefense.files import escaped_json, read_json, write_json
+from nndefense.files import escaped_json, not_read, read_json, write_json
 from nndefense.memory import reused_memory
 
 Array = NDArray[Any]
@@ -309,9 +309,10 @@ def read_extracted(folder: Path) -> Extracted:
         found = Extracted(
             value["rows"], value["rejected"], {name: FileEntry(**entry) for name, entry in value["files"].items()}
         )
-    except (DataError, KeyError, TypeError, AttributeError):
+    except (DataError, KeyError, TypeError, AttributeError) as error:
         raise DatabaseError(
-            f"the rows of {folder} are not complete: run 'nndefense index extract' (or build) first"
+            not_read(folder / EXTRACTED, error)
+            or f"the rows of {folder} are not complete: run 'nndefense index extract' (or build) first"
         ) from None
     for name, entry in found.files.items():
         path = folder / name

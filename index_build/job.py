@@ -13,7 +13,7 @@ from nndefense.database.writer import shard_name, writing
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DatabaseError, DataError, InputError, check_choice
 from nndefense.features import FeatureSpec
-from nndefense.files import read_json, write_json
+from nndefense.files import not_read, read_json, write_json
 
 NAME = "job.json"
 FORMAT, VERSION = "nndefense-index-job", 1
@@ -178,7 +178,8 @@ class BuildJob:
             return cls(targets=(target,), options=options, classes=classes, **value)
         except (DataError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise DatabaseError(
-                f"{folder / NAME} is damaged or of another version: begin the build again with --overwrite"
+                not_read(folder / NAME, error)
+                or f"{folder / NAME} is damaged or of another version: begin the build again with --overwrite"
             ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -202,7 +203,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; the folder is made if it is missing, and removed again if it is then left empty.
 
     The system lets go of the lock when the process ends, so none is ever stale. Where the system has no such lock
-    (Windows), nothing is locked.
+    (Windows), nothing is locked; where the folder's file system has none (some network shares), a warning says so.
 
     Raises:
         DatabaseError: another process builds there, or the folder cannot be made or written.
@@ -233,7 +234,7 @@ def _hold(folder: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, folder)
             # The holder before removes the file when it is done: then this lock is on a file that nobody finds.
             if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
                 os.truncate(descriptor, 0)
@@ -249,6 +250,24 @@ def _hold(folder: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    """Lock the open file, or warn where its place has no locks.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        warnings.warn(
+            f"{folder} cannot be locked ({os.strerror(error.errno or 0)}), as on some network shares: see to it that "
+            "nobody else builds there at the same time",
+            stacklevel=2,
+        )
 
 
 def complete(

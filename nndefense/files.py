@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from nndefense.errors import DataError, InputError
+from nndefense.errors import DataError, InputError, NNDefenseError
 
 PART = ".part"
+# Of a file itself; whatever else a system says is said of the system, and the file may be whole.
+_OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EOVERFLOW, errno.EFBIG)
+_OF_THE_SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EIO, errno.ESTALE)
 _UNUSUAL = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -118,7 +122,63 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON: restore it or write it again") from error
+        told = not_read(path, error) or f"{path} cannot be read as JSON: restore it or write it again"
+        raise DataError(told) from error
+
+
+def open_hdf5(source: str | Path | BinaryIO, *, foreign: bool = False) -> Any:
+    """Open an HDF5 file for reading, also where nothing can be locked: on network shares or read-only media.
+
+    Args:
+        source: a path, or an open file.
+        foreign: whether another program may be writing it. Files of our own are whole or absent, and need no lock.
+
+    Raises:
+        OSError: it cannot be opened; :class:`BlockingIOError`: another program has it open to write.
+    """
+    import h5py
+
+    if foreign:
+        try:
+            return h5py.File(source, "r")
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            # Without a number it is the content that HDF5 speaks of, and no lock.
+            if error.errno is None:
+                raise
+    return h5py.File(source, "r", locking=False)
+
+
+def not_read(path: str | Path, error: BaseException | None) -> str:
+    """What to say of a file that the system did not read, though it may be whole; empty where the file is at fault.
+
+    Args:
+        path: of the file.
+        error: of the system's, of FAISS's, or one of ours that came of one.
+    """
+    error = error.__cause__ if isinstance(error, NNDefenseError) else error
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and isinstance(error, RuntimeError):
+        # FAISS gives the system's words alone.
+        number = next((code for code in _OF_THE_SYSTEM if os.strerror(code) in str(error)), None)
+    if number is None or number in _OF_THE_FILE:
+        return ""
+    if number in (errno.EMFILE, errno.ENFILE):
+        return f"{path} cannot be opened, because too many files are open: raise the limit, as with 'ulimit -n 65536'"
+    if number == errno.ENOMEM:
+        return (
+            f"{path} cannot be read, because the system gives no more memory or memory maps: free memory, or raise "
+            "the limit vm.max_map_count"
+        )
+    if number in (errno.EACCES, errno.EPERM):
+        return f"{path} cannot be read ({os.strerror(number)}): check its permissions"
+    if isinstance(error, BlockingIOError):
+        return (
+            f"{path} cannot be read, because another program has locked it: wait until it is written, or set "
+            "HDF5_USE_FILE_LOCKING=FALSE in the environment where nobody writes it"
+        )
+    return f"{path} cannot be read ({os.strerror(number)}): check the disk or the network share that it is on"
 
 
 def text_lines(text: str) -> list[str]:

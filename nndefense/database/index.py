@@ -21,6 +21,7 @@ from nndefense.database.faiss_tools import (
     unusable,
 )
 from nndefense.errors import DatabaseError, InputError
+from nndefense.files import not_read
 
 Array = NDArray[Any]
 Search = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -82,7 +83,8 @@ class FaissIndex:
         try:
             index = faiss.read_index(str(path), flags)
         except RuntimeError as error:
-            raise DatabaseError(f"{path} is not an index that this FAISS can read: build the database again") from error
+            told = not_read(path, error) or f"{path} is not an index that this FAISS can read: build the database again"
+            raise DatabaseError(told) from error
         for what, found, wanted in (
             ("dimensions", index.d, dimension),
             ("rows", index.ntotal, rows),

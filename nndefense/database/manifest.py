@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from nndefense.errors import DatabaseError
 from nndefense.features import FeatureSpec
-from nndefense.files import sha256_of, write_json
+from nndefense.files import not_read, sha256_of, write_json
 
 FORMAT, VERSION = "nndefense-database", 1
 NAME = "manifest.json"
@@ -36,15 +36,19 @@ class FileEntry:
         """Compare a file with this: its presence and length, and with ``checksum`` every byte.
 
         Raises:
-            DatabaseError: what is wrong, and the remedy.
+            DatabaseError: what is wrong, and the remedy, or that the system does not read it.
         """
-        if not path.is_file():
+        try:
+            size = path.stat().st_size if path.is_file() else -1
+            found = sha256_of(path) if checksum and size == self.bytes else self.sha256
+        except OSError as error:
+            raise DatabaseError(not_read(path, error) or f"{path} is missing: restore it or {remedy}") from error
+        if size < 0:
             raise DatabaseError(f"{path} is missing: restore it or {remedy}")
-        size = path.stat().st_size
         if size != self.bytes:
             what = "truncated" if size < self.bytes else "longer than it was"
             raise DatabaseError(f"{path} is {what} ({size:,} of {self.bytes:,} bytes): restore it or {remedy}")
-        if checksum and sha256_of(path) != self.sha256:
+        if found != self.sha256:
             raise DatabaseError(f"{path} has changed since it was built (wrong sha256): restore it or {remedy}")
 
 
@@ -73,7 +77,8 @@ def read_manifest(
         what = f"({NAME} is missing; was its build interrupted?): {again}"
         raise DatabaseError(f"{folder} holds no finished {kind} {what}") from error
     except (OSError, ValueError) as error:
-        raise DatabaseError(f"{path} is damaged or cannot be read: restore it or {rebuild}") from error
+        told = not_read(path, error) or f"{path} is damaged: restore it or {rebuild}"
+        raise DatabaseError(told) from error
     if not isinstance(value, dict) or value.pop("format", None) != form:
         raise DatabaseError(f"{path} is not the manifest of {a_kind}: give the folder of one")
     if value.pop("version", None) != version:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nndefense.errors import DatabaseError
+from nndefense.files import not_read, open_hdf5
 
 Array = NDArray[Any]
 COLUMNS = ("features", "posteriors", "cbw_e", "cbw_d", "ids", "labels")
@@ -46,7 +47,7 @@ def read_columns(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
     """All columns and attributes of one shard, as they are stored: what :func:`write_shard` was given.
 
     Raises:
-        DatabaseError: a shard that is missing, truncated or not of this form.
+        DatabaseError: a shard that is missing, truncated or not of this form, or that the system does not read.
     """
     with _opened(path) as file:
         return {name: file[name][()] for name in file}, {name: int(value) for name, value in file.attrs.items()}
@@ -230,12 +231,13 @@ def _full(name: str, values: Array) -> Array:
 def _opened(path: Path) -> Iterator[Any]:
     """A shard as an open HDF5 file, whose faults are told in one line."""
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             yield file
     except FileNotFoundError as error:
         raise DatabaseError(f"{path} is missing: restore it or build the database again") from error
     except (OSError, KeyError, ValueError) as error:
-        raise DatabaseError(f"{path} is truncated or damaged: restore it or build the database again") from error
+        told = not_read(path, error) or f"{path} is truncated or damaged: restore it or build the database again"
+        raise DatabaseError(told) from error
 
 
 def _map_shard(path: Path) -> tuple[dict[str, Array], int]:

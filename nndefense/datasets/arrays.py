@@ -23,7 +23,7 @@ from nndefense.datasets.rejected import BadImage, SourceError
 from nndefense.datasets.remote import open_store
 from nndefense.datasets.store import LocalStore
 from nndefense.errors import DataError, InputError
-from nndefense.files import write_atomically
+from nndefense.files import not_read, open_hdf5, write_atomically
 from nndefense.images import check_images, shape_text
 
 if TYPE_CHECKING:
@@ -205,14 +205,12 @@ class _Store:
     def file(self) -> h5py.File:
         # A forked process must not share the open file with its parent.
         if self._file is None or self._process != os.getpid():
-            import h5py
-
             if self._file is not None:
                 self._file.close()
             with self._reading():
                 # HDF5 reads files of this machine by itself, which is faster than through an open one.
                 local = isinstance(self._files, LocalStore)
-                self._file = h5py.File(self._place if local else self._files.open(self._place), "r")
+                self._file = open_hdf5(self._place if local else self._files.open(self._place), foreign=local)
             self._process = os.getpid()
         return self._file
 
@@ -271,6 +269,9 @@ class _Store:
                 raise SourceError(
                     f"cannot read {self.path} ({reason}): it is gone; bring it back, then go on"
                 ) from error
+            told = not_read(self.path, error)
+            if told:
+                raise SourceError(told) from error
             raise DataError(
                 f"cannot read {self.path} as an HDF5 file ({reason}): it is damaged or of another kind; {_REMEDY}"
             ) from error
@@ -345,8 +346,8 @@ def write_hdf5(
     target = Path(path)
 
     def write(part: Path) -> None:
-        # Version 1.10 of the format, because older ones hold at most 64 KiB of class names.
-        with h5py.File(part, "w", libver=("v110", "v110")) as file:
+        # Version 1.10 of the format, because older ones hold at most 64 KiB of class names. Nobody else knows the part.
+        with h5py.File(part, "w", libver=("v110", "v110"), locking=False) as file:
             file["images"] = pixels
             if numbers is not None:
                 file["labels"] = numbers.astype(np.int64)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from nndefense.attacks import Model
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError
-from nndefense.files import PART, make_folder, read_json, write_json, write_part
+from nndefense.files import PART, make_folder, not_read, open_hdf5, read_json, write_json, write_part
 from nndefense.models import Classifier
 from nndefense.training.inner_attack import InnerAttack
 from nndefense.training.launcher import Team
@@ -192,19 +192,24 @@ class _Plan:
         return path.is_file() and read_json(path).get("identity") == self.identity
 
     def shard(self, number: int, *, verify: bool = True) -> NDArray[np.float32] | None:
-        """The images of a shard, mapped; None where it is missing, damaged or another job's."""
-        import h5py
+        """The images of a shard, mapped; None where it is missing, damaged or another job's.
 
+        Raises:
+            DataError: the system does not read it.
+        """
         path = self.path(number)
         try:
-            with h5py.File(path, "r") as file:
+            with open_hdf5(path) as file:
                 images, own = file["images"], file.attrs["key"] == self.key
                 offset, shape, digest = images.id.get_offset(), images.shape, file.attrs["sha256"]
                 fitting = images.dtype == np.dtype("<f4") and shape == (len(self.rows(number)), *self.shape)
             if not (own and fitting and offset is not None):
                 return None
             found: NDArray[np.float32] = np.memmap(path, mode="r", dtype="<f4", shape=shape, offset=offset)
-        except (OSError, KeyError, ValueError, RuntimeError):
+        except (OSError, KeyError, ValueError, RuntimeError) as error:
+            told = not_read(path, error)
+            if told:
+                raise DataError(told) from error
             return None
         return found if not verify or hashlib.sha256(found.data).hexdigest() == digest else None
 

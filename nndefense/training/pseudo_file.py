@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nndefense.datasets.ids import Ids
-from nndefense.errors import DataError
-from nndefense.files import make_folder, write_atomically
+from nndefense.errors import DataError, one_line
+from nndefense.files import make_folder, not_read, open_hdf5, write_atomically
 
 Array = NDArray[Any]
 FORMAT, VERSION = "nndefense-pseudo-labels", 1
@@ -31,12 +31,10 @@ def read_file(
     Raises:
         DataError: the file is missing, damaged or of another kind.
     """
-    import h5py
-
     if not path.is_file():
         raise DataError(f"there are no pseudo-labels at {path}: make them with 'nndefense pseudo-label write'")
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             if file.attrs.get("format") != FORMAT or int(file.attrs["version"]) != VERSION:
                 raise DataError(f"{path} is no file of pseudo-labels of version {VERSION}: name one that is")
             columns = {name: np.asarray(file[name][...]) for name in file if name != "ids"}
@@ -53,8 +51,8 @@ def read_file(
     except DataError:
         raise
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path} cannot be read as pseudo-labels ({reason}): {_REMEDY}") from error
+        told = not_read(path, error) or f"{path} cannot be read as pseudo-labels ({one_line(error)}): {_REMEDY}"
+        raise DataError(told) from error
     return columns, FileIds(path, len(labels)), names["classes"], names.get("class_ids"), job, selection
 
 
@@ -74,15 +72,13 @@ class FileIds(Ids):
         return self._count
 
     def take(self, rows: Array) -> list[str]:
-        import h5py
-
         if not len(rows):
             return []
         # One slice and a choice in memory: HDF5 is slow with lists of rows, and callers ask for neighbours.
         found = np.empty(len(rows), dtype=object)
         order = np.argsort(rows, kind="stable")
         try:
-            with h5py.File(self._path, "r") as file:
+            with open_hdf5(self._path) as file:
                 for first in range(0, len(rows), BLOCK):
                     places = order[first : first + BLOCK]
                     low, high = int(rows[places[0]]), int(rows[places[-1]])
@@ -91,7 +87,8 @@ class FileIds(Ids):
                         inside = places[(rows[places] >= start) & (rows[places] < start + BLOCK)]
                         found[inside] = block[rows[inside] - start]
         except (OSError, KeyError, RuntimeError, IndexError) as error:
-            raise DataError(f"{self._path} cannot be read any more ({error}): {_REMEDY}") from error
+            told = not_read(self._path, error) or f"{self._path} cannot be read any more ({error}): {_REMEDY}"
+            raise DataError(told) from error
         return [bytes(item).decode("utf-8", "surrogateescape") for item in found]
 
 
@@ -127,8 +124,8 @@ def write_file(
         need = count * sum(dtype.itemsize for dtype in types.values()) + (1 << 20)
         if shutil.disk_usage(part.parent).free < need:
             raise OSError(f"{need:,} bytes are needed, and fewer are free")
-        # Version 1.10 of the format, because older ones hold at most 64 KiB of class names.
-        with h5py.File(part, "w", libver=("v110", "v110")) as file:
+        # Version 1.10 of the format, because older ones hold at most 64 KiB of class names. Nobody else knows the part.
+        with h5py.File(part, "w", libver=("v110", "v110"), locking=False) as file:
             for name, dtype in types.items():
                 file.create_dataset(name, shape=(count,), dtype=dtype)
             first = 0

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from nndefense.database.faiss_tools import faiss_available, import_faiss
 from nndefense.database.index import BACKENDS, FaissIndex
 from nndefense.database.manifest import NAME, FileEntry, read_manifest
 from nndefense.errors import DatabaseError, InputError, check_choice
-from nndefense.files import write_json
+from nndefense.files import not_read, open_hdf5, write_json
 from nndefense.images import shape_text
 
 FORMAT, VERSION = "nndefense-patches", 1
@@ -172,7 +171,7 @@ class PatchDatabase:
 
     def origins(self) -> NDArray[np.int64]:
         """Where each patch comes from: count x 3, the number of the image in its data set, first row, first column."""
-        with h5py.File(self.path / PIXELS, "r") as file:
+        with open_hdf5(self.path / PIXELS) as file:
             return np.asarray(file["origins"], dtype=np.int64)
 
     def pixels(self, rows: Tensor) -> Tensor:
@@ -244,11 +243,12 @@ class PatchDatabase:
 def _read_pixels(folder: Path, manifest: PatchManifest) -> Tensor:
     path = folder / PIXELS
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             found: NDArray[Any] = np.asarray(file["patches"])
             origins = file["origins"].shape
     except (OSError, KeyError, TypeError) as error:
-        raise DatabaseError(f"{path} is damaged or not a file of patches: restore it or {REBUILD}") from error
+        told = not_read(path, error) or f"{path} is damaged or not a file of patches: restore it or {REBUILD}"
+        raise DatabaseError(told) from error
     shape = (manifest.count, manifest.channels, manifest.side, manifest.side)
     if found.shape != shape or found.dtype != np.dtype(manifest.storage) or origins != (manifest.count, 3):
         raise DatabaseError(
