@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import nearest_by_loop
+from helpers import nearest_by_loop, table, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nndefense.database.faiss_tools import check_device, list_finder
-from nndefense.database.index import FaissIndex
+from nndefense.database.index import FaissIndex, TorchIndex
 from nndefense.database.index_training import (
     EXACT_ROWS,
     check_factory,
@@ -25,7 +25,7 @@ from nndefense.database.index_training import (
     training_rows,
 )
 from nndefense.database.merging import merge_parts
-from nndefense.database.tuning import exact_neighbours, recall_at, tune
+from nndefense.database.tuning import exact_neighbours, measure, recall_at, tune
 from nndefense.errors import DatabaseError, InputError
 
 faiss = pytest.importorskip("faiss")
@@ -319,6 +319,86 @@ def test_recall_counts_rows_in_any_order_and_none_as_missed():
     assert recall_at(np.array([[1, 2, -1, -1], [9, 9, 9, 9]]), truth) == 0.25
     with pytest.raises(InputError):
         recall_at(truth[:, :2], truth)
+
+
+def repeated(count: int, times: int, offset: float = 0, seed: int = 0) -> np.ndarray:
+    """Vectors, each so many times, in mixed order."""
+    chance = np.random.default_rng(seed)
+    return chance.permutation(np.repeat(chance.normal(offset, 1, (count, D)), times, axis=0)).astype(np.float32)
+
+
+@pytest.mark.parametrize("backend", ["faiss", "torch"])
+@pytest.mark.parametrize("offset", [0, 300])
+def test_an_exact_search_over_repeated_rows_has_recall_1(backend: str, offset: float):
+    rows = repeated(40, 30, offset)
+    asked = np.concatenate([rows[:25], repeated(25, 1, offset, seed=1)])
+    search = trained_index("Flat") if backend == "faiss" else TorchIndex(lambda a, b: rows[a:b], len(rows))
+    if isinstance(search, FaissIndex):
+        search.add(rows)
+    # Of 30 equals the exact search lists others than the truth, whose rows came in pieces.
+    truth = (exact_neighbours(asked, [rows[500:], rows[:500]], 20) + 500) % len(rows)
+    found = search.search(asked, 20)[1]
+    assert recall_at(found, truth) < 0.9
+    assert recall_at(found, truth, asked, lambda numbers: rows[numbers]) == 1
+
+
+def test_rows_farther_than_the_kth_are_no_hits_however_often_they_stand_there():
+    rows = np.repeat(np.float32([[0, 0], [1, 0], [2, 0]]), 4, axis=0)
+    asked = np.float32([[0, 0]])
+
+    def recall(found: list[int], truth: list[int]) -> float:
+        return recall_at(np.array([found]), np.array([truth]), asked, lambda numbers: rows[numbers])
+
+    assert recall([3, 2], [0, 1]) == 1
+    assert recall([4, 3], [0, 1]) == 0.5
+    assert recall([4, 8], [0, 1]) == 0
+    assert recall([-1, 3], [0, 1]) == 0.5
+    # The last of the truth is one of the second group: all of that group are as good, but none of the third.
+    assert recall([0, 1, 2, 3, 7], [0, 1, 2, 3, 4]) == 1
+    assert recall([0, 1, 2, 3, 8], [0, 1, 2, 3, 4]) == 0.8
+
+
+def test_inverted_lists_over_repeated_rows_are_not_all_searched_for_that():
+    rows = repeated(64, 40)
+    index = train_index("IVF16,Flat", D, rows)
+    index.add(rows)
+    own = np.arange(0, len(rows), 9)
+    # Any 10 of the 39 equals are the nearest, whichever the exact search happens to list.
+    truth = np.stack([np.flatnonzero((rows == rows[row]).all(1))[-10:] for row in own])
+    tuned = tune(index, rows[own], truth, rows=lambda numbers: rows[numbers], own=own, recall=1.0, seconds=0)
+    assert tuned.reached
+    assert (tuned.value, tuned.recall) == (1, 1.0)
+    assert not tune(index, rows[own], truth, own=own, recall=1.0, seconds=0).reached
+
+
+def test_where_no_effort_reaches_a_recall_the_smallest_that_is_as_good_as_the_best_is_taken():
+    rows, asked = vectors(), vectors(50, seed=1)
+    truth = exact_neighbours(asked, [rows], 10)
+    index = train_index("IVF64,SQ4", D, rows)
+    index.add(rows)
+    tuned = tune(index, asked, truth, recall=0.999, seconds=0)
+    assert not tuned.reached
+    assert tuned.value is not None
+    found = {}
+    for lists in range(1, 65):
+        index.set_search({"nprobe": lists})
+        found[lists] = recall_at(index.search(asked, 10)[1], truth)
+    best = max(found.values())
+    assert found[tuned.value] == tuned.recall
+    assert tuned.recall >= best - 0.003
+    assert tuned.value < 40
+    assert found[tuned.value - 1] < best - 0.001 + 1e-9
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
+def test_a_database_of_repeated_pictures_is_measured_by_distances(factory: str, tmp_path: Path):
+    data = table(300)
+    data.features[::2] = data.features[0]
+    write(tmp_path, data, index=factory)
+    search = measure(tmp_path, k=20, recall=0.9)
+    assert search["reached"]
+    assert search["recall"] >= (0.9 if factory != "Flat" else 1)
+    assert search["setting"].get("nprobe", 1) < 4
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,13 @@ from nndefense.database.writer import writing
 from nndefense.errors import DatabaseError, InputError
 
 Array = NDArray[Any]
+Rows = Callable[[NDArray[np.int64]], Array]
 _MOST_CANDIDATES = 1 << 12
 QUERIES = 1000
 _PIECE = 1 << 14
+_PAIRS = 1 << 12
+# Recall that nobody notices, and for which it is not worth while to search more.
+_AS_GOOD = 0.001
 # The speed of a search in fewer rows is of no interest, and many small databases are built to compare settings.
 _TIMED_ROWS = 100_000
 
@@ -36,7 +40,8 @@ class Tuned:
     Attributes:
         parameter: ``nprobe``, ``efSearch``, or None where the kind has none.
         value: what it was set to.
-        recall: the share of the true K nearest rows among the K found, on the queries that it was measured with.
+        recall: the share of the K rows found that are among the true K nearest, or as near as the last of these, on the
+            queries that it was measured with.
         queries_per_second: all those queries at once, with ``threads`` threads.
         k: K.
         reached: whether the wanted recall was reached.
@@ -88,16 +93,45 @@ def exact_neighbours(queries: Array, pieces: Iterable[Array], k: int) -> NDArray
     return found.numpy()
 
 
-def recall_at(found: Array, truth: Array) -> float:
-    """The share of the true nearest rows that were found: row numbers N x K and N x K, in any order, -1 for none.
+def recall_at(found: Array, truth: Array, queries: Array | None = None, rows: Rows | None = None) -> float:
+    """The share of the K nearest rows that was found, where a row as near as the K-th is as good as that one.
+
+    Args:
+        found: row numbers N x K, in any order, -1 for none; no row twice for a query.
+        truth: row numbers N x K of the nearest rows, nearest first; see :func:`exact_neighbours`.
+        queries: N x d, to tell which other rows are as near.
+        rows: gives the vectors M x d of M ascending row numbers. Without it and queries only the very rows in ``truth``
+            are counted, so that of repeated rows the ones that were not listed are missed.
 
     Raises:
         InputError: no queries, or results of another shape.
     """
     if found.shape != truth.shape or not truth.size:
         raise InputError(f"recall compares results of the same shape, not {found.shape} with {truth.shape}")
-    hits = sum(len(np.intersect1d(some, true)) for some, true in zip(found, truth, strict=True))
-    return hits / truth.size
+    hits = np.stack([np.isin(some, true) for some, true in zip(found, truth, strict=True)])
+    if queries is not None and rows is not None:
+        query, place = np.nonzero(~hits & (found >= 0))
+        asked = np.unique(query)
+        farthest = np.zeros(len(queries))
+        farthest[asked] = _squared(queries, asked, truth[asked, -1], rows)
+        # As near as float32 can tell: the usual error of |q|^2 - 2 q r + |r|^2, of d terms in any order.
+        error = 2.0**-24 * np.sqrt(queries.shape[1])
+        length = np.sqrt(np.square(queries, dtype=np.float64).sum(1))
+        farthest += error * np.square(2 * length + np.sqrt(farthest))
+        hits[query, place] = _squared(queries, query, found[query, place], rows) <= farthest[query]
+    return float(hits.mean())
+
+
+def _squared(queries: Array, query: Array, row: Array, rows: Rows) -> NDArray[np.float64]:
+    """The squared distances of M pairs: queries[query] and the rows of the numbers ``row``."""
+    squared = np.empty(len(row))
+    order = np.argsort(row, kind="stable")
+    for first in range(0, len(row), _PAIRS):
+        pairs = order[first : first + _PAIRS]
+        numbers, places = np.unique(row[pairs], return_inverse=True)
+        apart = rows(numbers)[places].astype(np.float64) - queries[query[pairs]]
+        squared[pairs] = np.square(apart).sum(1)
+    return squared
 
 
 def tune(
@@ -105,19 +139,25 @@ def tune(
     queries: Array,
     truth: Array,
     *,
+    rows: Rows | None = None,
+    own: NDArray[np.int64] | None = None,
     recall: float = 0.95,
     threads_used: int | None = None,
     seconds: float = 1.0,
 ) -> Tuned:
     """Find the smallest ``nprobe`` or ``efSearch`` that reaches a recall, and leave the index set to it.
 
-    The value is doubled until the recall is reached, then halved in between. A search that finds fewer than K rows for
-    a query counts as one that does not reach it, whatever the recall.
+    The value is doubled until the recall is reached, then halved in between. Where none reaches it, the smallest is
+    taken whose recall is within 0.001 of the best: more effort would be spent on nothing. A search that finds fewer
+    than K rows for a query counts as one that does not reach it, whatever the recall.
 
     Args:
         index: with its rows.
         queries: N x d, none of them a row of the index, or recall will look better than it is.
-        truth: N x K, the true nearest rows; see :func:`exact_neighbours`.
+        truth: N x K, the true nearest rows, nearest first; see :func:`exact_neighbours`.
+        rows: gives the vectors of rows, so that rows as near as the K-th count as found; see :func:`recall_at`.
+        own: the queries' own row numbers N, where they are rows of the index. One more is asked for, and the row itself
+            is left out; ``truth`` is without it, too.
         recall: wanted, above 0 and at most 1.
         threads_used: threads of the search; None: as many as FAISS uses.
         seconds: how long the speed is measured at the end, at least two searches.
@@ -130,27 +170,37 @@ def tune(
     if queries.ndim != 2 or truth.ndim != 2 or len(queries) != len(truth) or not truth.size:
         raise InputError(f"tuning needs queries N x d and truth N x K, but was given {queries.shape} and {truth.shape}")
     k, known = truth.shape[1], index.parameters
+    asked = k if own is None else k + 1
     parameter = next(iter(known), None)
-    seen: dict[int, tuple[float, bool]] = {}
+    seen: dict[int, tuple[bool, float]] = {}
 
-    def measured(value: int) -> tuple[float, bool]:
+    def measured(value: int) -> tuple[bool, float]:
         if value not in seen:
             if parameter is not None:
                 index.set_search({parameter: value})
-            found = index.search(queries, k)[1]
-            share = recall_at(found, truth)
-            seen[value] = share, share >= recall and not bool((found < 0).any())
+            found = index.search(queries, asked)[1]
+            found = found if own is None else _without(found, own, k)
+            seen[value] = not bool((found < 0).any()), recall_at(found, truth, queries, rows)
         return seen[value]
+
+    def enough(value: int, complete: bool = True, share: float = recall) -> bool:
+        return measured(value)[0] >= complete and measured(value)[1] >= share
 
     with threads(threads_used):
         value = 1
         if parameter is not None:
             most = int(index.inner.nlist) if parameter == "nprobe" else _MOST_CANDIDATES
             # A graph looks at k candidates or more in any case.
-            value = _smallest(lambda number: measured(number)[1], 1 if parameter == "nprobe" else min(k, most), most)
+            least = 1 if parameter == "nprobe" else min(k, most)
+            value = _smallest(enough, least, most)
+            if not enough(value):
+                complete = max(whole for whole, _ in seen.values())
+                best = max(share for whole, share in seen.values() if whole == complete) - _AS_GOOD
+                _smallest(lambda number: enough(number, complete, best), least, most)
+                value = min(number for number in seen if enough(number, complete, best))
             index.set_search({parameter: value})
-        share, reached = measured(value)
-        speed = len(queries) / fastest(lambda: index.search(queries, k), seconds)
+        share, reached = measured(value)[1], enough(value)
+        speed = len(queries) / fastest(lambda: index.search(queries, asked), seconds)
         count = int(import_faiss().omp_get_max_threads())
     return Tuned(parameter, None if parameter is None else value, share, speed, k, reached, count)
 
@@ -189,15 +239,16 @@ def measure(
 ) -> dict[str, Any]:
     """Measure recall@K and speed of a database's index, choose its setting, and write both into the manifest.
 
-    Recall@K is the share of the K exactly nearest rows among the K that the index finds. Queries are feature vectors
+    Recall@K is the share of the K rows that the index finds which are among the exactly nearest, or as near as the
+    K-th of these: of repeated pictures each is as good as another. Queries are feature vectors
     of images that stand in no row, where such are given; else 1,000 rows of the database, each looked for among the
     others: one neighbour more is asked for, and the row itself left out of both results. For inverted lists that is
     what a new image of the same kind would find; a graph (HNSW) holds the row itself, which may flatter it.
 
     Args:
         folder: a database with its manifest.
-        recall: the share wanted, above 0 and at most 1; the cheapest setting that reaches it is chosen, or the best
-            there is.
+        recall: the share wanted, above 0 and at most 1; the cheapest setting that reaches it is chosen, or, where
+            none does, the cheapest within 0.001 of the best.
         k: K; lowered where there are fewer rows.
         queries: n x d float32 of images that stand in no row, or None.
         queries_from: where they came from, for the record.
@@ -218,28 +269,29 @@ def measure(
     rows = manifest.rows
     if rows < 2:
         raise DatabaseError(f"{folder} holds {rows} row: an index over it has no recall to measure")
+    sizes = [manifest.files[name].rows for name in manifest.shards]
     own: NDArray[np.int64] | None = None
     if queries is None:
         own = sample_rows(rows, QUERIES, seed)
-        sizes = [manifest.files[name].rows for name in manifest.shards]
         queries = np.ascontiguousarray(sample_of(shards, sizes, "features", own), dtype=np.float32)
         queries_from = f"{len(own):,} rows, each without itself"
     elif queries.ndim != 2 or queries.shape[1] != manifest.dimension or not len(queries):
         raise InputError(f"queries have shape {queries.shape}, but must be n x {manifest.dimension} with n at least 1")
     k = min(k, rows - 1)
-    asked = k if own is None else k + 1
-    truth = exact_neighbours(queries, pieces_of(shards, "features", _PIECE), asked)
-    # Each row finds itself, so of K + 1 neighbours that many have to be found for the share that was asked for.
-    wanted = recall if own is None else (recall * k + 1) / (k + 1)
-    tuned = tune(index, queries, truth, recall=wanted, seconds=1.0 if rows >= _TIMED_ROWS else 0.0)
-    _, found = index.search(queries, asked)
-    reached = tuned.recall
-    if own is not None:
-        reached = recall_at(_without(found, own, k), _without(truth, own, k))
+    truth = exact_neighbours(queries, pieces_of(shards, "features", _PIECE), k if own is None else k + 1)
+    tuned = tune(
+        index,
+        queries,
+        truth if own is None else _without(truth, own, k),
+        rows=lambda numbers: sample_of(shards, sizes, "features", numbers),
+        own=own,
+        recall=recall,
+        seconds=1.0 if rows >= _TIMED_ROWS else 0.0,
+    )
     search = {
         **asdict(tuned),
         "setting": tuned.search,
-        "recall": round(float(reached), 6),
+        "recall": round(tuned.recall, 6),
         "k": k,
         "wanted": recall,
         "queries": len(queries),
