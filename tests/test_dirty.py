@@ -228,6 +228,14 @@ def test_links_and_pipes_among_the_images(open_folder: Path) -> None:
         ("missing", "there is no such file"),
         ("unreadable", "it cannot be read (not a regular file)"),
     ]
+    # Nor do they keep a build from telling what it was made of.
+    assert len(dataset.fingerprint) == 64
+    late = open_dataset(f"imagefolder:{open_folder}", size=SIZE)
+    assert late.fingerprint == dataset.fingerprint
+    late = open_dataset(f"imagefolder:{open_folder}", size=SIZE)
+    (open_folder / "c" / "4.png").unlink()
+    with pytest.raises(DataError, match=r"cannot find .*4\.png any more"):
+        _ = late.fingerprint
 
 
 def test_the_machine_is_at_fault_not_the_image(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

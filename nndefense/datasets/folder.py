@@ -87,9 +87,11 @@ class ImageFolderDataset(EncodedDataset):
         if sizes is None:
             paths = (self._store.join(self._root, item) for item in self.ids)
             sizes = np.fromiter(map(self._store.size, paths), dtype=np.int64)
-            if len(sizes) and sizes.min() < 0:
-                gone = self._store.join(self._root, self.ids[int(sizes.argmin())])
-                raise DataError(f"cannot find {gone} any more: open {self.name} again")
+            for row in np.flatnonzero(sizes < 0):
+                path = self._store.join(self._root, self.ids[int(row)])
+                # A link to nowhere is a bad image, not one that is gone.
+                if not self._store.is_link(path):
+                    raise DataError(f"cannot find {path} any more: open {self.name} again")
         digest.update(sizes.astype("<i8").tobytes())
         return digest.hexdigest()
 

@@ -63,6 +63,10 @@ class Store(ABC):
         """The path without links."""
         return path
 
+    def is_link(self, path: str) -> bool:
+        """Whether it is a link, be it to nowhere."""
+        return False
+
     @abstractmethod
     def reachable(self, folder: str) -> bool:
         """Whether a folder can be listed and has anything in it, asked of the store anew.
@@ -226,6 +230,9 @@ class LocalStore(Store):
 
     def true_path(self, path: str) -> str:
         return os.path.realpath(path)
+
+    def is_link(self, path: str) -> bool:
+        return os.path.islink(path)
 
     def reachable(self, folder: str) -> bool:
         with os.scandir(folder) as entries:
