@@ -126,6 +126,14 @@ def test_no_call_changes_an_answer_or_a_buffer(database, name, call, hooked):
     assert [module.training for module in defense.modules()] == modes
 
 
+@pytest.mark.parametrize("name", DEFENSES)
+@pytest.mark.parametrize("hooked", [False, True], ids=["traced", "hooked"])
+def test_making_a_defence_leaves_its_net_in_evaluation_mode(database, name, hooked):
+    net = copy.deepcopy(classifier(hooked))
+    DEFENSES[name](net, database)
+    assert not any(module.training for module in net.modules())
+
+
 def test_the_net_in_training_mode_would_answer_otherwise():
     net = copy.deepcopy(classifier(False)).train()
     x, _ = images("test", 12)

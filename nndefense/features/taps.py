@@ -203,7 +203,9 @@ def _trace(net: nn.Module, layer: str, example: Tensor) -> nn.Module | None:
             traced = fx.GraphModule(both, both.eval_graph)
             return traced if torch.equal(traced(example)["output"], expected) else None
         except Exception:
-            # Tracing runs a stranger's forward method on symbols, and can fail in any way: the hook always works.
+            # Tracing runs a stranger's forward method on symbols, and can fail in any way: the hook always works. It
+            # may have failed on the graph of training mode, for which torchvision has switched the net.
+            net.eval()
             return None
 
 
