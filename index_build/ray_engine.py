@@ -35,7 +35,7 @@ ENGINES = ("local", "ray")
 ATTEMPTS = 5
 """How many workers may be lost over one shard or part before the build gives up."""
 _SEEN_SECONDS = 90.0
-_PIP = 'pip install "nndefense[ray]"'
+_PIP = 'pip install "ray[data,serve]"'
 
 
 class RayEngine:

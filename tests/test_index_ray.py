@@ -123,7 +123,7 @@ def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, Any], messag
 def test_without_ray_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(ray_engine.importlib.util, "find_spec", lambda name: None if name == missing else found("json"))
-    message = f'--engine ray needs {missing}, which is not installed: pip install "nndefense[ray]"'
+    message = f'--engine ray needs {missing}, which is not installed: pip install "ray[data,serve]"'
     with pytest.raises(InputError) as caught, engine_of("ray"):
         pass
     assert str(caught.value) == message

@@ -196,7 +196,7 @@ def test_what_cannot_be_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(DatabaseError, match="no database"):
         deployment.serve({"database": tmp_path / "none"}, ServingSettings())
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r'pip install "nndefense\[ray\]"'):
+    with pytest.raises(InputError, match=r'pip install "ray\[data,serve\]"'):
         ImageDatabase.open(database.path, engine="ray")
 
 

@@ -198,5 +198,5 @@ def test_without_torchrun_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert not leads()
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
-    with pytest.raises(InputError, match=r"pip install 'nndefense\[train\]'"):
+    with pytest.raises(InputError, match=r"pip install lightning-fabric"):
         join(torch.device("cpu"))

@@ -12,6 +12,11 @@ from pathlib import Path
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("nndefense", "index_build")
 
@@ -49,3 +54,23 @@ def test_the_wheel_names_its_licence_version_and_authors(wheel):
     cited = (ROOT / "CITATION.cff").read_text()
     assert re.search(r"^version: (.+)$", cited, re.MULTILINE)[1] == said["Version"]
     assert re.search(r"^license: (.+)$", cited, re.MULTILINE)[1] == said["License-Expression"]
+
+
+def asked_for(text: str) -> list[str]:
+    """What each ``pip install`` of a text would fetch from an index: neither options nor this checkout."""
+    name = r"[\w.\[\],=<>-]+"
+    commands = re.findall(rf"pip3? install((?: +(?:'{name}'|\"{name}\"|{name}))+)", text)
+    words = [word.strip("'\"") for command in commands for word in command.split()]
+    return [word.rstrip(".,") for word in words if not word.startswith((".", "-")) and word != "constraints.txt"]
+
+
+def test_nobody_is_told_to_install_a_name_that_is_not_registered():
+    assert asked_for("pip install -c constraints.txt '.[ray]' \"nndefense[ray]\"") == ["nndefense[ray]"]
+    folders = [path for name in (*PACKAGES, "docs", "benchmarks", "oracle") for path in (ROOT / name).rglob("*")]
+    texts = [path for path in folders + [ROOT / "README.md"] if path.suffix in (".py", ".md", ".service")]
+    told = {re.split(r"[\[<>=]", name)[0] for path in texts for name in asked_for(path.read_text(encoding="utf-8"))}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = [name for names in (project["dependencies"], *project["optional-dependencies"].values()) for name in names]
+    known = {re.split(r"[\[<>=;]", name)[0] for name in listed} - {"nndefense"}
+    assert "pyarrow" in told
+    assert told <= known | {"faiss-gpu", "faiss-cpu"}

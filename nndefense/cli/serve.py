@@ -15,7 +15,8 @@ from nndefense.cli.options import Common, DatabaseOptions, KOption, WeightingOpt
 from nndefense.cli.streams import one_line
 from nndefense.errors import InputError
 
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+# Modules, and the packages that they come in.
+_NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 _MIB = 2**20
 
 
@@ -71,7 +72,8 @@ def serve(
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise InputError(
-            f'the service needs packages that are not installed ({", ".join(missing)}): pip install "nndefense[serve]"'
+            "the service needs packages that are not installed: pip install "
+            + " ".join(_NEEDED[name] for name in missing)
         )
     from nndefense.serving.http.settings import ServingSettings
     from nndefense.serving.pictures.limits import Limits
@@ -114,7 +116,7 @@ def serve(
 
     if engine == "ray":
         if find_spec("ray") is None:
-            raise InputError('--engine ray needs Ray: pip install "nndefense[ray]"')
+            raise InputError('--engine ray needs Ray: pip install "ray[data,serve]"')
         from nndefense.database.cluster import address
         from nndefense.serving.cluster import serve as run_on_ray
 

@@ -29,7 +29,7 @@ def import_ray() -> Any:
     try:
         return importlib.import_module("ray")
     except ImportError as error:
-        raise InputError('Ray is not installed: pip install "nndefense[ray]"') from error
+        raise InputError('Ray is not installed: pip install "ray[data,serve]"') from error
 
 
 def join(address: str | None = None, *, cpus: int | None = None) -> bool:

@@ -128,9 +128,7 @@ class _Table:
             import pyarrow as arrow
             import pyarrow.parquet as parquet
         except ImportError:
-            raise DataError(
-                "Parquet files are read by pyarrow, which is not installed: pip install 'nndefense[parquet]'"
-            ) from None
+            raise DataError("Parquet files are read by pyarrow, which is not installed: pip install pyarrow") from None
 
         self.place = store.url(path)
         self.stem = Path(path.rpartition("/")[2]).stem

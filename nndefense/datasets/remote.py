@@ -75,7 +75,7 @@ class RemoteStore(Store):
             import fsspec
         except ImportError:
             raise DataError(
-                f"{self._url} is read by fsspec, which is not installed: pip install 'nndefense[remote]', or copy the "
+                f"{self._url} is read by fsspec, which is not installed: pip install 'fsspec[http]', or copy the "
                 "data to this machine"
             ) from None
         try:

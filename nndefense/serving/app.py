@@ -16,7 +16,9 @@ try:
 except ImportError as error:  # pragma: no cover
     from nndefense.errors import InputError
 
-    raise InputError('the service needs packages that are not installed: pip install "nndefense[serve]"') from error
+    raise InputError(
+        "the service needs packages that are not installed: pip install fastapi prometheus-client uvicorn"
+    ) from error
 
 from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST

@@ -113,4 +113,4 @@ def tensorboard_module() -> Any:
     try:
         return importlib.import_module("torch.utils.tensorboard")
     except ImportError:
-        raise InputError("TensorBoard is not installed: pip install 'nndefense[train]'") from None
+        raise InputError("TensorBoard is not installed: pip install tensorboard") from None

@@ -111,7 +111,7 @@ def join(device: torch.device) -> Team:
         fabric_module = importlib.import_module("lightning_fabric")
     except ImportError:
         raise InputError(
-            f"a training in {size} processes needs Lightning Fabric: pip install 'nndefense[train]'"
+            f"a training in {size} processes needs Lightning Fabric: pip install lightning-fabric"
         ) from None
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     fabric = fabric_module.Fabric(
