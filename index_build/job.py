@@ -179,7 +179,8 @@ class BuildJob:
         except (DataError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise DatabaseError(
                 not_read(folder / NAME, error)
-                or f"{folder / NAME} is damaged or of another version: begin the build again with --overwrite"
+                or f"{folder / NAME} is damaged or of another version: begin again with 'nndefense index build "
+                "--overwrite'"
             ) from error
 
 

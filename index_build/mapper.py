@@ -362,5 +362,5 @@ def pca_of(target: BuildTarget) -> PCA | None:
         return None
     path = target.folder / PCA_FILE
     if pieces.finished(path, checksum=True) is None:
-        raise DatabaseError(f"{path} is missing or damaged: begin the build again with --overwrite")
+        raise DatabaseError(f"{path} is missing or damaged: begin again with 'nndefense index build --overwrite'")
     return load_pca(path)

@@ -50,6 +50,9 @@ def test_train_takes_photos_of_different_sizes(mixed: Path, tmp_path: Path) -> N
     assert done.code == 0, done.err
     assert "brought" not in done.err
     assert load_classifier(tmp_path / "said").input_shape == (3, 12, 20)
+    said: list[str] = []
+    training_shape([spec], "small-cnn", say=said.append, hint="")  # for commands without --size
+    assert said == ["images of different sizes are brought to 32 x 32, which small-cnn was made for"]
     fails(2, "--size is 1,2,3, but must be one side", *words, "--out", tmp_path / "no", "--size", "1,2,3")
 
 

@@ -53,7 +53,7 @@ class CalibrationOptions:
         return Candidates(
             layers=words(self.layers),
             poolings=words(self.poolings) or [],
-            ks=[int(k) for k in numbers(self.ks, whole=True)],
+            ks=[int(k) for k in numbers("--ks", self.ks, whole=True)],
             pca=self.pca,
             max_clean_loss=self.max_clean_loss,
             rows=self.candidate_rows,

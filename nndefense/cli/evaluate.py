@@ -58,7 +58,7 @@ class RungOptions(AttackOptions):
     @property
     def budgets(self) -> tuple[float, ...]:
         """The budgets as numbers."""
-        return numbers(self.eps)
+        return numbers("--eps", self.eps)
 
     @property
     def adaptive_settings(self) -> AttackSettings:

@@ -187,7 +187,7 @@ class DatabaseOptions(OwnOptions):
         }
 
 
-def numbers(text: str, *, whole: bool = False) -> tuple[float, ...]:
+def numbers(option: str, text: str, *, whole: bool = False) -> tuple[float, ...]:
     """Read ``0.05, 8/255`` as numbers, for every command that takes several."""
     try:
         found = []
@@ -197,15 +197,15 @@ def numbers(text: str, *, whole: bool = False) -> tuple[float, ...]:
     except (ValueError, ZeroDivisionError):
         found = [math.nan]
     if not all(math.isfinite(number) for number in found):
-        raise InputError(f"{text!r} is not a list of numbers such as 0.05,0.1 or 8/255")
+        raise InputError(f"{option} is {text!r}, which is not a list of numbers such as 0.05,0.1 or 8/255")
     if whole and any(number != int(number) or number < 1 for number in found):
-        raise InputError(f"{text!r} is not a list of whole numbers from 1 up, such as 1,5,50")
+        raise InputError(f"{option} is {text!r}, which is not a list of whole numbers from 1 up, such as 1,5,50")
     return tuple(found)
 
 
 def number(option: str, text: str) -> float:
     """Read one number."""
-    found = numbers(text)
+    found = numbers(option, text)
     if len(found) != 1:
         raise InputError(f"{option} is {text}, but this takes one budget: give one number")
     return found[0]
@@ -220,7 +220,7 @@ def shape(text: str | None) -> tuple[int, int, int] | None:
     """Read ``3,224,224`` as a shape."""
     if text is None:
         return None
-    sides = numbers(text.replace("x", ","), whole=True)
+    sides = numbers("--input-shape", text.replace("x", ","), whole=True)
     if len(sides) != 3:
         raise InputError(f"--input-shape is {text}, but must be channels, height and width, such as 3,224,224")
     return int(sides[0]), int(sides[1]), int(sides[2])
@@ -230,7 +230,7 @@ def size(text: str | None) -> tuple[int, int] | None:
     """Read ``64`` or ``48,64`` as height and width."""
     if text is None:
         return None
-    sides = numbers(text.replace("x", ","), whole=True)
+    sides = numbers("--size", text.replace("x", ","), whole=True)
     if len(sides) > 2:
         raise InputError(f"--size is {text}, but must be one side or height and width, such as 64 or 48,64")
     return int(sides[0]), int(sides[-1])

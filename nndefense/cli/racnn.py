@@ -131,7 +131,7 @@ def evaluate(
     from nndefense.pipeline import check_not_in_database, open_datasets
     from nndefense.versions import library_versions
 
-    budgets = numbers(eps)
+    budgets = numbers("--eps", eps)
     if out is not None and not out.parent.is_dir():
         raise InputError(f"{out.parent} is no folder: create it, or choose another --out")
     net = model.open(common, database=database)

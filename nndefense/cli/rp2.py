@@ -78,7 +78,7 @@ class ViewOptions:
         """The changes."""
         from nndefense.attacks.rp2 import ViewChanges
 
-        factors = numbers(self.brightness)
+        factors = numbers("--brightness", self.brightness)
         if len(factors) != 2:
             raise InputError(f"--brightness is {self.brightness}, but must be two factors such as {BRIGHTNESS}")
         return ViewChanges((factors[0], factors[1]), self.crop, self.perspective)

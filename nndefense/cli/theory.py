@@ -53,7 +53,11 @@ def spline(
     """Fit the spline staircase by the three estimators, and try every single point that could be added."""
     from nndefense.theory import Staircase, studies
 
-    _show(studies.spline(Staircase(stairs, x_noise, left_knots), numbers(labelled), teacher=teacher), out, common)
+    _show(
+        studies.spline(Staircase(stairs, x_noise, left_knots), numbers("--labelled", labelled), teacher=teacher),
+        out,
+        common,
+    )
 
 
 @theory.command("directions")
@@ -69,8 +73,8 @@ def directions(
     """Draw which directions of one augmented point hurt, in two dimensions."""
     from nndefense.theory import studies
 
-    diagonals = [numbers(text) for text in variances or ["1,1", "1,4", "1,25"]]
-    _show(studies.directions(numbers(theta), diagonals), out, common)
+    diagonals = [numbers("--variances", text) for text in variances or ["1,1", "1,4", "1,25"]]
+    _show(studies.directions(numbers("--theta", theta), diagonals), out, common)
 
 
 @theory.command("gap")
@@ -100,7 +104,7 @@ def gap(
         Staircase(stairs, x_noise, left_knots),
         RobustFeature(p, eta, d),
         Intervals(intervals),
-        tuple(int(n) for n in numbers(sizes, whole=True)),
+        tuple(int(n) for n in numbers("--sizes", sizes, whole=True)),
         trials=trials,
         unlabelled=unlabelled or None,
         seed=common.seed,

@@ -80,7 +80,7 @@ class TrainOptions(LoopOptions):
 
     def settings(self, common: Common) -> dict[str, Any]:
         """Arguments of the training."""
-        milestones = () if self.milestones is None else numbers(self.milestones)
+        milestones = () if self.milestones is None else numbers("--milestones", self.milestones)
         return super().settings(common) | {"milestones": milestones}
 
 
@@ -144,7 +144,8 @@ class InnerAttackOptions:
         if objective == ENSEMBLE:
             return self._ensemble(said, data_dir)
         if self.source or self.source_cache is not None:
-            raise InputError(f"static sources attack for the objective {ENSEMBLE} alone: leave --source out")
+            given = "--source" if self.source else "--source-cache"
+            raise InputError(f"static sources attack for the objective {ENSEMBLE} alone: leave {given} out")
         if self.attack == "spatial":
             return SpatialAttack(draws=self.steps, mode=self.attack_mode)
         if said["eps"] is None:

@@ -247,7 +247,7 @@ def compare(
     if model is not None:
         pipeline.check_surrogate(other, model)
     arch = str(recipe.scope.classifier.get("arch", ""))
-    like = model or pipeline.training_shape(sources, arch, data_dir=data_dir, say=say)
+    like = model or pipeline.training_shape(sources, arch, data_dir=data_dir, say=say, hint="")
     images = pipeline.open_datasets(sources, data_dir=data_dir, like=like)
     test = pipeline.open_datasets([reported], data_dir=data_dir, like=like)
     pipeline.check_disjoint(test, images)

@@ -158,7 +158,7 @@ def _why_not(folder: Path) -> str:
             return f"{folder} is one file of a classifier: give its folder {folder.parent}"
         return f"{folder} is a file, not the folder of a classifier: {forms}"
     if (folder / "training.json").exists():
-        return f"{folder} holds a training that is not finished: finish it with --resume"
+        return f"{folder} holds a training that is not finished: finish it with --resume of the command that trains it"
     pickles = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICKLES)
     if pickles:
         return _no_pickles(pickles[0])

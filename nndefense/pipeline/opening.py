@@ -74,6 +74,7 @@ def training_shape(
     *,
     data_dir: Path | None = None,
     say: Callable[[str], object] = lambda text: None,
+    hint: str = "; --size says otherwise",
 ) -> tuple[int, int, int]:
     """C, H, W of the images of a training: what ``like`` of :func:`open_datasets` takes.
 
@@ -84,6 +85,7 @@ def training_shape(
             200 are looked at) and no side has more than 256 pixels, else the architecture's own.
         data_dir: the folder of the data sets.
         say: called with a line for people where the size is the architecture's.
+        hint: the end of that line.
 
     Raises:
         DataError: a data set cannot be opened, or none is named.
@@ -100,7 +102,7 @@ def training_shape(
         return first
     side = ARCHITECTURES[arch].side
     why = "images of different sizes" if small else f"images of {shape_text(first[1:])}"
-    say(f"{why} are brought to {side} x {side}, which {arch} was made for; --size says otherwise")
+    say(f"{why} are brought to {side} x {side}, which {arch} was made for{hint}")
     return first[0], side, side
 
 

@@ -63,7 +63,8 @@ def check_same(saved: dict[str, Any], identity: dict[str, Any], place: object) -
     if differences:
         raise InputError(
             f"the training in {place} was started with other {', '.join(differences)}: "
-            "resume it with the same, or start anew with --overwrite"
+            "resume it with the same, or start anew with --overwrite of the command that trains, or by deleting the "
+            "folder"
         )
 
 

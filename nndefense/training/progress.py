@@ -174,7 +174,7 @@ BEST = "best."
 # All that is written beside the tensors; what makes the folder one comes first.
 _FILES = (DESCRIPTION_FILE, STATE_FILE, WEIGHTS_FILE, HISTORY_FILE)
 _TENSORS = "training-*.safetensors"
-_REMEDY = "start the training again with --overwrite"
+_REMEDY = "start the training again with --overwrite of the command that trains, or by deleting the folder"
 
 
 class TrainingFolder:
@@ -231,7 +231,8 @@ class TrainingFolder:
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise ModelError(
                     f"the weights are no longer finite numbers ({name.partition('.')[2]}): go on from the last "
-                    "checkpoint with --resume if it was the machine, else train with a lower learning rate"
+                    "checkpoint (--resume of the command that trains) if it was the machine, else train "
+                    "with a lower learning rate"
                 )
         position = (len(standing.history), standing.step)
         name = _named(*position)

@@ -199,7 +199,7 @@ def _check_same(old: Any, new: dict[str, Any], place: Path) -> None:
     if changed:
         raise InputError(
             f"{place} belongs to a job with another {' and another '.join(changed)}: finish that one, choose another "
-            "file, or replace it with --overwrite"
+            "file, or replace it with --overwrite of nndefense pseudo-label write"
         )
 
 
