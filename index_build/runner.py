@@ -28,6 +28,7 @@ from nndefense.datasets import ImageDataset
 from nndefense.errors import DatabaseError, InputError
 from nndefense.features import FeatureSpec
 from nndefense.models import Classifier
+from nndefense.unwrapping import unwrapped
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -168,7 +169,7 @@ def extracted(
     """
     for name in sorted(set(options) - set(Options.__dataclass_fields__)):
         raise TypeError(f"build_databases() has no argument {name!r}")
-    chosen = Options(**options)
+    chosen, classifier = Options(**options), unwrapped(classifier)
     with building(list(features)), engine_of(engine, address=ray_address, workers=ray_workers) as ray:
         job = begin(
             dataset, classifier, features, chosen, specs=specs, exclude=exclude, exclude_eps=exclude_eps,

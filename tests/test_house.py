@@ -31,6 +31,7 @@ FLOORS = (
         "nndefense.own_code",
         "nndefense.recipes",
         "nndefense.statistics",
+        "nndefense.unwrapping",
         "nndefense.versions",
     ),
     ("nndefense.datasets", "nndefense.attacks", "nndefense.reporting", "nndefense.theory"),

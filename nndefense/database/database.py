@@ -24,6 +24,7 @@ from nndefense.database.writer import PCA_FILE, VIRTUAL, DatabaseWriter, ShardWr
 from nndefense.errors import DatabaseError, InputError, check_choice
 from nndefense.features import PCA, FeatureExtractor, FeatureSpec
 from nndefense.models import Classifier
+from nndefense.unwrapping import unwrapped
 
 Array = NDArray[Any]
 # Larger indexes are mapped into memory. Smaller ones are read: a mapped file that is cut short ends the process.
@@ -237,6 +238,7 @@ class ImageDatabase:
         Raises:
             DatabaseError: the database was made with another classifier.
         """
+        classifier = unwrapped(classifier)
         self.check_classifier(classifier)
         example = torch.full((2, *classifier.input_shape), 0.5, device=classifier.device)
         # A copy: the extractor moves with its classifier, and other extractors stay where they are.
@@ -359,7 +361,7 @@ class ImageDatabase:
 
 
 def _check_classifier(folder: Path, manifest: Manifest, classifier: Classifier) -> None:
-    made, given = manifest.classifier["fingerprint"], classifier.fingerprint
+    made, given = manifest.classifier["fingerprint"], unwrapped(classifier).fingerprint
     if made != given:
         raise DatabaseError(
             f"{folder} was made with another classifier ({manifest.classifier['source']}, {made[:12]}) than this one "

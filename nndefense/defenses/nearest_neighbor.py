@@ -20,6 +20,7 @@ from nndefense.errors import InputError
 from nndefense.images import check_images
 from nndefense.models import Classifier
 from nndefense.modes import EvaluationOnly
+from nndefense.unwrapping import unwrapped
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ class NearestNeighborDefense(EvaluationOnly):
         k = default_k(len(database)) if k is None else k
         if not 1 <= k <= len(database):
             raise InputError(f"k is {k}, but must be from 1 to the database's {len(database):,} rows: lower k")
-        self.classifier, self.database = classifier, database
-        self.extractor = database.extractor(classifier)
+        self.classifier, self.database = unwrapped(classifier), database
+        self.extractor = database.extractor(self.classifier)
         self.k, self.weighting, self.power, self.terms = k, weighting, power, terms
         self.eval()
 

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from nndefense.database import ImageDatabase, Manifest, classifier_of
 from nndefense.errors import DataError
 from nndefense.files import read_json, write_json
 from nndefense.models import Classifier
+from nndefense.unwrapping import unwrapped
 
 CALIBRATION_FILE = "calibration.json"
 DEFAULT_WEIGHTING = "cbw-d"
@@ -65,7 +68,9 @@ def open_stored(
     """
     opened = database if isinstance(database, ImageDatabase) else None
     folder = Path(database).expanduser() if not isinstance(database, ImageDatabase) else database.path
-    if not isinstance(classifier, Classifier):
+    if isinstance(classifier, nn.Module):
+        classifier = unwrapped(classifier)
+    else:
         manifest = opened.manifest if opened is not None else Manifest.read(folder)
         classifier = classifier_of(
             folder, manifest, classifier, device=device, classes=classes, input_shape=input_shape

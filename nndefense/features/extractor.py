@@ -15,6 +15,7 @@ from nndefense.features.layouts import OutputLayout, layouts_in
 from nndefense.features.pooling import check_pooling, pool
 from nndefense.features.taps import Truncated, resolve_layer, tapped
 from nndefense.modes import EvaluationOnly
+from nndefense.unwrapping import unwrapped
 
 #: Raw vectors longer than this are no candidates: their PCA would cost more than all the others together.
 WIDEST = 8192
@@ -93,7 +94,7 @@ class FeatureExtractor(EvaluationOnly):
             example: a batch of images on which the truncated net is checked.
         """
         super().__init__()
-        self.spec = spec
+        self.spec, net = spec, unwrapped(net)
         layer = layer_in(net, spec.layer)
         self.truncated = Truncated(net, layer, example)
         self.layout = layouts_in(net, [layer], example)[layer]
@@ -131,6 +132,7 @@ def vector_widths(net: nn.Module, layers: Sequence[str], poolings: Sequence[str]
     Raises:
         InputError: a layer that does not exist, or that no pooling suits.
     """
+    net = unwrapped(net)
     inside = [layer_in(net, layer) for layer in layers]
     layouts = layouts_in(net, inside, example)
     with tapped(net, inside) as outputs:

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from nndefense.errors import InputError
 from nndefense.modes import evaluating
+from nndefense.unwrapping import WRAPPERS, unwrapped
 
 # The paper's names of ResNet-50's layers (Dubey et al. 2019, section 4) as torchvision's modules.
 LAYER_ALIASES = {"conv_2_3": "layer1.2", "conv_3_4": "layer2.3", "conv_4_6": "layer3.5", "conv_5_1": "layer4.0"}
@@ -23,24 +24,45 @@ _ENOUGH = 4
 
 
 def resolve_layer(net: nn.Module, layer: str) -> str:
-    """The module name that ``layer`` means in ``net``; an alias is used where no module has that name.
+    """The module name that ``layer`` means in ``net``; where no module has that name, an alias is used, or the name
+    without the parts that torch.compile and DataParallel add.
 
     Raises:
-        InputError: no such module; the message names some that exist.
+        InputError: no such module, and the message names some that exist; or one that cannot be read.
     """
+    if isinstance(net, torch.jit.ScriptModule):
+        raise _scripted("the classifier is")
     names = [name for name, _ in net.named_modules() if name]
-    for candidate in (layer, LAYER_ALIASES.get(layer, layer)):
+    bare = ".".join(part for part in layer.split(".") if part not in WRAPPERS)
+    for candidate in (layer, LAYER_ALIASES.get(layer, layer), bare):
         if candidate in names:
+            for depth in range(1, candidate.count(".") + 2):
+                if isinstance(net.get_submodule(".".join(candidate.split(".")[:depth])), torch.jit.ScriptModule):
+                    raise _scripted(f"the layer {layer!r} is")
             return candidate
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     raise InputError(f"the classifier has no layer {layer!r}; its layers are {shown}")
+
+
+def _scripted(what: str) -> InputError:
+    return InputError(
+        f"{what} TorchScript (traced or scripted), whose layers cannot be read: give the net that it was made from, "
+        "with the same weights"
+    )
+
+
+def _unreached(layer: str) -> InputError:
+    return InputError(
+        f"a forward pass of the classifier does not reach the layer {layer!r}: choose another, or give the original of "
+        "a net that was compiled or exported"
+    )
 
 
 class _Outputs(dict[str, Any]):
     """Layers' outputs by name, with an error for people where one is missing."""
 
     def __missing__(self, name: str) -> Any:
-        raise InputError(f"a forward pass of the classifier does not reach the layer {name!r}: choose another")
+        raise _unreached(name)
 
 
 @contextmanager
@@ -85,8 +107,11 @@ def spatial_layers(net: nn.Module, images: Tensor) -> list[str]:
     Args:
         net: the bare net.
         images: one or more images, N x C x H x W; one forward pass is made.
+
+    Raises:
+        InputError: there are none, because the net is TorchScript.
     """
-    images = images[:1].repeat(PROBES, 1, 1, 1)
+    net, images = unwrapped(net), images[:1].repeat(PROBES, 1, 1, 1)
     runs: Counter[str] = Counter()
     shapes: dict[str, tuple[int, ...]] = {}
     kept: dict[str, Callable[[], Any]] = {}
@@ -101,7 +126,7 @@ def spatial_layers(net: nn.Module, images: Tensor) -> list[str]:
 
     with evaluating(net), torch.no_grad(), ExitStack() as hooks:
         for name, module in net.named_modules():
-            if name:
+            if name and not isinstance(module, torch.jit.ScriptModule):
                 hooks.enter_context(module.register_forward_hook(partial(note, name)))
         net(images)
     order = {name: place for place, name in enumerate(shapes)}
@@ -122,6 +147,8 @@ def spatial_layers(net: nn.Module, images: Tensor) -> list[str]:
         # A module whose output is that of its own last one would be tried twice.
         if found.intersection(within.get(outer, ())):
             found.discard(outer)
+    if not found and any(isinstance(module, torch.jit.ScriptModule) for module in net.modules()):
+        raise _scripted("the classifier is")
     return sorted(found, key=order.__getitem__)
 
 
@@ -184,7 +211,7 @@ def _run_until(net: nn.Module, layer: str, images: Tensor) -> Tensor:
             net(images)
         except _Reached as reached:
             return reached.output
-    raise InputError(f"a forward pass of the classifier does not reach the layer {layer!r}: choose another")
+    raise _unreached(layer)
 
 
 def _trace(net: nn.Module, layer: str, example: Tensor) -> nn.Module | None:

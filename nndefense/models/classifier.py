@@ -19,6 +19,7 @@ from nndefense.errors import InputError, ModelError
 from nndefense.files import text_lines
 from nndefense.images import channel_message, shape_text
 from nndefense.models.class_names import match_classes
+from nndefense.unwrapping import unwrapped
 
 # A sequence of names, or the path of a file that lists them.
 Classes = Sequence[str] | str | Path
@@ -31,7 +32,7 @@ class Classifier(nn.Module):
     """A net that takes images in [0, 1] and returns logits.
 
     Attributes:
-        net: the net itself; feature layers are named by their path inside it.
+        net: the net itself, without torch.compile or DataParallel; feature layers are named by their path inside it.
         mean, std: buffers 1 x C x 1 x 1; the net sees (image - mean) / std. Zeros and ones by default.
         arch: the name of the architecture.
         classes: the K names of the classes, in the order of the logits.
@@ -69,7 +70,7 @@ class Classifier(nn.Module):
             raise InputError(
                 f"there are {len(self.classes)} classes but {len(self.class_ids)} class ids: give one each"
             )
-        self.net = net
+        self.net = unwrapped(net)
         self.arch = arch
         self.source = source
         self.info: dict[str, Any] = dict(info or {})

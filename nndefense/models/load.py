@@ -18,6 +18,7 @@ from nndefense.models.classifier import Classes, Classifier, check_input_shape, 
 from nndefense.models.named_sources import HF, TIMM, load_hf, load_timm
 from nndefense.models.torchvision_source import TORCHVISION, load_torchvision
 from nndefense.own_code import PYTHON, own_function
+from nndefense.unwrapping import unwrapped
 
 
 def load_classifier(
@@ -157,10 +158,13 @@ def load_python(
     Raises:
         ModelError: the code cannot be found or run, or what it makes is not such a module.
     """
-    net = own_function(source, returns="the net", call="without arguments", error=ModelError)()
-    if not isinstance(net, nn.Module):
-        raise ModelError(f"{source} returned {type(net).__name__}: it must return a torch.nn.Module")
-    shape = input_shape if input_shape is not None else getattr(net, "input_shape", None)
+    made = own_function(source, returns="the net", call="without arguments", error=ModelError)()
+    if not isinstance(made, nn.Module):
+        raise ModelError(f"{source} returned {type(made).__name__}: it must return a torch.nn.Module")
+    net = unwrapped(made)
+    # What was said on a wrapper stands there alone.
+    own_shape, own_classes = (getattr(made, name, getattr(net, name, None)) for name in ("input_shape", "classes"))
+    shape = input_shape if input_shape is not None else own_shape
     if shape is None and guess is not None:
         shape = guess()
     if shape is None:
@@ -172,11 +176,16 @@ def load_python(
         checked = check_input_shape(tuple(shape))
     except (TypeError, InputError):
         raise ModelError(f"the input shape of {source} must be like 3, 32, 32 and not {shape!r}") from None
-    net = net.to(device).eval()
+    try:
+        net = net.to(device).eval()
+    except NotImplementedError as error:
+        raise ModelError(
+            f"{source} returned a net that cannot be put on {device} in evaluation mode ({one_line(error)}): return "
+            "the net itself with its weights, or torch.export.unflatten(program) of an exported one"
+        ) from error
     count = _probe(net, checked, source, device)
     if classes is None:
-        own = getattr(net, "classes", None)
-        classes = own if isinstance(own, (list, tuple)) else None
+        classes = own_classes if isinstance(own_classes, (list, tuple)) else None
     if classes is None:
         classes = [str(number) for number in range(count)]
     names, ids = given_classes(classes)
