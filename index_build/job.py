@@ -11,7 +11,7 @@ from typing import Any
 
 from nndefense.database.writer import shard_name, writing
 from nndefense.datasets import ImageDataset
-from nndefense.errors import DatabaseError, DataError, InputError, check_choice
+from nndefense.errors import DatabaseError, DataError, InputError, check_choice, make_plain
 from nndefense.features import FeatureSpec
 from nndefense.files import not_read, read_json, write_json
 
@@ -61,6 +61,7 @@ class Options:
         """Raises:
         InputError: a setting that makes no build.
         """
+        make_plain(self)
         if self.batch_size < 1 or self.pca_sample < 2:
             raise InputError("a build needs a batch size of at least 1 and a PCA sample of at least 2 images")
         check_choice("storage", self.storage, STORAGES)

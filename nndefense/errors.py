@@ -6,6 +6,8 @@ The command line prints the message alone and ends with the class's ``exit_code`
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import fields
+from typing import Any
 
 
 class NNDefenseError(Exception):
@@ -48,3 +50,14 @@ def check_choice(name: str, value: str, known: Collection[str]) -> None:
     """Raise :class:`InputError` unless the setting called ``name`` has one of the known values."""
     if value not in known:
         raise InputError(f"{name} is {value!r}, but must be one of {', '.join(known)}")
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy's, or an array or tensor of no axis, as Python's number; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def make_plain(record: Any) -> None:
+    """Give the numbers among a dataclass's fields as Python's, a frozen one's too: records are written as JSON."""
+    for field in fields(record):
+        object.__setattr__(record, field.name, plain(getattr(record, field.name)))

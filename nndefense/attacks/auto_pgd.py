@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nndefense.attacks import losses, norms
 from nndefense.attacks.checks import at_least, checked_inputs, fraction
+from nndefense.attacks.door import any_type
 from nndefense.attacks.losses import Loss, Model, fooled_by, loss_and_gradient
 from nndefense.errors import InputError
 from nndefense.memory import reusing_memory
@@ -19,6 +20,7 @@ _FIRST_STEP, _MOMENTUM = 2.0, 0.75
 _FIRST_CHECK, _CHECK_SHRINK, _SHORTEST_CHECK = 0.22, 0.03, 0.06
 
 
+@any_type
 @reusing_memory
 def apgd(
     model: Model,

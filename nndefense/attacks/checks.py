@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nndefense.attacks import norms
-from nndefense.errors import InputError
+from nndefense.errors import InputError, plain
 from nndefense.images import check_images
 
 _SUM_TOLERANCE = 1e-4
@@ -37,9 +37,10 @@ def check_labels(y: Tensor, x: Tensor) -> None:
     if not isinstance(y, Tensor):
         raise InputError(f"labels must be a torch tensor of class numbers, not {type(y).__name__}")
     if y.shape != x.shape[:1] or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        hint = ": if they are class numbers, give labels.long()" if y.is_floating_point() else ""
         raise InputError(
             f"labels have shape {tuple(y.shape)} and type {str(y.dtype).removeprefix('torch.')}, "
-            f"but must be one class number per image ({len(x)})"
+            f"but must be one class number per image ({len(x)}){hint}"
         )
 
 
@@ -101,15 +102,22 @@ def checked_inputs(
     return torch.full_like(radii, torch.inf) if eps is None else radii
 
 
-def at_least(name: str, value: int, least: int = 1) -> None:
-    """Raise :class:`InputError` unless a count is a whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def at_least(name: str, value: int, least: int = 1) -> int:
+    """Give a count as an int, whichever library's whole number it is.
+
+    Raises:
+        InputError: it is no whole number of at least ``least``; a truth value is none.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
         raise InputError(f"{name} is {value}, but must be a whole number and at least {least}")
+    return number
 
 
 def not_negative(name: str, value: float) -> None:
     """Raise :class:`InputError` unless a setting is a finite number, and no truth value, of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number) or number < 0:
         raise InputError(f"{name} is {value}, but must be a finite number and at least 0")
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nndefense.attacks import losses, norms
 from nndefense.attacks.checks import at_least, checked_inputs
+from nndefense.attacks.door import any_type
 from nndefense.attacks.losses import Model
 from nndefense.memory import reusing_memory
 
@@ -18,6 +19,7 @@ _ENOUGH = 0.95
 _TINY = 1e-6
 
 
+@any_type
 @reusing_memory
 def eot_pgd(
     model: Model,

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from nndefense.attacks import norms
 from nndefense.attacks.checks import at_least, checked_inputs, fraction
+from nndefense.attacks.door import any_type
 from nndefense.attacks.losses import Model, checked_logits, fooled_by, likeliest_others, loss_and_gradient
 from nndefense.errors import InputError
 from nndefense.memory import reusing_memory
 
 
+@any_type
 @reusing_memory
 def fab(
     model: Model,

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from nndefense.attacks import losses, norms
 from nndefense.attacks.checks import at_least, checked_inputs
+from nndefense.attacks.door import any_type
 from nndefense.attacks.losses import Loss, Model, fooled_by, loss_and_gradient
 from nndefense.errors import InputError
 from nndefense.memory import reusing_memory
 
 
+@any_type
 def fgsm(
     model: Model,
     x: Tensor,
@@ -50,6 +52,7 @@ def fgsm(
     return norms.projector(x, radii, norm)(x + norms.steepest(gradient, norm) * norms.per_image(radii, x))
 
 
+@any_type
 @reusing_memory
 def pgd(
     model: Model,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nndefense.attacks import losses, norms
 from nndefense.attacks.checks import at_least, checked_inputs
+from nndefense.attacks.door import any_type
 from nndefense.attacks.losses import Model, checked_logits, fooled_by, likeliest_others, loss_and_gradient
 from nndefense.errors import InputError
 from nndefense.memory import reusing_memory
@@ -25,6 +26,7 @@ _TINY = 1e-12
 _LONGER = 1e-4
 
 
+@any_type
 @reusing_memory
 def carlini_wagner(
     model: Model,
@@ -154,6 +156,7 @@ class _Search:
         return (self.confidence - self.sign * losses.margin(logits, y)).clamp_min(0)
 
 
+@any_type
 @reusing_memory
 def deepfool(
     model: Model, x: Tensor, y: Tensor, *, steps: int = 50, candidates: int = 10, overshoot: float = 0.02

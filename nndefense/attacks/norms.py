@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nndefense.attacks.registry import NORMS
-from nndefense.errors import InputError, check_choice
+from nndefense.errors import InputError, check_choice, plain
 
 Projector = Callable[[Tensor], Tensor]
 
@@ -52,8 +52,10 @@ def radius(images: Tensor, eps: float | Tensor, norm: str) -> Tensor:
     Raises:
         InputError: an unknown norm; an eps that is negative, not finite, above 1 in linf or not one per image.
     """
+    eps = plain(eps)
     found = in_pixels(images, eps, norm)
-    largest = float(eps) if isinstance(eps, (int, float)) else float(eps.max()) if eps.numel() else 0.0
+    several = None if isinstance(eps, (int, float)) else torch.as_tensor(eps)
+    largest = float(eps) if several is None else float(several.max()) if several.numel() else 0.0
     check_eps(largest, norm)
     # The farthest corner of the box is at least half its diagonal away, and no image is longer than the diagonal: below
     # that no look at the images is needed, for which a GPU would have to wait.
@@ -70,7 +72,10 @@ def in_pixels(images: Tensor, eps: float | Tensor, norm: str) -> Tensor:
     """
     check_choice("norm", norm, NORMS)
     # One number is checked as it is: a look at a tensor makes a GPU wait.
+    eps = plain(eps)
     valid = 0 <= eps < float("inf") if isinstance(eps, (int, float)) else None
+    # In half precision a radius would be another one.
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
     eps = torch.as_tensor(eps, dtype=images.dtype, device=images.device)
     if eps.dim() > 1 or (eps.dim() == 1 and len(eps) != len(images)):
         raise InputError(f"eps has shape {tuple(eps.shape)}, but must be one number or one per image ({len(images)})")
@@ -166,7 +171,7 @@ def random_on_sphere(images: Tensor, radii: Tensor, norm: str, generator: torch.
 
 def distance(images: Tensor, attacked: Tensor, norm: str) -> Tensor:
     """The size of each perturbation in raw pixel units, N: the largest entry (linf) or the length (both l2 norms)."""
-    delta = attacked - images
+    delta = attacked - images.to(torch.promote_types(images.dtype, torch.float32))
     return delta.flatten(1).abs().amax(1) if norm == "linf" else length(delta)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nndefense.attacks import losses, norms
 from nndefense.attacks.checks import at_least, checked_inputs, fraction
+from nndefense.attacks.door import any_type
 from nndefense.attacks.losses import Model, checked_logits
 from nndefense.memory import reusing_memory
 
@@ -16,6 +17,7 @@ from nndefense.memory import reusing_memory
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
+@any_type
 @torch.no_grad()
 @reusing_memory
 def square(

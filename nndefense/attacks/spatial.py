@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nndefense.attacks.checks import at_least, check_labels, check_model
+from nndefense.attacks.door import any_type, in_working_type, labels_of
 from nndefense.attacks.losses import LOSSES, Model, checked_logits
 from nndefense.attacks.wrappers import MODES, attacked_in
-from nndefense.errors import InputError, check_choice
+from nndefense.errors import InputError, check_choice, make_plain
 from nndefense.images import check_images
 
 # Three pixels of MNIST's 28, printed as 0.1071.
@@ -81,6 +82,7 @@ class SpatialAttack:
 
     def __post_init__(self) -> None:
         """Raise :class:`InputError` for a setting out of range."""
+        make_plain(self)
         at_least("draws", self.draws)
         check_limits(self.degrees, self.shift)
         check_choice("choice", self.choice, CHOICES)
@@ -99,6 +101,11 @@ class SpatialAttack:
         Raises:
             InputError: an unknown loss, or labels that do not fit the images.
         """
+        y = labels_of(y)
+        found: Tensor = in_working_type(lambda model, x: self._worst(model, x, y, loss), model, images, None)
+        return found
+
+    def _worst(self, model: Model, images: Tensor, y: Tensor, loss: str) -> Tensor:
         labels = _labels(y, images, loss)
         first = kept = self._draw(images)
         if self.draws == 1:
@@ -128,6 +135,7 @@ class SpatialAttack:
         return (logits.argmax(1) != labels).to(logits.dtype)
 
 
+@any_type
 @torch.no_grad()
 def spatial_grid(
     model: Model,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nndefense.attacks import norms
 from nndefense.attacks.auto_pgd import apgd
 from nndefense.attacks.checks import at_least, checked_inputs
+from nndefense.attacks.door import adapted, any_numbers, labels_of
 from nndefense.attacks.fast_boundary import fab
 from nndefense.attacks.losses import Loss, Model, checked_logits, fooled_by
 from nndefense.attacks.random_squares import square
@@ -47,6 +48,7 @@ class WorstCase:
         return self.broken_by.count("") / len(self.broken_by) if self.broken_by else float("nan")
 
 
+@any_numbers
 @reusing_memory
 def autoattack(
     model: Model,
@@ -84,7 +86,7 @@ def autoattack(
         raise InputError(f"{unknown[0]!r} is no attack of the sequence: choose from {', '.join(ATTACKS)}")
     for name, value in (("steps", steps), ("targets", targets), ("queries", queries)):
         at_least(name, value)
-    x = x.detach()
+    model, x = adapted(model, x), x.detach()
     logits = checked_logits(model, x, y)
     few = logits.shape[1] < 4
     ball = "linf" if norm == "linf" else "l2"
@@ -112,6 +114,7 @@ def autoattack(
     return WorstCase(worst, tuple(broken))
 
 
+@any_numbers
 def apgd_square(
     model: Model,
     x: Tensor,
@@ -244,8 +247,9 @@ def run(
     wait(x)
     seconds = time.perf_counter() - begun
     images, broken_by = (found.images, found.broken_by) if isinstance(found, WorstCase) else (found, None)
+    judge = adapted(judge or model, x)
     with torch.no_grad():
-        success = fooled_by((judge or model)(images), y, bool(settings.get("targeted", False)))
+        success = fooled_by(judge(images), labels_of(y), bool(settings.get("targeted", False)))
     return Result(images, success, counted.forwards, counted.backwards, counted.queries, seconds, broken_by)
 
 

@@ -44,7 +44,7 @@ class Eot(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        at_least("samples", samples)
+        samples = at_least("samples", samples)
         check_choice("average", average, AVERAGES)
         self.model, self.samples, self.average, self.generator = model, samples, average, generator
         #: What one call costs, in forward passes of the innermost model.

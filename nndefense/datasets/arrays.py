@@ -42,7 +42,7 @@ class ArrayDataset(ImageDataset):
 
     Args:
         images: uint8 N x H x W x C in 0..255, kept as bytes and converted batch by batch;
-            or float32 N x C x H x W in [0, 1].
+            or floats N x C x H x W in [0, 1], kept as float32.
         labels: N class numbers, -1 where unknown.
         classes: the names of the classes.
         ids: N ids; left out, ``<name>/00000`` and so on.
@@ -60,6 +60,8 @@ class ArrayDataset(ImageDataset):
         classes: Sequence[str],
         ids: Sequence[str] | None = None,
     ) -> None:
+        if images.dtype.kind == "f":
+            images = images.astype(np.float32, copy=False)
         self._images = images
         shape = image_shape(images.shape, images.dtype, name)
         super().__init__(

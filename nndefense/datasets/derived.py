@@ -15,7 +15,7 @@ from nndefense.datasets.base import ImageDataset, update_with_strings
 from nndefense.datasets.ids import JoinedIds, RowNumbers
 from nndefense.datasets.pixels import Digests, pixel_digests
 from nndefense.datasets.rejected import BadImage
-from nndefense.errors import DataError, InputError
+from nndefense.errors import DataError, InputError, plain
 from nndefense.images import shape_text
 
 Sides = tuple[int, int]
@@ -32,6 +32,7 @@ def check_form(size: Size | None, channels: int | None) -> tuple[int, int] | Non
         raise InputError(f"channels must be 1 (grey) or 3 (colour), not {channels}")
     if size is None:
         return None
+    size = plain(size)
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or min(sides) < 1:
         raise InputError(f"the image size must be one side or height and width, at least 1 pixel, not {size}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nndefense.database import WEIGHTINGS, ImageDatabase, combine
-from nndefense.errors import InputError
+from nndefense.errors import InputError, plain
 from nndefense.images import check_images
 from nndefense.models import Classifier
 
@@ -101,7 +101,7 @@ def calibrate(
     classifier.eval()
     measured: list[tuple[Choice, int]] = []
     for number, database in enumerate(progress(candidates)):
-        usable = sorted({k for k in ks if 1 <= k <= len(database)})
+        usable = sorted({plain(k) for k in ks if 1 <= k <= len(database)})
         if usable:
             found = _measure(classifier, database, clean, attacked, labels, usable, weightings, batch_size)
             measured += [(choice, number) for choice in found]

@@ -16,7 +16,7 @@ from nndefense.database.weighting import CBW_D_POWER, CBW_D_TERMS, check_weighti
 from nndefense.defenses.calibration import Calibration, calibrate
 from nndefense.defenses.stored import DEFAULT_WEIGHTING, default_k, open_stored
 from nndefense.defenses.surface import retrieval_surface
-from nndefense.errors import InputError
+from nndefense.errors import InputError, plain
 from nndefense.images import check_images
 from nndefense.models import Classifier
 from nndefense.modes import EvaluationOnly
@@ -85,9 +85,10 @@ class NearestNeighborDefense(EvaluationOnly):
             InputError: k, weighting, power or terms cannot be used.
         """
         super().__init__()
+        power, terms = plain(power), plain(terms)
         check_weighting(weighting, power, terms)
-        k = default_k(len(database)) if k is None else k
-        if not 1 <= k <= len(database):
+        k = default_k(len(database)) if k is None else plain(k)
+        if type(k) is not int or not 1 <= k <= len(database):
             raise InputError(f"k is {k}, but must be from 1 to the database's {len(database):,} rows: lower k")
         self.classifier, self.database = unwrapped(classifier), database
         self.extractor = database.extractor(self.classifier)

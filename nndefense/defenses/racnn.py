@@ -91,8 +91,7 @@ class RaCnnDefense(EvaluationOnly):
             )
         if racnn.net.classes != tuple(classifier.classes) or racnn.net.input_shape[0] != classifier.input_shape[0]:
             raise ModelError("the RA-CNN has other classes or takes other images than the classifier: train it again")
-        self.k = racnn.k if k is None else k
-        at_least("k", self.k)
+        self.k = at_least("k", racnn.k if k is None else k)
         if self.k > len(database):
             raise InputError(f"k is {self.k}, but must be from 1 to the database's {len(database):,} rows: lower k")
         self.classifier, self.database, self.table = classifier, database, racnn.table
@@ -117,14 +116,14 @@ class RaCnnDefense(EvaluationOnly):
         Raises:
             InputError: images that are not finite, not in [0, 1] or of the wrong shape.
         """
-        self.check(images)
+        images = self.checked(images)
         _, rows = self.retrieve(images)
         return self.answer(images, self.neighbors(rows, images)).log_softmax(1)
 
     @torch.no_grad()
     def explain(self, images: Tensor) -> Projection:
         """The prediction for images N x C x H x W with the neighbours and weights that it rests on."""
-        self.check(images)
+        images = self.checked(images)
         distances, rows = self.retrieve(images)
         neighbors = self.neighbors(rows, images)
         with evaluating(self.net):
@@ -178,7 +177,7 @@ class RaCnnDefense(EvaluationOnly):
         if (held is None) == (retrieval == "held"):
             raise InputError("images whose neighbours are held go with retrieval='held', and only with it")
         if held is not None:
-            self.check(held)
+            held = self.checked(held)
         if retrieval in ("fresh", "held"):
             return ConstantRetrieval(self, held)
         return SoftRetrieval(self, temperature=temperature, hard=retrieval == "straight-through")
@@ -230,10 +229,11 @@ class RaCnnDefense(EvaluationOnly):
 
     # -- its parts, for the attack surfaces ---------------------------------------------------------------------------
 
-    def check(self, images: Tensor) -> None:
-        """Raise :class:`InputError` for images that the defence does not take."""
+    def checked(self, images: Tensor) -> Tensor:
+        """The images in the net's type; raises :class:`InputError` for images that the defence does not take."""
         check_images(images, channels=self.classifier.input_shape[0])
         self.classifier.check_shape(images.shape)
+        return images.to(self.classifier.mean.dtype)
 
     @torch.no_grad()
     def retrieve(self, images: Tensor) -> tuple[Tensor, Tensor]:

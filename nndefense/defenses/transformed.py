@@ -68,14 +68,13 @@ class TransformDefense(EvaluationOnly):
             InputError: a number of draws that cannot be used, or a random transformation without ``draw``.
         """
         super().__init__()
-        at_least("draws", draws)
+        draws = at_least("draws", draws)
         if random and not hasattr(transform, "draw"):
             raise InputError("a random transformation needs a method draw(images, generator)")
         self.classifier, self.transform = classifier, transform
         self.differentiable, self.random = differentiable, random
         self.draws, self.views = draws, views
-        self.attack_draws = max(draws, 10) if attack_draws is None else attack_draws
-        at_least("attack_draws", self.attack_draws)
+        self.attack_draws = at_least("attack_draws", max(draws, 10) if attack_draws is None else attack_draws)
         self._known: int | None = None
         self._chance = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
         self.eval()
@@ -108,6 +107,7 @@ class TransformDefense(EvaluationOnly):
             InputError: images that are not finite, not in [0, 1] or of the wrong shape.
         """
         check_images(images, channels=self.classifier.input_shape[0])
+        images = images.to(self.classifier.mean.dtype)
         drawn = self.drawn(images, self.draws, self._chance)
         return log_mean([self.answer(self.transformed(images, one)) for one in drawn])
 
@@ -122,8 +122,7 @@ class TransformDefense(EvaluationOnly):
         Raises:
             InputError: fewer than one draw.
         """
-        count = self.attack_draws if draws is None else draws
-        at_least("draws", count)
+        count = self.attack_draws if draws is None else at_least("draws", draws)
         return TransformSurface(self, count if self.random else self.draws, generator)
 
     def drawn(self, images: Tensor, count: int, generator: torch.Generator | None) -> list[Tensor | None]:

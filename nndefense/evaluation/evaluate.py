@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nndefense import attacks
 from nndefense.attacks.retrieval import RetrievalSurface
 from nndefense.datasets import ImageDataset
-from nndefense.errors import DataError, InputError
+from nndefense.errors import DataError, InputError, plain
 from nndefense.evaluation.cells import CellStore
 from nndefense.evaluation.judging import FRESH_DRAWS, draw_seeds, is_random, judges_of
 from nndefense.evaluation.ladder import to_hex
@@ -164,6 +164,7 @@ def evaluate(
         InputError: two subjects of one name, or a threat model without attacks.
     """
     _check(dataset, subjects, threats, attack)
+    seed, batch_size, headline_eps = plain(seed), plain(batch_size), plain(headline_eps)
     cells: list[_Cell] = [_Cell(None, None, 0.0)]
     for threat in threats:
         for settings in attacks_by(threat, attack):

@@ -16,7 +16,7 @@ from nndefense import attacks
 from nndefense.attacks import norms, registry
 from nndefense.attacks.registry import NORMS, Attack
 from nndefense.attacks.retrieval import RetrievalSurface
-from nndefense.errors import InputError, check_choice
+from nndefense.errors import InputError, check_choice, make_plain, plain
 
 LOSSES = ("cross-entropy", "margin", "dlr")
 
@@ -45,8 +45,9 @@ class AttackSettings:
     queries: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.eps, int | float):
-            object.__setattr__(self, "eps", (float(self.eps),))
+        make_plain(self)
+        several = (float(self.eps),) if isinstance(self.eps, int | float) else tuple(plain(eps) for eps in self.eps)
+        object.__setattr__(self, "eps", several)
         check_choice("norm", self.norm, NORMS)
         if not self.eps or not all(math.isfinite(eps) and eps > 0 for eps in self.eps):
             raise InputError("give at least one eps, each finite and above 0 (clean accuracy is always measured)")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nndefense.errors import InputError
+from nndefense.errors import InputError, make_plain
 from nndefense.features.layouts import OutputLayout, layouts_in
 from nndefense.features.pooling import check_pooling, pool
 from nndefense.features.taps import Truncated, resolve_layer, tapped
@@ -41,6 +41,7 @@ class FeatureSpec:
     normalize: bool = False
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_pooling(self.pooling)
         if self.pca < 0:
             raise InputError(f"the PCA dimension is {self.pca}, but must be at least 1, or 0 for none")
@@ -102,6 +103,8 @@ class FeatureExtractor(EvaluationOnly):
 
     def forward(self, images: Tensor) -> Tensor:
         """N x C x H x W in [0, 1] -> N x d, float32."""
+        if images.dtype is not torch.float32:
+            images = images.to(next((parameter.dtype for parameter in self.parameters()), torch.float32))
         return reduced(pooled(self.truncated(images), self.spec, self.layout), self.spec, self.pca)
 
     def dimension(self, example: Tensor) -> int:

@@ -21,7 +21,7 @@ from nndefense.database.weighting import check_weighting
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.defenses.stored import open_stored
-from nndefense.errors import DatabaseError, InputError
+from nndefense.errors import DatabaseError, InputError, plain
 from nndefense.files import sha256_of
 from nndefense.guard.batch_invariant import SteadyForward
 from nndefense.guard.batches import batches
@@ -85,7 +85,8 @@ class Guard:
         """
         database.check_classifier(classifier)
         check_weighting(weighting)
-        if not 1 <= k <= len(database):
+        k = plain(k)
+        if type(k) is not int or not 1 <= k <= len(database):
             raise InputError(f"k is {k}, but must be from 1 to the database's {len(database):,} rows: lower k")
         channels, height, width = database.manifest.classifier["input_shape"]
         if classifier.input_shape != (channels, height, width):
@@ -206,7 +207,8 @@ class Guard:
         self, images: Given | Iterable[Given], *, top: int = 5, neighbors: int | None = None, batch_size: int = 64
     ) -> Iterator[Defended]:
         """As :meth:`predict`, one prediction after another: for any number of images, in bounded memory."""
-        shown = self.k if neighbors is None else min(neighbors, self.k)
+        top, batch_size = plain(top), plain(batch_size)
+        shown = self.k if neighbors is None else min(plain(neighbors), self.k)
         if top < 1 or shown < 0:
             raise InputError(f"top must be at least 1 and neighbors at least 0, but they are {top} and {neighbors}")
         # The check above must not wait for the first prediction, so the loop is a function of its own.

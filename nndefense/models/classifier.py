@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from nndefense.errors import InputError, ModelError
+from nndefense.errors import InputError, ModelError, plain
 from nndefense.files import text_lines
 from nndefense.images import channel_message, shape_text
 from nndefense.models.class_names import match_classes
@@ -94,6 +94,7 @@ class Classifier(nn.Module):
         # Under torch.fx the shape is itself a proxy without a value, so there is nothing to compare.
         if not isinstance(images, fx.Proxy):
             self.check_shape(images.shape)
+            images = images.to(self.mean.dtype)
         logits: Tensor = self.net((images - self.mean) / self.std)
         return logits
 
@@ -166,7 +167,7 @@ def check_input_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     Raises:
         InputError: it is not three numbers of at least 1.
     """
-    sides = tuple(shape)
+    sides = tuple(plain(side) for side in shape)
     if len(sides) != 3 or not all(isinstance(side, int) and side >= 1 for side in sides):
         raise InputError(f"the input shape must be channels, height and width, such as 3, 32, 32, not {sides}")
     return sides[0], sides[1], sides[2]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from nndefense.attacks.door import labels_of
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -14,7 +16,7 @@ class Batch:
 
     Attributes:
         images: n x C x H x W in [0, 1], float32, on the device.
-        labels: n class numbers, int64; pseudo-labels where an image is not labelled.
+        labels: n class numbers, of any integer type, which become int64; pseudo-labels where an image is not labelled.
         labelled: n booleans, or None where all images are labelled.
         rows: the labelled images' numbers in the training set, int64, on the device; labelled images come first. None
             in a batch that was not taken from a set.
@@ -28,6 +30,9 @@ class Batch:
     labelled: Tensor | None = None
     rows: Tensor | None = None
     others: Callable[[int], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", labels_of(self.labels))
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from nndefense.attacks import LOSSES, NORMS, Model, check_labels, kl, norms
 from nndefense.attacks.checks import at_least, not_negative
+from nndefense.attacks.door import in_working_type, labels_of
 from nndefense.attacks.losses import Loss, loss_and_gradient, negated
 from nndefense.attacks.wrappers import MODES, attacked_in
-from nndefense.errors import InputError, check_choice
+from nndefense.errors import InputError, check_choice, make_plain
 
 STARTS = ("uniform", "gaussian", "sign", "none")
 TARGETS = ("label", "predicted", "least-likely")
@@ -66,6 +67,7 @@ class InnerAttack:
 
     def __post_init__(self) -> None:
         """Raise :class:`InputError` for settings that make no attack."""
+        make_plain(self)
         check_choice("norm", self.norm, NORMS)
         check_choice("start", self.start, STARTS)
         if self.start == "sign" and self.norm != "linf":
@@ -139,6 +141,12 @@ class InnerAttack:
             InputError: an unknown loss, labels that do not fit the images, a kl divergence from ``start="none"``,
                 where its gradient is 0, or a model without a gradient.
         """
+        y = labels_of(y)
+        ball = (self.eps, self.norm)
+        found: Tensor = in_working_type(lambda model, x: self._attacked(model, x, y, loss), model, images, ball)
+        return found
+
+    def _attacked(self, model: Model, images: Tensor, y: Tensor, loss: str) -> Tensor:
         raised = self._checked_loss(images, y, loss)
         x = images.detach()
         y = y.detach()

@@ -218,7 +218,7 @@ def simplex_draws(
     Raises:
         InputError: k below 1.
     """
-    at_least("k", k)
+    k = at_least("k", k)
     cuts = torch.rand((*shape, k - 1), generator=generator, device=device).sort(-1).values
     ends = cuts.new_zeros((*shape, 1))
     return torch.cat([cuts, ends + 1], -1) - torch.cat([ends, cuts], -1)
@@ -272,7 +272,7 @@ class RetrievalAugmented:
         Raises:
             InputError: numbers that cannot be used, or, with local mixup, a neighbour without a label.
         """
-        at_least("draws", draws)
+        draws = at_least("draws", draws)
         not_negative("the weight of local mixup", weight)
         if weight and len(neighbors) and bool((labels[torch.unique(neighbors)] < 0).any()):
             raise InputError(

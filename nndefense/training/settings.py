@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypedDict
 
-from nndefense.errors import InputError
+from nndefense.errors import InputError, make_plain, plain
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("cosine", "step", "one-cycle", "none")
@@ -124,6 +124,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         """Raise :class:`InputError` for values that make no training."""
+        make_plain(self)
         if self.schedule == "cyclic":
             object.__setattr__(self, "schedule", "one-cycle")
         # A list, as JSON gives it back, so that settings compare equal after a resume.
@@ -188,7 +189,7 @@ def make_settings(images: int, options: Mapping[str, Any]) -> TrainingSettings:
     unknown = sorted(set(options) - set(names))
     if unknown:
         raise InputError(f"a training has no setting {unknown[0]!r}: choose from {', '.join(names)}")
-    chosen = dict(options)
+    chosen = {name: plain(value) for name, value in options.items()}
     if chosen.get("batch_size") is None:
         chosen["batch_size"] = default_batch_size(images)
     batch = chosen["batch_size"]
@@ -239,6 +240,7 @@ def _scheduled(settings: TrainingSettings, step: int, steps: int) -> float:
 
 def check_whole(name: str, value: object, least: int = 1) -> None:
     """Raise :class:`InputError` unless it is a whole number, and no truth value, of at least ``least``."""
+    value = plain(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(f"the {name} must be a whole number from {least} up, not {value}")
 

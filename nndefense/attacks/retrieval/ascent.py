@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nndefense.attacks import norms
 from nndefense.attacks.checks import at_least, check_labels
+from nndefense.attacks.door import wide_types
 from nndefense.attacks.retrieval.surface import Knowledge, RetrievalSurface
 from nndefense.errors import InputError
 from nndefense.images import check_images
@@ -193,6 +194,7 @@ def ascend(
     return out, done, scores
 
 
+@wide_types
 def attack(
     surface: RetrievalSurface,
     x: Tensor,

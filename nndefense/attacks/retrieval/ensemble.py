@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nndefense.attacks.checks import at_least
+from nndefense.attacks.door import wide_types
 from nndefense.attacks.losses import margin
 from nndefense.attacks.retrieval import ascent
 from nndefense.attacks.retrieval.aims import Aims, from_rows, relinked
@@ -81,6 +82,7 @@ def adaptive(surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | Te
     return run_adaptive(surface, x, y, eps=eps, **settings).images
 
 
+@wide_types
 @reusing_memory
 def run_adaptive(
     surface: RetrievalSurface,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nndefense.attacks import norms
+from nndefense.attacks.door import float32_alone
 from nndefense.attacks.retrieval import ascent
 from nndefense.attacks.retrieval.affine import affine_feature
 from nndefense.attacks.retrieval.polyhedra import Planes, Region, gaps
@@ -67,6 +68,7 @@ class ExactResult:
         return ~self.broken & ~self.certified
 
 
+@float32_alone
 @torch.no_grad()
 def run_exact(
     surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | Tensor, norm: str = "l2", limit: int = 10_000

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from nndefense.attacks import norms
+from nndefense.attacks.door import wide_types
 from nndefense.attacks.retrieval import ascent, objectives
 from nndefense.attacks.retrieval.relaxation import Neighborhood, hard_log_probabilities
 from nndefense.attacks.retrieval.surface import RetrievalSurface, Rows
 from nndefense.errors import InputError
 
 
+@wide_types
 def push_pull_minimum(
     surface: RetrievalSurface,
     x: Tensor,

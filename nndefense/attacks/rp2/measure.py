@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nndefense.attacks.checks import check_model
+from nndefense.attacks.checks import at_least, check_model
+from nndefense.attacks.door import widened
 from nndefense.attacks.losses import Model
 from nndefense.attacks.rp2.sticker import Sticker, check_scene
 from nndefense.attacks.rp2.views import ViewChanges, as_photographed
@@ -103,10 +104,10 @@ def look(
     """
     check_model(model)
     matrices, light = check_scene(photos, matrices, light)
-    if views < 1:
-        raise InputError(f"views is {views}, but must be at least 1")
+    model, photos = widened(model, photos)
+    views = at_least("views", views)
     generator = torch.Generator().manual_seed(seed)
-    pasted = sticker.on(photos, matrices, light)
+    pasted = sticker.on(photos, matrices, light).to(photos)
     rows: list[list[Tensor]] = [[], [], [], []]
     for _ in range(views if changes else 1):
         view = changes.draw(len(photos), generator) if changes else as_photographed(len(photos))

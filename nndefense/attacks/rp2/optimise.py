@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nndefense.attacks.checks import check_logits, check_model
+from nndefense.attacks.door import widened
 from nndefense.attacks.losses import Model
 from nndefense.attacks.rp2.sticker import (
     MODES,
@@ -24,7 +25,7 @@ from nndefense.attacks.rp2.sticker import (
     non_printability,
 )
 from nndefense.attacks.rp2.views import ViewChanges, as_photographed
-from nndefense.errors import InputError, check_choice
+from nndefense.errors import InputError, check_choice, make_plain, plain
 from nndefense.images import shape_text
 
 # Rectangles are looked for on a grid of at most so many cells a side: their number grows with the fourth power.
@@ -63,6 +64,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_choice("mode", self.mode, MODES)
         if self.norm not in (1, 2):
             raise InputError(f"the norm is {self.norm}, but must be 1 (to find a mask) or 2 (for the final sticker)")
@@ -141,6 +143,7 @@ def rp2(
     chosen = settings or Settings()
     check_model(model)
     matrices, light = check_scene(photos, matrices, light)
+    (model, photos), target = widened(model, photos), plain(target)
     mask = check_mask(mask).to(photos)
     shape = (photos.shape[1], *mask.shape[1:])
     if reference is not None and reference.shape != shape:

@@ -200,7 +200,7 @@ class PatchDatabase:
         Raises:
             InputError: k, or the shape of the queries, does not fit.
         """
-        at_least("k", k)
+        k = at_least("k", k)
         if k > len(self):
             raise InputError(f"k is {k}, but must be from 1 to the {len(self):,} patches: lower k")
         dimension = self.channels * self.side**2
@@ -280,7 +280,7 @@ def set_probes(index: FaissIndex, probes: int) -> None:
     Raises:
         InputError: fewer than 1, or an index without lists.
     """
-    at_least("probes", probes)
+    probes = at_least("probes", probes)
     lists = import_faiss().try_extract_index_ivf(index.index)
     if lists is None:
         raise InputError("probes belong to an inverted index (IVF...), but this one has no lists: leave them out")

@@ -52,7 +52,7 @@ class Quilt:
         Raises:
             InputError: a k or an overlap that does not fit the database.
         """
-        at_least("k", k)
+        k = at_least("k", k)
         if k > len(patches):
             raise InputError(f"k is {k}, but the database {patches.path} has only {len(patches):,} patches: lower k")
         check_tiling(patches.side, overlap)

@@ -38,7 +38,7 @@ class Jpeg(EvaluationOnly):
 
     def __init__(self, quality: int = 75, subsampling: str = "4:2:0") -> None:
         super().__init__()
-        at_least("quality", quality)
+        quality = at_least("quality", quality)
         if quality > 95:
             raise InputError(f"quality is {quality}, but must be from 1 to 95: above it JPEG hardly compresses")
         check_choice("subsampling", subsampling, SUBSAMPLING)
@@ -91,7 +91,7 @@ class BitDepth(EvaluationOnly):
 
     def __init__(self, bits: int = 3, mode: str = "round") -> None:
         super().__init__()
-        at_least("bits", bits)
+        bits = at_least("bits", bits)
         if bits > 8:
             raise InputError(f"bits is {bits}, but must be from 1 to 8")
         check_choice("mode", mode, MODES)

@@ -103,7 +103,7 @@ class GridCrops(EvaluationOnly):
     def __init__(self, size: float = CROP_SIZE, crops: int = 9) -> None:
         super().__init__()
         fraction("size", size)
-        at_least("crops", crops)
+        crops = at_least("crops", crops)
         if math.isqrt(crops) ** 2 != crops:
             raise InputError(f"crops is {crops}, but a grid needs a square number, such as 9 or 16")
         self.size, self.crops = size, crops
@@ -164,8 +164,7 @@ def crop_ensemble(
     Raises:
         InputError: settings that cannot be used.
     """
-    count = (9 if grid else 30) if crops is None else crops
-    at_least("crops", count)
+    count = at_least("crops", (9 if grid else 30) if crops is None else crops)
     if grid:
         return GridCropEnsemble(classifier, size=size, crops=count)
     options: dict[str, Any] = {"draws": count, "attack_draws": attack_draws, "seed": seed}

@@ -84,7 +84,7 @@ def minimize_total_variation(
         InputError: images or settings that cannot be used.
     """
     check_terms(kind, data, weight)
-    at_least("max_iterations", max_iterations)
+    max_iterations = at_least("max_iterations", max_iterations)
     begin = start.images if isinstance(start, TvSolution) else start
     mask = _checked(images, keep, begin)
     each = _tolerances(images, tolerance)
@@ -258,7 +258,7 @@ class TotalVariation(EvaluationOnly):
     ) -> None:
         super().__init__()
         check_terms(kind, data, weight)
-        at_least("max_iterations", max_iterations)
+        max_iterations = at_least("max_iterations", max_iterations)
         if not 0 < keep <= 1:
             raise InputError(f"keep is {keep}, but must lie in (0, 1]: it is the share of pixels that stay")
         check_choice("mask", mask, MASKS)
