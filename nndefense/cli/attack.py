@@ -12,8 +12,8 @@ from nndefense.cli.options import (
     BatchOption,
     ClassifierOptions,
     Common,
-    DatasetOption,
     LimitOption,
+    MeasuredOption,
     OverwriteOption,
     number,
 )
@@ -24,7 +24,7 @@ _LINF = AttackOptions(norm="linf")
 
 def attack(
     *,
-    dataset: DatasetOption,
+    dataset: MeasuredOption,
     model: ClassifierOptions,
     out: Annotated[Path, typer.Option(help="HDF5 file for the attacked images; opens as hdf5:FILE.")],
     by: AttackOptions = _LINF,
@@ -35,12 +35,14 @@ def attack(
     common: Common,
 ) -> None:
     """Attack a classifier and keep the attacked images, unrounded."""
+    from nndefense.datasets import measured_spec
     from nndefense.pipeline import open_datasets, write_attacked
 
     settings = by.settings((number("--eps", eps),))
     # Before anything is loaded.
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists: choose another file, or --overwrite")
+    dataset = measured_spec(dataset, data_dir=common.data_dir)
     net = model.open(common, specs=[dataset])
     found = write_attacked(
         settings,

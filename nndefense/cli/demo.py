@@ -55,7 +55,7 @@ def demo(
     sets = dataset or ["digits"]
     settings = DemoSettings(
         database_sets=sets,
-        test=test or reported_split(sets[0]),
+        test=test or reported_split(sets[0], data_dir=common.data_dir),
         out=out,
         attack=rungs.settings(rungs.budgets),
         adaptive=rungs.adaptive_settings if rungs.adaptive else None,

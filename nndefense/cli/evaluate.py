@@ -11,7 +11,6 @@ import typer
 
 from nndefense.cli.declare import Commas, OneOf
 from nndefense.cli.options import (
-    SPEC_HELP,
     AttackOptions,
     BatchOption,
     Common,
@@ -19,6 +18,7 @@ from nndefense.cli.options import (
     KOption,
     LadderAttackOption,
     LimitOption,
+    MaybeMeasuredOption,
     OwnOptions,
     WeightingOption,
     command_line,
@@ -93,7 +93,7 @@ def evaluate(
     recipe: Annotated[
         Path | None, typer.Option(help="TOML file that names all of it, instead of the options below.")
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help=SPEC_HELP)] = None,
+    dataset: MaybeMeasuredOption = None,
     classifier: Annotated[
         str | None,
         typer.Option(

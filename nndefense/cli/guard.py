@@ -32,6 +32,7 @@ def calibrate(
     common: Annotated[Common, Only("data_dir", "device", "seed", "json", "debug")],
 ) -> None:
     """Measure how far clean images lie from the database: those of --dataset, which must not stand in it."""
+    from nndefense.datasets.spec import VALIDATION, measured_spec
     from nndefense.guard import Guard
     from nndefense.guard.percentile import FILE, check_rate
     from nndefense.pipeline import open_datasets
@@ -42,6 +43,7 @@ def calibrate(
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists: choose another file, or --overwrite")
     opened = Guard.open(**data.guard(common), calibration=False)
+    dataset = [measured_spec(spec, data_dir=common.data_dir, among=(*VALIDATION, "test")) for spec in dataset]
     images = open_datasets(dataset, data_dir=common.data_dir, like=opened.classifier, limit=limit, seed=common.seed)
     found = opened.calibrate(images, specs=dataset, reject_rate=reject_rate, batch_size=batch_size)
     found.write(path)

@@ -310,11 +310,13 @@ def _vectors(folder: Path, queries: str, source: str | None, limit: int, common:
     """The feature vectors of images to look for, made with the database's classifier."""
     from index_build import stages
     from nndefense.database import ImageDatabase
+    from nndefense.datasets import measured_spec
     from nndefense.pipeline import open_classifier, open_datasets
 
     net = open_classifier(source, device=common.device, data_dir=common.data_dir, database=folder)
     opened = ImageDatabase.open(folder, classifier=net, verify=False)
-    images = open_datasets([queries], data_dir=common.data_dir, like=net, limit=limit)
+    spec = measured_spec(queries, data_dir=common.data_dir)
+    images = open_datasets([spec], data_dir=common.data_dir, like=net, limit=limit)
     return stages.vectors_of(opened, net, images)
 
 

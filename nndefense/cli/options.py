@@ -26,6 +26,9 @@ SPEC_HELP = (
     "parquet:PATH or torchvision:NAME:PATH, and a PATH may be a URL; a split and a slice may follow: mnist:test[:1000]."
 )
 DatasetOption = Annotated[str, typer.Option(help=SPEC_HELP)]
+_MEASURED = SPEC_HELP + " Without a split, the test split is taken, else the validation split."
+MeasuredOption = Annotated[str, typer.Option(help=_MEASURED)]
+MaybeMeasuredOption = Annotated[str | None, typer.Option(help=_MEASURED)]
 DatasetsOption = Annotated[list[str], typer.Option(help=SPEC_HELP + " Repeat it to join several.")]
 DatabaseOption = Annotated[Path, typer.Option(help="Folder of the image database.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]

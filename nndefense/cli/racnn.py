@@ -16,6 +16,7 @@ from nndefense.cli.options import (
     DatabaseOption,
     DatasetOption,
     EpsOption,
+    MeasuredOption,
     NormOption,
     command_line,
     numbers,
@@ -105,7 +106,7 @@ def train(
 def evaluate(
     *,
     trained: Annotated[Path, typer.Option("--model", help="Folder of a trained RA-CNN.")],
-    dataset: DatasetOption,
+    dataset: MeasuredOption,
     model: Retriever,
     database: DatabaseOption,
     k: Annotated[int | None, typer.Option(min=1, help="Neighbours [default: as in training].")] = None,
@@ -125,6 +126,7 @@ def evaluate(
     from tqdm import tqdm
 
     from nndefense.database import ImageDatabase
+    from nndefense.datasets import measured_spec
     from nndefense.defenses.racnn import RaCnnDefense
     from nndefense.evaluation.racnn import measure_racnn
     from nndefense.files import write_json
@@ -136,7 +138,8 @@ def evaluate(
         raise InputError(f"{out.parent} is no folder: create it, or choose another --out")
     net = model.open(common, database=database)
     defense = RaCnnDefense.load(trained, net, ImageDatabase.open(database, classifier=net), k=k)
-    images = open_datasets([dataset], data_dir=common.data_dir, like=net, limit=limit, seed=common.seed)
+    spec = measured_spec(dataset, data_dir=common.data_dir)
+    images = open_datasets([spec], data_dir=common.data_dir, like=net, limit=limit, seed=common.seed)
     check_not_in_database(images, defense)
     hidden = None if common.progress else True
     with tqdm(total=len(images), desc="attacking", unit=" images", disable=hidden) as bar:

@@ -234,6 +234,7 @@ class DataOptions:
     ) -> tuple[ImageDataset, ImageDataset | None, ImageDataset | None]:
         """The labelled set, the pool and the validation set."""
         from nndefense.datasets import holdout
+        from nndefense.datasets.spec import VALIDATION, measured_spec
         from nndefense.pipeline import open_datasets, training_shape
         from nndefense.training.pools import complement
 
@@ -245,9 +246,10 @@ class DataOptions:
             pool = open_datasets([self.unlabelled], data_dir=common.data_dir, like=shape)
         unlabelled = self._labelled(pool, images)
         if self.holdout is None:
-            validation = [self.validation] if self.validation else []
-            held = open_datasets(validation, data_dir=common.data_dir, like=shape) if validation else None
-            return images, unlabelled, held
+            if self.validation is None:
+                return images, unlabelled, None
+            spec = measured_spec(self.validation, data_dir=common.data_dir, among=(*VALIDATION, "test"))
+            return images, unlabelled, open_datasets([spec], data_dir=common.data_dir, like=shape)
         if self.validation is not None:
             raise InputError("the validation set is either named or held out: give --validation or --holdout, not both")
         kept, out = holdout(images, self.holdout, common.seed)

@@ -15,7 +15,7 @@ from nndefense import pipeline
 from nndefense.comparison.published import CAVEATS, PUBLISHED, SETTING, TITLE
 from nndefense.comparison.recipe import ComparisonRecipe, RowSpec
 from nndefense.comparison.report import write_comparison
-from nndefense.datasets import ImageDataset
+from nndefense.datasets import ImageDataset, measured_spec
 from nndefense.errors import DataError
 from nndefense.evaluation import AttackSettings, CellStore, Subject, evaluate, threats_of, worst_cases
 from nndefense.evaluation.ladder import BARE
@@ -233,7 +233,10 @@ def compare(
         NNDefenseError: something cannot be opened, or does not fit together.
     """
     sources = list(train_sets) or [dataset]
-    reported = dataset if train_sets else pipeline.reported_split(dataset, "give the others by --train-set")
+    if train_sets:
+        reported = measured_spec(dataset, data_dir=data_dir)
+    else:
+        reported = pipeline.reported_split(dataset, "give the others by --train-set", data_dir=data_dir)
     target = resolve_device(device)
 
     def opened(source: str | None) -> Classifier | None:

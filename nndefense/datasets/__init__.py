@@ -9,7 +9,7 @@ from nndefense.datasets.listing import FileListDataset
 from nndefense.datasets.parquet import ParquetDataset
 from nndefense.datasets.pixels import pixel_digests
 from nndefense.datasets.rejected import REJECTED_KINDS, BadImage, Reading, Rejected, SourceError
-from nndefense.datasets.spec import KNOWN_SPECS, default_data_dir, open_dataset, open_recorded
+from nndefense.datasets.spec import KNOWN_SPECS, default_data_dir, measured_spec, open_dataset, open_recorded
 from nndefense.datasets.torchvision_set import TorchvisionDataset
 from nndefense.datasets.webdataset import WebDataset
 
@@ -36,6 +36,7 @@ __all__ = [
     "holdout",
     "image_channels",
     "load_image",
+    "measured_spec",
     "open_dataset",
     "open_recorded",
     "pixel_digests",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -173,9 +173,14 @@ def _known(store: Store, sizes: array[int]) -> NDArray[np.int64] | None:
     return np.frombuffer(sizes, dtype=np.int64) if store.lists_sizes else None
 
 
+def split_folders(folders: Sequence[str]) -> Sequence[str]:
+    """The folders of a data set, where all of them are splits, else none."""
+    return folders if set(folders) <= set(_SPLITS) else ()
+
+
 def _default_split(store: Store, root: str, written: str) -> str | None:
-    folders, _ = store.listing(root)
-    if not folders or not set(folders) <= set(_SPLITS):
+    folders = split_folders(store.listing(root)[0])
+    if not folders:
         return None
     if "train" not in folders:
         raise DataError(f"{written} holds splits, not classes: open imagefolder:{written}:{folders[0]}")

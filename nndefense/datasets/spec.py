@@ -13,7 +13,7 @@ import numpy as np
 from nndefense.datasets import arrays
 from nndefense.datasets.base import ImageDataset
 from nndefense.datasets.derived import Sides, Size, check_form, concatenate, in_form
-from nndefense.datasets.folder import ImageFolderDataset
+from nndefense.datasets.folder import ImageFolderDataset, split_folders
 from nndefense.datasets.listing import FileListDataset
 from nndefense.datasets.parquet import ParquetDataset
 from nndefense.datasets.remote import has_suffix, open_store
@@ -29,6 +29,9 @@ _PATHS = tuple(f"{kind}:{'LIST' if kind == 'files' else 'PATH'}" for kind in _PA
 KNOWN_SPECS = (*_NAMED, *_PATHS, "torchvision:NAME:PATH")
 
 _SPLITS = ("train", "test")
+VALIDATION = ("val", "valid", "validation")
+MEASURED = ("test", *VALIDATION)
+"""The splits that a measurement takes, the first before the others."""
 # How the files of a kind end where a pattern may stand for several.
 _SUFFIXES = {"webdataset": ".tar", "parquet": ".parquet"}
 _SLICE = re.compile(r"(?P<body>.*?)(?P<cut>\[[^\[\]]*\])?", re.DOTALL)
@@ -47,7 +50,8 @@ def open_dataset(
     """Open a data set by its name.
 
     ``digits``, ``mnist``, ``fashion-mnist`` and ``cifar10`` have the splits ``train`` and ``test``
-    (``mnist:test``); without one, the training split is meant. The others are:
+    (``mnist:test``); without one, the training split is meant (:func:`measured_spec` is for those who measure). The
+    others are:
 
     * ``imagefolder:PATH``: the folder PATH with one folder a class, ``imagefolder:PATH:val`` its folder ``val``;
     * ``images:PATH``: every image in the folder PATH and below, without labels;
@@ -129,6 +133,73 @@ def open_recorded(
     return part if part.fingerprint == data["fingerprint"] else None
 
 
+def measured_spec(spec: str, *, data_dir: str | os.PathLike[str] | None = None, among: Sequence[str] = MEASURED) -> str:
+    """What a measurement opens: the data set with its test split, else its validation split, where none is named.
+
+    Args:
+        spec: as for :func:`open_dataset`, which takes the training split where none is named.
+        data_dir: as for :func:`open_dataset`.
+        among: the splits that may be taken, the first before the others.
+
+    Returns:
+        The spec with a split; as it is where it names one, or where the data set has none.
+
+    Raises:
+        DataError: it has splits, but none of these; or there is nothing at its path.
+    """
+    base, split, cut, splits = splits_of(spec, data_dir=data_dir)
+    if split is not None or not splits:
+        return spec
+    chosen = next((name for name in among if name in splits), None)
+    if chosen is None:
+        raise DataError(
+            f"{spec} has no split {' or '.join(among[:2])} to take here, but {', '.join(splits)}: name the one that is "
+            f"meant, such as {base}:{splits[-1]}{cut}"
+        )
+    return f"{base}:{chosen}{cut}"
+
+
+def splits_of(
+    spec: str, *, data_dir: str | os.PathLike[str] | None = None
+) -> tuple[str, str | None, str, Sequence[str]]:
+    """Take a spec apart: the data set, the split and the slice that are named, and the splits that there are.
+
+    Raises:
+        DataError: there is nothing at its path.
+    """
+    kind, _, rest = spec.strip().partition(":")
+    if kind == "torchvision":
+        name, place, split, cut = _torchvision_parts(rest)
+        root = place or os.fspath(data_dir if data_dir is not None else default_data_dir())
+        return f"{kind}:{name}:{root}", split, cut or "", [known for known in _torchvision_splits(name) if known]
+    if kind in _PATH_KINDS:
+        path, split, cut = locate(kind, rest, _SUFFIXES.get(kind))
+        return f"{kind}:{path}", split, cut or "", _splits_at(kind, path)
+    body, cut = split_slice(spec.strip())
+    name, _, text = body.partition(":")
+    return name, text or None, cut or "", _SPLITS if name in _NAMED else ()
+
+
+def _splits_at(kind: str, path: str) -> Sequence[str]:
+    """The splits of a data set of files; none where it is one file, a pattern, or not laid out by splits."""
+    suffixes = arrays.SUFFIXES if kind == "hdf5" else (_SUFFIXES[kind],) if kind in _SUFFIXES else ()
+    if kind == "files" or has_suffix(path, suffixes):
+        return ()
+    store, folder = open_store(path)
+    if not store.is_folder(folder):
+        return ()
+    folders, files = store.listing(folder)
+    if kind in ("imagefolder", "images"):
+        # Classes are asked for, so a split without any (test images without labels) is none.
+        labelled = kind == "imagefolder"
+        return [name for name in split_folders(folders) if not labelled or store.listing(store.join(folder, name))[0]]
+    names = [name for name in files if has_suffix(name, suffixes)]
+    if kind == "hdf5":
+        return sorted({name.rpartition(".")[0] for name in names})
+    begun = {re.match("[a-z]*", name)[0] for name in names}  # type: ignore[index]
+    return [name for name in ("train", *MEASURED) if name in folders or name in begun]
+
+
 def default_data_dir() -> Path:
     """Return the folder of the data sets: the environment variable NNDEFENSE_DATA, else ``data``."""
     return Path(os.environ.get("NNDEFENSE_DATA") or "data").expanduser()
@@ -160,19 +231,27 @@ def _open_path(kind: str, path: str, split: str | None, size: Sides | None, chan
 def _open_torchvision(
     rest: str, data_dir: Path, size: Sides | None, channels: int | None, download: bool
 ) -> tuple[ImageDataset, str | None]:
+    name, place, split, cut = _torchvision_parts(rest)
+    root = Path(place).expanduser() if place else data_dir
+    dataset = TorchvisionDataset(name, root, split=split, size=size, channels=channels, download=download)
+    return dataset, cut
+
+
+def _torchvision_parts(rest: str) -> tuple[str, str, str | None, str | None]:
+    """Name, folder, split and slice of one of torchvision's sets."""
     name, _, place = rest.partition(":")
     cut = None
     if not os.path.exists(os.path.expanduser(place)):
         name, cut = split_slice(name) if not place else (name, None)
         place, cut = split_slice(place) if place else (place, cut)
-    splits = next((splits for known, splits in SETS.items() if known.lower() == name.lower()), ())
-    split = None
     head, _, tail = place.rpartition(":")
-    if tail in splits and tail and not os.path.exists(os.path.expanduser(place)):
-        place, split = head, tail
-    root = Path(place).expanduser() if place else data_dir
-    dataset = TorchvisionDataset(name, root, split=split, size=size, channels=channels, download=download)
-    return dataset, cut
+    if tail and tail in _torchvision_splits(name) and not os.path.exists(os.path.expanduser(place)):
+        return name, head, tail, cut
+    return name, place, None, cut
+
+
+def _torchvision_splits(name: str) -> Sequence[str]:
+    return next((splits for known, splits in SETS.items() if known.lower() == name.lower()), ())
 
 
 def _open_hdf5(path: str, split: str | None) -> ImageDataset:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nndefense.datasets import ImageDataset, holdout, open_dataset
+from nndefense.datasets import ImageDataset, holdout, measured_spec, open_dataset
 from nndefense.datasets.base import stratified_rows
 from nndefense.errors import DataError, InputError
 from nndefense.experiments.recipe import ExperimentRecipe
@@ -84,7 +84,8 @@ def open_images(
         DataError: images are missing, or have no labels.
         InputError: the recipe asks for more images than there are.
     """
-    train, test = (open_dataset(spec, data_dir=data_dir, download=download) for spec in (recipe.train, recipe.test))
+    specs = recipe.train, measured_spec(recipe.test, data_dir=data_dir)
+    train, test = (open_dataset(spec, data_dir=data_dir, download=download) for spec in specs)
     if train.classes != test.classes or train.shape != test.shape:
         raise DataError(f"{train.name} and {test.name} differ in classes or shape: give two splits of one data set")
     check_disjoint(test, train)

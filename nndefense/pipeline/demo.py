@@ -11,7 +11,7 @@ from typing import Any
 from index_build import build_databases
 from nndefense.attacks.retrieval import check_exact
 from nndefense.database import ImageDatabase
-from nndefense.datasets import ImageDataset, holdout
+from nndefense.datasets import ImageDataset, holdout, measured_spec
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.defenses.stored import store_calibration
 from nndefense.errors import InputError
@@ -102,7 +102,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = lambda text:
         raise InputError("the size of the images is that of the classifier: leave --size out")
     like = model or training_shape(s.database_sets, s.arch, s.size, data_dir=s.data_dir, say=say)
     rows, rest, held = split(s.database_sets, s.calibration, s.holdout, data_dir=s.data_dir, like=like, seed=s.seed)
-    test = open_datasets([s.test], data_dir=s.data_dir, like=like)
+    test = open_datasets([measured_spec(s.test, data_dir=s.data_dir)], data_dir=s.data_dir, like=like)
     check_disjoint(test, rows)
     check_disjoint(test, held)
     rows, guarded = _for_the_guard(s, rows, held)

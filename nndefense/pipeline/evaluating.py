@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nndefense import recipes
-from nndefense.datasets import ImageDataset
+from nndefense.datasets import ImageDataset, measured_spec
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.defenses.stored import open_stored, stored_calibration
 from nndefense.errors import InputError
@@ -65,7 +65,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate what a recipe names: clean accuracy, and accuracy under each of its attacks.
 
-    Images that stand in the database, or that its setting was calibrated on, are refused.
+    Of a data set whose split is not named the test split is taken, else the validation split. Images that stand in the
+    database, or that its setting was calibrated on, are refused.
 
     Args:
         recipe: names of all that is needed.
@@ -83,6 +84,7 @@ def evaluate(
     Raises:
         NNDefenseError: something cannot be opened, or does not fit together.
     """
+    recipe = replace(recipe, dataset=measured_spec(recipe.dataset, data_dir=data_dir))
     opened = open_recipe(recipe, Path(out).expanduser(), data_dir=data_dir, device=device, progress=progress, say=say)
     return measure(recipe, opened, Path(out).expanduser(), progress=progress, command=command)
 

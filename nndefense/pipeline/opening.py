@@ -10,6 +10,7 @@ import numpy as np
 from nndefense.database import ImageDatabase, Manifest, classifier_of
 from nndefense.datasets import ImageDataset, concatenate, holdout, open_dataset, open_recorded
 from nndefense.datasets.derived import Size
+from nndefense.datasets.spec import MEASURED, VALIDATION, measured_spec, splits_of
 from nndefense.errors import DataError, InputError, NNDefenseError
 from nndefense.images import shape_text
 from nndefense.models import ARCHITECTURES, Classifier, load_classifier
@@ -18,8 +19,6 @@ from nndefense.pipeline.checks import check_disjoint
 _PYTHON = "python:"
 # Images that all have one size are trained on as they are, unless they are those of a camera.
 _LARGEST_SIDE = 256
-# Whoever wrote these decides which of their images are test images.
-_WITHOUT_SPLITS = ("imagefolder", "images", "files", "hdf5", "webdataset", "parquet", "torchvision")
 
 
 def open_classifier(
@@ -175,7 +174,10 @@ def split(
         others = open_datasets(specs[1:], data_dir=data_dir, like=like)
     rows = first if others is None else joined([first, others])
     if calibration is not None:
-        held = open_datasets([calibration], data_dir=data_dir, like=like)
+        # Never the test split unasked: what a setting is chosen on is not reported on.
+        held = open_datasets(
+            [measured_spec(calibration, data_dir=data_dir, among=VALIDATION)], data_dir=data_dir, like=like
+        )
         check_disjoint(held, rows)
         return rows, rows, held
     kept, held_out = holdout(first, n_holdout, seed)
@@ -194,13 +196,17 @@ def neighbor_pictures(database: ImageDatabase, data_dir: Path | None, like: Clas
         return None
 
 
-def reported_split(spec: str, remedy: str = "give --test") -> str:
-    """The data set that is reported on unless another is named: the same one's test split.
+def reported_split(spec: str, remedy: str = "give --test", *, data_dir: Path | None = None) -> str:
+    """The data set that is reported on unless another is named: the same one's test split, else its validation split.
 
     Raises:
-        InputError: a data set without splits of its own; ``remedy`` says what to do.
+        InputError: a data set without such a split; ``remedy`` says what to do.
     """
-    name = spec.split(":", 1)[0]
-    if name in _WITHOUT_SPLITS:
+    try:
+        base, split, _, splits = splits_of(spec, data_dir=data_dir)
+    except DataError:
+        base, split, splits = spec, None, ()
+    chosen = next((name for name in MEASURED if name in splits and name != split), None)
+    if chosen is None:
         raise InputError(f"which images of {spec} are the test images cannot be guessed: {remedy}")
-    return f"{name}:test"
+    return f"{base}:{chosen}"
