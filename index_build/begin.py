@@ -21,7 +21,7 @@ from index_build.job import (
     settings_of,
     shard_size,
 )
-from index_build.mapper import Mapper, label_numbers
+from index_build.mapper import Mapper, tell_unplaced
 from nndefense.database import check_vacant
 from nndefense.database.index_training import check_factory, sample_rows
 from nndefense.database.manifest import NAME as MANIFEST
@@ -66,7 +66,6 @@ def begin(
     Raises:
         DataError: an empty data set, or one of which no image can be used.
         InputError: a feature, index or image that does not fit the classifier.
-        ModelError: a class of the data set that is none of the classifier's.
         DatabaseError: a folder with a finished database, or with an unfinished build of other settings.
     """
     if len(dataset) == 0:
@@ -79,7 +78,7 @@ def begin(
     if standing is not None:
         return standing
     # The checks that need no forward pass come before the first one.
-    label_numbers(dataset, classifier)
+    tell_unplaced(dataset, classifier)
     mapper = Mapper(classifier.eval(), list(features.values()), classifier.device, precision=options.precision)
     chosen = sample_rows(len(dataset), options.pca_sample, options.seed)
     if options.precision == "auto":

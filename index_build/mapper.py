@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from nndefense.errors import DatabaseError, check_choice
 from nndefense.features import PCA, FeatureSpec, OutputLayout, layer_in, layouts_in, pooled, tapped
 from nndefense.images import check_images
 from nndefense.models import Classifier
+from nndefense.models.class_names import match_classes
 from nndefense.models.folding import fold_batch_norms
 
 T = TypeVar("T")
@@ -343,13 +346,30 @@ class ShardTools:
 
 
 def label_numbers(dataset: ImageDataset, classifier: Classifier) -> Tensor:
-    """For each class of the data set its number among the classifier's, and -1 at the end.
+    """For each class of the data set its number among the classifier's, -1 where it has none of its own; -1 at the end.
 
-    Raises:
-        ModelError: a class that is none of the classifier's.
+    A database needs no labels: they are stored for whoever wants to look at the rows.
     """
-    known = classifier.label_map(dataset.classes).cpu() if dataset.classes else torch.empty(0, dtype=torch.int64)
-    return torch.cat([known, torch.tensor([-1])])
+    found = match_classes(dataset.classes, classifier.classes, classifier.class_ids).numbers
+    counts = Counter(found)
+    placed = [number if number is not None and counts[number] == 1 else -1 for number in found]
+    return torch.tensor([*placed, -1])
+
+
+def tell_unplaced(dataset: ImageDataset, classifier: Classifier) -> None:
+    """Warn of classes that :func:`label_numbers` cannot place, and of an order that it has to guess."""
+    numbers = label_numbers(dataset, classifier)
+    if count := numbers[:-1].tolist().count(-1):
+        images = int((numbers[torch.from_numpy(dataset.labels)] < 0).sum())
+        name = dataset.classes[numbers.tolist().index(-1)]
+        told = (
+            f"{count:,} of the {len(dataset.classes):,} classes of {dataset.name} (such as {name!r}) cannot be placed "
+            f"among the classifier's: {images:,} images are stored without a label, which a search never uses"
+        )
+    else:
+        told = match_classes(dataset.classes, classifier.classes, classifier.class_ids).doubt
+    if told:
+        warnings.warn(told, stacklevel=2)
 
 
 def pca_of(target: BuildTarget) -> PCA | None:

@@ -19,6 +19,8 @@ from nndefense.datasets import ImageDataset, open_dataset
 from nndefense.datasets.arrays import ArrayDataset
 from nndefense.errors import DatabaseError, DataError, InputError, ModelError
 from nndefense.features import FeatureSpec, fit_pca, pool
+from nndefense.models import build_classifier
+from nndefense.models.class_names import imagenet_classes
 
 SPECS = (
     FeatureSpec("block2", "avg", pca=0),
@@ -122,9 +124,24 @@ def test_labels_are_mapped_by_the_names_of_classes(tmp_path):
     assert build(fewer, SPECS[0], tmp_path / "b").labels(np.arange(2)).tolist() == [9, 4]
     unlabelled = ArrayDataset(pictures[:2], [-1, -1], name="web", classes=())
     assert build(unlabelled, SPECS[0], tmp_path / "c").labels(np.arange(2)).tolist() == [-1, -1]
-    with pytest.raises(ModelError, match="'zebra'"):
-        build(ArrayDataset(pictures[:1], [0], name="zoo", classes=("zebra",)), SPECS[0], tmp_path / "d")
-    assert not (tmp_path / "d").exists()
+    # Retrieval uses no labels: classes that the net does not know stop nothing, nor do two that it would take for one.
+    zoo = ArrayDataset(pictures[:5], [0, 1, 2, 3, -1], name="zoo", classes=("zebra", "7", "3", " 3"))
+    with pytest.warns(
+        UserWarning, match=r"3 of the 4 classes of zoo \(such as 'zebra'\).*: 4 images .* without a label"
+    ):
+        stored = build(zoo, SPECS[0], tmp_path / "d")
+    assert stored.labels(np.arange(5)).tolist() == [-1, 7, -1, -1, -1]
+    with pytest.raises(ModelError, match="'3' shares the classifier's class"):
+        trained().label_map(zoo.classes)
+
+
+@pytest.mark.filterwarnings("error")
+def test_folders_of_wnids_are_labels_of_a_net_of_imagenets_names(tmp_path):
+    pictures = few(3).batch(np.arange(3))[0].numpy()
+    net = build_classifier("small-cnn", input_shape=(1, 8, 8), classes=[name for _, name in imagenet_classes()], seed=0)
+    folders = ArrayDataset(pictures, [0, 1, 2], name="folders", classes=("n02102040", "n01440764", "n15075141"))
+    database = build_database(folders, net, SPECS[0], tmp_path / "db", progress=False)
+    assert database.labels(np.arange(3)).tolist() == [217, 0, 999]
 
 
 def test_an_empty_data_set_and_settings_that_make_no_build(tmp_path):

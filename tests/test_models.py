@@ -25,6 +25,7 @@ from nndefense.models import (
     resolve_device,
     save_classifier,
 )
+from nndefense.models.class_names import imagenet_classes
 from nndefense.models.files import write_bytes
 
 TEN = tuple(str(digit) for digit in range(10))
@@ -316,6 +317,61 @@ def test_an_order_that_is_sure_is_not_warned_of() -> None:
     assert named(["0", "1", "2"]).label_map(["0", "2"]).tolist() == [0, 2]
     assert named(["10", "2"]).label_map(["2", "10"]).tolist() == [1, 0]
     assert named(["cat", "dog"]).label_map(["dog"]).tolist() == [1]
+
+
+def imagenet() -> tuple[list[str], list[str]]:
+    """WordNet ids and torchvision's names of ImageNet's classes."""
+    wnids, names = zip(*imagenet_classes(), strict=True)
+    return list(wnids), list(names)
+
+
+def test_the_1000_wnids_are_sorted_and_stand_beside_torchvisions_names() -> None:
+    wnids, names = imagenet()
+    assert len(set(wnids)) == len(set(names)) == 1000
+    assert wnids == sorted(wnids)
+    known = dict(zip(wnids, names, strict=True))
+    # Of several sources: Imagenette's classes, and two that share a name in other lists.
+    assert known["n01440764"] == "tench"
+    assert known["n02102040"] == "English springer"
+    assert known["n03888257"] == "parachute"
+    assert known["n02012849"] == "crane bird"
+    assert known["n15075141"] == "toilet tissue"
+
+
+@pytest.mark.filterwarnings("error")
+def test_folders_of_wnids_fit_nets_of_imagenets_names_and_the_reverse() -> None:
+    wnids, names = imagenet()
+    some = [217, 0, 999, 134, 517, 264, 474]
+    net, folders = named(names), named(wnids)
+    assert net.label_map(wnids).tolist() == list(range(1000))
+    assert net.label_map([wnids[n] for n in some]).tolist() == some
+    assert folders.label_map(names).tolist() == list(range(1000))
+    assert folders.label_map([names[n] for n in some]).tolist() == some
+    ten = named([wnids[n] for n in some])
+    assert ten.label_map([names[n] for n in some[::-1]]).tolist() == list(range(7))[::-1]
+    assert ten.label_map(["English springer / English springer spaniel", "tench, Tinca tinca"]).tolist() == [0, 1]
+    assert named([names[n] for n in some]).label_map([wnids[n] for n in some]).tolist() == list(range(7))
+    # Names in another style, of which two are equal, in ImageNet's order.
+    other = [f"{name.replace(' bird', '')}, whatever {n}".replace(" ", "_") for n, name in enumerate(names)]
+    assert named(other).label_map([wnids[n] for n in some]).tolist() == some
+    assert torchvision_ids("squeezenet1_1") == wnids
+
+
+def torchvision_ids(name: str) -> list[str]:
+    found = load_classifier(f"torchvision:{name}:none", device="cpu").class_ids
+    assert found is not None
+    return list(found)
+
+
+def test_a_wnid_that_is_none_of_the_nets_classes_is_refused() -> None:
+    wnids, names = imagenet()
+    for wanted in (["n00000001"], [wnids[5]]):
+        with pytest.raises(ModelError, match=f"'{wanted[0]}' is not one of the classifier's 3"):
+            named(names[:3]).label_map(wanted)
+    # A thousand classes of another kind, or in another order, are not ImageNet's by their places.
+    with pytest.raises(ModelError, match="is not one"):
+        named([f"thing {n}" for n in range(1000)]).label_map([wnids[0]])
+    assert named(names[::-1]).label_map([wnids[0]]).tolist() == [999]
 
 
 def test_read_classes(tmp_path: Path) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.resources
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+_WNID = re.compile("n[0-9]{8}")
+_IMAGENET = 1000
+# Lists of ImageNet's names differ in some; in the order of another data set hardly any fits.
+_ALIKE = 0.8
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,8 @@ def match_classes(wanted: Sequence[str], classes: Sequence[str], class_ids: Sequ
     Names and ids decide where both have them: they match exactly, or without regard to case, ``_`` and ``-``, or as one
     of several names (``T-shirt`` and ``T-shirt/top``); a name that two classes have matches neither. Where one side has
     numbers for names, these are places: of the classifier's outputs, or of the data set's classes where there are
-    equally many. Names that are none of the classifier's are never taken for those at the same place.
+    equally many. Names that are none of the classifier's are never taken for those at the same place. WordNet ids of
+    ImageNet's 1,000 classes (n01440764) and their names stand for each other.
     """
     if not wanted or list(wanted) == list(classes):
         return Matched(list(range(len(wanted))))
@@ -64,6 +72,9 @@ def match_classes(wanted: Sequence[str], classes: Sequence[str], class_ids: Sequ
 
 
 def _by_name(wanted: Sequence[str], classes: Sequence[str], class_ids: Sequence[str] | None) -> list[int | None]:
+    alias: dict[str, str] = {}
+    if any(_WNID.fullmatch(name) for name in (*wanted, *classes)):
+        class_ids, alias = class_ids or _imagenet_order(classes), _aliases()
     exact, plain, ids = _unique(classes), _unique([_plain(name) for name in classes]), _unique(class_ids or ())
     parts = _unique([part for name in classes for part in _parts(name)])
     owner = {part: number for number, name in enumerate(classes) for part in _parts(name) if part in parts}
@@ -78,7 +89,53 @@ def _by_name(wanted: Sequence[str], classes: Sequence[str], class_ids: Sequence[
         owners = {owner[part] for part in _parts(name) if part in owner}
         return owners.pop() if len(owners) == 1 else None
 
-    return [place(name) for name in wanted]
+    places = [place(name) for name in wanted]
+    if alias:
+        others: Sequence[str | None] = _imagenet_order(wanted) or [_alias(name, alias) for name in wanted]
+        places = [place(other) if at is None and other else at for at, other in zip(places, others, strict=True)]
+    return places
+
+
+@functools.cache
+def imagenet_classes() -> tuple[tuple[str, str], ...]:
+    """WordNet id and name of the 1,000 classes of ILSVRC 2012 (Russakovsky et al. 2015), in the order of their numbers.
+
+    The numbers follow the ids, sorted; ``imagenet_wnids.txt`` lists them as the file names of the repository
+    EliSchwartz/imagenet-sample-images do, which has a picture of each class. The names are those of torchvision's
+    weights; without torchvision there are none.
+    """
+    try:
+        from torchvision.models import AlexNet_Weights
+    except ImportError:
+        return ()
+    text = importlib.resources.files("nndefense.models").joinpath("imagenet_wnids.txt").read_text(encoding="ascii")
+    return tuple(zip(text.split(), AlexNet_Weights.IMAGENET1K_V1.meta["categories"], strict=True))
+
+
+@functools.cache
+def _aliases() -> dict[str, str]:
+    """ImageNet's id -> name, name -> id, and plain name -> id where one class alone has it."""
+    known = imagenet_classes()
+    plain = _unique([_plain(name) for _, name in known])
+    by_plain = {name: known[number][0] for name, number in plain.items()}
+    return by_plain | {name: wnid for wnid, name in known} | dict(known)
+
+
+def _alias(name: str, alias: Mapping[str, str]) -> str | None:
+    """The id or name that stands for a name, or for one of the names that it lists."""
+    if name in alias:
+        return alias[name]
+    found = {alias[part] for part in _parts(name) if part in alias}
+    return found.pop() if len(found) == 1 else None
+
+
+def _imagenet_order(classes: Sequence[str]) -> Sequence[str] | None:
+    """The ids of classes that are ImageNet's 1,000 in their order, however they are named."""
+    known = imagenet_classes()
+    if len(classes) != _IMAGENET or not known:
+        return None
+    alike = sum(bool(_parts(name) & _parts(other)) for name, (_, other) in zip(classes, known, strict=True))
+    return [wnid for wnid, _ in known] if alike >= _ALIKE * _IMAGENET else None
 
 
 def _plain(name: str) -> str:

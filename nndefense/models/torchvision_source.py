@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import urllib.error
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nndefense.errors import ModelError, one_line
+from nndefense.models.class_names import imagenet_classes
 from nndefense.models.classifier import Classifier
 
 TORCHVISION = "torchvision:"
@@ -60,11 +61,18 @@ def load_torchvision(source: str, *, data_dir: Path | None = None) -> Classifier
         arch=TORCHVISION + name,
         input_shape=(3, side, side),
         classes=weights.meta["categories"],
+        class_ids=_ids_of(weights.meta["categories"]),
         mean=preset.mean,
         std=preset.std,
         source=source,
         fixed_size=hasattr(net, "image_size") or name.startswith("maxvit"),
     ).eval()
+
+
+def _ids_of(names: Sequence[str]) -> Sequence[str] | None:
+    """WordNet ids, where these are ImageNet's 1,000 names."""
+    known = imagenet_classes()
+    return [wnid for wnid, _ in known] if list(names) == [name for _, name in known] else None
 
 
 def build_torchvision(name: str, classes: int, options: Mapping[str, Any]) -> nn.Module:
