@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from nndefense.cli import main
 from nndefense.cli.app import build
+from nndefense.database import ImageDatabase
 from nndefense.datasets import open_dataset
 from nndefense.errors import DataError, NNDefenseError
 from nndefense.guard import Guard
@@ -426,6 +427,22 @@ def test_images_that_would_find_themselves(work: Work, tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
     fails(3, "stand in", "demo", "--dataset", "digits:test", "--out", tmp_path / "demo", *SHORT)
     assert not (tmp_path / "demo").exists()
+
+
+def test_calibrate_on_few_images_lowers_holdout_and_pca(work: Work, tmp_path: Path) -> None:
+    words = ["calibrate", "--classifier", work.classifier, "--layers", "block1", "--poolings", "flatten", "--ks", "1"]
+    words += ["--eps", "0.1", "--steps", "1"]
+    done = nndefense(*words, "--dataset", "digits:train[:61]", "--out", tmp_path / "few")
+    assert done.code == 0, done.err
+    assert "digits:train[:61] has 61 images: 20 of them are held out to calibrate on" in done.err
+    assert "41 images are too few for a PCA to 256 dimensions: 20 are kept" in done.err
+    assert ImageDatabase.open(tmp_path / "few").dimension == 20
+    # What was said is not changed, and nothing is said where nothing was lowered.
+    done = nndefense(*words, "--dataset", "digits:train[:61]", "--out", tmp_path / "said", "--holdout", 5, "--pca", 9)
+    assert done.code == 0, done.err
+    assert "images" not in done.err
+    assert ImageDatabase.open(tmp_path / "said").dimension == 9
+    fails(2, "cannot hold out 61", *words, "--dataset", "digits:train[:61]", "--out", tmp_path / "no", "--holdout", 61)
 
 
 def test_settings_that_fit_no_run(work: Work, colour: Path, tmp_path: Path) -> None:

@@ -31,7 +31,12 @@ class CalibrationOptions:
     """What a setting is chosen from, and on which images."""
 
     calibration: Annotated[str | None, typer.Option(help="Data set to calibrate on [default: hold images out].")] = None
-    holdout: Annotated[int, typer.Option(min=1, help="Images to hold out of the (first) data set.")] = 300
+    holdout: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Images to hold out of the (first) data set [default: 300, or a third where that is less]."
+        ),
+    ] = None
     layers: Annotated[str | None, Commas("Layers to try, with commas [default: six, spread over the net].")] = None
     poolings: Annotated[str, Commas("Poolings to try, with commas: avg, max, rmac, gridG, flatten, cls.")] = (
         "avg,rmac,grid4,grid8,cls"
@@ -78,7 +83,15 @@ def calibrate(
 
     settings, candidates = by.settings((number("--eps", eps),)), choice.candidates
     net = model.open(common, specs=dataset)
-    sets = split(dataset, choice.calibration, choice.holdout, data_dir=common.data_dir, like=net, seed=common.seed)
+    sets = split(
+        dataset,
+        choice.calibration,
+        choice.holdout,
+        data_dir=common.data_dir,
+        like=net,
+        seed=common.seed,
+        say=common.say,
+    )
     database, chosen = build_calibrated(
         net,
         sets,
@@ -90,6 +103,7 @@ def calibrate(
         batch_size=batch_size,
         seed=common.seed,
         progress=common.progress,
+        say=common.say,
     )
     common.show(
         {"database": str(out), "rows": len(database), "calibration": chosen.calibration},

@@ -186,7 +186,8 @@ class PCA(nn.Module):
         if not 1 <= dimension <= min(width, n - 1):
             raise InputError(
                 f"PCA to {dimension} dimensions needs at least {dimension + 1} images and as many feature "
-                f"dimensions, but was given {n} of {width}: lower the PCA dimension or give more images"
+                f"dimensions, but was given {n} of {width}: lower the PCA dimension (--pca) or give more "
+                "images"
             )
         if not bool(torch.isfinite(sample).all()):
             raise InputError("the feature vectors hold NaN or infinite values: check the images and the classifier")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,7 @@ def choose(
     batch_size: int = 128,
     seed: int = 0,
     progress: bool = True,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Chosen:
     """Compare settings on held-out images, in databases of candidate rows that do not hold them.
 
@@ -145,6 +146,8 @@ def choose(
         batch_size: images per forward pass.
         seed: of the rows; one more is that of the attack and of the databases.
         progress: whether to show bars.
+        say: called with a line for people where there are too few candidate rows for the PCA that is wanted: half
+            as many dimensions are kept then.
 
     Raises:
         DataError: held-out images stand among the candidate rows.
@@ -152,7 +155,12 @@ def choose(
     """
     wanted = candidates or Candidates()
     check_disjoint(held, images)
-    rows, features = drawn(images, wanted.rows, seed), wanted.features(classifier)
+    rows = drawn(images, wanted.rows, seed)
+    if wanted.pca >= len(rows) > 1:
+        # Half, so that images that turn out to be unreadable do not matter.
+        say(f"{len(rows):,} images are too few for a PCA to {wanted.pca} dimensions: {len(rows) // 2} are kept")
+        wanted = replace(wanted, pca=len(rows) // 2)
+    features = wanted.features(classifier)
     if attacked is None:
         attacked = attacked_images(
             classifier, held, attack, eps, batch_size=batch_size, seed=seed + 1, progress=progress
@@ -205,11 +213,12 @@ def build_calibrated(
     batch_size: int = 128,
     seed: int = 0,
     progress: bool = True,
+    say: Callable[[str], object] = lambda text: None,
 ) -> tuple[ImageDatabase, Chosen]:
     """Choose a setting on held-out images, and build the database of all images with it.
 
     Args:
-        classifier, candidates, batch_size, seed, progress: as for :func:`choose`.
+        classifier, candidates, batch_size, seed, progress, say: as for :func:`choose`.
         sets: all database images, those to draw candidates from, and those to calibrate on, as
             :func:`~nndefense.pipeline.split` gives them.
         out: the database's folder; the calibration is stored with it.
@@ -226,7 +235,7 @@ def build_calibrated(
     make_folder(out)
     check_vacant(out, overwrite=overwrite)
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
-    chosen = choose(classifier, rest, held, attack, attack.eps[0], candidates, **options)
+    chosen = choose(classifier, rest, held, attack, attack.eps[0], candidates, say=say, **options)
     database = build_database(rows, classifier, chosen.feature, out, specs=specs, overwrite=overwrite, **options)
     store_calibration(out, chosen.calibration)
     return database, chosen

@@ -63,7 +63,7 @@ class DemoSettings:
     exact: bool = False
     audit: bool = True
     calibration: str | None = None
-    holdout: int = 300
+    holdout: int | None = None
     classifier: str | None = None
     surrogate: str | None = None
     arch: str = "small-cnn"
@@ -101,13 +101,18 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = lambda text:
     if model is not None and s.size is not None:
         raise InputError("the size of the images is that of the classifier: leave --size out")
     like = model or training_shape(s.database_sets, s.arch, s.size, data_dir=s.data_dir, say=say)
-    rows, rest, held = split(s.database_sets, s.calibration, s.holdout, data_dir=s.data_dir, like=like, seed=s.seed)
+    lowered: list[str] = []
+    rows, rest, held = split(
+        s.database_sets, s.calibration, s.holdout, data_dir=s.data_dir, like=like, seed=s.seed, say=lowered.append
+    )
     test = open_datasets([measured_spec(s.test, data_dir=s.data_dir)], data_dir=s.data_dir, like=like)
     check_disjoint(test, rows)
     check_disjoint(test, held)
     rows, guarded = _for_the_guard(s, rows, held)
     test = drawn(test, s.limit, s.seed)
     make_folder(s.out)
+    for line in lowered:
+        say(line)
     say(f"data: {len(rows):,} database images, {len(held):,} to calibrate on, {len(test):,} to report on")
 
     if model is None:
@@ -121,11 +126,11 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = lambda text:
     options: dict[str, Any] = {"batch_size": s.batch_size, "seed": s.seed, "progress": s.progress}
     tried, drawn_rows = len(s.candidates.features(model)), min(s.candidates.rows, len(rest))
     say(f"calibrating: {tried} layers and poolings, {drawn_rows:,} candidate rows")
-    chosen = choose(model, rest, held, s.attack, s.headline_eps, s.candidates, **options)
+    chosen = choose(model, rest, held, s.attack, s.headline_eps, s.candidates, say=say, **options)
     say(calibration_text(chosen.calibration))
 
     # The last map, averaged: what one would take without calibrating.
-    deep = FeatureSpec(chosen.features[-1].layer, "avg", pca=s.candidates.pca)
+    deep = FeatureSpec(chosen.features[-1].layer, "avg", pca=chosen.feature.pca)
     say(f"building the database: {len(rows):,} rows of {chosen.feature}")
     with tempfile.TemporaryDirectory(prefix="nndefense-") as folder:
         places = {s.out / "database": chosen.feature}

@@ -120,8 +120,8 @@ class Materials:
             raise InputError("a defence of these is made of training images: name them by --train-set")
         if len(train) < 2 * count:
             raise InputError(
-                f"{train.name} has {len(train):,} images, but {count} are to be held out to calibrate on: lower "
-                "holdout, or give more images"
+                f"{train.name} has {len(train):,} images, but {count} are to be held out to calibrate on: give "
+                "more images by --train-set, or lower holdout in the [materials] of a --recipe"
             )
         order = np.random.default_rng(self.seed).permutation(len(train))
         return train.subset(np.sort(order[count:])), train.subset(order[:count])
@@ -196,6 +196,7 @@ class Materials:
                 batch_size=scope.batch_size,
                 seed=self.seed,
                 progress=self.progress,
+                say=self.say,
             )
         return self._choices[pooling]
 

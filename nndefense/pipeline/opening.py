@@ -19,6 +19,8 @@ from nndefense.pipeline.checks import check_disjoint
 _PYTHON = "python:"
 # Images that all have one size are trained on as they are, unless they are those of a camera.
 _LARGEST_SIDE = 256
+# Images held out to calibrate on, where the set has three times as many.
+_HOLDOUT = 300
 
 
 def open_classifier(
@@ -157,17 +159,19 @@ def drawn(dataset: ImageDataset, limit: int | None, seed: int) -> ImageDataset:
 def split(
     specs: Sequence[str],
     calibration: str | None = None,
-    n_holdout: int = 300,
+    n_holdout: int | None = None,
     *,
     data_dir: Path | None = None,
     like: Classifier | tuple[int, int, int] | None = None,
     seed: int = 0,
+    say: Callable[[str], object] = lambda text: None,
 ) -> tuple[ImageDataset, ImageDataset, ImageDataset]:
     """Open the database's images and set apart those to calibrate on.
 
     Returns:
         All database images; those of them that candidates are built from; the calibration images: a data set of
-        their own where ``calibration`` names one, else ``n_holdout`` of the first set, held out.
+        their own where ``calibration`` names one, else ``n_holdout`` of the first set, held out. None stands for 300,
+        or a third of the images where that is less, and ``say`` is called with a line that says so.
     """
     first, others = open_datasets(specs[:1], data_dir=data_dir, like=like), None
     if len(specs) > 1:
@@ -180,6 +184,10 @@ def split(
         )
         check_disjoint(held, rows)
         return rows, rows, held
+    if n_holdout is None:
+        n_holdout = min(_HOLDOUT, max(len(first) // 3, 1))
+        if n_holdout < _HOLDOUT:
+            say(f"{first.name} has {len(first):,} images: {n_holdout} of them are held out to calibrate on")
     kept, held_out = holdout(first, n_holdout, seed)
     rest = first.subset(kept) if others is None else joined([first.subset(kept), others])
     return rows, rest, first.subset(held_out)
