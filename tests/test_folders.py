@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from command import fails
 from dirty import encoded, noise
 
 from nndefense.datasets import open_dataset
+from nndefense.datasets.picture_names import Unread
 from nndefense.errors import DataError
 from nndefense.pipeline.sticker_files import read_photos
 
@@ -141,3 +144,54 @@ def test_many_that_are_not_read_are_counted(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"left out 1,200 pictures .*0\.heic, 1\.heic, .* and 1,197 more") as told:
         assert len(open_dataset(f"imagefolder:{root}")) == 2
     assert len(told) == 1
+    unread = Unread()
+    for number in range(100_000):
+        unread.add(f"dog/{number}.heic")
+    assert len(pickle.dumps(unread)) < 200  # their number and the first names alone are kept
+
+
+# -- lists ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv"])
+def test_a_list_with_backslashes_says_how_paths_are_written(kind: str, tmp_path: Path) -> None:
+    lay(tmp_path, "cat/a.png", "cat/b.png")
+    head = "path,label\n" if kind == "csv" else ""
+    end = ",cat" if kind == "csv" else ""
+    listed = tmp_path / f"l.{kind}"
+    listed.write_text(f"{head}cat/a.png{end}\ncat\\b.png{end}\n")
+    line = 3 if kind == "csv" else 2
+    with pytest.raises(DataError, match=rf"line {line} of .* has backslashes \(cat\\b\.png\), .*: write cat/b\.png$"):
+        open_dataset(f"files:{listed}")
+    # On this system a backslash may stand in a name.
+    lay(tmp_path, "cat\\b.png")
+    assert len(open_dataset(f"files:{listed}")) == 2
+
+
+@pytest.mark.parametrize("label", [" 3", "\t3", ",cat", "; cat", "  Persian cat"])
+def test_a_list_of_paths_and_labels_says_how_labels_are_given(label: str, tmp_path: Path) -> None:
+    lay(tmp_path, "a b.JPEG", "b.png", "c.png 3.png")
+    listed = tmp_path / "l.txt"
+    listed.write_text(f"a b.JPEG{label}\nb.png{label}\n")
+    with pytest.raises(DataError, match=r"line 1 of .* is a path and '.*': .* \.csv .* first line is path,label$"):
+        open_dataset(f"files:{listed}")
+    # What a file's own name looks like is no matter, nor is one that is missing.
+    listed.write_text("a b.JPEG\nc.png 3.png\nmissing.png 4.png\n")
+    assert len(open_dataset(f"files:{listed}")) == 3
+    (tmp_path / "b.png 3").write_bytes((tmp_path / "b.png").read_bytes())
+    listed.write_text("b.png 3\n")
+    assert len(open_dataset(f"files:{listed}")) == 1
+
+
+def test_train_on_images_without_labels_says_what_to_give(tmp_path: Path) -> None:
+    lay(tmp_path / "p", "a.png", "b.png")
+    (tmp_path / "l.txt").write_text("p/a.png\np/b.png\n")
+    for spec in (f"images:{tmp_path / 'p'}", f"files:{tmp_path / 'l.txt'}"):
+        fails(2, "has no labels: give labelled images", "train", "--dataset", spec, "--out", tmp_path / "net")
+
+
+def test_photos_of_stickers_are_those_that_data_sets_read(tmp_path: Path) -> None:
+    lay(tmp_path, "a.JFIF", "b.tiff", "c", "notes.txt")
+    lay(tmp_path, "d.heic")
+    with pytest.warns(UserWarning, match=r"left out a picture .*d\.heic"):
+        assert list(read_photos(tmp_path, (3, 8, 8), None).names) == ["a.JFIF", "b.tiff", "c"]

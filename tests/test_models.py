@@ -599,6 +599,8 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "net.pth").write_bytes(b"x")
     (tmp_path / "half").mkdir()
+    (tmp_path / "litter").mkdir()
+    (tmp_path / "litter" / "._model.pt").write_bytes(b"x")  # macOS
     (tmp_path / "half" / "training.json").write_text("{}")
     for name in ("net.pt", "code.py", "model.safetensors", "notes"):
         (tmp_path / name).write_bytes(b"x")
@@ -608,6 +610,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         ("wrn-28-10", "train it first"),
         (tmp_path / "empty", "has no classifier.json"),
         (tmp_path / "old", "net.pth is a pickle"),
+        (tmp_path / "litter", "timm:NAME, hf:MODEL"),
         (tmp_path / "half", "finish it with --resume"),
         (tmp_path / "net.pt", "python:FILE:FACTORY, or convert"),
         (tmp_path / "code.py", f"as python:{tmp_path / 'code.py'}:FACTORY"),

@@ -233,7 +233,20 @@ def test_the_typed_client_reads_all_of_it(served: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "query",
-    ["top=0", "top=-1", "top=1.5", "top=x", "top=", "top=1&top=2", "neighbors=-1", "top=1_0", "top=٣", "top=99999999"],
+    [
+        "tops=3",
+        "top=3&x=1",
+        "top=0",
+        "top=-1",
+        "top=1.5",
+        "top=x",
+        "top=",
+        "top=1&top=2",
+        "neighbors=-1",
+        "top=1_0",
+        "top=٣",
+        "top=99999999",
+    ],
 )
 def test_numbers_out_of_range_are_refused(client: httpx.Client, query: str) -> None:
     assert_problem(client.post(f"/v1/classify?{query}", **raw(pictures()[0])), 422, "invalid_argument")

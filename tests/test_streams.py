@@ -99,6 +99,12 @@ def classified(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str
     return folder, ["--database", str(folder / "db"), *options]
 
 
+def test_warnings_of_libraries_are_one_line_without_their_place() -> None:
+    code = "import warnings; from nndefense.cli.streams import prepare; prepare(); warnings.warn('a\\n\\x1b[2Jb')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "nndefense: warning: a\\n\\x1b[2Jb\n")
+
+
 def test_classify_prints_names_of_all_kinds(classified: tuple[Path, list[str]]) -> None:
     folder, options = classified
     files = sorted((folder / "photos" / "cat").iterdir())

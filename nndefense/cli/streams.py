@@ -14,7 +14,6 @@ from nndefense.files import escaped_json
 # Controls (ESC begins what a terminal obeys), marks that turn the direction of a line, and halves of characters.
 _OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LAYOUT = re.compile("[^\n\t]")
-_FORMAT = warnings.formatwarning
 
 
 def prepare() -> None:
@@ -22,7 +21,8 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    warnings.formatwarning = lambda *about, **more: visible(_FORMAT(*about, **more))
+    # Neither the file nor the line of the library that warns says anything to whoever runs a command.
+    warnings.formatwarning = lambda message, *about, **more: f"nndefense: warning: {one_line(message)}\n"
 
 
 def visible(text: object) -> str:

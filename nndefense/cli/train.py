@@ -237,9 +237,11 @@ class DataOptions:
         from nndefense.datasets.spec import VALIDATION, measured_spec
         from nndefense.pipeline import open_datasets, training_shape
         from nndefense.training.pools import complement
+        from nndefense.training.validation import check_labels
 
         shape = training_shape([spec], arch, size(self.size), data_dir=common.data_dir, say=common.say)
         images, pool = open_datasets([spec], data_dir=common.data_dir, like=shape), None
+        check_labels(images)
         if self.labels is not None:
             images, pool = complement(images, self.labels, common.seed)
         if self.unlabelled is not None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from nndefense.datasets.derived import Size, check_form
 from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import PackedIds
-from nndefense.datasets.picture_names import SUFFIXES, is_picture, tell_unread
+from nndefense.datasets.picture_names import SUFFIXES, Unread, is_picture
 from nndefense.datasets.remote import open_store
 from nndefense.datasets.store import Store
 from nndefense.errors import DataError
@@ -113,7 +113,7 @@ def _find_images(store: Store, home: str, prefix: str) -> _Found:
     _check_apart(store, home, classes)
     counts: list[int] = []
     sizes = array("q")
-    unread: list[str] = []
+    unread = Unread()
 
     def inside() -> Iterator[str]:
         for folder in classes:
@@ -122,7 +122,7 @@ def _find_images(store: Store, home: str, prefix: str) -> _Found:
             counts.append(len(sizes) - before)
 
     ids = PackedIds(inside())
-    tell_unread(place, unread)
+    unread.tell(place)
     if not len(ids):
         raise DataError(f"{place} has no images in its folders: they must end in {', '.join(SUFFIXES)}")
     if 0 in counts:
@@ -148,16 +148,16 @@ def _check_apart(store: Store, home: str, classes: list[str]) -> None:
 
 def _find_loose_images(store: Store, home: str, prefix: str) -> _Found:
     sizes = array("q")
-    unread: list[str] = []
+    unread = Unread()
     ids = PackedIds(_images_below(store, home, home, prefix, sizes, unread))
-    tell_unread(store.url(home), unread)
+    unread.tell(store.url(home))
     if not len(ids):
         raise DataError(f"{store.url(home)} has no images: they must end in {', '.join(SUFFIXES)}")
     return [], np.full(len(ids), -1, dtype=np.int64), ids, _known(store, sizes)
 
 
 def _images_below(
-    store: Store, folder: str, home: str, prefix: str, sizes: array[int], unread: list[str]
+    store: Store, folder: str, home: str, prefix: str, sizes: array[int], unread: Unread
 ) -> Iterator[str]:
     """The images in and below a folder, sorted, each path with ``prefix`` before it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from nndefense.datasets.derived import Size, check_form
 from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import PackedIds
 from nndefense.datasets.labels import LABEL_NAMES, Label, class_numbers
+from nndefense.datasets.picture_names import SUFFIXES
 from nndefense.datasets.remote import has_suffix, open_store
 from nndefense.datasets.store import LocalStore, Store, is_url
 from nndefense.errors import DataError
@@ -23,6 +25,8 @@ _TABLES = {".csv": ",", ".tsv": "\t"}
 _PATH_NAMES = ("path", "file", "filename", "file_name", "image", "image_path", "url")
 _ID_NAMES = ("id", "key")
 _ASKED = 10
+# "a.png 3": the path, and what stands behind it.
+_LABELLED = re.compile(rf"(.+(?:{'|'.join(map(re.escape, SUFFIXES))}))[\s,;]+(\S.*)", re.IGNORECASE)
 
 
 class FileListDataset(EncodedDataset):
@@ -72,8 +76,31 @@ class FileListDataset(EncodedDataset):
                     )
         classes, numbers = class_numbers(labels, None, title, text)
         self._paths = PackedIds(paths)
+        self._check_form(lines, text)
         kept = self._paths if ids is paths else PackedIds(ids)
         super().__init__(name=title, classes=classes, ids=kept, labels=numbers, size=form, channels=channels)
+
+    def _check_form(self, lines: Sequence[int], written: str) -> None:
+        """Raise :class:`DataError` where lines are of another form than paths: of a few, those that name no file."""
+        rows = np.unique(np.linspace(0, len(self._paths) - 1, _ASKED).astype(np.int64)).tolist()
+        for row in rows:
+            item = self._paths[row]
+            labelled = _LABELLED.fullmatch(item)
+            if is_url(item) or not (labelled or "\\" in item):
+                continue
+            store, path = self._place(row)
+            if store.is_file(path):
+                continue
+            if labelled and not item.lower().endswith(SUFFIXES):
+                raise DataError(
+                    f"line {lines[row]} of {written} is a path and {labelled[2]!r}: a list with labels is a .csv file "
+                    "whose first line is path,label"
+                )
+            if "\\" in item:
+                raise DataError(
+                    f"line {lines[row]} of {written} has backslashes ({item}), which divide paths on Windows alone: "
+                    f"write {item.replace(chr(92), '/')}"
+                )
 
     def _place(self, row: int) -> tuple[Store, str]:
         item = self._paths[row]

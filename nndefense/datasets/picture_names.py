@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
 
 from nndefense.datasets.store import Store
 from nndefense.errors import DataError
@@ -27,7 +26,31 @@ _UNREAD_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1",
 _SHOWN = 3
 
 
-def is_picture(store: Store, path: str, unread: list[str]) -> bool:
+class Unread:
+    """Pictures that are left out because no decoder reads them: how many, and the first names."""
+
+    def __init__(self) -> None:
+        self.count, self._first = 0, list[str]()
+
+    def add(self, path: str) -> None:
+        """Count one."""
+        self.count += 1
+        if len(self._first) < _SHOWN:
+            self._first.append(path.rpartition("/")[2])
+
+    def tell(self, place: str) -> None:
+        """Warn of them; say nothing where there are none."""
+        if self.count:
+            more = f" and {self.count - _SHOWN:,} more" if self.count > _SHOWN else ""
+            count = f"{self.count:,} pictures" if self.count > 1 else "a picture"
+            warnings.warn(
+                f"{place}: left out {count} of a format that is not read ({', '.join(self._first)}{more}): convert to "
+                "JPEG or PNG",
+                stacklevel=4,
+            )
+
+
+def is_picture(store: Store, path: str, unread: Unread) -> bool:
     """Whether a file is a picture of a kind that is read; where it is one of another kind, add it to ``unread``."""
     name = path.rpartition("/")[2]
     lower = name.lower()
@@ -35,22 +58,10 @@ def is_picture(store: Store, path: str, unread: list[str]) -> bool:
         return True
     head = b"" if _ENDING.fullmatch(name) else _head(store, path)
     if lower.endswith(UNREAD) or (head[4:8] == b"ftyp" and head[8:12] in _UNREAD_BRANDS):
-        unread.append(path)
+        unread.add(path)
         return False
     webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     return head.startswith(_BEGINNINGS) or webp or (head[:2] == b"BM" and head[6:10] == bytes(4))
-
-
-def tell_unread(place: str, unread: Sequence[str]) -> None:
-    """Warn of pictures that are left out, with their number and the first names; say nothing where there are none."""
-    if unread:
-        names = ", ".join(path.rpartition("/")[2] for path in unread[:_SHOWN])
-        more = f" and {len(unread) - _SHOWN:,} more" if len(unread) > _SHOWN else ""
-        count = f"{len(unread):,} pictures" if len(unread) > 1 else "a picture"
-        warnings.warn(
-            f"{place}: left out {count} of a format that is not read ({names}{more}): convert to JPEG or PNG",
-            stacklevel=4,
-        )
 
 
 def _head(store: Store, path: str) -> bytes:

@@ -22,7 +22,7 @@ from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import PackedIds
 from nndefense.datasets.labels import LABEL_NAMES, Label, class_number, class_numbers, read_class_names
 from nndefense.datasets.litter import passes_through
-from nndefense.datasets.picture_names import SUFFIXES, UNREAD, tell_unread
+from nndefense.datasets.picture_names import SUFFIXES, UNREAD, Unread
 from nndefense.datasets.rejected import BadImage, SourceError
 from nndefense.datasets.remote import find_files
 from nndefense.datasets.store import Store, check_bytes
@@ -82,7 +82,7 @@ class WebDataset(EncodedDataset):
         for number, shard in enumerate(self.shards):
             scan(self._store, shard, number, index)
         title = name or f"webdataset:{os.fspath(source)}" + (f":{split}" if split else "")
-        tell_unread(title, index.unread)
+        index.unread.tell(title)
         if not index.keys:
             seen = ", ".join(sorted(index.suffixes)[:8]) or "nothing"
             raise DataError(f"{title} holds no images, but {seen}: they must end in {', '.join(SUFFIXES)}")
@@ -144,7 +144,7 @@ class ShardIndex:
     labels: list[Label] = field(default_factory=list)
     suffix_names: dict[str, int] = field(default_factory=dict)
     suffixes: set[str] = field(default_factory=set)
-    unread: list[str] = field(default_factory=list)
+    unread: Unread = field(default_factory=Unread)
 
     def add(self, key: str, suffix: str, shard: int, offset: int, size: int) -> int:
         """Add an image without a label; returns its row."""
@@ -177,7 +177,7 @@ def scan(store: Store, path: str, number: int, index: ShardIndex) -> None:
                 key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
                 index.suffixes.add(suffix)
                 if base.lower().endswith(UNREAD):
-                    index.unread.append(member.name)
+                    index.unread.add(member.name)
                 part, _, kind = suffix.rpartition(".")
                 entry = (number, member.offset_data, member.size)
                 if f".{kind}" in SUFFIXES and part:

@@ -15,6 +15,7 @@ from nndefense.images import shape_text
 from nndefense.models.architectures import ARCHITECTURES
 from nndefense.models.classifier import Classifier
 from nndefense.models.files import read_json, read_tensors, write_json, write_tensors
+from nndefense.models.named_sources import HF, TIMM
 from nndefense.models.torchvision_source import TORCHVISION, build_torchvision, torchvision_options
 from nndefense.versions import library_versions
 
@@ -64,9 +65,10 @@ def save_classifier(classifier: Classifier, folder: str | Path) -> None:
 def check_savable(classifier: Classifier) -> None:
     """Raise :class:`InputError` if the architecture could not be built again from its name."""
     if classifier.arch not in ARCHITECTURES and not classifier.arch.startswith(TORCHVISION):
+        how = f"as {classifier.arch}" if classifier.arch.startswith((TIMM, HF)) else "with python:FILE:FACTORY"
         raise InputError(
             f"a classifier of the architecture {classifier.arch} cannot be saved to a folder, because a folder holds "
-            "no code: load it with python:FILE:FACTORY each time, and keep its weights in a file of your own"
+            f"no code: load it {how} each time, and keep its weights in a file of your own"
         )
 
 
@@ -142,7 +144,7 @@ def _check_fit(classifier: Classifier, tensors: dict[str, Tensor], path: Path) -
 
 def _why_not(folder: Path) -> str:
     """Why there is no classifier to load at ``folder``, and what to do, in one line."""
-    forms = "give a trained folder, torchvision:NAME:WEIGHTS or python:FILE:FACTORY"
+    forms = "give a trained folder, torchvision:NAME:WEIGHTS, timm:NAME, hf:MODEL or python:FILE:FACTORY"
     if not folder.exists():
         if folder.suffix.lower() in PICKLES:
             return f"there is no {folder}, and pickled weights would not be loaded: {forms}"
@@ -159,7 +161,7 @@ def _why_not(folder: Path) -> str:
         return f"{folder} is a file, not the folder of a classifier: {forms}"
     if (folder / "training.json").exists():
         return f"{folder} holds a training that is not finished: finish it with --resume of the command that trains it"
-    pickles = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICKLES)
+    pickles = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICKLES and path.name[0] != ".")
     if pickles:
         return _no_pickles(pickles[0])
     return f"{folder} is not the folder of a classifier, because it has no {DESCRIPTION_FILE}: {forms}"

@@ -15,11 +15,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from nndefense.attacks.rp2 import Mode, Sticker, check_mask, check_palette, frame, homography
+from nndefense.datasets.image_files import FORMATS
 from nndefense.datasets.litter import is_passed_over
+from nndefense.datasets.picture_names import Unread, is_picture
+from nndefense.datasets.store import LocalStore
 from nndefense.errors import DataError, InputError
 from nndefense.files import read_json, write_atomically
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _CM_PER_INCH = 2.54
 
 
@@ -49,17 +51,18 @@ def read_photos(folder: Path, shape: tuple[int, int, int], corners: Path | None)
     """Read every picture of a folder in a classifier's size.
 
     Args:
-        folder: PNG, JPEG, WebP or BMP files.
+        folder: its pictures, taken as a data set takes them.
         shape: C, H, W of the classifier.
         corners: JSON with four points for every file name: where the canonical frame's corners are in that photo, in
             its own pixels from its top left corner, clockwise from the frame's top left; null for an aligned photo.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder: name the folder that holds the photos")
-    seen = (file for file in folder.iterdir() if not is_passed_over(file.name))
-    files = sorted((file for file in seen if file.suffix.lower() in _SUFFIXES), key=_natural)
+    seen, unread, store = (file for file in folder.iterdir() if not is_passed_over(file.name)), Unread(), LocalStore()
+    files = sorted((file for file in seen if file.is_file() and is_picture(store, str(file), unread)), key=_natural)
+    unread.tell(str(folder))
     if not files:
-        raise DataError(f"{folder} holds no photos: put PNG, JPEG, WebP or BMP files into it")
+        raise DataError(f"{folder} holds no photos: put JPEG or PNG files into it")
     points = frame(len(files)).clone()
     given = None if corners is None else read_json(corners)
     if given is not None and not isinstance(given, dict):
@@ -176,7 +179,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 def _open(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             # As a viewer shows it, since that is where corner points are read off.
             return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError:

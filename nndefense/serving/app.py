@@ -163,6 +163,8 @@ def _add_classify(app: FastAPI, state: ServingState) -> None:
         },
     )
     async def classify(request: Request) -> Response:
+        if unknown := [name for name in request.query_params if name not in NUMBERS]:
+            raise refused("invalid_argument", f"the query may hold {' and '.join(NUMBERS)}, not {unknown[0][:80]!r}")
         # Read here and not by the framework, which would take as long for these two as for all else.
         top, neighbors = _number(request, "top"), _number(request, "neighbors")
         # The whole request is served by one guard, also where it is replaced meanwhile.

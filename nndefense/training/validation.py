@@ -64,6 +64,11 @@ def check_labels(dataset: ImageDataset) -> None:
     if len(labels) == 0:
         raise InputError(f"{dataset.name} has no images: choose another set or slice")
     unknown = int((labels < 0).sum())
+    if unknown == len(labels):
+        raise InputError(
+            f"{dataset.name} has no labels: give labelled images, such as a folder for each class (imagefolder:PATH) "
+            "or a .csv list with a column label (files:LIST)"
+        )
     if unknown:
         raise InputError(f"{unknown} of the {len(labels)} images of {dataset.name} have no label: leave those out")
     if int(labels.max()) >= len(dataset.classes):
