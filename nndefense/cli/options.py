@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 SPEC_HELP = (
     "digits, mnist, fashion-mnist, cifar10, imagefolder:PATH, images:PATH, files:LIST, hdf5:PATH, webdataset:PATH, "
-    "parquet:PATH or torchvision:NAME:PATH, and a PATH may be a URL; a split and a slice may follow: mnist:test[:1000]."
+    "parquet:PATH, torchvision:NAME:PATH or hf:NAME, and a PATH may be a URL; a split and a slice may follow: "
+    "mnist:test[:1000]."
 )
 DatasetOption = Annotated[str, typer.Option(help=SPEC_HELP)]
 _MEASURED = SPEC_HELP + " Without a split, the test split is taken, else the validation split."

@@ -4,6 +4,7 @@ from nndefense.datasets.arrays import ArrayDataset, HDF5Dataset, write_hdf5
 from nndefense.datasets.base import ImageDataset, SubsetDataset, holdout
 from nndefense.datasets.derived import ConcatenatedDataset, TransformedDataset, concatenate
 from nndefense.datasets.folder import ImageFolderDataset
+from nndefense.datasets.hub import HubDataset
 from nndefense.datasets.image_files import image_channels, load_image
 from nndefense.datasets.listing import FileListDataset
 from nndefense.datasets.parquet import ParquetDataset
@@ -21,6 +22,7 @@ __all__ = [
     "ConcatenatedDataset",
     "FileListDataset",
     "HDF5Dataset",
+    "HubDataset",
     "ImageDataset",
     "ImageFolderDataset",
     "ParquetDataset",

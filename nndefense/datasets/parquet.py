@@ -98,7 +98,7 @@ class ParquetDataset(EncodedDataset):
         def fetch(place: int) -> tuple[str, bytes]:
             row = int(rows[place])
             file = self._store.url(self.files[self._group_file[groups[place]]])
-            return _bytes(f"{items[place]} in {file}", cells[row])
+            return cell_bytes(f"{items[place]} in {file}", cells[row])
 
         return fetch
 
@@ -137,7 +137,7 @@ class _Table:
             with store.open(path) as handle:
                 file = parquet.ParquetFile(handle)
                 schema, metadata = file.schema_arrow, file.metadata
-                self.image = _image_column(schema, self.place, arrow)
+                self.image = image_column(schema, self.place)
                 self.label = next((name for name in LABEL_NAMES if name in schema.names), None)
                 texts = [name for name in schema.names if arrow.types.is_string(schema.field(name).type)]
                 self.id = next((name for name in _ID_NAMES if name in texts), None)
@@ -153,20 +153,12 @@ class _Table:
             raise DataError(
                 f"cannot read {self.place} as a Parquet file ({' '.join(str(error).split())}): {_REMEDY}"
             ) from error
-        self.names = _class_names(schema, self.label)
+        self.names = class_names(schema, self.label)
 
     def labels(self) -> list[Label]:
         if self.label is None or self._columns is None:
             return [None] * self.rows
-        column = self._columns.column(self.label)
-        types, kind = self._arrow.types, column.type
-        if types.is_dictionary(kind):
-            kind = kind.value_type
-        readable = (types.is_integer, types.is_floating, types.is_string, types.is_large_string)
-        if not any(fits(kind) for fits in readable):
-            raise DataError(f"{self.place} has labels of type {kind}: store whole numbers from 0, or names of classes")
-        found: list[Label] = column.to_pylist()
-        return found
+        return label_values(self._columns.column(self.label), self.place)
 
     def ids(self) -> Ids:
         if self.id is None or self._columns is None:
@@ -177,7 +169,30 @@ class _Table:
         return PackedIds(found)
 
 
-def _image_column(schema: Any, place: str, arrow: Any) -> str:
+def label_values(column: Any, place: str) -> list[Label]:
+    """The labels in an Arrow column.
+
+    Raises:
+        DataError: its type is none of numbers or texts.
+    """
+    from pyarrow import types
+
+    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    readable = (types.is_integer, types.is_floating, types.is_string, types.is_large_string)
+    if not any(fits(kind) for fits in readable):
+        raise DataError(f"{place} has labels of type {kind}: store whole numbers from 0, or names of classes")
+    found: list[Label] = column.to_pylist()
+    return found
+
+
+def image_column(schema: Any, place: str) -> str:
+    """The column of encoded pictures: the one that is called so, else the only one of that type.
+
+    Raises:
+        DataError: there is none, or several.
+    """
+    import pyarrow as arrow
+
     def holds_images(field: Any) -> bool:
         kind = field.type
         if arrow.types.is_struct(kind):
@@ -204,7 +219,7 @@ def _is_binary(kind: Any, arrow: Any) -> bool:
     return bool(arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind))
 
 
-def _class_names(schema: Any, label: str | None) -> list[str] | None:
+def class_names(schema: Any, label: str | None) -> list[str] | None:
     """The names of the classes in the metadata that the ``datasets`` library of Hugging Face writes, if any."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
@@ -226,7 +241,12 @@ def _ids(tables: list[_Table], title: str) -> Ids:
     return ids
 
 
-def _bytes(called: str, cell: Any) -> tuple[str, bytes]:
+def cell_bytes(called: str, cell: Any) -> tuple[str, bytes]:
+    """What messages call the picture of a cell, and the bytes that stand in it, never those of a file that it names.
+
+    Raises:
+        BadImage: there are none.
+    """
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     if data is None:
         path = isinstance(cell, dict) and cell.get("path")

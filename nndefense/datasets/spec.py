@@ -14,6 +14,7 @@ from nndefense.datasets import arrays
 from nndefense.datasets.base import ImageDataset
 from nndefense.datasets.derived import Sides, Size, check_form, concatenate, in_form
 from nndefense.datasets.folder import ImageFolderDataset, split_folders
+from nndefense.datasets.hub import HubDataset
 from nndefense.datasets.listing import FileListDataset
 from nndefense.datasets.parquet import ParquetDataset
 from nndefense.datasets.remote import has_suffix, open_store
@@ -26,7 +27,7 @@ from nndefense.errors import DataError
 _NAMED = ("digits", "mnist", "fashion-mnist", "cifar10")
 _PATH_KINDS = ("imagefolder", "images", "files", "hdf5", "webdataset", "parquet")
 _PATHS = tuple(f"{kind}:{'LIST' if kind == 'files' else 'PATH'}" for kind in _PATH_KINDS)
-KNOWN_SPECS = (*_NAMED, *_PATHS, "torchvision:NAME:PATH")
+KNOWN_SPECS = (*_NAMED, *_PATHS, "torchvision:NAME:PATH", "hf:NAME")
 
 _SPLITS = ("train", "test")
 VALIDATION = ("val", "valid", "validation")
@@ -61,7 +62,9 @@ def open_dataset(
       ``webdataset:PATH:test`` the folder ``test`` or the shards ``test*.tar`` of the folder PATH;
     * ``parquet:PATH``: the same with Parquet files, see :class:`~nndefense.datasets.ParquetDataset`;
     * ``torchvision:NAME:PATH:test``: a split of torchvision's data set NAME, whose files are in the folder PATH or are
-      fetched there; without PATH, ``data_dir``.
+      fetched there; without PATH, ``data_dir``;
+    * ``hf:NAME:test``: a split of a data set of Hugging Face's hub, or of a folder that its library wrote, see
+      :class:`~nndefense.datasets.HubDataset`; ``hf:NAME:CONFIG:test`` where it has several subsets.
 
     A PATH may be a URL that fsspec reads, such as ``s3://bucket/photos`` or ``zip://photos::/data/photos.zip``. A slice
     as in Python may follow: ``mnist:train[:55000]``. A path that exists as it is written is never taken apart.
@@ -73,8 +76,8 @@ def open_dataset(
             ratio and resized (bilinear, antialiased).
         channels: 1 turns colour to grey (luma), 3 repeats the channel of grey images. Files of pictures are read in
             colour unless this is 1; other data sets stay as they are stored.
-        download: whether MNIST, Fashion-MNIST, CIFAR-10 and torchvision's sets may be fetched from the network if they
-            are missing.
+        download: whether MNIST, Fashion-MNIST, CIFAR-10, torchvision's sets and the hub's may be fetched, if they are
+            missing.
 
     Raises:
         DataError: the name is unknown, or the data are missing, damaged or of another form.
@@ -87,6 +90,8 @@ def open_dataset(
     dataset: ImageDataset
     if kind == "torchvision":
         dataset, cut = _open_torchvision(rest, folder, form, channels, download)
+    elif kind == "hf":
+        dataset, cut = _open_hub(rest, form, channels, download)
     elif kind in _PATH_KINDS:
         path, split, cut = locate(kind, rest, _SUFFIXES.get(kind))
         dataset = _open_path(kind, path, split, form, channels)
@@ -172,6 +177,11 @@ def splits_of(
         name, place, split, cut = _torchvision_parts(rest)
         root = place or os.fspath(data_dir if data_dir is not None else default_data_dir())
         return f"{kind}:{name}:{root}", split, cut or "", [known for known in _torchvision_splits(name) if known]
+    if kind == "hf":
+        name, config, split, cut = _hub_parts(rest)
+        # Which there are is asked for when it is opened.
+        splits = () if os.path.exists(os.path.join(name, "state.json")) else _SPLITS
+        return ":".join(filter(None, (kind, name, config))), split, cut or "", splits
     if kind in _PATH_KINDS:
         path, split, cut = locate(kind, rest, _SUFFIXES.get(kind))
         return f"{kind}:{path}", split, cut or "", _splits_at(kind, path)
@@ -252,6 +262,26 @@ def _torchvision_parts(rest: str) -> tuple[str, str, str | None, str | None]:
 
 def _torchvision_splits(name: str) -> Sequence[str]:
     return next((splits for known, splits in SETS.items() if known.lower() == name.lower()), ())
+
+
+def _open_hub(rest: str, size: Sides | None, channels: int | None, download: bool) -> tuple[ImageDataset, str | None]:
+    name, config, split, cut = _hub_parts(rest)
+    return HubDataset(name, config=config, split=split, size=size, channels=channels, download=download), cut
+
+
+def _hub_parts(rest: str) -> tuple[str, str | None, str | None, str | None]:
+    """Name or folder, subset, split and slice of a data set of the hub."""
+    body, cut = split_slice(rest)
+    place = os.path.expanduser(body)
+    if os.path.exists(place):
+        return place, None, None, cut
+    head, _, tail = place.rpartition(":")
+    if head and os.path.exists(head):
+        return head, None, tail, cut
+    name, *further = body.split(":")
+    if not name or not all(further) or len(further) > 2:
+        raise DataError(f"hf:{rest} is no data set of the hub: write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
+    return name, further[0] if len(further) == 2 else None, further[-1] if further else None, cut
 
 
 def _open_hdf5(path: str, split: str | None) -> ImageDataset:
