@@ -104,7 +104,7 @@ def _ascend(
             else:
                 margins = (_of(answers, aim) - _of(answers, y))[..., 0]
             size = margins.detach().abs().mean(0).clamp_min(_TINY)
-            (gradient,) = torch.autograd.grad(torch.sigmoid(margins / size).mean(0).sum(), leaf)
+            gradient = losses.gradient_to(leaf, torch.sigmoid(margins / size).mean(0).sum())
         if len(answers) == 1:
             # Where what is climbed is no true answer, that is asked for besides.
             true = _answers(model, moved) if getattr(model, "softened", False) else answers.detach()

@@ -10,7 +10,7 @@ from torch import Tensor
 from nndefense.attacks import losses, norms
 from nndefense.attacks.checks import at_least, checked_inputs
 from nndefense.attacks.door import any_type
-from nndefense.attacks.losses import Model, checked_logits, fooled_by, likeliest_others, loss_and_gradient
+from nndefense.attacks.losses import Model, checked_logits, fooled_by, gradient_to, likeliest_others, loss_and_gradient
 from nndefense.errors import InputError
 from nndefense.memory import reusing_memory
 
@@ -208,12 +208,10 @@ def _nearest_boundary(model: Model, x: Tensor, y: Tensor, rivals: Tensor) -> Ten
     with torch.enable_grad():
         logits = model(x)
         gaps = logits.gather(1, rivals) - logits.gather(1, y[:, None])
-    if not gaps.requires_grad:
-        raise InputError("the model's output carries no gradient to the images: attack a differentiable relaxation")
     columns = gaps.unbind(1)
     for column, gap in enumerate(columns):
         more = column + 1 < len(columns)
-        (w,) = torch.autograd.grad(gap.sum(), x, retain_graph=more)
+        w = gradient_to(x, gap.sum(), keep=more)
         size = norms.length(w).clamp_min(_TINY)
         reach = gap.detach().abs() / size
         nearer = reach < shortest

@@ -143,14 +143,32 @@ def loss_and_gradient(model: Model, x: Tensor, y: Tensor, loss: Loss) -> tuple[T
             raise InputError(f"the loss has shape {tuple(losses.shape)}, but must be one value per image ({len(x)})")
         # A one for each image: the gradient of the sum, not the mean, so that none depends on the size of the batch.
         ones = torch.ones_like(losses)
-        found = torch.autograd.grad(losses, x, ones, allow_unused=True) if losses.requires_grad else (None,)
-    gradient = found[0]
-    if gradient is None:
-        raise InputError(
-            "the model's output carries no gradient to the images (a retrieval is not differentiable): "
-            "attack the classifier itself, or a differentiable relaxation of the defence"
-        )
+        gradient = gradient_to(x, losses, ones)
     return losses.detach(), logits.detach(), gradient
+
+
+def gradient_to(x: Tensor, value: Tensor, weights: Tensor | None = None, *, keep: bool = False) -> Tensor:
+    """The gradient of ``value`` to the images ``x``, in their shape.
+
+    Args:
+        x: the images, a leaf that requires its gradient.
+        value: made from them: one number, or several with a weight each.
+        weights: of the numbers.
+        keep: the graph, for another call.
+
+    Raises:
+        InputError: there is none.
+    """
+    found: Tensor | None = None
+    if value.requires_grad:
+        found = torch.autograd.grad(value, x, weights, retain_graph=keep, allow_unused=True)[0]
+    if found is None:
+        raise InputError(
+            "the model's output carries no gradient to the images (a retrieval is not differentiable, nor is a "
+            "quantised net): attack the classifier itself, before it was quantised, or a differentiable relaxation of "
+            "the defence"
+        )
+    return found
 
 
 def checking(loss: Loss) -> Loss:

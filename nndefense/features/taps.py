@@ -153,7 +153,8 @@ def spatial_layers(net: nn.Module, images: Tensor) -> list[str]:
 
 
 def _weight(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    quantised = sum(hasattr(part, "_packed_params") for part in module.modules())
+    return quantised + sum(parameter.numel() for parameter in module.parameters())
 
 
 def _outermost(net: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -239,4 +240,4 @@ def _trace(net: nn.Module, layer: str, example: Tensor) -> nn.Module | None:
 def _tensor(output: Any, layer: str) -> Tensor:
     if not isinstance(output, Tensor):
         raise InputError(f"the layer {layer!r} gives {type(output).__name__}, not one tensor: choose another layer")
-    return output
+    return output.dequantize() if output.is_quantized else output

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import math
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from nndefense.errors import InputError, ModelError, plain
 from nndefense.files import text_lines
 from nndefense.images import channel_message, shape_text
 from nndefense.models.class_names import match_classes
+from nndefense.models.state import constants_in, update_with_state
 from nndefense.unwrapping import unwrapped
 
 # A sequence of names, or the path of a file that lists them.
@@ -128,7 +128,8 @@ class Classifier(nn.Module):
         nor does a user's own code, beyond the name of the net's class.
         """
         digest = hashlib.sha256(f"nndefense-classifier 1\n{self.arch}\n{type(self.net).__qualname__}\n".encode())
-        update_with_tensors(digest, self.state_dict())
+        update_with_state(digest, self.state_dict())
+        update_with_state(digest, constants_in(self.net))
         return digest.hexdigest()
 
     def layers(self) -> tuple[str, ...]:
@@ -171,17 +172,6 @@ def check_input_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     if len(sides) != 3 or not all(isinstance(side, int) and side >= 1 for side in sides):
         raise InputError(f"the input shape must be channels, height and width, such as 3, 32, 32, not {sides}")
     return sides[0], sides[1], sides[2]
-
-
-def update_with_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
-    """Feed tensors to a hash in order of their names: name, type, shape and little-endian bytes."""
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        data = tensor.reshape(-1).view(torch.uint8)
-        if sys.byteorder == "big":
-            data = data.view(-1, tensor.element_size()).flip(1).reshape(-1)
-        digest.update(data.numpy().data)
 
 
 def _per_channel(name: str, values: Sequence[float] | None, default: float, channels: int) -> Tensor:

@@ -16,7 +16,7 @@ from nndefense.evaluation import Subject
 from nndefense.evaluation.judging import is_random
 from nndefense.evaluation.subjects import known_of
 from nndefense.images import shape_text
-from nndefense.models.classifier import update_with_tensors
+from nndefense.models.state import update_with_state
 from nndefense.own_code import taken, told
 from nndefense.pipeline import defenses
 from nndefense.pipeline.materials import Materials
@@ -72,8 +72,7 @@ def make_defense(defense: defenses.Defense, materials: Materials, options: Mappi
 def _identity(model: nn.Module, materials: Materials, asked: bool) -> dict[str, Any]:
     """What a defence answers by beside its code: weights, database, draws, and the images that it asked for."""
     weights = hashlib.sha256()
-    # Modules may keep more than tensors in their state.
-    update_with_tensors(weights, {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)})
+    update_with_state(weights, model.state_dict())
     found: dict[str, Any] = {"weights": weights.hexdigest(), "draws": materials.scope.draws}
     if database := getattr(getattr(model, "database", None), "fingerprint", None):
         found["database"] = str(database)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from nndefense.errors import InputError
+from nndefense.models.state import tensors_in
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Team:
     def agree(self, net: nn.Module) -> None:
         """Give every process the weights of the leading one, in case they were drawn at random."""
         if self.size > 1:
-            for tensor in net.state_dict().values():
+            for tensor in tensors_in(net).values():
                 torch.distributed.broadcast(tensor, src=0)
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from nndefense.errors import InputError, ModelError
 from nndefense.files import PART
 from nndefense.models.checkpoint import DESCRIPTION_FILE, WEIGHTS_FILE
 from nndefense.models.files import read_json, read_tensors, write_bytes, write_json, write_tensors
+from nndefense.models.state import tensors_in
 
 # One epoch as a line of history.jsonl.
 HistoryRow = dict[str, Any]
@@ -125,7 +126,7 @@ class Standing:
         """Keep the net's weights if the score is above the best one; return whether it is."""
         if self.best is not None and score <= self.best.score:
             return False
-        weights = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+        weights = {name: tensor.detach().clone() for name, tensor in tensors_in(net).items()}
         self.best = Best(score, self.epoch, self.step, weights)
         return True
 

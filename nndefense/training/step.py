@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nndefense.errors import InputError
 from nndefense.models import Classifier
+from nndefense.models.state import tensors_in
 from nndefense.training.batch import BatchAttack, Objective, Outcome
 from nndefense.training.batches import StepShare
 from nndefense.training.launcher import Team
@@ -112,13 +113,13 @@ class WeightAverage:
     def __init__(self, net: nn.Module, decay: float) -> None:
         self.decay = decay
         self.net = net
-        self.tensors = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+        self.tensors = {name: tensor.detach().clone() for name, tensor in tensors_in(net).items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Follow the net's weights after its step number ``step`` (from 1)."""
         decay = min(self.decay, (1 + step) / (_YOUNG + step))
-        current = self.net.state_dict()
+        current = tensors_in(self.net)
         floats = [name for name, tensor in self.tensors.items() if tensor.is_floating_point()]
         torch._foreach_lerp_([self.tensors[name] for name in floats], [current[name] for name in floats], 1 - decay)
         for name in self.tensors.keys() - floats:
@@ -134,7 +135,7 @@ class WeightAverage:
     def in_place(self) -> Iterator[None]:
         """Lend the net the averaged weights; afterwards it has its own again."""
         with torch.no_grad():
-            own = {name: tensor.detach().clone() for name, tensor in self.net.state_dict().items()}
+            own = {name: tensor.detach().clone() for name, tensor in tensors_in(self.net).items()}
             copy_weights(self.net, self.tensors)
         try:
             yield
@@ -145,7 +146,7 @@ class WeightAverage:
 @torch.no_grad()
 def copy_weights(net: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Overwrite the values of a net's weights and buffers, where they are."""
-    for name, tensor in net.state_dict().items():
+    for name, tensor in tensors_in(net).items():
         tensor.copy_(tensors[name])
 
 
@@ -209,14 +210,15 @@ class Stepper:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint, by name."""
-        found = {f"{_MODEL}{name}": tensor for name, tensor in self.classifier.state_dict().items()}
+        found = {f"{_MODEL}{name}": tensor for name, tensor in tensors_in(self.classifier).items()}
         if self.average is not None:
             found |= {f"{_AVERAGE}{name}": tensor for name, tensor in self.average.tensors.items()}
         return found | flat_state(self.solver)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from the tensors that :meth:`tensors` returned."""
-        self.classifier.load_state_dict(part_of(tensors, _MODEL))
+        # What is no tensor is not in a checkpoint.
+        self.classifier.load_state_dict(self.classifier.state_dict() | part_of(tensors, _MODEL))
         if self.average is not None:
             self.average.load(part_of(tensors, _AVERAGE))
         restore_flat_state(self.solver, tensors)

@@ -13,6 +13,7 @@ from torch import Tensor
 from nndefense.attacks import norms
 from nndefense.attacks.checks import at_least, check_labels
 from nndefense.attacks.door import wide_types
+from nndefense.attacks.losses import gradient_to
 from nndefense.attacks.retrieval.surface import Knowledge, RetrievalSurface
 from nndefense.errors import InputError
 from nndefense.images import check_images
@@ -171,7 +172,7 @@ def ascend(
             if renewed:
                 objective.renew(part, features.detach())
             found = objective.value(images, features, step / steps)
-            (gradient,) = torch.autograd.grad(found.value.sum(), images)
+            gradient = gradient_to(images, found.value.sum())
         surface.counts.backwards += len(images)
         gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         keep(found)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nndefense.attacks import norms
 from nndefense.attacks.door import wide_types
+from nndefense.attacks.losses import gradient_to
 from nndefense.attacks.retrieval import ascent, objectives
 from nndefense.attacks.retrieval.relaxation import Neighborhood, hard_log_probabilities
 from nndefense.attacks.retrieval.surface import RetrievalSurface, Rows
@@ -170,7 +171,7 @@ def _descend(
             distances = hood.distances(vectors)
             squared = (images - x).square().flatten(1).sum(1)
             hinge = objectives.hinge_sum(hood, distances, y, surface.k, active=active, half=half)
-            (gradient,) = torch.autograd.grad((squared + c * hinge).sum(), images)
+            gradient = gradient_to(images, (squared + c * hinge).sum())
         surface.counts.backwards += len(images)
         fooled = hard_log_probabilities(hood, distances.detach(), surface.k).argmax(1) != y
         lengths = squared.detach().sqrt()
