@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import random
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -197,26 +199,97 @@ def load_python(
 
 
 def _probe(net: nn.Module, shape: tuple[int, int, int], source: str, device: torch.device) -> int:
-    """Run two flat images through the net and return the number of logits K."""
-    images = torch.zeros((2, *shape), device=device)
-    images[1] = 0.5
-    try:
-        with torch.no_grad():
+    """Run a few images through the net, together, one by one and again, and return the number of logits K."""
+    images = torch.rand((4, *shape), generator=torch.Generator().manual_seed(0)).to(device)
+    images[:3] = torch.tensor([0, 0.5, 1], device=device).view(3, 1, 1, 1)
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        before = _chance(device)
+        try:
             logits = net(images)
+        except Exception as error:
+            raise ModelError(_why_none(net, images, source, error)) from error
+        if not isinstance(logits, Tensor):
+            raise ModelError(f"{source} returns {type(logits).__name__} for a batch: it must return logits N x K")
+        if logits.dim() != 2 or len(logits) != len(images) or logits.shape[1] < 2 or not logits.is_floating_point():
+            raise ModelError(
+                f"{source} returns {shape_text(logits.shape)} for {len(images)} images {shape_text(shape)}: "
+                "it must return logits N x K of at least 2 classes"
+            )
+        if not bool(logits.isfinite().all()):
+            raise ModelError(
+                f"{source} returns logits that are not finite for flat or random images: check its weights"
+            )
+        if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
+            raise ModelError(f"{source} returns probabilities: it must return logits, so leave the softmax out")
+        alone = _one_by_one(net, images, logits, source)
+        # What has drawn from a generator may still have drawn the same twice.
+        for _ in range(1 if _chance(device) == before else 8):
+            again = net(images), _one_by_one(net, images, logits, source)
+            if max(_apart(net, logits, again[0]), _apart(net, alone, again[1])) > 0.01:
+                raise ModelError(
+                    f"{source} is random: the same images give other logits when it is asked again. Turn off "
+                    "what draws in evaluation mode, such as dropout without training=self.training"
+                )
+        if _apart(net, logits, alone) > 1:
+            raise ModelError(
+                f"the logits of {source} for an image depend on the other images of its batch, so that it is no "
+                "function of the image: use running statistics in the place of the batch's (track_running_stats)"
+            )
+    return logits.shape[1]
+
+
+def _one_by_one(net: nn.Module, images: Tensor, logits: Tensor, source: str) -> Tensor:
+    try:
+        found = [net(image[None]) for image in images]
     except Exception as error:
         raise ModelError(
-            f"{source} does not take images {shape_text(shape)} ({type(error).__name__}: {one_line(error)}): "
-            "give the input shape that it was made for"
+            f"{source} takes {len(images)} images at a time, but not one ({type(error).__name__}: {one_line(error)}): "
+            "it must take batches of any size"
         ) from error
-    if not isinstance(logits, Tensor):
-        raise ModelError(f"{source} returns {type(logits).__name__} for a batch: it must return logits N x K")
-    if logits.dim() != 2 or logits.shape[0] != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
+    if any(one.shape != logits[:1].shape for one in found):
         raise ModelError(
-            f"{source} returns {shape_text(logits.shape)} for 2 images {shape_text(shape)}: "
-            "it must return logits N x K of at least 2 classes"
+            f"{source} returns {shape_text(found[0].shape)} for one image: it must return logits N x K for batches of "
+            "any size, so give squeeze() the axes that it is to remove"
         )
-    if not bool(logits.isfinite().all()):
-        raise ModelError(f"{source} returns logits that are not finite for a black and a grey image: check its weights")
-    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
-        raise ModelError(f"{source} returns probabilities: it must return logits, so leave the softmax out")
-    return logits.shape[1]
+    return torch.cat(found)
+
+
+def _apart(net: nn.Module, one: Tensor, other: Tensor) -> float:
+    """The largest difference of two answers, as a multiple of what rounding may make."""
+    kinds = {value.dtype for value in (one, *net.parameters()) if value.is_floating_point()}
+    share = max(1e-3 if one.device.type == "cpu" else 2e-2, *(16 * torch.finfo(kind).eps for kind in kinds))
+    if any("quantized.dynamic" in type(module).__module__ for module in net.modules()):
+        # Its scales are those of the batch.
+        share = max(share, 0.1)
+    spread = (one - one.mean()).abs().amax().float() * share + one.abs().amax().float() * 1e-5 + 1e-12
+    return float((one - other).abs().amax().float() / spread)
+
+
+def _chance(device: torch.device) -> tuple[object, ...]:
+    """Where the generators stand from which a net may draw."""
+    own = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    numbers = np.random.get_state(legacy=False)  # noqa: NPY002
+    return own.numpy().tobytes(), random.getstate(), repr(numbers)
+
+
+def _why_none(net: nn.Module, images: Tensor, source: str, error: Exception) -> str:
+    """Why a net does not take these images, and what to do, in one line."""
+    text = f"{type(error).__name__}: {one_line(error)}"
+    kinds = {value.dtype for value in (*net.parameters(), *net.buffers()) if value.is_floating_point()}
+    kinds -= {images.dtype}
+    if kinds and re.search(r"dtype|type \(|scalar type|same type|Half|BFloat16|Double", text):
+        names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        return f"{source} has weights in {names}, but images are float32 ({text}): return net.float()"
+    if images.device.type != "cpu" and "quantized" in text:
+        return f"{source} is quantised and does not run on {images.device} ({text}): choose the device cpu"
+    for count in (1, 2, 8):
+        try:
+            net(images[:1].repeat(count, 1, 1, 1))
+        except Exception:
+            continue
+        return (
+            f"{source} takes {count} image{'s' if count > 1 else ''} at a time and no other number ({text}): trace or "
+            "export it for batches of any size, or return the net that it was made from"
+        )
+    shape = shape_text(images.shape[1:])
+    return f"{source} does not take images {shape} ({text}): give the input shape that it was made for"
