@@ -1,15 +1,18 @@
-"""Evaluation mode: what is used and never trained holds its nets in it, whatever mode they have been put in."""
+"""Modes: what is used and never trained is held in evaluation mode, and what needs gradients leaves inference mode."""
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 _Module = TypeVar("_Module", bound="EvaluationOnly")
+_Call = TypeVar("_Call", bound=Callable[..., Any])
 _lock = threading.Lock()
 # Modules that were in training mode -> how many passes hold them in evaluation mode now.
 _held: dict[nn.Module, int] = {}
@@ -52,3 +55,20 @@ def evaluating(*nets: nn.Module) -> Iterator[None]:
                 if not _held[module]:
                     del _held[module]
                     module.training = True
+
+
+def outside_inference_mode(function: _Call) -> _Call:
+    """The function, run outside :func:`torch.inference_mode` wherever it is called, on copies of tensors that were made
+    in it: autograd takes neither.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **named: Any) -> Any:
+        with torch.inference_mode(False):
+            return function(*map(_normal, args), **{name: _normal(value) for name, value in named.items()})
+
+    return call  # type: ignore[return-value]
+
+
+def _normal(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value

@@ -14,13 +14,15 @@ from helpers import DIGITS, digits, images
 from torch import Tensor, nn
 
 from index_build import build_database
+from nndefense import attacks
 from nndefense.attacks.retrieval import Knowledge
 from nndefense.database import ImageDatabase
 from nndefense.defenses import NearestNeighborDefense, RelaxedDefense
 from nndefense.defenses.transforms import bit_depth_reduction, crop_ensemble
+from nndefense.errors import InputError
 from nndefense.features import FeatureExtractor, FeatureSpec
 from nndefense.guard import Guard
-from nndefense.models import Classifier
+from nndefense.models import Classifier, build_classifier
 from nndefense.modes import EvaluationOnly, evaluating
 
 
@@ -205,3 +207,44 @@ def test_passes_of_several_threads_may_overlap():
     with pytest.raises(ZeroDivisionError), evaluating(net):
         1 / 0  # noqa: B018
     assert [module.training for module in net.modules()] == modes
+
+
+def test_attacks_under_inference_mode_are_those_outside_it(database):
+    net = copy.deepcopy(classifier(False))
+    surface = NearestNeighborDefense(net, database, k=5).surface(Knowledge.WHITE)
+    x, y = images("test", 4)
+    calls = {
+        "fgsm": lambda x, y: attacks.fgsm(net, x, y, eps=0.1),
+        "pgd": lambda x, y: attacks.pgd(net, x, y, eps=torch.full((4,), 0.1), steps=2, random_start=False),
+        "apgd": lambda x, y: attacks.apgd(net, x, y, eps=0.1, steps=3),
+        "fab": lambda x, y: attacks.fab(net, x, y, eps=0.1, steps=2),
+        "deepfool": lambda x, y: attacks.deepfool(net, x, y, steps=2),
+        "carlini-wagner": lambda x, y: attacks.carlini_wagner(net, x, y, steps=2),
+        "soft": lambda x, y: attacks.retrieval.soft_top_k(surface, x, y, eps=0.1, norm="l2", steps=2),
+    }
+    for name, call in calls.items():
+        torch.manual_seed(0)
+        expected = call(x, y)
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            found = call(x.clone(), y.clone())  # Their tensors are made there, too.
+        expected, found = (getattr(made, "images", made) for made in (expected, found))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6, msg=name)
+        assert not found.is_inference()
+
+
+def test_what_is_loaded_under_inference_mode_can_be_attacked(database):
+    x, y = images("test", 4)
+    with torch.inference_mode():
+        net = build_classifier("small-cnn", input_shape=(1, 8, 8), classes=DIGITS)
+        defense = NearestNeighborDefense(classifier(False), ImageDatabase.open(database.path), k=5)
+        surface = defense.surface(Knowledge.WHITE)
+        answers = defense(x)
+    assert torch.equal(NearestNeighborDefense(classifier(False), database, k=5)(x), answers)
+    attacks.pgd(net, x, y, eps=0.1, steps=1)
+    attacks.retrieval.soft_top_k(surface, x, y, eps=0.1, norm="l2", steps=1)
+    with torch.inference_mode():
+        own = copy.deepcopy(net)
+        own.mean = own.mean + 0
+    with pytest.raises(InputError, match=r"torch\.inference_mode\(\).*outside it"):
+        attacks.pgd(own, x, y, eps=0.1, steps=1)

@@ -16,13 +16,18 @@ _SUM_TOLERANCE = 1e-4
 
 
 def check_model(model: Callable[[Tensor], Tensor]) -> None:
-    """Raise :class:`InputError` if a module, or any part of it, is in training mode.
+    """Raise :class:`InputError` if a module, or any part of it, is in training mode, or has weights without gradients.
 
     In training mode batch normalisation makes each image's attack depend on its batch and moves the model's running
     statistics, and dropout attacks another net at every step. A callable that is no module is taken as it is.
     """
     if not isinstance(model, nn.Module):
         return
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise InputError(
+            "the model's weights were made under torch.inference_mode(), where nothing has a gradient: make or load "
+            "the model outside it"
+        )
     for name, module in model.named_modules():
         if module.training:
             part = f"its part {name!r}" if name else "it"

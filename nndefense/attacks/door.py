@@ -15,6 +15,7 @@ from nndefense.attacks import norms
 from nndefense.attacks.losses import Loss, Model
 from nndefense.attacks.wrappers import Bpda, adopt_mode
 from nndefense.errors import InputError, plain
+from nndefense.modes import outside_inference_mode
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # How often an image is shrunk towards the clean one until its rounding lies inside an l2 ball, each time by more.
@@ -28,7 +29,8 @@ def any_type(attack: Call) -> Call:
 
     Numbers of NumPy and tensors of one number become Python's; labels and targets of any integer type become int64.
     Images are attacked in float32, or in float64 where the model takes that, and the model sees them in its own type,
-    rounded as the result will be. The result is of the images' type, and inside the ball as it is measured exactly.
+    rounded as the result will be. Gradients are taken wherever the call stands, also under torch.inference_mode. The
+    result is of the images' type, and inside the ball as it is measured exactly.
     """
     return _door(attack, {16, 32, 64})
 
@@ -57,6 +59,7 @@ def _door(attack: Call, widths: set[int]) -> Call:
     bounded = eps is not None and eps.default is inspect.Parameter.empty
 
     @functools.wraps(attack)
+    @outside_inference_mode
     def call(*args: Any, **settings: Any) -> Any:
         given = dict(form.bind(*args, **settings).arguments)
         given |= given.pop(rest, {})

@@ -24,6 +24,7 @@ from nndefense.database.writer import PCA_FILE, VIRTUAL, DatabaseWriter, ShardWr
 from nndefense.errors import DatabaseError, InputError, check_choice
 from nndefense.features import PCA, FeatureExtractor, FeatureSpec
 from nndefense.models import Classifier
+from nndefense.modes import outside_inference_mode
 from nndefense.unwrapping import unwrapped
 
 Array = NDArray[Any]
@@ -81,6 +82,7 @@ class ImageDatabase:
         )
 
     @classmethod
+    @outside_inference_mode
     def open(
         cls,
         path: str | Path,
@@ -232,6 +234,7 @@ class ImageDatabase:
         """Raise :class:`DatabaseError` unless the database was made with this classifier."""
         _check_classifier(self.path, self.manifest, classifier)
 
+    @outside_inference_mode
     def extractor(self, classifier: Classifier) -> FeatureExtractor:
         """The module that turns images into vectors that can be searched for here.
 

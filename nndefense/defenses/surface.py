@@ -18,7 +18,7 @@ from nndefense.errors import InputError
 from nndefense.features import FeatureExtractor
 from nndefense.images import check_images
 from nndefense.models import Classifier
-from nndefense.modes import EvaluationOnly, evaluating
+from nndefense.modes import EvaluationOnly, evaluating, outside_inference_mode
 
 _PIECE = 256
 
@@ -38,6 +38,7 @@ class NeighborSearch(Protocol):
         """Images N x C x H x W in [0, 1] -> log-probabilities N x classes."""
 
 
+@outside_inference_mode
 def retrieval_surface(
     defense: NeighborSearch,
     knowledge: Knowledge = Knowledge.WHITE,

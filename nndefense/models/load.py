@@ -19,10 +19,12 @@ from nndefense.models.checkpoint import load_folder
 from nndefense.models.classifier import Classes, Classifier, check_input_shape, given_classes
 from nndefense.models.named_sources import HF, TIMM, load_hf, load_timm
 from nndefense.models.torchvision_source import TORCHVISION, load_torchvision
+from nndefense.modes import outside_inference_mode
 from nndefense.own_code import PYTHON, own_function
 from nndefense.unwrapping import unwrapped
 
 
+@outside_inference_mode
 def load_classifier(
     source: str | Path,
     *,
@@ -82,6 +84,7 @@ def load_classifier(
     return classifier.to(target).eval()
 
 
+@outside_inference_mode
 def build_classifier(
     arch: str,
     *,

@@ -15,6 +15,7 @@ from nndefense.files import make_folder
 from nndefense.memory import reused_memory
 from nndefense.models import Classifier, load_classifier, resolve_device, save_classifier
 from nndefense.models.checkpoint import check_savable
+from nndefense.modes import outside_inference_mode
 from nndefense.training.batch import BatchAttack, Objective
 from nndefense.training.batches import EpochBatches
 from nndefense.training.display import Curves, tensorboard_module
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@outside_inference_mode
 def train_classifier(
     classifier: Classifier,
     dataset: ImageDataset,
