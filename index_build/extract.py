@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 from index_build import pieces
 from index_build.job import BuildJob, BuildTarget
-from index_build.mapper import ShardTools
+from index_build.mapper import Mapped, ShardTools
 from index_build.reader import ReadBatch, read
 from nndefense.database.manifest import FileEntry
 from nndefense.database.repeats import repeated_ids
 from nndefense.database.rows import DIGEST, StoredRows, write_shard, write_virtual
 from nndefense.database.writer import REJECTED, VIRTUAL, check_rows, columns, store, writing
+from nndefense.datasets.rejected import NOT_FINITE
 from nndefense.errors import DatabaseError, DataError, InputError
 from nndefense.features import reduced
 from nndefense.files import escaped_json, not_read, read_json, write_json
@@ -93,6 +94,7 @@ def make_shard(job: BuildJob, number: int, tools: ShardTools, ready: Callable[[]
     )
     kept = ((batch, batch.images) for batch in (_admitted(batch, tools, rejected) for batch in batches))
     for batch, mapped in tools.mapper.over((b, images) for b, images in kept if len(images)):
+        batch, mapped = _finite(batch, mapped, rejected)
         labels, digests = tools.labels(batch.labels).numpy(), batch.digests
         rows += len(batch.ids)
         for place, sheaf in sheaves.items():
@@ -166,15 +168,18 @@ def _admitted(batch: ReadBatch, tools: ShardTools, rejected: list[Rejection]) ->
         other, distance = names[int(found.rows[place])], float(found.distances[place])
         reason = f"equal to {other}" if distance == 0 else f"near {other} (L2 distance {distance:.4g})"
         rejected.append({"id": batch.ids[place], "kind": EXCLUDED, "reason": reason})
-    keep = (found.rows < 0).numpy()
-    return ReadBatch(
-        batch.positions[keep],
-        batch.images[torch.from_numpy(keep)],
-        batch.labels[torch.from_numpy(keep)],
-        [name for name, kept in zip(batch.ids, keep, strict=True) if kept],
-        batch.digests[keep],
-        batch.rejected,
-    )
+    return batch.take(found.rows < 0)
+
+
+def _finite(batch: ReadBatch, mapped: Mapped, rejected: list[Rejection]) -> tuple[ReadBatch, Mapped]:
+    """Note and leave out the images for which the net gives NaN or infinite values, whichever target they are of."""
+    fine = mapped.finite()
+    if bool(fine.all()):
+        return batch, mapped
+    reason = "the classifier gives NaN or infinite values for it"
+    named = (batch.ids[place] for place in torch.nonzero(~fine).flatten().tolist())
+    rejected.extend({"id": name, "kind": NOT_FINITE, "reason": reason} for name in named)
+    return batch.take(fine), Mapped(mapped.posteriors[fine], tuple(vectors[fine] for vectors in mapped.vectors))
 
 
 def extract(
@@ -267,6 +272,8 @@ def _close(job: BuildJob, target: BuildTarget) -> Extracted:
     rows = sum(entry.rows for entry in files.values())
     if not rows:
         first = next(_rejections(paths))
+        if set(counts) == {NOT_FINITE}:
+            raise InputError(f"the classifier gives NaN or infinite values for every image of {job.data['name']}")
         raise DataError(
             f"none of the {job.images:,} images of {job.data['name']} can be used: {first['id']}: {first['reason']}"
         )

@@ -21,7 +21,7 @@ from index_build.reader import read
 from nndefense.database.index_training import check_factory, choose_index, sample_rows, train_index, training_rows
 from nndefense.database.rows import sample_of
 from nndefense.datasets import ImageDataset
-from nndefense.errors import DataError
+from nndefense.errors import DataError, InputError
 from nndefense.features import PCA, FeatureSpec, fit_pca
 
 TRAINED = "index-trained.faiss"
@@ -94,13 +94,17 @@ def fit_pcas(
                     f"--max-rejected allows; one of them is {first.id}: {first.reason}"
                 )
             if len(batch.ids):
-                for sample, wanted, vectors in zip(samples, needed, mapper(batch.images).vectors, strict=True):
+                mapped = mapper(batch.images)
+                fine = mapped.finite()
+                for sample, wanted, vectors in zip(samples, needed, mapped.vectors, strict=True):
                     if wanted:
-                        sample.append(vectors.cpu())
+                        sample.append(vectors[fine].cpu())
             if shown is not None:
                 shown.update(len(batch.ids) + len(batch.rejected))
     pcas: list[PCA | None] = []
     for feature, sample in zip(mapper.features, samples, strict=True):
+        if sample and not sum(map(len, sample)):
+            raise InputError(f"the classifier gives NaN or infinite values for every image of {dataset.name}")
         pcas.append(fit_pca(torch.cat(sample), feature) if sample else None)
         sample.clear()
     return pcas

@@ -48,6 +48,14 @@ class ReadBatch:
     digests: NDArray[np.uint8]
     rejected: tuple[Rejected, ...]
 
+    def take(self, kept: Tensor) -> ReadBatch:
+        """Those of the images that n truth values say."""
+        chosen = kept.numpy()
+        ids = [name for name, keep in zip(self.ids, chosen, strict=True) if keep]
+        return ReadBatch(
+            self.positions[chosen], self.images[kept], self.labels[kept], ids, self.digests[chosen], self.rejected
+        )
+
 
 def read(
     dataset: ImageDataset,

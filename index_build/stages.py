@@ -145,6 +145,7 @@ def vectors_of(
     """
     if not len(images):
         raise InputError(f"{images.name} has no images to look for: name another set")
+    images = images.usable
     extractor, device = database.extractor(classifier), classifier.device
     with torch.no_grad():
         made = [extractor(batch.to(device)).cpu().numpy() for batch, _, _ in images.batches(batch_size)]

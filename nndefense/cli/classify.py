@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nndefense.cli.declare import Only
 from nndefense.cli.options import BatchOption, Common, DatabaseOptions, KOption, WeightingOption
 from nndefense.cli.streams import one_line
-from nndefense.errors import InputError
+from nndefense.errors import InputError, NNDefenseError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def classify(
@@ -27,19 +32,37 @@ def classify(
     batch_size: BatchOption = 64,
     common: Annotated[Common, Only("device", "json", "debug")],
 ) -> None:
-    """Classify image files from their nearest neighbours, beside what the bare classifier says."""
-    from nndefense.datasets import image_channels
+    """Classify image files from their nearest neighbours, beside what the bare classifier says.
+
+    A file that cannot be classified is named and the others are answered; the exit code is then that of its error.
+    """
+    from nndefense.datasets import SourceError, image_channels, load_image
     from nndefense.guard import Guard
 
     guard = Guard.open(**data.guard(common), k=k, weighting=weighting, reject_rate=reject_rate)
-    channels = guard.input_shape[0]
-    for path in images:
-        if not convert and image_channels(path) != channels:
-            kind, wanted = ("in colour", "grey") if channels == 1 else ("grey", "colour")
-            raise InputError(f"{path} is {kind}, but the classifier takes {wanted} images: give --convert")
-    found, lines = [], []
-    said_of = guard.stream(list(images), top=top, neighbors=top, batch_size=batch_size)
-    for path, said in zip(images, said_of, strict=True):
+    channels, *size = guard.input_shape
+    bad: dict[int, NNDefenseError] = {}
+
+    def readable() -> Iterator[Tensor]:
+        """The images that can be classified, and note of the others."""
+        for place, path in enumerate(images):
+            try:
+                if not convert and image_channels(path) != channels:
+                    kind, wanted = ("in colour", "grey") if channels == 1 else ("grey", "colour")
+                    raise InputError(f"{path} is {kind}, but the classifier takes {wanted} images: give --convert")
+                yield load_image(path, channels=channels, size=(size[0], size[1]))
+            except SourceError:  # noqa: PERF203
+                raise
+            except NNDefenseError as error:
+                bad[place] = error
+
+    said_of = list(guard.stream(readable(), top=top, neighbors=top, batch_size=batch_size))
+    answers, found, lines = iter(said_of), [], []
+    for place, path in enumerate(images):
+        if place in bad:
+            found.append({"file": str(path), "error": str(bad[place])})
+            continue
+        said = next(answers)
         found.append({"file": str(path), **said.to_json()})
         marks = ["they disagree"] if not said.agree else []
         marks += [] if said.percentile is None else [f"farther than {said.percentile:.1f} % of clean images"]
@@ -53,4 +76,9 @@ def classify(
             f"    {one_line(n.class_name):<12} weight {n.weight:.3f}  distance {n.distance:.3f}  {one_line(n.id)}"
             for n in said.neighbors
         ]
-    common.show({"k": guard.k, "weighting": guard.weighting, "images": found}, "\n".join(lines))
+    if said_of or common.json:
+        common.show({"k": guard.k, "weighting": guard.weighting, "images": found}, "\n".join(lines))
+    for error in bad.values():
+        print(f"nndefense: error: {one_line(error)}", file=sys.stderr)
+    if bad:
+        raise typer.Exit(next(iter(bad.values())).exit_code)

@@ -251,7 +251,7 @@ def compare(
         pipeline.check_surrogate(other, model)
     arch = str(recipe.scope.classifier.get("arch", ""))
     like = model or pipeline.training_shape(sources, arch, data_dir=data_dir, say=say, hint="")
-    images = pipeline.open_datasets(sources, data_dir=data_dir, like=like)
+    images = pipeline.open_datasets(sources, data_dir=data_dir, like=like).usable
     test = pipeline.open_datasets([reported], data_dir=data_dir, like=like)
     pipeline.check_disjoint(test, images)
     materials = pipeline.Materials(
@@ -266,5 +266,6 @@ def compare(
         say=say,
         progress=progress,
     )
-    results = run_comparison(recipe, materials, pipeline.drawn(test, recipe.scope.limit, recipe.seed), command)
+    reported_on = pipeline.drawn(test, recipe.scope.limit, recipe.seed).usable
+    results = run_comparison(recipe, materials, reported_on, command)
     return results, [out / "results.json", *write_comparison(results, out)]

@@ -64,6 +64,7 @@ class NearSearch:
             raise InputError(f"the distance to a test image must be 0 or more, not {self.eps}")
         if not len(references):
             raise InputError(f"{references.name} has no images to keep the pool apart from: name another set or none")
+        references = references.usable
         self.references, self.device = references, torch.device(device)
         dimensions = math.prod(references.shape)
         self._kept: list[tuple[int, Tensor, Tensor]] | None = None

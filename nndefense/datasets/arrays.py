@@ -77,6 +77,11 @@ class ArrayDataset(ImageDataset):
             except InputError as error:
                 raise DataError(str(error)) from error
 
+    @property
+    def usable(self) -> ImageDataset:
+        """Itself: its images were looked at when it was made."""
+        return self
+
     def _read(self, rows: RowNumbers) -> Tensor:
         return to_float(self._images[rows])
 

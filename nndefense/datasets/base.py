@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import operator
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 
 from nndefense.datasets.ids import Ids, PackedIds, PickedIds, RowNumbers
 from nndefense.datasets.pixels import Digests, pixel_digests
-from nndefense.datasets.rejected import OTHER_SIZE, BadImage, Reading, Rejected, SourceError
+from nndefense.datasets.rejected import OTHER_SIZE, BadImage, Reading, Rejected, SourceError, left_out
 from nndefense.errors import DataError, InputError
 from nndefense.images import shape_text
 
@@ -197,6 +198,29 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             good = np.delete(np.arange(len(rows)), sorted(wrong))
             rows, images = rows[good], images[torch.from_numpy(good)]
         return Reading(rows, images, torch.from_numpy(self.labels[rows]), self.ids.take(rows), rejected)
+
+    @functools.cached_property
+    def usable(self) -> ImageDataset:
+        """The images that can be read, for a job that needs all of them again and again: this set where none is bad.
+
+        All are read once, when it is first asked for; a warning names those that are left out.
+
+        Raises:
+            DataError: not one of them can be read.
+            SourceError: the source itself cannot be read.
+        """
+        bad: list[Rejected] = []
+        images = torch.empty((min(len(self), _TOGETHER), *self.shape))
+        for start in range(0, len(self), _TOGETHER):
+            rows = np.arange(start, min(start + _TOGETHER, len(self)), dtype=np.int64)
+            bad += self.rejected(rows, self.read_into(rows, images[: len(rows)]))
+        if not bad:
+            return self
+        text = left_out(bad, len(self), self.name)
+        warnings.warn(text, stacklevel=2)
+        kept = self.subset(np.delete(np.arange(len(self), dtype=np.int64), [item.row for item in bad]))
+        kept.__dict__["usable"] = kept
+        return kept
 
     def rejected(self, rows: RowNumbers, wrong: dict[int, BadImage]) -> tuple[Rejected, ...]:
         """Describe what :meth:`read_into` returned for ``rows``, in order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,7 +10,10 @@ from torch import Tensor
 from nndefense.datasets.ids import RowNumbers
 from nndefense.errors import DataError
 
+# Bad images that a warning names; it counts the others.
+_NAMED = 5
 OTHER_SIZE = "other size"
+NOT_FINITE = "not finite"
 BRING = "give a size that all images are brought to (--size)"
 
 REJECTED_KINDS = (
@@ -21,6 +25,7 @@ REJECTED_KINDS = (
     "missing",
     OTHER_SIZE,
     "out of range",
+    NOT_FINITE,
 )
 """What can be wrong with an image, for counting."""
 
@@ -76,3 +81,12 @@ class Reading:
     labels: Tensor
     ids: list[str]
     rejected: tuple[Rejected, ...]
+
+
+def left_out(bad: Sequence[Rejected], images: int, name: str) -> str:
+    """Say which of a data set's images are left out, for a warning; raises :class:`DataError` where all are."""
+    named = "; ".join(f"{item.id}: {item.reason}" for item in bad[:_NAMED])
+    if len(bad) == images:
+        raise DataError(f"none of the {images:,} images of {name} can be used: {named}")
+    more = f"; and {len(bad) - _NAMED:,} more" if len(bad) > _NAMED else ""
+    return f"{len(bad):,} of the {images:,} images of {name} cannot be used and are left out: {named}{more}"

@@ -163,6 +163,7 @@ def evaluate(
         DataError: an empty data set, or images without labels.
         InputError: two subjects of one name, or a threat model without attacks.
     """
+    dataset = dataset.usable
     _check(dataset, subjects, threats, attack)
     seed, batch_size, headline_eps = plain(seed), plain(batch_size), plain(headline_eps)
     cells: list[_Cell] = [_Cell(None, None, 0.0)]

@@ -57,6 +57,7 @@ def measure_racnn(
     Raises:
         InputError: a budget, norm or image that cannot be used.
     """
+    dataset = dataset.usable
     net, place = defense.classifier, defense.classifier.device
     labels = net.label_map(dataset.classes).to(place)
     clean: dict[str, list[Tensor]] = {"classifier": [], "ra-cnn": []}

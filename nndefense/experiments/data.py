@@ -85,7 +85,7 @@ def open_images(
         InputError: the recipe asks for more images than there are.
     """
     specs = recipe.train, measured_spec(recipe.test, data_dir=data_dir)
-    train, test = (open_dataset(spec, data_dir=data_dir, download=download) for spec in specs)
+    train, test = (open_dataset(spec, data_dir=data_dir, download=download).usable for spec in specs)
     if train.classes != test.classes or train.shape != test.shape:
         raise DataError(f"{train.name} and {test.name} differ in classes or shape: give two splits of one data set")
     check_disjoint(test, train)
@@ -102,7 +102,7 @@ def open_images(
         attacked = test.subset(stratified_rows(test.labels, recipe.images, _SPLIT_SEED))
     extra = None
     if unlabelled is not None:
-        extra = open_dataset(unlabelled, data_dir=data_dir, size=train.shape[1:], channels=train.shape[0])
+        extra = open_dataset(unlabelled, data_dir=data_dir, size=train.shape[1:], channels=train.shape[0]).usable
     pooled = any(method.unlabelled for method in recipe.methods)
     if pooled and extra is None and any(labels in (0, len(train)) for labels in recipe.labels):
         raise InputError("self-training needs unlabelled images: label fewer than all, or give a pool of others")

@@ -257,6 +257,7 @@ class Guard:
             DataError: no images, or images that stand in the database.
             InputError: images of another shape, or a rate that is too small for so few images.
         """
+        dataset = dataset.usable
         distances = clean_distances(
             dataset,
             batches(dataset, self.classifier.input_shape, batch_size),

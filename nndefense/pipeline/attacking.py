@@ -49,6 +49,7 @@ def write_attacked(
     """
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists: choose another file, or --overwrite")
+    dataset = dataset.usable
     n = len(dataset)
     if n == 0 or (dataset.labels < 0).any():
         raise DataError(f"{dataset.name} has no images, or some without a label: an attack needs the right answers")

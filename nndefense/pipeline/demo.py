@@ -109,7 +109,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = lambda text:
     check_disjoint(test, rows)
     check_disjoint(test, held)
     rows, guarded = _for_the_guard(s, rows, held)
-    test = drawn(test, s.limit, s.seed)
+    test = drawn(test, s.limit, s.seed).usable
     make_folder(s.out)
     for line in lowered:
         say(line)

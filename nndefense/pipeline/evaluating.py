@@ -129,7 +129,7 @@ def open_recipe(
     surrogate = load(recipe.surrogate) if recipe.surrogate else None
     dataset = open_datasets([recipe.dataset], data_dir=data_dir, like=classifier)
     check_surrogate(surrogate, classifier)
-    opened = Opened(drawn(dataset, recipe.limit, recipe.seed), classifier, surrogate=surrogate)
+    opened = Opened(drawn(dataset, recipe.limit, recipe.seed).usable, classifier, surrogate=surrogate)
     if folder is not None:
         stored = open_stored(folder, classifier, k=recipe.k, weighting=recipe.weighting)
         ours = NearestNeighborDefense(classifier, stored.database, stored.k, stored.weighting)

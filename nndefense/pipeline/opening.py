@@ -183,14 +183,14 @@ def split(
             [measured_spec(calibration, data_dir=data_dir, among=VALIDATION)], data_dir=data_dir, like=like
         )
         check_disjoint(held, rows)
-        return rows, rows, held
+        return rows, rows, held.usable
     if n_holdout is None:
         n_holdout = min(_HOLDOUT, max(len(first) // 3, 1))
         if n_holdout < _HOLDOUT:
             say(f"{first.name} has {len(first):,} images: {n_holdout} of them are held out to calibrate on")
     kept, held_out = holdout(first, n_holdout, seed)
     rest = first.subset(kept) if others is None else joined([first.subset(kept), others])
-    return rows, rest, first.subset(held_out)
+    return rows, rest, first.subset(held_out).usable
 
 
 def neighbor_pictures(database: ImageDatabase, data_dir: Path | None, like: Classifier) -> ImageDataset | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,21 +64,26 @@ def read_photos(folder: Path, shape: tuple[int, int, int], corners: Path | None)
     unread.tell(str(folder))
     if not files:
         raise DataError(f"{folder} holds no photos: put JPEG or PNG files into it")
-    points = frame(len(files)).clone()
     given = None if corners is None else read_json(corners)
     if given is not None and not isinstance(given, dict):
         raise DataError(f"{corners} must hold an object with four points for each photo's file name")
-    images = []
-    for row, file in enumerate(files):
-        picture = _open(file)
-        if given is not None:
-            points[row] = _points(given, file.name, picture.size, corners)
+    names, images, points = [], [], []
+    for file in files:
+        try:
+            picture = _open(file)
+        except DataError as error:
+            warnings.warn(f"{error}: it is left out", stacklevel=2)
+            continue
+        names.append(file.name)
+        points.append(frame()[0] if given is None else _points(given, file.name, picture.size, corners))
         images.append(_tensor(picture, shape))
+    if not images:
+        raise DataError(f"none of the {len(files)} photos of {folder} can be read: save them anew as PNG or JPEG")
     try:
-        matrices = homography(frame(len(files)), points)
+        matrices = homography(frame(len(points)), torch.stack(points))
     except InputError as error:
         raise DataError(f"{corners}: {error}") from None
-    return Photos([file.name for file in files], torch.stack(images), matrices)
+    return Photos(names, torch.stack(images), matrices)
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
@@ -184,7 +190,8 @@ def _open(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        # Pillow raises a SyntaxError for a broken PNG.
         raise DataError(f"{path} cannot be read as a picture") from None
 
 

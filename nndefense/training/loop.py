@@ -95,6 +95,9 @@ def train_classifier(
     """
     started = time.perf_counter()
     team = join(resolve_device(device))
+    dataset = dataset.usable
+    unlabelled = None if unlabelled is None else unlabelled.usable
+    validation = None if validation is None else validation.usable
     check_labels(dataset)
     chosen = make_settings(len(dataset), dict(settings))
     loss = make_objective(objective) if isinstance(objective, str) else objective

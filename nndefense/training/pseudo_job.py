@@ -81,7 +81,7 @@ def write_pseudo_labels(
             f"the pool's images are {shape_text(pool.shape)}, but those of {exclude.references.name} "
             f"{shape_text(exclude.references.shape)}: open both in one size and number of channels"
         )
-    pool = without_labels(pool)
+    pool = without_labels(pool.usable)
     job = {
         "labeller": labeller.as_dict(),
         "pool": pool_identity(pool),

@@ -185,7 +185,7 @@ class PseudoLabels:
             DataError: it is another pool, or its ids or pixels have changed.
             InputError: ``like`` has classes that the teacher has not, or no image remains.
         """
-        pool = without_labels(pool)
+        pool = without_labels(pool.usable)
         check_pool(pool, self.job["pool"])
         classes = self.classes if like is None else _names(like)
         numbers = np.full(len(self.classes) + 1, -1, dtype=np.int64)
@@ -244,6 +244,7 @@ def label_accuracy(found: PseudoLabels, pool: ImageDataset) -> dict[str, dict[st
         DataError: it is another pool.
         InputError: the pool has no true labels, or classes that the teacher has not.
     """
+    pool = pool.usable
     check_pool(pool, found.job["pool"])
     truth = np.append(found.numbers(pool), -1)[pool.labels[found.rows]]
     known = truth >= 0

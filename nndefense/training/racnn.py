@@ -111,6 +111,7 @@ def train_racnn(
     database.check_classifier(classifier)
     classifier.to(target).eval()
     rows = row_images(classifier, database, images, None if data_dir is None else Path(data_dir))
+    dataset = dataset.usable
     neighbors = nearest_others(classifier, database, dataset, k, progress=progress and leads())
     objective = RetrievalAugmented(
         neighbors,

@@ -47,6 +47,7 @@ def accuracy(
         InputError: the set is empty or has images without a label, or they do not fit the classifier.
         ModelError: the classifier does not have the data set's classes.
     """
+    dataset = dataset.usable
     check_labels(dataset)
     target = classifier.device if device is None else resolve_device(device)
     classifier.to(target)
