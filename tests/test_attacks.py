@@ -225,6 +225,15 @@ def test_the_exact_projection_is_the_nearest_point_of_ball_and_box(
     assert bool((norms.length(found - moved) <= norms.length(plain - moved) + 1e-5).all())
 
 
+def test_no_exact_projection_leaves_the_ball_in_large_images() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.rand(4, 3, 224, 224, generator=draw)
+    for eps, far in ((0.03, 0.09), (0.06, 0.18), (0.06, 0.09)):
+        radii = norms.radius(x, eps, "normalized-l2")
+        found = norms.projector(x, radii, "normalized-l2", exact=True)(x + far * torch.randn(x.shape, generator=draw))
+        assert bool((norms.length((found - x).double()) <= radii.double()).all())
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_projection_is_idempotent_and_keeps_what_is_inside(norm: str) -> None:
     delta = torch.randn(8, 1, 5, 5, generator=torch.Generator().manual_seed(0))

@@ -154,7 +154,12 @@ def projector(images: Tensor, radii: Tensor, norm: str, *, exact: bool = False) 
             left = (limit.square() - per_image(length(stopped), images).square()).clamp_min(0)
             wider = left.sqrt() / per_image(length(free), images).clamp_min(_TINY)
             share = torch.maximum(share, wider.clamp_max(1.0))
-        return torch.addcmul(images, delta, share).clamp_(0, 1)
+        found = torch.addcmul(images, delta, share).clamp_(0, 1)
+        if not exact:
+            return found
+        # The difference of two squares is rounded more coarsely than the shrinking allows for, in large images.
+        delta = found - images
+        return torch.addcmul(images, delta, _shrinking(delta, limit * _SHRINK))
 
     return inside
 
