@@ -425,7 +425,9 @@ def test_images_that_would_find_themselves(work: Work, tmp_path: Path) -> None:
     ]  # fmt: skip
     fails(3, "stand in", *calibrate, "--calibration", "digits:train[250:350]")
     assert not (tmp_path / "c").exists()
-    fails(3, "stand in", "demo", "--dataset", "digits:test", "--out", tmp_path / "demo", *SHORT)
+    demo = ["demo", "--dataset", "digits:test", "--out", tmp_path / "demo", *SHORT]
+    fails(2, "which images of digits:test are the test images cannot be guessed: give --test", *demo)
+    fails(3, "stand in", *demo, "--test", "digits:test")
     assert not (tmp_path / "demo").exists()
 
 
