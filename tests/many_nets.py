@@ -167,10 +167,6 @@ def half() -> nn.Module:
     return said(plain().half())
 
 
-def bfloat() -> nn.Module:
-    return said(plain().bfloat16())
-
-
 def probabilities() -> nn.Module:
     return said(nn.Sequential(plain(), nn.Softmax(1)))
 
@@ -189,3 +185,9 @@ def restless() -> nn.Module:
             return super().forward(nn.functional.dropout(images, 0.5, training=True))
 
     return said(Restless(plain()))
+
+
+def batch_statistics() -> nn.Module:
+    net = plain()
+    net[1] = nn.BatchNorm2d(8, track_running_stats=False)  # type: ignore[index]
+    return said(net)

@@ -236,8 +236,8 @@ def by_number(dataset: ImageDataset) -> None:
 
 
 def by_id(dataset: ImageDataset) -> None:
-    net = classes("goldfish", "tench", ids=["n01443537", "n01440764"])
-    assert net.label_map(dataset.classes).tolist() == [1, 0]
+    for ids in (None, ["n01443537", "n01440764"]):
+        assert classes("goldfish", "tench", ids=ids).label_map(dataset.classes).tolist() == [1, 0]
 
 
 CLASSES = "cat (2), dog (1)"
@@ -278,7 +278,7 @@ FOLDERS = [
     Case(
         "folders `n01440764`, ... (ImageNet)", "imagefolder:photos", "read: n01440764 (1), n01443537 (1)",
         photos("photos/n01440764/1.png", "photos/n01443537/2.png"),
-        "found by id in a net that knows the ids", by_id,
+        "found in a net with ImageNet's names or ids", by_id,
     ),
     Case(
         "an empty folder among them", "imagefolder:photos",
@@ -421,6 +421,18 @@ OTHERS = [
     ),
     Case("a path a line", "files:list.txt", "read: without label (3)", listed(PATHS, "list.txt")),
     Case(
+        "`path label` a line", "files:list.txt",
+        "refused: `line 1 of list.txt is a path and '0': a list with labels is a .csv file whose first line is "
+        "path,label`",
+        listed(PATHS.replace("\n", " 0\n"), "list.txt"),
+    ),
+    Case(
+        "paths of Windows", "files:list.txt",
+        "refused: `line 1 of list.txt has backslashes (photos\\cat\\1.png), which divide paths on Windows alone: write "
+        "photos/cat/1.png`",
+        listed(PATHS.replace("/", "\\"), "list.txt"),
+    ),
+    Case(
         "a path that is not there", "files:list.txt", "left out: `missing: there is no such file`",
         listed(PATHS + "gone.png\n", "list.txt"), names=("gone.png",),
     ),
@@ -541,6 +553,24 @@ RUNS = [
         BROKEN, BUILD,
     ),
     Run(
+        "a class that the net does not know", "nndefense index build --dataset imagefolder:photos --classifier net",
+        "built, without that label: `1 of the 3 classes of imagefolder:photos (such as 'durian') cannot be placed "
+        "among the classifier's: 1 images are stored without a label, which a search never uses`",
+        THREE | photos("photos/durian/1.png"), BUILD, built(4, {}),
+    ),
+    Run(
+        "", "nndefense attack --dataset imagefolder:photos --classifier net",
+        "refused: `the data set's class 'durian' is not one of the classifier's 2 classes ('cat' to 'dog'): use data "
+        "with the same class names or ids, or give the classifier's classes when it is loaded`",
+        THREE | photos("photos/durian/1.png"), "--out attacked.h5",
+    ),
+    Run(
+        "pictures without labels", "nndefense train --dataset images:photos",
+        "refused: `images:photos has no labels: give labelled images, such as a folder for each class "
+        "(imagefolder:PATH) or a .csv list with a column label (files:LIST)`",
+        THREE, TRAIN,
+    ),
+    Run(
         "a grey picture for a net of 3 channels", "nndefense classify grey.png --database db",
         "refused: `grey.png is grey, but the classifier takes colour images: give --convert`", GREY,
     ),
@@ -626,10 +656,13 @@ def test_what_a_command_does(run: Run, net_and_database: Path, here: Path) -> No
     lay(run.files)
     Path("net").symlink_to(net_and_database / "net")
     Path("db").symlink_to(net_and_database / "out")
-    done = nndefense(*shlex.split(run.command)[1:], *run.more.split())
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        done = nndefense(*shlex.split(run.command)[1:], *run.more.split())
+    said = "\n".join([done.out, done.err, *(str(warning.message) for warning in warned)])
     assert (done.code != 0) == run.becomes.startswith("refused"), done.err
     for words in re.findall("`([^`]+)`", run.becomes):
-        assert words in done.out + done.err or Path("out", words).is_file(), words
+        assert words in said or Path("out", words).is_file(), words
     if run.holds:
         run.holds()
 

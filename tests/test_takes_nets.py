@@ -102,6 +102,27 @@ WRAPPED = [
         "exported one",
     ),
     Net("`torch.export.unflatten(program)`", "unflattened", "4"),
+    Net(
+        "quantised (`quantize_dynamic`)", "quantised", "4",
+        calibrate="the model's output carries no gradient to the images (a retrieval is not differentiable, nor is a "
+        "quantised net): attack the classifier itself, before it was quantised, or a differentiable relaxation of the "
+        "defence",
+    ),
+    refused(
+        "half precision", "half",
+        "python:nets.py:half has weights in float16, but images are float32 (RuntimeError: Input type (float) and bias "
+        "type (c10::Half) should be the same): return net.float()",
+    ),
+    refused(
+        "dropout that is left on", "restless",
+        "python:nets.py:restless is random: the same images give other logits when it is asked again. Turn off what "
+        "draws in evaluation mode, such as dropout without training=self.training",
+    ),
+    refused(
+        "batch statistics in evaluation mode", "batch_statistics",
+        "the logits of python:nets.py:batch_statistics for an image depend on the other images of its batch, so that "
+        "it is no function of the image: use running statistics in the place of the batch's (track_running_stats)",
+    ),
     refused(
         "returns probabilities", "probabilities",
         "python:nets.py:probabilities returns probabilities: it must return logits, so leave the softmax out",
@@ -111,7 +132,7 @@ WRAPPED = [
     ),
     refused(
         "has one output", "one_output",
-        "python:nets.py:one_output returns 2 x 1 for 2 images 3 x 32 x 32: it must return logits N x K of at least 2 "
+        "python:nets.py:one_output returns 4 x 1 for 4 images 3 x 32 x 32: it must return logits N x K of at least 2 "
         "classes",
     ),
     Net(
@@ -159,7 +180,7 @@ def tried(*words: str) -> str:
 
 def marked(net: Net) -> object:
     """A net that is taken through all steps takes seconds, and so does exporting one."""
-    marks = pytest.mark.slow if net.calibrate == YES or net.source == "exported" else ()
+    marks = pytest.mark.slow if net.build == YES or net.source == "exported" else ()
     return pytest.param(net, marks=marks, id=net.what)
 
 
