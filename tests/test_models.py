@@ -858,6 +858,19 @@ def test_python_errors(own: Path, factory: str, words: str) -> None:
     assert words in one_line(error)
 
 
+def test_a_net_without_an_answer_to_flat_images_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def forward(self, x):\n"
+        "        spread = x.flatten(1).std(1).view(-1, 1, 1, 1)\n"
+        "        return super().forward(torch.where(spread > 0, x / spread, torch.nan))\n"
+        "def spread():\n    return Net(nn.Flatten(), nn.Linear(12, 4))\n"
+    )
+    classifier = load_classifier(f"python:{tmp_path / 'own.py'}:spread", input_shape=(3, 2, 2))
+    assert bool(classifier(torch.rand(2, 3, 2, 2)).isfinite().all())
+
+
 def test_python_errors_of_arguments(own: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("def (:\n")

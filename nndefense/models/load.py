@@ -218,10 +218,13 @@ def _probe(net: nn.Module, shape: tuple[int, int, int], source: str, device: tor
                 f"{source} returns {shape_text(logits.shape)} for {len(images)} images {shape_text(shape)}: "
                 "it must return logits N x K of at least 2 classes"
             )
-        if not bool(logits.isfinite().all()):
-            raise ModelError(
-                f"{source} returns logits that are not finite for flat or random images: check its weights"
-            )
+        finite = logits.isfinite().all(1)
+        if not finite[-1]:
+            raise ModelError(f"{source} returns logits that are not finite for random images: check its weights")
+        if not finite.all():
+            # It divides by the image's spread, say. A flat image that it has no answer to is the image's fault.
+            images = images[finite]
+            logits = net(images)
         if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
             raise ModelError(f"{source} returns probabilities: it must return logits, so leave the softmax out")
         alone = _one_by_one(net, images, logits, source)
@@ -238,7 +241,7 @@ def _probe(net: nn.Module, shape: tuple[int, int, int], source: str, device: tor
                 f"the logits of {source} for an image depend on the other images of its batch, so that it is no "
                 "function of the image: use running statistics in the place of the batch's (track_running_stats)"
             )
-    return logits.shape[1]
+    return int(logits.shape[1])
 
 
 def _one_by_one(net: nn.Module, images: Tensor, logits: Tensor, source: str) -> Tensor:
