@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -20,7 +19,7 @@ from nndefense.database.near_images import NearSearch
 from nndefense.database.tuning import fastest
 from nndefense.database.writer import PCA_FILE, load_pca
 from nndefense.datasets import ImageDataset
-from nndefense.errors import DatabaseError, check_choice
+from nndefense.errors import DatabaseError, check_choice, warn
 from nndefense.features import PCA, FeatureSpec, OutputLayout, layer_in, layouts_in, pooled, tapped
 from nndefense.images import check_images
 from nndefense.models import Classifier
@@ -372,12 +371,12 @@ def tell_unplaced(dataset: ImageDataset, classifier: Classifier) -> None:
         name = dataset.classes[numbers.tolist().index(-1)]
         told = (
             f"{count:,} of the {len(dataset.classes):,} classes of {dataset.name} (such as {name!r}) cannot be placed "
-            f"among the classifier's: {images:,} images are stored without a label, which a search never uses"
+            f"among the classifier's: images stored without a label, which a search never uses: {images:,}"
         )
     else:
         told = match_classes(dataset.classes, classifier.classes, classifier.class_ids).doubt
     if told:
-        warnings.warn(told, stacklevel=2)
+        warn(told)
 
 
 def pca_of(target: BuildTarget) -> PCA | None:

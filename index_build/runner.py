@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -25,7 +24,7 @@ from nndefense.database.faiss_tools import check_device
 from nndefense.database.manifest import Manifest
 from nndefense.database.tuning import measure
 from nndefense.datasets import ImageDataset
-from nndefense.errors import DatabaseError, InputError
+from nndefense.errors import DatabaseError, InputError, warn
 from nndefense.features import FeatureSpec
 from nndefense.models import Classifier
 from nndefense.unwrapping import unwrapped
@@ -264,10 +263,9 @@ def _lock(descriptor: int, folder: Path) -> None:
     except BlockingIOError:
         raise
     except OSError as error:
-        warnings.warn(
+        warn(
             f"{folder} cannot be locked ({os.strerror(error.errno or 0)}), as on some network shares: see to it that "
-            "nobody else builds there at the same time",
-            stacklevel=2,
+            "nobody else builds there at the same time"
         )
 
 

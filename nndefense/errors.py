@@ -5,9 +5,14 @@ The command line prints the message alone and ends with the class's ``exit_code`
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
+
+# The library, and what it is decorated with.
+_INSIDE = ("nndefense", "index_build", "contextlib", "functools", "torch")
 
 
 class NNDefenseError(Exception):
@@ -44,6 +49,14 @@ def one_line(error: BaseException) -> str:
     """What an error says, on one line and not too long; its kind where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def warn(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of something at the line of the user's that called the library, however deep inside it this is."""
+    depth, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(text, category, stacklevel=depth)
 
 
 def check_choice(name: str, value: str, known: Collection[str]) -> None:

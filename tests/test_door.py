@@ -242,3 +242,11 @@ def test_a_training_step_takes_labels_of_any_integer_type() -> None:
     x, y = batch()
     losses = [standard(trained(), Batch(x, y.to(kind))).loss for kind in (torch.int64, torch.int32, torch.uint8)]
     assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize("attack", [attacks.fgsm, attacks.pgd, attacks.apgd])
+def test_a_warning_from_inside_names_the_line_that_called_the_library(attack: Any) -> None:
+    x, y = batch()
+    with pytest.warns(UserWarning, match="holds every image") as told:
+        attack(trained(), x, y, eps=100.0, norm="l2", **({} if attack is attacks.fgsm else {"steps": 1}))
+    assert [one.filename for one in told] == [__file__]

@@ -555,7 +555,7 @@ RUNS = [
     Run(
         "a class that the net does not know", "nndefense index build --dataset imagefolder:photos --classifier net",
         "built, without that label: `1 of the 3 classes of imagefolder:photos (such as 'durian') cannot be placed "
-        "among the classifier's: 1 images are stored without a label, which a search never uses`",
+        "among the classifier's: images stored without a label, which a search never uses: 1`",
         THREE | photos("photos/durian/1.png"), BUILD, built(4, {}),
     ),
     Run(

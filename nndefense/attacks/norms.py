@@ -8,14 +8,13 @@ pixels in [0, 1] before any normalisation.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from nndefense.attacks.registry import NORMS
-from nndefense.errors import InputError, check_choice, plain
+from nndefense.errors import InputError, check_choice, plain, warn
 
 Projector = Callable[[Tensor], Tensor]
 
@@ -62,7 +61,7 @@ def radius(images: Tensor, eps: float | Tensor, norm: str) -> Tensor:
     least = {"linf": math.inf, "l2": math.sqrt(images.shape[1:].numel()) / 2, "normalized-l2": 0.5}[norm]
     if largest >= least and bool((found >= length(torch.maximum(images, 1 - images))).any()):
         text = f"eps {largest:g} in {norm} is a ball that holds every image of this size: nothing bounds the attack"
-        warnings.warn(text, stacklevel=2)
+        warn(text)
     return found
 
 

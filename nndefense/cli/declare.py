@@ -24,6 +24,8 @@ from nndefense.own_code import PYTHON
 
 # The table of options needs so many columns: below, it would cut off long words, and defaults with them.
 _TABLE = 110
+# Stands for a hyphen that no line may end at.
+_WHOLE = "\0"
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -159,9 +161,17 @@ class Helpful(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help."""
-        if shutil.get_terminal_size().columns < _TABLE:
-            self.rich_markup_mode = None
+        if shutil.get_terminal_size().columns >= _TABLE:
+            super().format_help(ctx, formatter)
+            return
+        self.rich_markup_mode = None
+        listed = formatter.write_dl
+        # A name such as rank-margin is found, and copied, in one piece only.
+        formatter.write_dl = lambda rows, *args, **options: listed(
+            [(name, text.replace("-", _WHOLE)) for name, text in rows], *args, **options
+        )
         super().format_help(ctx, formatter)
+        formatter.buffer = [part.replace(_WHOLE, "-") for part in formatter.buffer]
 
 
 class Group:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import operator
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from torch.utils.data import Dataset
 from nndefense.datasets.ids import Ids, PackedIds, PickedIds, RowNumbers
 from nndefense.datasets.pixels import Digests, pixel_digests
 from nndefense.datasets.rejected import OTHER_SIZE, BadImage, Reading, Rejected, SourceError, left_out
-from nndefense.errors import DataError, InputError
+from nndefense.errors import DataError, InputError, warn
 from nndefense.images import shape_text
 
 _POOL_SAMPLE = 64
@@ -217,7 +216,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         if not bad:
             return self
         text = left_out(bad, len(self), self.name)
-        warnings.warn(text, stacklevel=2)
+        warn(text)
         kept = self.subset(np.delete(np.arange(len(self), dtype=np.int64), [item.row for item in bad]))
         kept.__dict__["usable"] = kept
         return kept

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import warnings
 
 from nndefense.datasets.store import Store
-from nndefense.errors import DataError
+from nndefense.errors import DataError, warn
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
@@ -43,10 +42,9 @@ class Unread:
         if self.count:
             more = f" and {self.count - _SHOWN:,} more" if self.count > _SHOWN else ""
             count = f"{self.count:,} pictures" if self.count > 1 else "a picture"
-            warnings.warn(
+            warn(
                 f"{place}: left out {count} of a format that is not read ({', '.join(self._first)}{more}): convert to "
-                "JPEG or PNG",
-                stacklevel=4,
+                "JPEG or PNG"
             )
 
 

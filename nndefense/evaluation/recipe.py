@@ -184,8 +184,8 @@ def rungs_for(
     usable = attack.attack.threat_models
     if not set(usable) & set(threat_models):
         raise InputError(
-            f"{attack.name} is an attack for {' and '.join(usable)} attackers, and none of them is here: an attack on "
-            "retrieval needs a database or the defence nearest-neighbor, without --no-adaptive"
+            f"{attack.name} is an attack for {' and '.join(usable)} attackers, and none of them is here: for one on "
+            "retrieval give --database or --defense nearest-neighbor, and leave --no-adaptive out"
         )
     stops = "white" not in usable and "gradient" in attack.attack.needs
     shown = stops and bool({*INFORMED} & {*threat_models})

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from nndefense.errors import InputError, ModelError, plain
+from nndefense.errors import InputError, ModelError, plain, warn
 from nndefense.files import text_lines
 from nndefense.images import channel_message, shape_text
 from nndefense.models.class_names import match_classes
@@ -147,7 +146,7 @@ class Classifier(nn.Module):
         """
         found = match_classes(classes, self.classes, self.class_ids)
         if found.doubt:
-            warnings.warn(found.doubt, stacklevel=2)
+            warn(found.doubt)
         if found.missing is None:
             return torch.tensor(found.numbers, dtype=torch.int64)
         name, why = found.missing

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from nndefense.datasets.image_files import FORMATS
 from nndefense.datasets.litter import is_passed_over
 from nndefense.datasets.picture_names import Unread, is_picture
 from nndefense.datasets.store import LocalStore
-from nndefense.errors import DataError, InputError
+from nndefense.errors import DataError, InputError, warn
 from nndefense.files import read_json, write_atomically
 
 _CM_PER_INCH = 2.54
@@ -72,7 +71,7 @@ def read_photos(folder: Path, shape: tuple[int, int, int], corners: Path | None)
         try:
             picture = _open(file)
         except DataError as error:
-            warnings.warn(f"{error}: it is left out", stacklevel=2)
+            warn(f"{error}: it is left out")
             continue
         names.append(file.name)
         points.append(frame()[0] if given is None else _points(given, file.name, picture.size, corners))

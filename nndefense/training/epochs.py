@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from nndefense.errors import InputError, ModelError
+from nndefense.errors import InputError, ModelError, warn
 from nndefense.training.batches import EpochBatches
 from nndefense.training.display import LOOK_SECONDS, Curves, Display
 from nndefense.training.progress import BEST, HistoryRow, Standing, Sums, TrainingFolder, part_of
@@ -204,13 +203,11 @@ class TrainingRun:
             found = collapsed(single, robust, standing.top)
             check["catastrophic_overfitting"] = found
             if found and not standing.collapsed and self.stepper.team.leads:
-                warnings.warn(
+                warn(
                     f"catastrophic overfitting in epoch {standing.epoch}: the accuracy is {single:.3f} under the "
                     f"single attack step of the training, but {robust:.3f} under several; train with more steps, a "
                     "smaller eps or a lower learning rate, or keep the best weights of the checks",
                     CatastrophicOverfitting,
-                    # The line that called train_classifier.
-                    stacklevel=5,
                 )
             standing.collapsed |= found
         standing.top = max(standing.top, check["robust_accuracy"])

@@ -5,7 +5,6 @@ And as a transformation: drop pixels at random, and redraw them as plainly as po
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from nndefense.attacks.checks import at_least
 from nndefense.defenses.transformed import TransformDefense
 from nndefense.defenses.transforms.tv_gradient import Minimised
 from nndefense.defenses.transforms.tv_problem import Iterates, TvProblem, check_terms
-from nndefense.errors import InputError, check_choice
+from nndefense.errors import InputError, check_choice, warn
 from nndefense.models import Classifier
 from nndefense.modes import EvaluationOnly
 
@@ -114,12 +113,11 @@ def minimize_total_variation(
     _in_parts(solve, problem.images)
     late = int((out.gap > each * out.objective + _floor(problem)).sum())
     if late:
-        warnings.warn(
+        warn(
             f"total variation: {late} of {units} {'channels' if units != count else 'images'} did not reach the "
             f"tolerance in {max_iterations:,} iterations; the solution's gap says how far they are: "
             "raise max_iterations or tolerance",
             RuntimeWarning,
-            stacklevel=3,
         )
     per_image = (count, units // max(count, 1))
     return TvSolution(
