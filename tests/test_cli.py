@@ -294,7 +294,7 @@ def test_the_app_can_be_called_by_typer_too() -> None:
         (["demo", "--eps", "nan"], "--eps is 'nan'"),
         (["demo", "--ks", "0"], "--ks is '0'"),
         (["theory", "directions", "--theta", "x"], "--theta is 'x'"),
-        (["demo", "--no-adaptive", "--attack", "rank-margin"], "without --no-adaptive"),
+        (["demo", "--no-adaptive", "--attack", "rank-margin"], "leave --no-adaptive out"),
         (["train", "--dataset", "digits", "--out", "x", "--source-cache", "y"], "leave --source-cache out"),
         (["demo", "--eps", "0.1,inf"], "not a list of numbers"),
         (["demo", "--eps", "0"], "above 0"),
