@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nndefense.attacks import norms
 from nndefense.attacks.losses import Loss, Model
-from nndefense.attacks.wrappers import Bpda, adopt_mode
+from nndefense.attacks.wrappers import Around, Bpda
 from nndefense.errors import InputError, plain
 from nndefense.modes import outside_inference_mode
 
@@ -144,27 +144,19 @@ def _working_type(model: Any, x: Tensor) -> torch.dtype:
     return torch.float64 if takes is torch.float64 else torch.float32
 
 
-class _Adapted(nn.Module):
+class _Adapted(Around):
     """A model that is given its own type of images, rounded as the caller's, and gives logits of the working type.
 
     One that does not say its type is given the caller's, and float32 if it fails on that in its first call.
     """
 
     def __init__(self, model: Model, given: torch.dtype, takes: torch.dtype | None, work: torch.dtype) -> None:
-        super().__init__()
+        super().__init__(model)
         #: What it is given, for an attack that makes others.
         self.takes = work
-        self.passes: int = int(getattr(model, "passes", 1))
-        self.model = model
         self.inner, self.asked = takes or given, takes is not None
         coarse = torch.finfo(given).eps > torch.finfo(work).eps
         self.rounded = Bpda(lambda images: images.to(given).to(work)) if coarse else None
-        if hasattr(model, "expected_loss"):
-            self.expected_loss = self._expected_loss
-        if hasattr(model, "predictions"):
-            self.predictions = self._predictions
-            self.softened = bool(getattr(model, "softened", False))
-        adopt_mode(self, model)
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's logits: N x C x H x W -> N x K."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nndefense.attacks import norms
 from nndefense.attacks.auto_pgd import apgd
@@ -20,7 +20,7 @@ from nndefense.attacks.door import adapted, any_numbers, labels_of
 from nndefense.attacks.fast_boundary import fab
 from nndefense.attacks.losses import Loss, Model, checked_logits, fooled_by
 from nndefense.attacks.random_squares import square
-from nndefense.attacks.wrappers import adopt_mode
+from nndefense.attacks.wrappers import Around
 from nndefense.errors import InputError
 from nndefense.memory import reusing_memory
 
@@ -139,7 +139,7 @@ def apgd_square(
 AttackFunction = Callable[..., Tensor | WorstCase]
 
 
-class Counted(nn.Module):
+class Counted(Around):
     """A model that counts what it is asked for; otherwise it is the same model.
 
     Attributes:
@@ -152,16 +152,8 @@ class Counted(nn.Module):
     """
 
     def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self.passes: int = int(getattr(model, "passes", 1))
+        super().__init__(model)
         self.forwards = self.backwards = self.queries = 0
-        if hasattr(model, "expected_loss"):
-            self.expected_loss = self._expected_loss
-        if hasattr(model, "predictions"):
-            self.predictions = self._predictions
-            self.softened = bool(getattr(model, "softened", False))
-        adopt_mode(self, model)
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's logits, counted: N x C x H x W -> N x K."""

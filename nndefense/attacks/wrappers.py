@@ -138,6 +138,33 @@ class _Swap(torch.autograd.Function):
         return None, gradient
 
 
+class Around(nn.Module):
+    """A model around another, which declares to attacks what that declares, by the subclass's own functions.
+
+    Args:
+        model: images N x C x H x W in [0, 1] -> logits N x K.
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+        self.passes: int = int(getattr(model, "passes", 1))
+        if hasattr(model, "expected_loss"):
+            self.expected_loss = self._expected_loss
+        if hasattr(model, "predictions"):
+            self.predictions = self._predictions
+            self.softened = bool(getattr(model, "softened", False))
+        adopt_mode(self, model)
+
+    def _expected_loss(self, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+        """The model's own expected loss: what :class:`Eot` declares."""
+        raise NotImplementedError
+
+    def _predictions(self, x: Tensor, progress: float | None = None) -> Tensor:
+        """Single answers of a random defence: what :func:`nndefense.attacks.eot_pgd` asks for."""
+        raise NotImplementedError
+
+
 def adopt_mode(wrapper: nn.Module, *parts: object) -> None:
     """Set a fresh wrapper to training mode only if a part of it is: a wrapper has no mode of its own."""
     wrapper.training = any(part.training for part in parts if isinstance(part, nn.Module))
