@@ -7,13 +7,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from nndefense.errors import DataError, InputError, NNDefenseError
 
 PART = ".part"
+DIGEST = "digest"
+"""The entry of a record that holds the sha256 of all others."""
 # Of a file itself; whatever else a system says is said of the system, and the file may be whole.
 _OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EOVERFLOW, errno.EFBIG)
 _OF_THE_SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EIO, errno.ESTALE)
@@ -124,6 +126,33 @@ def read_json(path: Path) -> Any:
     except (OSError, ValueError) as error:
         told = not_read(path, error) or f"{path} cannot be read as JSON: restore it or write it again"
         raise DataError(told) from error
+
+
+def digest_of(value: Any) -> str:
+    """The sha256 of plain values: of what JSON can tell apart, whatever the order of keys and the spaces are."""
+    # Once through JSON, so that a tuple and a list, or the keys 1 and "1", are one before and after they are stored.
+    plain = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with the digest of its values, which :func:`unsealed` compares when it is read again."""
+    values = {name: value for name, value in record.items() if name != DIGEST}
+    return {**values, DIGEST: digest_of(values)}
+
+
+def unsealed(record: Any) -> tuple[dict[str, Any], bool]:
+    """A record that was read, without its digest, and whether it had one: those of older versions have none.
+
+    Raises:
+        ValueError: the values are not those that the digest was made of, or it is no record at all.
+    """
+    if not isinstance(record, dict):
+        raise ValueError("it is not a record")
+    values = {name: value for name, value in record.items() if name != DIGEST}
+    if len(values) < len(record) and record[DIGEST] != digest_of(values):
+        raise ValueError("its values have changed since it was written (wrong digest)")
+    return values, len(values) < len(record)
 
 
 def open_hdf5(source: str | Path | BinaryIO, *, foreign: bool = False) -> Any:
