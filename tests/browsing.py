@@ -49,7 +49,7 @@ def visit(browser: Any, url: str, width: int = 1200, height: int = 900, **option
     options = {"color_scheme": "light", "reduced_motion": "reduce", **options}
     context = browser.new_context(viewport={"width": width, "height": height}, **options)
     page = context.new_page()
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(60_000)
     complaints: list[str] = []
     elsewhere: list[str] = []
     page.complaints = complaints
