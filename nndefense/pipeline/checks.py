@@ -80,7 +80,9 @@ def check_surrogate(surrogate: Classifier | None, classifier: Classifier) -> Non
             surrogate.check_shape((1, *classifier.input_shape))
     except InputError:
         assert surrogate is not None
+        other, size = surrogate.input_shape, ",".join(map(str, classifier.input_shape[1:]))
+        train = f" (nndefense train --size {size} makes one)" if other[1:] != classifier.input_shape[1:] else ""
         raise ModelError(
-            f"the surrogate {surrogate.source} takes images {shape_text(surrogate.input_shape)}, but the classifier "
-            f"{shape_text(classifier.input_shape)}: give a surrogate for the same images"
+            f"the surrogate {surrogate.source} takes images {shape_text(other)}, but the classifier "
+            f"{shape_text(classifier.input_shape)}: give a surrogate for the same images{train}"
         ) from None
