@@ -451,7 +451,7 @@ def test_settings_that_fit_no_run(work: Work, colour: Path, tmp_path: Path) -> N
     evaluate = ["evaluate", "--dataset", "digits:test", *work.both, "--out", tmp_path / "out", "--eps", "0.1", *SHORT]
     fails(2, "headline", *evaluate, "--headline", "0.7")
     fails(4, "takes images 3 x 8 x 8", *evaluate, "--surrogate", colour)
-    save_classifier(build_classifier("small-cnn", input_shape=(1, 12, 10), classes=DIGITS), tmp_path / "larger")
+    save_classifier(build_classifier("strided-cnn", input_shape=(1, 12, 10), classes=DIGITS), tmp_path / "larger")
     fails(4, "(nndefense train --size 8,8 makes one)", *evaluate, "--surrogate", tmp_path / "larger")
     assert not (tmp_path / "out").exists()
 
