@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +21,11 @@ DIGEST = "digest"
 # Of a file itself; whatever else a system says is said of the system, and the file may be whole.
 _OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EOVERFLOW, errno.EFBIG)
 _OF_THE_SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EIO, errno.ESTALE)
+HDF5_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, SystemError, TypeError, ValueError)
+"""What h5py raises of files that are damaged, of another kind or not there."""
+# An array may be so large whatever stores it; a larger one must not be more than so many times its file.
+_SMALL, _DENSE = 64 << 20, 100
+_BLOCK = 256 << 20
 _UNUSUAL = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -120,11 +127,12 @@ def read_json(path: Path) -> Any:
         DataError: it is missing or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_whole(path))
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
-        told = not_read(path, error) or f"{path} cannot be read as JSON: restore it or write it again"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = f" ({error.strerror})" if isinstance(error, OSError) else ""
+        told = not_read(path, error) or f"{path} cannot be read as JSON{reason}: restore it or write it again"
         raise DataError(told) from error
 
 
@@ -155,8 +163,39 @@ def unsealed(record: Any) -> tuple[dict[str, Any], bool]:
     return values, len(values) < len(record)
 
 
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file for reading; a pipe or a device could give bytes without end, or none until somebody writes.
+
+    Raises:
+        OSError: it is missing, cannot be opened, or is a folder, a pipe or a device.
+    """
+    # A pipe would wait for a writer when it is opened.
+    opened = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(opened).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(opened)
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(code, os.strerror(code) if code == errno.EISDIR else "not a regular file", str(path))
+    return open(opened, "rb")
+
+
+def read_whole(path: str | Path, most: int = 64 << 20) -> bytes:
+    """Read a file whose content stands in memory several times when it is understood, such as a text or JSON.
+
+    Raises:
+        OSError: as from :func:`open_regular`, or it has more than ``most`` bytes.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than the {most:,} allowed", str(path))
+        return file.read(size)
+
+
 def open_hdf5(source: str | Path | BinaryIO, *, foreign: bool = False) -> Any:
     """Open an HDF5 file for reading, also where nothing can be locked: on network shares or read-only media.
+
+    What is in it is read by :func:`held_array`: a name may lead out of the file.
 
     Args:
         source: a path, or an open file.
@@ -167,6 +206,8 @@ def open_hdf5(source: str | Path | BinaryIO, *, foreign: bool = False) -> Any:
     """
     import h5py
 
+    if isinstance(source, (str, Path)):
+        open_regular(source).close()
     if foreign:
         try:
             return h5py.File(source, "r")
@@ -177,6 +218,63 @@ def open_hdf5(source: str | Path | BinaryIO, *, foreign: bool = False) -> Any:
             if error.errno is None:
                 raise
     return h5py.File(source, "r", locking=False)
+
+
+def held_array(file: Any, name: str, path: str | Path, *, dense: int = _DENSE) -> Any:
+    """An array of an open HDF5 file that stands in this very file, as an ``h5py.Dataset``.
+
+    HDF5 would follow soft and external links, virtual data sets and external storage to any file of the machine, and
+    a virtual data set that is made of itself ends the process; a few bytes can declare an array of any size.
+
+    Args:
+        file: as :func:`open_hdf5` gives it.
+        name: of the array.
+        path: what messages call the file.
+        dense: how many times its file an array of more than 64 MiB may be.
+
+    Raises:
+        KeyError: there is nothing of that name.
+        DataError: it is no array, stands elsewhere, or is far larger than the file.
+    """
+    import h5py
+
+    place = f"the array {name} in {path}"
+    link = file.get(name, getlink=True)
+    if link is None:
+        raise KeyError(f"there is no {name}")
+    if not isinstance(link, h5py.HardLink):
+        raise _elsewhere(place, "a link")
+    opened = h5py.h5o.open(file.id, name.encode())
+    if not isinstance(opened, h5py.h5d.DatasetID):
+        raise DataError(f"{path} has no array in {name!r}: write or fetch the file again")
+    # Before anything is asked of its shape: that of a virtual one may depend on other files, which are opened for it.
+    layout = opened.get_create_plist()
+    if layout.get_layout() == h5py.h5d.VIRTUAL:
+        raise _elsewhere(place, "a virtual data set")
+    if layout.get_layout() == h5py.h5d.CONTIGUOUS and layout.get_external_count():
+        raise _elsewhere(place, "external storage")
+    found = h5py.Dataset(opened)
+    if found.shape is None:
+        raise DataError(f"{path} has no array in {name!r}: write or fetch the file again")
+    size = math.prod(found.shape) * found.dtype.itemsize
+    if size > max(_SMALL, dense * file.id.get_filesize()):
+        raise DataError(
+            f"{place} declares {size:,} bytes, far more than the file holds: write it whole, and not compressed so much"
+        )
+    if found.chunks is not None and layout.get_nfilters():
+        block = math.prod(found.chunks) * found.dtype.itemsize
+        if block > _BLOCK:
+            raise DataError(
+                f"{place} is compressed in blocks of {block:,} bytes, more than the {_BLOCK:,} that are unpacked at "
+                "once: write it in smaller chunks"
+            )
+    return found
+
+
+def _elsewhere(place: str, kind: str) -> DataError:
+    return DataError(
+        f"{place} is {kind}, which may lead out of the file and is not read: write the values into the file itself"
+    )
 
 
 def not_read(path: str | Path, error: BaseException | None) -> str:

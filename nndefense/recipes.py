@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from nndefense.errors import DataError, InputError
+from nndefense.files import read_whole
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,6 +21,8 @@ else:
     import tomli as tomllib
 
 _T = TypeVar("_T")
+# The memory for a dotted name grows with the square of its parts.
+_MOST_BYTES, _MOST_POINTS = 1 << 18, 1000
 _KINDS = {str: "text", bool: "true or false", int: "a whole number"}
 
 
@@ -170,11 +173,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         DataError: the file is missing or no TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = read_whole(path, _MOST_BYTES).decode("utf-8")
+        if any(line.count(".") > _MOST_POINTS for line in text.splitlines()):
+            raise DataError(f"{path} has a line with more than {_MOST_POINTS:,} points: give a recipe")
+        return tomllib.loads(text)
     except FileNotFoundError as error:
         raise DataError(f"there is no recipe at {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: give a TOML file in UTF-8") from error
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        reason = f" ({error.strerror})" if isinstance(error, OSError) else ""
+        raise DataError(f"{path} cannot be read{reason}: give a TOML file in UTF-8") from error
     except tomllib.TOMLDecodeError as error:
         raise DataError(f"{path} is no TOML ({error})") from error
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nndefense.database.manifest import Manifest
 from nndefense.errors import ModelError
+from nndefense.files import read_whole
 from nndefense.models import Classifier, load_classifier
 from nndefense.own_code import PYTHON
 
@@ -77,7 +78,7 @@ def source_of(folder: Path, manifest: Manifest | None = None) -> str:
 def _fingerprint(folder: Path) -> str | None:
     """What a classifier's folder says of its weights; they are compared when they are loaded."""
     try:
-        found = json.loads((folder / _DESCRIPTION).read_bytes())["fingerprint"]
+        found = json.loads(read_whole(folder / _DESCRIPTION))["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return str(found)

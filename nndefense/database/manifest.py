@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from nndefense.errors import DatabaseError
 from nndefense.features import FeatureSpec
-from nndefense.files import not_read, sha256_of, write_json
+from nndefense.files import not_read, read_whole, sha256_of, write_json
 
 FORMAT, VERSION = "nndefense-database", 1
 NAME = "manifest.json"
@@ -72,11 +72,11 @@ def read_manifest(
     if not folder.is_dir():
         raise DatabaseError(f"there is no {kind} at {folder}: build one {rebuild.partition(' again ')[2]}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_whole(path))
     except FileNotFoundError as error:
         what = f"({NAME} is missing; was its build interrupted?): {again}"
         raise DatabaseError(f"{folder} holds no finished {kind} {what}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         told = not_read(path, error) or f"{path} is damaged: restore it or {rebuild}"
         raise DatabaseError(told) from error
     if not isinstance(value, dict) or value.pop("format", None) != form:

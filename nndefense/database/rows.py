@@ -17,8 +17,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from nndefense.errors import DatabaseError
-from nndefense.files import not_read, open_hdf5
+from nndefense.errors import DatabaseError, DataError
+from nndefense.files import HDF5_ERRORS, held_array, not_read, open_hdf5
 
 Array = NDArray[Any]
 COLUMNS = ("features", "posteriors", "cbw_e", "cbw_d", "ids", "labels")
@@ -50,7 +50,9 @@ def read_columns(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
         DatabaseError: a shard that is missing, truncated or not of this form, or that the system does not read.
     """
     with _opened(path) as file:
-        return {name: file[name][()] for name in file}, {name: int(value) for name, value in file.attrs.items()}
+        return {name: held_array(file, name, path)[()] for name in file}, {
+            name: int(value) for name, value in file.attrs.items()
+        }
 
 
 def write_virtual(path: Path, shards: Sequence[Path]) -> None:
@@ -70,7 +72,8 @@ def write_virtual(path: Path, shards: Sequence[Path]) -> None:
         with _opened(shard) as file:
             attributes = {name: int(value) for name, value in file.attrs.items()}
             for name in file:
-                layouts.setdefault(name, []).append((shard.name, file[name].shape, file[name].dtype))
+                column = held_array(file, name, shard)
+                layouts.setdefault(name, []).append((shard.name, column.shape, column.dtype))
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         for name, parts in layouts.items():
@@ -235,7 +238,9 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except FileNotFoundError as error:
         raise DatabaseError(f"{path} is missing: restore it or build the database again") from error
-    except (OSError, KeyError, ValueError) as error:
+    except DataError as error:
+        raise DatabaseError(str(error)) from error
+    except HDF5_ERRORS as error:
         told = not_read(path, error) or f"{path} is truncated or damaged: restore it or build the database again"
         raise DatabaseError(told) from error
 
@@ -248,7 +253,7 @@ def _map_shard(path: Path) -> tuple[dict[str, Array], int]:
         names += [DIGEST] if DIGEST in file else []
         # One map for all columns: a system allows a process some ten thousands of them.
         mapped = np.memmap(path, mode="r", dtype=np.uint8)
-        return {name: _column(mapped, file[name]) for name in names}, classes
+        return {name: _column(mapped, held_array(file, name, path)) for name in names}, classes
 
 
 def _column(mapped: Array, dataset: Any) -> Array:

@@ -22,9 +22,9 @@ from nndefense.database.manifest import NAME as MANIFEST
 from nndefense.database.manifest import FileEntry, Manifest, in_row_order
 from nndefense.database.rows import StoredRows, top_posteriors, write_shard
 from nndefense.database.weighting import neighbor_weights
-from nndefense.errors import DatabaseError, InputError
+from nndefense.errors import DatabaseError, InputError, one_line
 from nndefense.features import PCA, FeatureSpec
-from nndefense.files import PART, write_atomically
+from nndefense.files import PART, not_read, write_atomically
 from nndefense.models import Classifier
 from nndefense.versions import library_versions
 
@@ -280,9 +280,20 @@ def pca_writer(pca: PCA) -> Callable[[Path], None]:
 
 
 def load_pca(path: Path) -> PCA:
-    """Read a PCA that :func:`pca_writer` wrote."""
-    tensors = safetensors.torch.load_file(path)
-    return PCA(tensors["mean"], tensors["axes"], tensors["scale"])
+    """Read a PCA that :func:`pca_writer` wrote.
+
+    Raises:
+        DatabaseError: the file is missing, damaged or holds something else.
+    """
+    try:
+        tensors = safetensors.torch.load_file(path)
+        mean, axes, scale = tensors["mean"], tensors["axes"], tensors["scale"]
+        if axes.dim() != 2 or mean.shape != axes.shape[:1] or scale.shape != axes.shape[1:]:
+            raise ValueError("its tensors do not fit together")
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        told = not_read(path, error) or f"{path} holds no PCA ({one_line(error)}): build the database again"
+        raise DatabaseError(told) from error
+    return PCA(mean, axes, scale)
 
 
 def check_rows(

@@ -22,8 +22,8 @@ from nndefense.datasets.pixels import Pixels
 from nndefense.datasets.rejected import BadImage, SourceError
 from nndefense.datasets.remote import open_store
 from nndefense.datasets.store import LocalStore
-from nndefense.errors import DataError, InputError
-from nndefense.files import not_read, open_hdf5, write_atomically
+from nndefense.errors import DataError, InputError, one_line
+from nndefense.files import HDF5_ERRORS, held_array, not_read, open_hdf5, write_atomically
 from nndefense.images import check_images, shape_text
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 SUFFIXES = (".h5", ".hdf5")
 _REMEDY = "write or fetch the file again"
 _FINGERPRINT_IMAGES = 1000
+# Unpacked images may be so many times their file (all that deflate can do), since they are read batch by batch. Labels
+# are held in memory: of few images, or at least this share of a byte of the file for each.
+_DENSE, _FEW, _SHARE = 1100, 1 << 23, 12
 # Rows up to this far apart are read in one go: reading a few rows too many is cheaper than another call.
 _NEAR = 4
 
@@ -128,7 +131,8 @@ class HDF5Dataset(ImageDataset):
     The file holds ``images`` (uint8 N x H x W x C, or float32 N x C x H x W in [0, 1]) and, where known, ``labels``
     (N whole numbers from 0, -1 for unknown), ``ids`` (N strings) and the attribute ``classes`` (the names). Without
     ids they are ``<file name>/00000`` and so on; without names the classes are called 0, 1, ... Only the labels
-    are kept in memory.
+    are kept in memory. All of them must stand in the file itself: links, virtual data sets and external storage, which
+    may lead to other files, are refused, and so are arrays far larger than the file.
 
     The path may be a URL.
 
@@ -141,6 +145,7 @@ class HDF5Dataset(ImageDataset):
         images = self._store.dataset("images")
         shape = image_shape(images.shape, images.dtype, str(path))
         count = int(images.shape[0])
+        self._store.check_count(count)
         labels = self._store.labels(count)
         classes = self._store.classes()
         if classes is None:
@@ -221,19 +226,26 @@ class _Store:
             self._process = os.getpid()
         return self._file
 
-    def dataset(self, key: str) -> h5py.Dataset:
-        import h5py
+    def __contains__(self, key: str) -> bool:
+        with self._reading():
+            return self.file().get(key, getlink=True) is not None
 
-        if key not in self.file():
+    def dataset(self, key: str) -> h5py.Dataset:
+        if key not in self:
             raise DataError(f"{self.path} has no data set {key!r}: store the images as {key}, uint8 N x H x W x C")
         with self._reading():
-            found = self.file()[key]
-        if not isinstance(found, h5py.Dataset) or found.shape is None:
-            raise DataError(f"{self.path} has no array in {key!r}: {_REMEDY}")
-        return found
+            return held_array(self.file(), key, self.path, dense=_DENSE)
+
+    def check_count(self, count: int) -> None:
+        with self._reading():
+            size = self.file().id.get_filesize()
+        if count > max(_FEW, _SHARE * size):
+            raise DataError(
+                f"{self.path} declares {count:,} images in {size:,} bytes, far more than it can hold: {_REMEDY}"
+            )
 
     def labels(self, count: int) -> NDArray[np.int64]:
-        if "labels" not in self.file():
+        if "labels" not in self:
             return np.full(count, -1, dtype=np.int64)
         stored = self.dataset("labels")
         self._check_length("labels", stored.shape, count)
@@ -257,7 +269,7 @@ class _Store:
     def has_ids(self, count: int) -> bool:
         import h5py
 
-        if "ids" not in self.file():
+        if "ids" not in self:
             return False
         stored = self.dataset("ids")
         self._check_length("ids", stored.shape, count)
@@ -270,8 +282,8 @@ class _Store:
         """Say in one line what h5py raises in many ways: the file is gone, damaged or of another kind."""
         try:
             yield
-        except (KeyError, OSError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
+        except HDF5_ERRORS as error:
+            reason = one_line(error)
             if not self._files.is_file(self._place):
                 raise SourceError(
                     f"cannot read {self.path} ({reason}): it is gone; bring it back, then go on"

@@ -21,6 +21,7 @@ from torch import Tensor
 from nndefense.datasets.derived import Sides, Size, check_form, crop_box
 from nndefense.datasets.pixels import Pixels
 from nndefense.datasets.rejected import BadImage, SourceError
+from nndefense.files import open_regular
 
 # Only these decoders: Pillow has others that start helper programs, and a file's suffix proves nothing.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -55,7 +56,7 @@ def image_channels(path: FilePath) -> int:
         DataError: the file is missing, or no image of a known format.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             return 1 if image.mode in _GREY_MODES or image.mode.startswith("I;16") else 3
     except Exception as error:
         raise _unreadable(path, error) from error
@@ -74,7 +75,8 @@ def decode(path: FilePath, channels: int, size: Sides | None, data: bytes | None
     # Pillow's decoders raise nearly every kind of exception on damaged files (OSError, SyntaxError, struct.error,
     # ValueError, ...), and for the person who has such a file they all mean the same.
     try:
-        with Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as image:
+        opened = open_regular(path) if data is None else io.BytesIO(data)
+        with opened as file, Image.open(file, formats=FORMATS) as image:
             check_pixels(path, image)
             return convert(path, image, channels, size)
     except BadImage:

@@ -6,7 +6,6 @@ import errno
 import glob
 import os
 import re
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
@@ -14,6 +13,7 @@ from typing import BinaryIO
 from nndefense.datasets.litter import Place, holders, is_folder, is_passed_over, leads_up, place_of, stands_in
 from nndefense.datasets.rejected import BadImage, SourceError
 from nndefense.errors import DataError
+from nndefense.files import open_regular
 
 MOST_BYTES = 1 << 30
 """A file of a single picture that has more bytes is refused before it is read."""
@@ -124,10 +124,14 @@ class Store(ABC):
         """Read a whole text in UTF-8, with or without a mark at its beginning.
 
         Raises:
+            DataError: it is absurdly large.
             OSError, UnicodeDecodeError: it cannot be read.
         """
         size = self.size(path)
-        # Where the size is known there is no bound: a list of files may be long.
+        if size > MOST_BYTES:
+            raise DataError(
+                f"{self.url(path)} has {size:,} bytes, more than the {MOST_BYTES:,} that are read of a text: split it"
+            )
         return (self.read(path) if size < 0 else self.read(path, 0, size)).decode("utf-8-sig")
 
     def image_bytes(self, path: str, alive: Callable[[], bool]) -> bytes:
@@ -249,7 +253,7 @@ class LocalStore(Store):
         return os.path.isdir(path)
 
     def open(self, path: str) -> BinaryIO:
-        return open(path, "rb")
+        return open_regular(path)
 
     def size(self, path: str) -> int:
         try:
@@ -258,14 +262,9 @@ class LocalStore(Store):
             return -1
 
     def read(self, path: str, start: int = 0, count: int | None = None) -> bytes:
-        # A pipe among the files would otherwise wait for a writer for ever.
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                code = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
-                raise OSError(code, os.strerror(code) if code == errno.EISDIR else "not a regular file", path)
+        with open_regular(path) as file:
             if count is None:
-                check_bytes(path, status.st_size - start)
+                check_bytes(path, os.fstat(file.fileno()).st_size - start)
             file.seek(start)
             return file.read(-1 if count is None else count)
 

@@ -24,6 +24,7 @@ from nndefense.datasets.image_files import FORMATS, check_pixels, convert
 from nndefense.datasets.pixels import Pixels
 from nndefense.datasets.rejected import BRING, OTHER_SIZE, BadImage, SourceError
 from nndefense.errors import DataError
+from nndefense.files import open_regular
 from nndefense.images import shape_text
 
 # The sets whose items are a picture and the number of its class, by their splits, the first of which is the usual
@@ -194,7 +195,7 @@ def _open(name: str, root: Path, split: str, download: bool) -> Any:
 
 def _load(path: str) -> Image.Image:
     """Open a picture; its pixels are decoded later, outside the lock."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         picture = Image.open(io.BytesIO(file.read()), formats=FORMATS)
     check_pixels(path, picture)
     return picture

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nndefense.errors import InputError, ModelError, plain, warn
-from nndefense.files import text_lines
+from nndefense.files import read_whole, text_lines
 from nndefense.images import channel_message, shape_text
 from nndefense.models.class_names import match_classes
 from nndefense.models.state import constants_in, update_with_state
@@ -194,11 +194,14 @@ def read_classes(path: str | Path) -> tuple[tuple[str, ...], tuple[str, ...] | N
     """
     path = Path(path).expanduser()
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_whole(path).decode("utf-8-sig")
     except FileNotFoundError:
         raise ModelError(f"there is no file of classes at {path}: check the path") from None
-    except (OSError, UnicodeDecodeError):
-        raise ModelError(f"the file of classes {path} cannot be read: it must be a UTF-8 text or CSV file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f" ({error.strerror})" if isinstance(error, OSError) else ""
+        raise ModelError(
+            f"the file of classes {path} cannot be read{reason}: it must be a UTF-8 text or CSV file"
+        ) from None
     if path.suffix.lower() == ".csv":
         return _read_csv(path, text)
     names = tuple(line.strip() for line in text_lines(text))
@@ -210,7 +213,10 @@ def read_classes(path: str | Path) -> tuple[tuple[str, ...], tuple[str, ...] | N
 
 
 def _read_csv(path: Path, text: str) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise ModelError(f"the file of classes {path} is no table ({error}): mend it") from None
     columns = {column.strip().lower(): column for column in (rows[0] if rows else {}) if column}
     name = next((columns[column] for column in _NAME_COLUMNS if column in columns), None)
     if name is None:

@@ -40,7 +40,7 @@ def read_json(path: Path, form: str, version: int, remedy: str) -> dict[str, Any
         ModelError: the file is missing, broken, of another format or of a newer version.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(files.read_whole(path))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: {remedy}") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -20,7 +20,7 @@ from nndefense.datasets.litter import is_passed_over
 from nndefense.datasets.picture_names import Unread, is_picture
 from nndefense.datasets.store import LocalStore
 from nndefense.errors import DataError, InputError, warn
-from nndefense.files import read_json, write_atomically
+from nndefense.files import open_regular, read_json, read_whole, write_atomically
 
 _CM_PER_INCH = 2.54
 
@@ -97,7 +97,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> Tensor:
 def read_palette(path: Path) -> Tensor:
     """Read printable colours, one a line: ``#rrggbb`` or three numbers from 0 to 255; P x 3 in [0, 1]."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_whole(path, 1 << 20).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         raise DataError(f"{path} cannot be read as text: give one colour a line") from None
     colours = []
@@ -184,7 +184,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 def _open(path: Path) -> Image.Image:
     try:
-        with Image.open(path, formats=FORMATS) as picture:
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as picture:
             # As a viewer shows it, since that is where corner points are read off.
             return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError:

@@ -25,7 +25,17 @@ from tqdm import tqdm
 from nndefense.attacks import Model
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError
-from nndefense.files import PART, make_folder, not_read, open_hdf5, read_json, write_json, write_part
+from nndefense.files import (
+    HDF5_ERRORS,
+    PART,
+    held_array,
+    make_folder,
+    not_read,
+    open_hdf5,
+    read_json,
+    write_json,
+    write_part,
+)
 from nndefense.models import Classifier
 from nndefense.training.inner_attack import InnerAttack
 from nndefense.training.launcher import Team
@@ -200,13 +210,13 @@ class _Plan:
         path = self.path(number)
         try:
             with open_hdf5(path) as file:
-                images, own = file["images"], file.attrs["key"] == self.key
+                images, own = held_array(file, "images", path), file.attrs["key"] == self.key
                 offset, shape, digest = images.id.get_offset(), images.shape, file.attrs["sha256"]
                 fitting = images.dtype == np.dtype("<f4") and shape == (len(self.rows(number)), *self.shape)
             if not (own and fitting and offset is not None):
                 return None
             found: NDArray[np.float32] = np.memmap(path, mode="r", dtype="<f4", shape=shape, offset=offset)
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
+        except HDF5_ERRORS as error:
             told = not_read(path, error)
             if told:
                 raise DataError(told) from error

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nndefense.datasets.ids import Ids
 from nndefense.errors import DataError, one_line
-from nndefense.files import make_folder, not_read, open_hdf5, write_atomically
+from nndefense.files import HDF5_ERRORS, held_array, make_folder, not_read, open_hdf5, write_atomically
 
 Array = NDArray[Any]
 FORMAT, VERSION = "nndefense-pseudo-labels", 1
@@ -37,10 +37,10 @@ def read_file(
         with open_hdf5(path) as file:
             if file.attrs.get("format") != FORMAT or int(file.attrs["version"]) != VERSION:
                 raise DataError(f"{path} is no file of pseudo-labels of version {VERSION}: name one that is")
-            columns = {name: np.asarray(file[name][...]) for name in file if name != "ids"}
+            columns = {name: np.asarray(held_array(file, name, path)[...]) for name in file if name != "ids"}
             names = {key: tuple(map(_text, file.attrs[key])) for key in ("classes", "class_ids") if key in file.attrs}
             job, selection = json.loads(file.attrs["job"]), json.loads(file.attrs.get("selection", "null"))
-            lengths = {len(column) for column in columns.values()} | {int(file["ids"].shape[0])}
+            lengths = {len(column) for column in columns.values()} | {int(held_array(file, "ids", path).shape[0])}
         labels = columns["label"]
         if len(lengths) != 1 or not set(COLUMNS) <= set(columns):
             raise ValueError("its columns do not fit together")
@@ -50,7 +50,7 @@ def read_file(
         teachers_of(job), job["pool"]["ids_sha256"]
     except DataError:
         raise
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except HDF5_ERRORS as error:
         told = not_read(path, error) or f"{path} cannot be read as pseudo-labels ({one_line(error)}): {_REMEDY}"
         raise DataError(told) from error
     return columns, FileIds(path, len(labels)), names["classes"], names.get("class_ids"), job, selection
@@ -83,10 +83,10 @@ class FileIds(Ids):
                     places = order[first : first + BLOCK]
                     low, high = int(rows[places[0]]), int(rows[places[-1]])
                     for start in range(low, high + 1, BLOCK):
-                        block = file["ids"][start : min(start + BLOCK, high + 1)]
+                        block = held_array(file, "ids", self._path)[start : min(start + BLOCK, high + 1)]
                         inside = places[(rows[places] >= start) & (rows[places] < start + BLOCK)]
                         found[inside] = block[rows[inside] - start]
-        except (OSError, KeyError, RuntimeError, IndexError) as error:
+        except HDF5_ERRORS as error:
             told = not_read(self._path, error) or f"{self._path} cannot be read any more ({error}): {_REMEDY}"
             raise DataError(told) from error
         return [bytes(item).decode("utf-8", "surrogateescape") for item in found]

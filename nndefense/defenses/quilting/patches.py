@@ -17,8 +17,8 @@ from nndefense.database.exact_search import ExactSearch, squared_distances
 from nndefense.database.faiss_tools import faiss_available, import_faiss
 from nndefense.database.index import BACKENDS, FaissIndex
 from nndefense.database.manifest import NAME, FileEntry, read_manifest
-from nndefense.errors import DatabaseError, InputError, check_choice
-from nndefense.files import not_read, open_hdf5, write_json
+from nndefense.errors import DatabaseError, DataError, InputError, check_choice
+from nndefense.files import HDF5_ERRORS, held_array, not_read, open_hdf5, write_json
 from nndefense.images import shape_text
 
 FORMAT, VERSION = "nndefense-patches", 1
@@ -172,7 +172,7 @@ class PatchDatabase:
     def origins(self) -> NDArray[np.int64]:
         """Where each patch comes from: count x 3, the number of the image in its data set, first row, first column."""
         with open_hdf5(self.path / PIXELS) as file:
-            return np.asarray(file["origins"], dtype=np.int64)
+            return np.asarray(held_array(file, "origins", self.path / PIXELS), dtype=np.int64)
 
     def pixels(self, rows: Tensor) -> Tensor:
         """The patches of these numbers, of any shape: ``rows.shape`` x C x p x p, float32 in [0, 1]."""
@@ -244,9 +244,11 @@ def _read_pixels(folder: Path, manifest: PatchManifest) -> Tensor:
     path = folder / PIXELS
     try:
         with open_hdf5(path) as file:
-            found: NDArray[Any] = np.asarray(file["patches"])
-            origins = file["origins"].shape
-    except (OSError, KeyError, TypeError) as error:
+            found: NDArray[Any] = np.asarray(held_array(file, "patches", path))
+            origins = held_array(file, "origins", path).shape
+    except DataError as error:
+        raise DatabaseError(str(error)) from error
+    except HDF5_ERRORS as error:
         told = not_read(path, error) or f"{path} is damaged or not a file of patches: restore it or {REBUILD}"
         raise DatabaseError(told) from error
     shape = (manifest.count, manifest.channels, manifest.side, manifest.side)

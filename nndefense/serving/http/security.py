@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nndefense.errors import InputError
+from nndefense.files import read_whole
 from nndefense.serving.http.encodings import is_packed, unpacked
 from nndefense.serving.http.problem import ServiceProblem, busy
 from nndefense.serving.http.settings import ServingSettings, is_loopback
@@ -79,7 +80,7 @@ class Keys:
         if path is None:
             return cls([])
         try:
-            keys = cls(path.read_text(encoding="utf-8").splitlines())
+            keys = cls(read_whole(path).decode("utf-8").splitlines())
         except (OSError, UnicodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise InputError(f"the keys in {path} cannot be read ({reason})") from error

@@ -1,0 +1,428 @@
+"""Files from strangers: each hostile one gives one clear line, within limits of memory and time, and acts on nothing.
+
+Every case is opened in a process of its own, forked off one that has imported the library, so that a crash, a hang or
+too much memory is one case's failure. A listener on this machine must hear nothing, and no marker may appear.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MEBIBYTE = 1 << 20
+IMAGES = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
+SECRET = bytes(range(64, 64 + 192)) * 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A hostile file.
+
+    Attributes:
+        name: what is hostile.
+        make: writes it (and what it leads to) into an empty folder.
+        use: what a user does with it, given the folder.
+        says: a pattern of what the error says; empty where the file opens and does no harm.
+        memory: MiB that the opening may take.
+        slow: whether it takes seconds.
+    """
+
+    name: str
+    make: Callable[[Path], None]
+    use: Callable[[Path], object]
+    says: str
+    memory: int = 400
+    slow: bool = False
+
+
+def read_all(spec: str, folder: Path, **options: Any) -> None:
+    """Open a data set and read of it what a job reads."""
+    from nndefense.datasets import open_dataset
+
+    dataset = open_dataset(spec.replace("@", str(folder)), download=False, **options)
+    dataset.read_each(range(min(len(dataset), 8)))
+    list(dataset.ids[:8])
+    assert len(dataset.fingerprint) == 64
+
+
+def opening(spec: str, **options: Any) -> Callable[[Path], object]:
+    """Opens a data set whose files are in the folder, ``@``."""
+    return functools.partial(read_all, spec, **options)
+
+
+# HDF5
+
+
+def hdf5(fill: Callable[[h5py.File], object]) -> Callable[[Path], None]:
+    """Writes ``a.h5``, beside which there are a file that is nobody's business and a pipe that nobody writes."""
+
+    def make(folder: Path) -> None:
+        (folder / "secret").write_bytes(SECRET)
+        os.mkfifo(folder / "pipe")
+        with h5py.File(folder / "other.h5", "w") as other:
+            other["images"] = IMAGES
+        place = os.getcwd()
+        os.chdir(folder)
+        try:
+            with h5py.File("a.h5", "w", libver=("v110", "v110")) as file:
+                fill(file)
+        finally:
+            os.chdir(place)
+
+    return make
+
+
+def virtual(source: str, name: str = "images") -> Callable[[h5py.File], None]:
+    """Images that are those of another file, or of this one."""
+
+    def fill(file: h5py.File) -> None:
+        layout = h5py.VirtualLayout(shape=IMAGES.shape, dtype="u1")
+        layout[:] = h5py.VirtualSource(source, name, shape=IMAGES.shape)
+        file.create_virtual_dataset("images", layout)
+
+    return fill
+
+
+def growing(file: h5py.File) -> None:
+    """A virtual data set whose very shape depends on another file: a pipe."""
+    space = h5py.h5s.create_simple((0, 8, 8, 3), (h5py.h5s.UNLIMITED, 8, 8, 3))
+    for one in (space, source := space.copy()):
+        one.select_hyperslab((0,) * 4, (1,) * 4, (1,) * 4, (h5py.h5s.UNLIMITED, 8, 8, 3))
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_virtual(space, b"pipe", b"images", source)
+    h5py.h5d.create(file.id, b"images", h5py.h5t.NATIVE_UINT8, space, layout)
+
+
+def with_images(**further: Any) -> Callable[[h5py.File], None]:
+    """Good images, and something else."""
+
+    def fill(file: h5py.File) -> None:
+        file["images"] = IMAGES
+        for name, value in further.items():
+            if name == "classes":
+                file.attrs[name] = value
+            else:
+                file[name] = value
+
+    return fill
+
+
+def declared(shape: tuple[int, ...], name: str = "images", **options: Any) -> Callable[[h5py.File], None]:
+    """An array of which not a byte is written."""
+
+    def fill(file: h5py.File) -> None:
+        if name != "images":
+            file["images"] = IMAGES
+        file.create_dataset(name, shape=shape, dtype="u1", **options)
+
+    return fill
+
+
+def many_labels(file: h5py.File) -> None:
+    """Two hundred million images of one pixel that are not written, and as many labels of a single byte."""
+    file.create_dataset("images", shape=(200 << 20, 1, 1, 1), dtype="u1", chunks=(1 << 20, 1, 1, 1))
+    file.create_dataset("labels", shape=(200 << 20,), dtype="u1", chunks=(1 << 20,), compression="gzip")
+
+
+def deep_block(file: h5py.File) -> None:
+    """A single image in a compressed block that unpacks to a gigabyte."""
+    shape = (1, 512, 1024, 3)
+    found = file.create_dataset(
+        "images", shape=shape, maxshape=(None, *shape[1:]), chunks=(700, *shape[1:]), dtype="u1", compression="gzip"
+    )
+    found.id.write_direct_chunk((0, 0, 0, 0), b"\x78\x9c" + bytes(100))
+
+
+ELSEWHERE = r"which may lead out of the file and is not read: write the values into the file itself$"
+BEYOND = r"declares [\d,]+ bytes, far more than the file holds"
+HDF5 = "hdf5:@/a.h5"
+
+CASES = [
+    Case(
+        "hdf5: external storage",
+        hdf5(lambda f: f.create_dataset("images", IMAGES.shape, "u1", external=[("secret", 0, 768)])),
+        opening(HDF5),
+        f"external storage, {ELSEWHERE}",
+    ),
+    Case(
+        "hdf5: external storage of labels",
+        hdf5(lambda f: (with_images()(f), f.create_dataset("labels", (4,), "u1", external=[("secret", 0, 4)]))),
+        opening(HDF5),
+        f"labels .* external storage, {ELSEWHERE}",
+    ),
+    Case(
+        "hdf5: an external link",
+        hdf5(lambda f: f.__setitem__("images", h5py.ExternalLink("other.h5", "images"))),
+        opening(HDF5),
+        f"images .* a link, {ELSEWHERE}",
+    ),
+    Case(
+        "hdf5: an external link to a pipe",
+        hdf5(lambda f: f.__setitem__("images", h5py.ExternalLink("pipe", "images"))),
+        opening(HDF5),
+        f"a link, {ELSEWHERE}",
+    ),
+    Case(
+        "hdf5: an external link of ids",
+        hdf5(with_images(ids=h5py.ExternalLink("pipe", "ids"))),
+        opening(HDF5),
+        f"ids .* a link, {ELSEWHERE}",
+    ),
+    Case(
+        "hdf5: a soft link",
+        hdf5(with_images(labels=h5py.SoftLink("/images"))),
+        opening(HDF5),
+        f"labels .* a link, {ELSEWHERE}",
+    ),
+    Case(
+        "hdf5: a soft link to itself",
+        hdf5(with_images(labels=h5py.SoftLink("/labels"))),
+        opening(HDF5),
+        f"labels .* a link, {ELSEWHERE}",
+    ),
+    Case(
+        "hdf5: a virtual set of another folder",
+        hdf5(virtual("/etc/../tmp/other.h5")),
+        opening(HDF5),
+        f"a virtual data set, {ELSEWHERE}",
+    ),
+    Case(
+        "hdf5: a virtual set of the same folder",
+        hdf5(virtual("other.h5")),
+        opening(HDF5),
+        f"a virtual data set, {ELSEWHERE}",
+    ),
+    Case("hdf5: a virtual set of itself", hdf5(virtual(".")), opening(HDF5), f"a virtual data set, {ELSEWHERE}"),
+    Case(
+        "hdf5: a virtual set of itself by name",
+        hdf5(virtual("a.h5")),
+        opening(HDF5),
+        f"a virtual data set, {ELSEWHERE}",
+    ),
+    Case(
+        "hdf5: a virtual set that grows with a pipe", hdf5(growing), opening(HDF5), f"a virtual data set, {ELSEWHERE}"
+    ),
+    Case("hdf5: huge shape", hdf5(declared((10**12, 8, 8, 3))), opening(HDF5), BEYOND),
+    Case("hdf5: huge shape in chunks", hdf5(declared((10**12, 8, 8, 3), chunks=(1, 8, 8, 3))), opening(HDF5), BEYOND),
+    Case("hdf5: one huge image", hdf5(declared((1, 10**5, 10**5, 3), chunks=(1, 8, 8, 3))), opening(HDF5), BEYOND),
+    Case("hdf5: more images than bytes", hdf5(many_labels), opening(HDF5), f"declares 209,715,200 images|{BEYOND}"),
+    Case("hdf5: one huge block", hdf5(deep_block), opening(HDF5), r"compressed in blocks of [\d,]+ bytes, more than"),
+    Case(
+        "hdf5: a group in the place of images",
+        hdf5(lambda f: f.create_group("images")),
+        opening(HDF5),
+        "no array in 'images'",
+    ),
+    Case(
+        "hdf5: a committed type in the place of labels",
+        hdf5(with_images(labels=np.dtype("u1"))),
+        opening(HDF5),
+        "no array in 'labels'",
+    ),
+    Case(
+        "hdf5: references in the place of labels",
+        hdf5(
+            lambda f: (with_images()(f), f.create_dataset("labels", data=[f["images"].ref] * 4, dtype=h5py.ref_dtype))
+        ),
+        opening(HDF5),
+        "labels of type object",
+    ),
+    Case("hdf5: classes that are numbers", hdf5(with_images(classes=np.arange(3))), opening(HDF5), "no list of names"),
+    Case("hdf5: a pipe", lambda folder: os.mkfifo(folder / "a.h5"), opening(HDF5), "there is no file"),
+    Case("hdf5: a device", lambda folder: (folder / "a.h5").symlink_to("/dev/zero"), opening(HDF5), "there is no file"),
+]
+
+
+# texts
+
+
+def text(name: str, content: bytes | str) -> Callable[[Path], None]:
+    """Writes a file."""
+    data = content if isinstance(content, bytes) else content.encode()
+    return lambda folder: (folder / name).write_bytes(data) and None
+
+
+def hollow(name: str, size: int) -> Callable[[Path], None]:
+    """A file of so many bytes that takes none on the disk."""
+    return lambda folder: os.truncate(os.open(folder / name, os.O_CREAT | os.O_WRONLY), size)
+
+
+def call(function: str) -> Callable[[Path], object]:
+    """Calls a function, named ``module:name``, with the path of ``a`` in the folder."""
+
+    def use(folder: Path) -> object:
+        module, _, name = function.partition(":")
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+        return found(folder / "a")
+
+    return use
+
+
+_READERS = {
+    "recipe": (call("nndefense.recipes:read_toml"), "give a TOML file"),
+    "json": (call("nndefense.files:read_json"), "cannot be read as JSON"),
+    "classes": (call("nndefense.models.classifier:read_classes"), "the file of classes .* cannot be read"),
+    "palette": (call("nndefense.pipeline.sticker_files:read_palette"), "cannot be read as text"),
+    "keys": (call("nndefense.serving.http.security:Keys.read"), "keys in .* cannot be read"),
+    "picture": (call("nndefense.datasets:load_image"), "cannot read the image .* (not a regular file)?"),
+}
+for kind, (use, says) in _READERS.items():
+    CASES += [
+        Case(f"{kind}: a device", lambda folder: (folder / "a").symlink_to("/dev/zero"), use, says),
+        Case(f"{kind}: a pipe", lambda folder: os.mkfifo(folder / "a"), use, says),
+        Case(f"{kind}: a terabyte", hollow("a", 1 << 40), use, f"{says}|{kind} .* bytes"),
+        Case(f"{kind}: bytes of no kind", text("a", bytes(range(256))), use, "."),
+    ]
+CASES += [
+    Case("json: deep", text("a", "[" * 10**6), *_READERS["json"]),
+    Case("json: a number of a million digits", text("a", "1" * 10**6), *_READERS["json"]),
+    Case("recipe: deep", text("a", "a=" + "[" * 10**5), _READERS["recipe"][0], "TOML"),
+    Case(
+        "recipe: long dotted names",
+        text("a", ".".join("a" * 60_000) + "=1\n" + ".".join("a" * 60_000) + ".b=1"),
+        _READERS["recipe"][0],
+        "has a line with more than 1,000 points",
+    ),
+    Case(
+        "list: a device",
+        lambda folder: (folder / "a.csv").symlink_to("/dev/zero"),
+        opening("files:@/a.csv"),
+        "there is no list",
+    ),
+    Case(
+        "list: a terabyte",
+        hollow("a.csv", 1 << 40),
+        opening("files:@/a.csv"),
+        "bytes, more than the .* that are read of a text",
+    ),
+    Case(
+        "list: one endless cell",
+        text("a.csv", "path,label\n" + "x" * 10**6),
+        opening("files:@/a.csv"),
+        "field larger than field limit",
+    ),
+]
+
+
+# the process that opens them
+
+
+def attempt(case: Case, step: Callable[[Path], object], folder: Path, memory: int, seconds: int) -> dict[str, str]:
+    """What one step of a case comes to, in a child with limits."""
+    readable, writable = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(seconds)
+        status = Path("/proc/self/status").read_text()
+        used = int(re.search(r"VmData:\s+(\d+) kB", status)[1]) << 10  # type: ignore[index]
+        resource.setrlimit(resource.RLIMIT_DATA, (used + memory * MEBIBYTE,) * 2)
+        from nndefense.errors import NNDefenseError
+
+        try:
+            step(folder)
+            found = {"end": "opened", "text": ""}
+        except NNDefenseError as error:
+            found = {"end": "refused", "text": str(error)}
+        except BaseException:
+            found = {"end": "traceback", "text": traceback.format_exc()[-2000:]}
+        os.write(writable, json.dumps(found).encode())
+        os._exit(0)
+    os.close(writable)
+    with open(readable, "rb") as file:
+        answer = file.read()
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return {"end": signal.Signals(os.WTERMSIG(status)).name, "text": ""}
+    return dict(json.loads(answer))
+
+
+def main(root: str, names: Sequence[str]) -> None:
+    """Make and open the cases of these names, and print what they come to, a line each."""
+    import nndefense.datasets
+    import nndefense.models
+    import nndefense.pipeline.sticker_files
+    import nndefense.recipes
+    import nndefense.serving.http.security  # noqa: F401
+
+    for number, case in enumerate(CASES):
+        if case.name in names:
+            folder = Path(root) / str(number)
+            folder.mkdir()
+            found = attempt(case, case.make, folder, 4096, 60)
+            if found["end"] == "opened":
+                found = attempt(case, case.use, folder, case.memory, 60 if case.slow else 20)
+            print(json.dumps({"name": case.name, **found}), flush=True)
+
+
+@pytest.fixture(scope="module")
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        yield server
+
+
+Ends = Callable[[Case], dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory, listener: socket.socket) -> Ends:
+    """What cases come to: all that are fast, or all that are slow, at the first that is asked for."""
+    found: dict[str, dict[str, str]] = {}
+
+    def of(case: Case) -> dict[str, str]:
+        if case.name not in found:
+            root = tmp_path_factory.mktemp("strangers")
+            names = [one.name for one in CASES if one.slow == case.slow]
+            done = subprocess.run(
+                [sys.executable, __file__, str(root), *names],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+            found.update((one["name"], one) for one in map(json.loads, done.stdout.splitlines()))
+            assert not list(root.glob("**/marker"))
+        return found[case.name]
+
+    return of
+
+
+PARAMETERS = [pytest.param(case, marks=[pytest.mark.slow] if case.slow else [], id=case.name) for case in CASES]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+@pytest.mark.parametrize("case", PARAMETERS)
+def test_a_hostile_file_gives_one_clear_line_and_acts_on_nothing(
+    case: Case, ends: Ends, listener: socket.socket
+) -> None:
+    end = ends(case)
+    assert end["end"] == ("refused" if case.says else "opened"), end
+    assert re.search(case.says, end["text"]), end["text"]
+    assert "\n" not in end["text"]
+    assert len(end["text"]) < 600
+    with pytest.raises(BlockingIOError):
+        listener.accept()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
