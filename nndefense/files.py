@@ -23,6 +23,8 @@ _OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.E
 _OF_THE_SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EIO, errno.ESTALE)
 HDF5_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, SystemError, TypeError, ValueError)
 """What h5py raises of files that are damaged, of another kind or not there."""
+MOST_CLASSES = 100_000
+"""The most classes that a file may have: a few bytes can speak of a class two billion, and names are held in memory."""
 # An array may be so large whatever stores it; a larger one must not be more than so many times its file.
 _SMALL, _DENSE = 64 << 20, 100
 _BLOCK = 256 << 20

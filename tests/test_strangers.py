@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MEBIBYTE = 1 << 20
@@ -46,7 +49,7 @@ class Case:
     """
 
     name: str
-    make: Callable[[Path], None]
+    make: Callable[[Path], object]
     use: Callable[[Path], object]
     says: str
     memory: int = 400
@@ -71,7 +74,7 @@ def opening(spec: str, **options: Any) -> Callable[[Path], object]:
 # HDF5
 
 
-def hdf5(fill: Callable[[h5py.File], object]) -> Callable[[Path], None]:
+def hdf5(fill: Callable[[h5py.File], object]) -> Callable[[Path], object]:
     """Writes ``a.h5``, beside which there are a file that is nobody's business and a pipe that nobody writes."""
 
     def make(folder: Path) -> None:
@@ -251,16 +254,26 @@ CASES = [
 ]
 
 
+def both(*makes: Callable[[Path], object]) -> Callable[[Path], object]:
+    """One after the other."""
+
+    def make(folder: Path) -> None:
+        for one in makes:
+            one(folder)
+
+    return make
+
+
 # texts
 
 
-def text(name: str, content: bytes | str) -> Callable[[Path], None]:
+def text(name: str, content: bytes | str) -> Callable[[Path], object]:
     """Writes a file."""
     data = content if isinstance(content, bytes) else content.encode()
-    return lambda folder: (folder / name).write_bytes(data) and None
+    return lambda folder: (folder / name).write_bytes(data)
 
 
-def hollow(name: str, size: int) -> Callable[[Path], None]:
+def hollow(name: str, size: int) -> Callable[[Path], object]:
     """A file of so many bytes that takes none on the disk."""
     return lambda folder: os.truncate(os.open(folder / name, os.O_CREAT | os.O_WRONLY), size)
 
@@ -321,6 +334,167 @@ CASES += [
         opening("files:@/a.csv"),
         "field larger than field limit",
     ),
+]
+
+
+# tar, and labels
+
+
+def bomb_of_torchvision(folder: Path) -> None:
+    """The labels of a set of torchvision's that was made up."""
+    from nndefense.datasets.torchvision_set import _labels
+
+    _labels(type("Made", (), {"targets": [0, 2**31 - 1], "__len__": lambda self: 2})(), "MNIST")
+
+
+def many_names(folder: Path) -> None:
+    """As many names as are allowed, none of which is a classifier's."""
+    from nndefense.models.class_names import match_classes
+
+    assert match_classes([f"a {n}" for n in range(10**5)], [f"b {n}" for n in range(1000)], None).missing
+
+
+def picture(size: int = 8) -> bytes:
+    """A good PNG."""
+    data = io.BytesIO()
+    Image.fromarray(np.zeros((size, size, 3), np.uint8)).save(data, "PNG")
+    return data.getvalue()
+
+
+def header(name: str, size: int, kind: bytes = b"0") -> bytes:
+    """A tar header, whose size may be a lie and below nothing."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    data = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    # In base 256 where it does not fit.
+    data[124:136] = b"%011o\0" % size if 0 <= size < 8**11 else (size % (1 << 96) | 1 << 95).to_bytes(12, "big")
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data)
+    return bytes(data)
+
+
+def block(data: bytes) -> bytes:
+    """Filled up to whole blocks."""
+    return data + bytes(-len(data) % 512)
+
+
+def tar(*members: tuple[str, bytes], ahead: bytes = b"", end: bytes = bytes(1024)) -> Callable[[Path], object]:
+    """Writes ``a.tar``: what comes ahead, members with honest headers, and the end."""
+    body = b"".join(header(name, len(data)) + block(data) for name, data in members)
+    return lambda folder: (folder / "a.tar").write_bytes(ahead + body + end)
+
+
+def labelled(label: str, suffix: str = "cls") -> Callable[[Path], object]:
+    """A shard of a picture with a label."""
+    return tar(("0.png", picture()), (f"0.{suffix}", label.encode()))
+
+
+TAR = "webdataset:@/a.tar"
+NUMBER = "is no label: write a whole number from 0"
+PAX = b"21 path=../../marker\n"
+CASES += [
+    Case("tar: a label bomb", labelled("2147483647"), opening(TAR), NUMBER),
+    Case("tar: a label of a million", labelled("1e6"), opening(TAR), NUMBER),
+    Case("tar: the highest label", labelled("99999"), opening(TAR), ""),
+    Case("tar: a label bomb in JSON", labelled('{"label": 2147483647}', "json"), opening(TAR), NUMBER),
+    Case("tar: an endless label", labelled('{"label": 1e400}', "json"), opening(TAR), NUMBER),
+    Case("tar: deep JSON", labelled("[" * 10**5, "json"), opening(TAR), NUMBER),
+    Case(
+        "tar: too many classes",
+        both(labelled("0"), text("classes.txt", "\n".join(map(str, range(10**5 + 1))))),
+        opening(TAR),
+        "100,001 classes, more than the 100,000 allowed",
+    ),
+    Case(
+        "tar: a size below nothing",
+        tar(("0.png", picture()), ahead=header("x.bin", -1024)),
+        opening(TAR),
+        "damaged|tar file",
+    ),
+    Case(
+        "tar: a name of a terabyte",
+        tar(ahead=header("x", 1 << 40, b"L"), end=b""),
+        opening(TAR),
+        "a header of 1,099,511,627,776 bytes",
+    ),
+    Case(
+        "tar: a name of a size below nothing",
+        tar(ahead=header("x", -512, b"L")),
+        opening(TAR),
+        "header of -|damaged|tar file",
+    ),
+    Case(
+        "tar: further headers of a terabyte",
+        both(tar(ahead=header("x", 1 << 40, b"x")), hollow("a.tar", 1 << 41)),
+        opening(TAR),
+        "a header of 1,099,511,627,776 bytes",
+    ),
+    Case(
+        "tar: a picture of a terabyte",
+        both(tar(ahead=header("0.png", 1 << 40)), hollow("a.tar", (1 << 40) + 2048)),
+        opening(TAR),
+        "bytes, more than the 1,073,741,824 allowed for one picture",
+    ),
+    Case(
+        "tar: names that lead out",
+        tar(
+            ("../../marker.png", picture()),
+            ("/etc/marker.png", picture()),
+            ahead=header("x", len(PAX), b"x") + block(PAX),
+        ),
+        opening(TAR),
+        "",
+    ),
+    Case(
+        "tar: links",
+        tar(("0.png", picture()), ahead=header("1.png", 0, b"2") + header("2.png", 0, b"1")),
+        opening(TAR),
+        "",
+    ),
+    Case(
+        "tar: a pipe in the folder",
+        lambda folder: os.mkfifo(folder / "a.tar"),
+        opening("webdataset:@"),
+        "not a regular file",
+    ),
+    Case(
+        "hdf5: a label bomb",
+        hdf5(with_images(labels=np.array([0, 1, 2, 2**31 - 1]))),
+        opening(HDF5),
+        "has label 2147483647: store whole numbers from 0 to 99,999",
+    ),
+    Case(
+        "hdf5: a label of ten to the 300",
+        hdf5(with_images(labels=np.array([0, 1, 2, 1e300]))),
+        opening(HDF5),
+        "has label 1e.300",
+    ),
+    Case(
+        "hdf5: too many classes",
+        hdf5(with_images(classes=np.zeros(10**5 + 1, "S1"))),
+        opening(HDF5),
+        "100,001 classes, more than the 100,000 allowed",
+    ),
+    Case(
+        "list: a label bomb",
+        text("a.csv", "path,label\na.png,2147483647\n"),
+        opening("files:@/a.csv", size=8),
+        "has label 2147483647",
+    ),
+    Case(
+        "list: a label of many digits",
+        text("a.csv", f"path,label\na.png,{'9' * 5000}\n"),
+        opening("files:@/a.csv", size=8),
+        "has label inf",
+    ),
+    Case(
+        "classes: too many",
+        text("a", "\n".join(map(str, range(10**6)))),
+        _READERS["classes"][0],
+        "has more than the 100,000 lines allowed",
+    ),
+    Case("classes: as many as are allowed", lambda folder: None, many_names, ""),
+    Case("torchvision: a label bomb", lambda folder: None, bomb_of_torchvision, "has label 2147483647"),
 ]
 
 

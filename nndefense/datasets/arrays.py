@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from nndefense.datasets.base import ImageDataset, update_with_strings
 from nndefense.datasets.ids import Ids, NumberedIds, RowNumbers
-from nndefense.datasets.labels import class_number, numbered_classes
+from nndefense.datasets.labels import check_class_count, class_number, numbered_classes
 from nndefense.datasets.pixels import Pixels
 from nndefense.datasets.rejected import BadImage, SourceError
 from nndefense.datasets.remote import open_store
@@ -257,10 +258,15 @@ class _Store:
         return np.array(numbers, dtype=np.int64)[places.reshape(-1)]
 
     def classes(self) -> list[str] | None:
+        import h5py
+
         with self._reading():
-            stored = self.file().attrs.get("classes")
-        if stored is None:
-            return None
+            attributes = self.file().attrs
+            if "classes" not in attributes:
+                return None
+            # By its declared length, before anything is read.
+            check_class_count(math.prod(h5py.h5a.open(self.file().id, b"classes").shape), self.path)
+            stored = attributes["classes"]
         names = np.asarray(stored)
         if names.ndim != 1 or names.dtype.kind not in "SUO":
             raise DataError(f"{self.path} has a classes attribute that is no list of names: {_REMEDY}")

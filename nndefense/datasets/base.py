@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nndefense.datasets.ids import Ids, PackedIds, PickedIds, RowNumbers
+from nndefense.datasets.labels import check_class_count
 from nndefense.datasets.pixels import Digests, pixel_digests
 from nndefense.datasets.rejected import OTHER_SIZE, BadImage, Reading, Rejected, SourceError, left_out
 from nndefense.errors import DataError, InputError, warn
@@ -52,6 +53,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         labels: ArrayLike,
     ) -> None:
         self.name = name
+        check_class_count(len(classes), name)
         self.classes = tuple(classes)
         self.shape = shape
         self.ids: Ids = ids if isinstance(ids, Ids) else PackedIds(ids)

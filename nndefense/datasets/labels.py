@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from nndefense.datasets.store import Store
 from nndefense.errors import DataError
-from nndefense.files import text_lines
+from nndefense.files import MOST_CLASSES, text_lines
 
 # What spreadsheets, pandas and R write in the place of a number that is missing.
 _UNKNOWN = ("", "nan", "<na>")
@@ -18,8 +18,7 @@ _EMPTY = (*_UNKNOWN, "na", "n/a", "#n/a", "null", "none", "-")
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?", re.IGNORECASE)
 LABEL_NAMES = ("label", "labels", "cls", "class", "target", "fine_label", "class_name", "category")
 """What a column or an entry that holds the label is called, in tables and in JSON; the first that is there is taken."""
-MOST_CLASSES = 1 << 20
-"""Where nothing names the classes, a label must be below this: a number above it is an id or a year, not a class."""
+_LIST_BYTES = 16 << 20
 
 Label = int | float | str | None
 
@@ -28,13 +27,15 @@ def class_number(value: float, title: str) -> int:
     """Return a number found as a label as the number of a class: 3.0 is 3, and -1 and NaN are -1, the unknown.
 
     Raises:
-        DataError: it has a fraction, or is below -1.
+        DataError: it has a fraction, or is not among -1 to :data:`~nndefense.files.MOST_CLASSES` - 1.
     """
     if value != value:
         return -1
     # Infinity does not get as far as int().
-    if not -1 <= value < 1 << 31 or value != int(value):
-        raise DataError(f"{title} has label {value}: store whole numbers from 0, or -1 where unknown")
+    if not -1 <= value < MOST_CLASSES or value != int(value):
+        raise DataError(
+            f"{title} has label {value}: store whole numbers from 0 to {MOST_CLASSES - 1:,}, or -1 where unknown"
+        )
     return int(value)
 
 
@@ -77,12 +78,15 @@ def numbered_classes(labels: NDArray[np.int64], title: str) -> list[str]:
     """Return the classes ``0``, ``1``, ... that numbers without names stand for; none where all are unknown.
 
     Raises:
-        DataError: a number is not below :data:`MOST_CLASSES`.
+        DataError: a number is not below :data:`~nndefense.files.MOST_CLASSES`.
     """
-    highest = int(labels.max(initial=-1))
-    if highest >= MOST_CLASSES:
-        raise DataError(f"{title} has label {highest}: number the classes from 0, or give their names")
-    return [str(number) for number in range(highest + 1)]
+    return [str(number) for number in range(class_number(labels.max(initial=-1).item(), title) + 1)]
+
+
+def check_class_count(count: int, title: str) -> None:
+    """Raise :class:`DataError` for more than :data:`~nndefense.files.MOST_CLASSES` classes."""
+    if count > MOST_CLASSES:
+        raise DataError(f"{title} names {count:,} classes, more than the {MOST_CLASSES:,} allowed: join or drop some")
 
 
 def read_class_names(store: Store, path: str) -> list[str] | None:
@@ -95,10 +99,13 @@ def read_class_names(store: Store, path: str) -> list[str] | None:
         return None
     place = store.url(path)
     try:
+        if store.size(path) > _LIST_BYTES:
+            raise DataError(f"{place} has more than {_LIST_BYTES:,} bytes: write one class name a line")
         text = store.read_text(path)
     except (OSError, UnicodeDecodeError):
         raise DataError(f"{place} cannot be read: it must be a UTF-8 text with one class name a line") from None
     names = [line.strip() for line in text_lines(text)]
+    check_class_count(len(names), place)
     if not names or "" in names or len(set(names)) < len(names):
         raise DataError(f"{place} is empty, or has an empty or a repeated line: write one class name a line")
     return names

@@ -21,6 +21,7 @@ from nndefense.datasets.derived import Size, check_form
 from nndefense.datasets.encoded import PictureDataset
 from nndefense.datasets.ids import NumberedIds, RowNumbers
 from nndefense.datasets.image_files import FORMATS, check_pixels, convert
+from nndefense.datasets.labels import class_number, numbered_classes
 from nndefense.datasets.pixels import Pixels
 from nndefense.datasets.rejected import BRING, OTHER_SIZE, BadImage, SourceError
 from nndefense.errors import DataError
@@ -211,11 +212,12 @@ def _labels(items: Any, name: str) -> tuple[NDArray[np.int64], Sequence[str]]:
         # Only sets that tell their labels in no other way have all their items read.
         pairs = samples if samples is not None and _fits(samples, count) else (items[row] for row in range(count))
         found = [label for _, label in pairs]
-    labels = np.array([-1 if label is None else int(label) for label in found], dtype=np.int64)
+    title = f"torchvision's {name}"
+    labels = np.array([-1 if label is None else class_number(float(label), title) for label in found], dtype=np.int64)
     classes = next((list(getattr(items, key)) for key in _CLASS_ATTRIBUTES if getattr(items, key, None)), [])
     names = [" / ".join(item) if isinstance(item, tuple) else str(item) for item in classes]
     if len(set(names)) < len(names) or len(names) <= labels.max():
-        names = [str(number) for number in range(int(labels.max()) + 1)]
+        names = numbered_classes(labels, title)
     return labels, names
 
 

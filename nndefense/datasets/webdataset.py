@@ -13,7 +13,7 @@ import os
 import tarfile
 from array import array
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -35,7 +35,7 @@ _LABELS = ("cls", "json")
 # Of a sample's pictures with names of two parts (0.image.png), the one that is the image.
 _IMAGE_PARTS = ("image", "img", "input", "picture", "photo", "rgb")
 # A label takes a few bytes; what is longer is something else, and is not read into memory.
-_LONGEST_LABEL = 1 << 20
+_LONGEST_LABEL = _LONGEST_HEADER = 1 << 20
 
 
 class WebDataset(EncodedDataset):
@@ -165,8 +165,13 @@ def scan(store: Store, path: str, number: int, index: ShardIndex) -> None:
     labels: dict[str, tuple[tuple[bool, bool], int | str]] = {}
     try:
         # "r:" is a plain tar: a compressed one must not be unpacked in secret for every image.
-        with store.open(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with store.open(path) as file, tarfile.open(fileobj=cast(BinaryIO, _Headers(file, place)), mode="r:") as tar:
+            before = -1
             while (member := tar.next()) is not None:
+                # A size below nothing would lead back to a header that was read.
+                if not before < tar.offset:
+                    raise DataError(f"{place} is damaged at byte {member.offset:,}: {REMEDY}")
+                before = tar.offset
                 tar.members = []  # type: ignore[attr-defined]  # or a kilobyte would stay in memory for every file
                 folder, _, base = member.name.rpartition("/")
                 stem, dot, suffix = base.partition(".")
@@ -197,7 +202,8 @@ def scan(store: Store, path: str, number: int, index: ShardIndex) -> None:
             _check_end(file, tar.offset, place)
     except tarfile.TarError as error:
         raise _damaged(store, path, error) from error
-    except (OSError, ValueError) as error:
+    # Python's tarfile raises most kinds of errors for headers of a wrong form.
+    except (OSError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError, RecursionError) as error:
         # fsspec raises ValueError where a server gives no part of a file.
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(f"cannot read {place} ({reason}): {REMEDY}") from error
@@ -213,6 +219,19 @@ def scan(store: Store, path: str, number: int, index: ShardIndex) -> None:
     for key, (_, found) in labels.items():
         if key in places:
             index.labels[places[key]] = found
+
+
+class _Headers:
+    """A shard as :mod:`tarfile` reads it for headers, each of which says itself how long it is."""
+
+    def __init__(self, file: BinaryIO, place: str) -> None:
+        self._file, self._place = file, place
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _LONGEST_HEADER:
+            raise DataError(f"{self._place} has a header of {size:,} bytes: {REMEDY}, with shorter names")
+        return self._file.read(size)
 
 
 def _check_end(file: BinaryIO, offset: int, path: str) -> None:

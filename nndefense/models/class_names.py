@@ -76,6 +76,7 @@ def _by_name(wanted: Sequence[str], classes: Sequence[str], class_ids: Sequence[
     if any(_WNID.fullmatch(name) for name in (*wanted, *classes)):
         class_ids, alias = class_ids or _imagenet_order(classes), _aliases()
     exact, plain, ids = _unique(classes), _unique([_plain(name) for name in classes]), _unique(class_ids or ())
+    every = {_plain(name) for name in classes}
     parts = _unique([part for name in classes for part in _parts(name)])
     owner = {part: number for number, name in enumerate(classes) for part in _parts(name) if part in parts}
 
@@ -84,7 +85,7 @@ def _by_name(wanted: Sequence[str], classes: Sequence[str], class_ids: Sequence[
             if key in table:
                 return table[key]
         # The name is of several classes, and must not be found as a part of one of them.
-        if name in classes or any(_plain(other) == _plain(name) for other in classes):
+        if _plain(name) in every:
             return None
         owners = {owner[part] for part in _parts(name) if part in owner}
         return owners.pop() if len(owners) == 1 else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nndefense.errors import InputError, ModelError, plain, warn
-from nndefense.files import read_whole, text_lines
+from nndefense.files import MOST_CLASSES, read_whole, text_lines
 from nndefense.images import channel_message, shape_text
 from nndefense.models.class_names import match_classes
 from nndefense.models.state import constants_in, update_with_state
@@ -194,7 +194,7 @@ def read_classes(path: str | Path) -> tuple[tuple[str, ...], tuple[str, ...] | N
     """
     path = Path(path).expanduser()
     try:
-        text = read_whole(path).decode("utf-8-sig")
+        text = read_whole(path, 16 << 20).decode("utf-8-sig")
     except FileNotFoundError:
         raise ModelError(f"there is no file of classes at {path}: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -202,6 +202,8 @@ def read_classes(path: str | Path) -> tuple[tuple[str, ...], tuple[str, ...] | N
         raise ModelError(
             f"the file of classes {path} cannot be read{reason}: it must be a UTF-8 text or CSV file"
         ) from None
+    if text.count("\n") > MOST_CLASSES:
+        raise ModelError(f"the file of classes {path} has more than the {MOST_CLASSES:,} lines allowed: shorten it")
     if path.suffix.lower() == ".csv":
         return _read_csv(path, text)
     names = tuple(line.strip() for line in text_lines(text))
