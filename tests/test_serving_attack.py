@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import hostile
 import numpy as np
 import pytest
 import torch
@@ -38,6 +39,7 @@ from nndefense.serving.demo_attacks.attack import (
     picture_within,
     png_text,
 )
+from nndefense.serving.http.bodies import read_json
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +205,58 @@ def test_a_request_out_of_bounds_is_refused(service: Served, wanted: dict[str, A
     answer = ask(service, pictures()[0], **wanted)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
     assert answer.headers["content-type"] == "application/problem+json"
+
+
+SYNTAX = [case for case in hostile.REQUESTS if case.code == "malformed_json" and case.for_parser]
+
+
+@pytest.mark.parametrize("case", SYNTAX, ids=lambda case: case.name)
+def test_bodies_are_refused_as_those_of_classify_are(service: Served, case: hostile.Request) -> None:
+    begun = time.monotonic()
+    with service.client() as client:
+        answer = client.post(
+            "/v1/demo/attack", content=case.data, headers={"content-type": case.content_type, **case.headers}
+        )
+    assert (answer.status_code, answer.json()["code"]) == (400, "malformed_json")
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "image/png", "multipart/form-data; boundary=x", "application/jsonx", None]
+)
+def test_only_json_is_taken(service: Served, kind: str | None) -> None:
+    with service.client() as client:
+        headers = {} if kind is None else {"content-type": kind}
+        answer = client.post("/v1/demo/attack", content=b'{"image": ""}', headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (415, "unsupported_media_type")
+
+
+def test_a_body_of_the_largest_size_stops_nobody(service: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its parts nor its one image become large before they are refused, and the event loop reads none of it."""
+    readers: list[str] = []
+
+    def read(*given: Any) -> Any:
+        readers.append(threading.current_thread().name)
+        return read_json(*given)
+
+    monkeypatch.setattr(routes, "read_json", read)
+    most = service.state.settings.limits.max_body_bytes
+    pieces = [b'{"image": [%s]}', b'{"image": "%s"}', b'{"image": {%s}}']
+    fills = [b"[],", b"AAAA", b'"a":{},']
+    for (shell, fill), code in zip(
+        zip(pieces, fills, strict=True), ("malformed_json", "image_too_large", "too_many_images"), strict=True
+    ):
+        body = shell % (fill * ((most - 100) // len(fill)))
+        begun = time.monotonic()
+        with service.client() as client:
+            answer = client.post("/v1/demo/attack", content=body, headers={"content-type": "application/json"})
+        assert answer.json()["code"] == code
+        assert time.monotonic() - begun < 5
+    assert readers
+    assert all(name.startswith("nndefense-work") for name in readers)
+    with service.client() as client:
+        too_long = client.post("/v1/demo/attack", content=bytes(most + 1), headers={"content-type": "application/json"})
+    assert (too_long.status_code, too_long.json()["code"]) == (413, "body_too_large")
 
 
 def test_infinity_is_refused(service: Served) -> None:

@@ -7,9 +7,10 @@ import time
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from nndefense.attacks import distance
@@ -27,11 +28,12 @@ from nndefense.serving.demo_attacks.attack import (
     magnified,
     png_text,
 )
+from nndefense.serving.http.bodies import read_json
 from nndefense.serving.http.problem import ServiceProblem
 from nndefense.serving.http.schema import PredictionAnswer, problems
 from nndefense.serving.http.state import ServingState
 from nndefense.serving.pictures.decode import decode_all, from_base64
-from nndefense.serving.pictures.limits import refused
+from nndefense.serving.pictures.limits import Limits, refused
 
 STEPS = 20
 """Gradient steps that the page asks for; of the adaptive attack, what its rounds are shares of."""
@@ -117,6 +119,23 @@ class AttackAnswer(BaseModel):
     seconds: float
 
 
+def _read(body: bytes, content_type: str, limits: Limits) -> AttackRequest:
+    """Take a body apart, by the rules of ``/v1/classify``; in a worker thread."""
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise refused("unsupported_media_type", "the content type must be application/json")
+    try:
+        return AttackRequest.model_validate(read_json(body, limits))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))[:100] or "the JSON body"
+        raise refused("invalid_argument", f"{place}: {first['msg']}") from None
+
+
+def _decode(image: str, limits: Limits, shape: tuple[int, int, int]) -> Tensor:
+    """The image of a body, 1 x C x H x W with 8 bits a channel; in a worker thread."""
+    return eight_bits(torch.stack(decode_all([from_base64(image, limits)], limits, shape)))
+
+
 def offer(guard: Guard) -> dict[str, Any]:
     """What the page may offer for this database: ``attacks`` (with a ``reason`` for one that is left out), ``norms``
     with ``most``, ``step`` and ``text``, and ``steps``.
@@ -150,23 +169,31 @@ def router(state: ServingState) -> APIRouter:
         summary="Attack an image on the server",
         response_class=JSONResponse,
         responses={200: {"model": AttackAnswer}, **problems(400, 408, 413, 415, 422, 503)},
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": AttackRequest.model_json_schema()}},
+            }
+        },
     )
-    async def demo_attack(request: Request, wanted: AttackRequest) -> JSONResponse:
+    async def demo_attack(request: Request) -> JSONResponse:
         """Attack an image away from the class that it is predicted as now, and predict the result.
 
         The true class of the image is not known here. Both images are rounded to 8 bits a channel before they are
         predicted, so the PNGs of the answer give the same predictions when they are sent to `/v1/classify`.
         """
-        guard = state.guard
+        guard, limits = state.guard, state.settings.limits
+        state.batcher.check_room(1, state.settings.timeout)
+        # Not by the framework, which would take a body of any form apart in the event loop.
+        kind = request.headers.get("content-type", "")
+        wanted = await state.small.run(_read, await request.body(), kind, limits)
         allowed = offer(guard)
         if wanted.attack not in allowed["attacks"]:
             raise refused("invalid_argument", f"this attack is not offered: {allowed['reason']}")
         most = MOST_EPS[wanted.norm]
         if wanted.eps > most * (1 + 1e-9):
             raise refused("invalid_argument", f"eps is {wanted.eps:g}, but must be at most {most:g} in {wanted.norm}")
-        limits = state.settings.limits
-        picture, kind = from_base64(wanted.image, limits)
-        clean = eight_bits((await state.small.run(decode_all, [(picture, kind)], limits, guard.input_shape))[0])
+        clean = (await state.small.run(_decode, wanted.image, limits, guard.input_shape))[0]
         before = (await state.submit([clean], wanted.top, wanted.neighbors, guard=guard))[0]
         leaving = before.bare if wanted.attack == "classifier" else before
         job = AttackJob(clean[None], leaving.class_index, wanted.attack, wanted.norm, wanted.eps, wanted.steps)

@@ -98,16 +98,21 @@ def _bad_json(why: str) -> Refused:
     return refused("malformed_json", f"the body is no JSON as it is expected, {why}")
 
 
-def _parse_json(body: bytes, limits: Limits) -> Upload:
-    if not body.isascii():
-        raise _bad_json("because base64 and the names of the fields are plain ASCII and something in it is not")
+def read_json(body: bytes, limits: Limits) -> Any:
+    """The value of a JSON body, whose fields are those of an image or few more.
+
+    Raises:
+        Refused: it is no JSON, or there is more or deeper nesting outside its strings than such a body has.
+    """
     _check_skeleton(body, limits)
     try:
-        value = json.loads(body.decode("ascii"), object_pairs_hook=_without_doubles, parse_constant=_no_constant)
-    except Refused:
-        raise
+        return json.loads(body.decode(), object_pairs_hook=_without_doubles, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         raise _bad_json("because its syntax is wrong") from None
+
+
+def _parse_json(body: bytes, limits: Limits) -> Upload:
+    value = read_json(body, limits)
     try:
         wanted = ClassifyJson.model_validate(value)
     except ValidationError as error:
