@@ -12,6 +12,7 @@ import json
 import logging
 import random
 import socket
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -30,10 +31,10 @@ from nndefense.cli.app import build
 from nndefense.errors import InputError
 from nndefense.serving.app import answer_json
 from nndefense.serving.client import Client, ServiceError
-from nndefense.serving.http.problem import PROBLEMS
-from nndefense.serving.http.security import Keys
+from nndefense.serving.http.problem import PROBLEMS, ServiceProblem
+from nndefense.serving.http.security import Gate, Keys
 from nndefense.serving.http.settings import ServingSettings, is_loopback
-from nndefense.serving.pictures.limits import Limits
+from nndefense.serving.pictures.limits import Limits, Refused
 
 KEY, ADMIN = "a-key-of-some-length-1", "an-admin-key-of-length-2"
 Json = dict[str, Any]
@@ -451,6 +452,91 @@ def test_names_and_origins_of_other_sites_are_refused(served: Any, client: httpx
     with serving(allowed_hosts=("defence.example",)) as named, named.client() as behind:
         assert behind.get("/v1/model", headers={"host": "Defence.example"}).status_code == 200
         assert_problem(behind.get("/v1/model"), 421, "wrong_host")
+
+
+# What begins or ends like a name of this machine, and is none.
+@pytest.mark.parametrize(
+    "host",
+    ["[::1]evil", "[::1].evil.example", "[::1]:80evil", "[::1]:80:80", "localhost:evil", "localhost:80.evil.example",
+     "localhost:80@evil.example", "localhost/", "localhost:8000/", "localhost\tevil", "localhost evil", "[localhost]",
+     "[127.0.0.1]", "[::1", "::1", "::1]", "127.0.0.1:8000:9", "localhost:123456", "evil@localhost", "localhost#x",
+     "localhost?x", "localhost\\x", "http://localhost", "localhost,evil.example", "localhost, localhost", ":80"],
+)  # fmt: skip
+def test_a_host_that_only_looks_like_ours_is_refused(client: httpx.Client, host: str) -> None:
+    assert_problem(client.get("/v1/model", headers={"host": host}), 421, "wrong_host")
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["http://[evil", "http://defence.example:x@evil.example", "null", "", "://", "http://", "defence.example",
+     "http://defence.example:evil", "http://[defence.example]"],
+)  # fmt: skip
+def test_an_origin_that_only_looks_like_ours_is_refused(origin: str) -> None:
+    gate = Gate(ServingSettings(allowed_hosts=("defence.example",)), Keys([]))
+    scope = {"path": "/v1/classify", "query_string": b"", "method": "POST"}
+    for host in ("defence.example", "defence.example:80"):
+        headers = [(b"host", host.encode()), (b"origin", origin.encode())]
+        with pytest.raises(ServiceProblem) as refusal:
+            gate.check({**scope, "headers": headers})
+        assert refusal.value.code == "forbidden"
+    for good in ("https://defence.example", "https://Defence.example:8443"):
+        gate.check({**scope, "headers": [headers[0], (b"origin", good.encode())]})
+
+
+@pytest.mark.parametrize("name", ["host", "origin", "authorization", "x-api-key", "content-type", "content-length"])
+def test_a_header_that_decides_stands_there_once(name: str, key_file: Path) -> None:
+    lines = {"host": "localhost", "origin": "http://localhost", "content-type": "image/png", "content-length": "0"}
+    twice = (name.encode(), lines.get(name, "key").encode())
+    for keys in (Keys([]), Keys.read(key_file)):
+        with pytest.raises(Refused) as refusal:
+            Gate(ServingSettings(), keys).check(
+                {
+                    "path": "/v1/classify",
+                    "query_string": b"",
+                    "method": "POST",
+                    "headers": [(b"host", b"localhost"), twice, twice],
+                }
+            )
+        assert (refusal.value.status, refusal.value.code) == (400, "malformed_request")
+
+
+def test_two_hosts_are_refused_by_the_server(served: Any) -> None:
+    for second in (b"localhost", b"evil.example"):
+        answer = raw_exchange(
+            served.port,
+            b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nHost: " + second + b"\r\nconnection: close\r\n\r\n",
+        )
+        assert answer.startswith(b"HTTP/1.1 400")
+        assert b"malformed_request" in answer
+
+
+def test_clients_that_leave_are_no_defect(served: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Wherever they leave, the log tells of no error, and others are answered."""
+    picture = pictures()[0]
+    whole = HEAD + b"content-length: %d\r\n\r\n" % len(picture) + picture
+    sent = [
+        b"POST /v1/cl",
+        HEAD + b"content-length: 1000\r\n\r\nabc",
+        HEAD + b"transfer-encoding: chunked\r\n\r\n5\r\nabc",
+        HEAD + b"content-length: 99999999\r\n\r\nabc",
+        b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100000\r\n\r\nabc",
+        whole,
+        3 * whole,
+        20 * b"GET /page/page.css HTTP/1.1\r\nhost: localhost\r\n\r\n",
+    ]
+    with caplog.at_level(logging.WARNING):
+        for data in sent:
+            for abruptly in (True, False):
+                for pause in (0, 0.05):
+                    with socket.create_connection(("127.0.0.1", served.port), timeout=5) as connection:
+                        connection.sendall(data)
+                        time.sleep(pause)
+                        if abruptly:
+                            # Closed at once, with a reset.
+                            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        until(lambda: served.counted("nndefense_requests_in_flight") == 0)
+        time.sleep(0.2)
+    assert not [record for record in caplog.records if record.exc_info or record.levelno >= logging.ERROR]
 
 
 def test_security_headers_are_on_every_answer(client: httpx.Client) -> None:

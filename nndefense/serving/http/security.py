@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from nndefense.errors import InputError
 from nndefense.files import read_whole
@@ -41,6 +41,9 @@ HEADERS: tuple[tuple[bytes, bytes], ...] = (
 """On every answer, unless it brings its own value (as the page does)."""
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _SHORTEST_KEY = 16
+_HOST = re.compile(r"(?:\[([0-9a-f.]*:[0-9a-f:.]*)\]|([\w.~%!$&'()*+,;=-]*))(?::[0-9]{0,5})?", re.ASCII)
+# What these say decides who is let in, and what a body is.
+_ONCE = (b"host", b"origin", b"authorization", b"x-api-key", b"content-type", b"content-length")
 _ABOUT_BODY = (b"content-encoding", b"content-length", b"transfer-encoding")
 
 
@@ -123,22 +126,28 @@ class Gate:
         self.keys = keys
         self._local = is_loopback(settings.host)
         self._header_bytes = settings.limits.max_header_bytes
-        self._hosts = frozenset(host.lower() for host in settings.allowed_hosts)
+        self._hosts = frozenset(host.lower().strip("[]") for host in settings.allowed_hosts)
 
     def check(self, scope: Scope) -> None:
         """Check the name, the origin and the key of a request.
 
         Raises:
             ServiceProblem: ``wrong_host``, ``forbidden`` or ``unauthorized``.
-            Refused: the headers are too large. (The connection's own limit does not see those that arrive whole.)
+            Refused: the headers are too large (the connection's own limit does not see those that arrive whole), or one
+                that may stand there once stands there twice.
         """
         size = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
         if size + sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > self._header_bytes:
             raise Refused(431, "malformed_request", "the headers are too large")
+        names = [name for name, _ in scope["headers"]]
+        if twice := next((name.decode() for name in _ONCE if names.count(name) > 1), ""):
+            # What stands before this server may have looked at the other one.
+            raise Refused(400, "malformed_request", f"the header {twice} stands in the request twice: send it once")
         hosts = self._hosts or (LOCAL_HOSTS if self._local and not self.keys else None)
         host = (header(scope, b"host") or b"").decode("latin-1").lower()
         # Another web site whose name was pointed at this address would come with its own name (DNS rebinding).
-        if hosts is not None and _name(host) not in hosts:
+        known = _name(host)
+        if known is None or (hosts is not None and known not in hosts):
             raise ServiceProblem(
                 "wrong_host", "use the address that the server printed, or start it with --allowed-host"
             )
@@ -152,8 +161,9 @@ class Gate:
         origin = header(scope, b"origin")
         if origin is None:
             return
-        place = urlsplit(origin.decode("latin-1").lower()).netloc
-        if place != host and _name(place) not in self._hosts:
+        place = origin.decode("latin-1").lower().partition("://")[2]
+        name = _name(place)
+        if not name or (place != host and name not in self._hosts):
             raise ServiceProblem("forbidden", "pages of other sites may not ask here")
 
     def _check_key(self, scope: Scope) -> None:
@@ -172,11 +182,10 @@ class Gate:
             raise ServiceProblem("forbidden", "this needs an administrator's key (a line 'admin:KEY' of the key file)")
 
 
-def _name(host: str) -> str:
-    """A host without its port."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]
+def _name(host: str) -> str | None:
+    """A host without its port; empty where there is none, None where it is not written as RFC 3986 has it (3.2.2)."""
+    found = _HOST.fullmatch(host)
+    return found and (found[1] or found[2] or "")
 
 
 class BodyLimit:
