@@ -30,6 +30,21 @@ _log = logging.getLogger(__name__)
 _Base: Any = AutoHTTPProtocol
 
 
+class _Quiet:
+    """A transport to whose client nothing is written once it has gone: uvloop raises where it has just gone."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Write, or let it be."""
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+
 def make_protocol(settings: ServingSettings) -> type[asyncio.Protocol]:
     """The connection's protocol: uvicorn's, with limits on the time and size of headers and on the connections.
 
@@ -43,7 +58,7 @@ def make_protocol(settings: ServingSettings) -> type[asyncio.Protocol]:
         _one_too_many = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
+            super().connection_made(_Quiet(transport))
             self._one_too_many = len(self.connections) > settings.max_connections
             self._arm(_TURN_AWAY_SECONDS if self._one_too_many else limits.header_seconds)
 
@@ -227,8 +242,9 @@ def serve(
 
 def run_server(server: Server, sockets: list[socket.socket], started: Callable[[list[str]], None] | None) -> None:
     """Run a server on bound sockets until a signal ends it; ``started`` is called with its URLs."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # Of other libraries only what is wrong: FAISS tells, as information, of each build of it that is not installed.
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("nndefense").setLevel(logging.INFO)
     server.on_started = started
     server.run(sockets)
 
