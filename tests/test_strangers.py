@@ -15,10 +15,12 @@ import re
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tarfile
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -495,6 +497,42 @@ CASES += [
     ),
     Case("classes: as many as are allowed", lambda folder: None, many_names, ""),
     Case("torchvision: a label bomb", lambda folder: None, bomb_of_torchvision, "has label 2147483647"),
+]
+
+
+# pictures
+
+
+def png(width: int, height: int, bits: int, colour: int, kept: int | None = None) -> Callable[[Path], object]:
+    """Writes ``a``: a black PNG of few bytes, of which the first ``kept`` rows are there."""
+    bytes_of = {0: 1, 2: 3, 4: 2, 6: 4}[colour] * bits // 8
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">L", len(content)) + name + content + struct.pack(">L", zlib.crc32(name + content))
+
+    def make(folder: Path) -> None:
+        packer, row = zlib.compressobj(1), bytes(1 + width * bytes_of)
+        data = b"".join(packer.compress(row) for _ in range(height if kept is None else kept)) + packer.flush()
+        head = chunk(b"IHDR", struct.pack(">LLBBBBB", width, height, bits, colour, 0, 0, 0))
+        (folder / "a").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+
+    return make
+
+
+def shown(folder: Path) -> None:
+    """Reads the picture in a small size."""
+    from nndefense.datasets import load_image
+
+    load_image(folder / "a", size=8)
+
+
+CASES += [
+    Case("picture: 9 million pixels of 16 bits", png(3000, 3000, 16, 0), shown, "", memory=80),
+    Case("picture: 9 million transparent pixels", png(3000, 3000, 8, 6), shown, "", memory=110),
+    Case("picture: 88 million pixels of 16 bits", png(9400, 9400, 16, 0), shown, "", memory=700, slow=True),
+    Case("picture: 88 million transparent pixels", png(9400, 9400, 8, 6), shown, "", memory=900, slow=True),
+    Case("picture: 100 million pixels", png(10**4, 10**4, 8, 0, kept=1), shown, "more than the [0-9,]+ allowed"),
+    Case("picture: four billion pixels", png(1 << 16, 1 << 16, 8, 0, kept=1), shown, "image .* pixels"),
 ]
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from nndefense.files import open_regular
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 FilePath = str | os.PathLike[str]
+_BAND = 1 << 20
 _GREY_MODES = ("1", "L", "LA", "La", "F", "I")
 
 
@@ -96,9 +99,7 @@ def convert(name: FilePath, image: Image.Image, channels: int, size: Sides | Non
     image.load()
     if image.mode == "F" or image.mode.startswith("I"):
         return _deep_grey(name, image, channels, size)
-    return np.asarray(_fit(_flat(image, "RGB" if channels == 3 else "L"), size)).reshape(
-        *(size or (image.height, image.width)), channels
-    )
+    return _array(_fit(_flat(image, "RGB" if channels == 3 else "L"), size), channels, np.uint8)
 
 
 def to_tensor(pixels: Pixels) -> Tensor:
@@ -128,12 +129,31 @@ def check_pixels(path: FilePath, image: Image.Image) -> None:
         )
 
 
+def _bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """The image in bands of about a million pixels, so that what is worked out of it need not be held as a whole."""
+    rows = max(1, _BAND // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        yield slice(top, bottom), image.crop((0, top, image.width, bottom))
+
+
 def _flat(image: Image.Image, mode: str) -> Image.Image:
     """Convert an 8-bit image of any mode to RGB or L, on white where it is transparent."""
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image if image.mode == mode else image.convert(mode)
+    if not image.has_transparency_data:
+        return image if image.mode == mode else image.convert(mode)
+    flat = Image.new(mode, image.size)
+    for rows, band in _bands(image):
+        white = Image.new("RGBA", band.size, (255, 255, 255, 255))
+        flat.paste(Image.alpha_composite(white, band.convert("RGBA")).convert(mode), (0, rows.start))
+    return flat
+
+
+def _array(image: Image.Image, channels: int, dtype: type[np.generic]) -> NDArray[Any]:
+    """The image as an array H x W x C."""
+    pixels = np.empty((image.height, image.width, channels), dtype)
+    for rows, band in _bands(image):
+        pixels[rows] = np.asarray(band).reshape(-1, image.width, channels)
+    return pixels
 
 
 def _fit(image: Image.Image, size: Sides | None) -> Image.Image:
@@ -146,15 +166,18 @@ def _fit(image: Image.Image, size: Sides | None) -> Image.Image:
 
 def _deep_grey(name: FilePath, image: Image.Image, channels: int, size: Sides | None) -> NDArray[np.float32]:
     """Read a grey image of 16-bit or 32-bit integers or floats as float32 H x W x C in [0, 1]."""
-    values = np.asarray(image).astype(np.float32)
-    if image.mode != "F":
-        # Mode "I" has 32 bits, but is also how 16-bit files come out of some versions of Pillow.
-        values /= 65535
-    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-        wrong = "grey values outside the range of a picture: save it with 8 or 16 bits a pixel"
-        raise BadImage(f"the image {name} has {wrong}", "out of range", f"it has {wrong}")
-    pixels = np.asarray(_fit(Image.fromarray(values), size)).clip(0, 1)
-    return np.repeat(pixels[:, :, None], channels, axis=2)
+    flat = Image.new("F", image.size)
+    for rows, band in _bands(image):
+        values = np.asarray(band).astype(np.float32)
+        if image.mode != "F":
+            # Mode "I" has 32 bits, but is also how 16-bit files come out of some versions of Pillow.
+            values /= 65535
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            wrong = "grey values outside the range of a picture: save it with 8 or 16 bits a pixel"
+            raise BadImage(f"the image {name} has {wrong}", "out of range", f"it has {wrong}")
+        flat.paste(Image.fromarray(values), (0, rows.start))
+    pixels = _array(_fit(flat, size), 1, np.float32)
+    return np.broadcast_to(pixels.clip(0, 1, out=pixels), (*pixels.shape[:2], channels))
 
 
 def _unreadable(path: FilePath, error: Exception, data: bytes | None = None) -> BadImage:
