@@ -149,8 +149,6 @@ def _standing(asked: Mapping[Path, Mapping[str, Any]], overwrite: bool) -> Build
     pcas = [target.folder / PCA_FILE for target in job.targets if target.pca]
     if overwrite and any(pieces.finished(path, checksum=True) is None for path in pcas):
         return None
-    for folder in begun:
-        pieces.sweep(folder)
     return job
 
 

@@ -17,6 +17,7 @@ from nndefense.datasets.base import shuffle_keys
 from nndefense.defenses.quilting import PatchDatabase, check_patch_folder, write_patches
 from nndefense.errors import DataError, InputError, check_choice
 from nndefense.images import check_images
+from nndefense.locks import writes
 
 PATCHES, SIDE = 1_000_000, 5
 STORAGES = ("auto", "uint8", "float32")
@@ -24,6 +25,7 @@ STORAGES = ("auto", "uint8", "float32")
 _LEVEL = 1e-3
 
 
+@writes("out", lend=True)
 def build_patches(
     dataset: ImageDataset,
     out: str | Path,

@@ -7,7 +7,6 @@ build was killed. A piece without rows has a description alone.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nndefense.database.manifest import FileEntry
-from nndefense.database.repeats import SPILL, repeats
+from nndefense.database.repeats import repeats
 from nndefense.database.rows import DIGEST, StoredRows, pieces_of, read_columns
 from nndefense.database.writer import PIECE, store, writing
 from nndefense.errors import DataError
-from nndefense.files import PART, read_json, sha256_of
+from nndefense.files import read_json, sha256_of
 
 Array = NDArray[Any]
 
@@ -82,15 +81,6 @@ def discard(path: Path) -> None:
 def forget(path: Path) -> None:
     """Remove the description alone: the file belongs to a finished database from now on."""
     _beside(path).unlink(missing_ok=True)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed builder was just writing."""
-    for path in folder.glob(f"*{PART}"):
-        if path.name.partition(".")[0].startswith(("rows", "index", "pca", "rejected", "job", "extracted", "manifest")):
-            path.unlink(missing_ok=True)
-    for spilled in folder.glob(f"{SPILL}*"):
-        shutil.rmtree(spilled, ignore_errors=True)
 
 
 def _beside(path: Path) -> Path:

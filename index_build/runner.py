@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -22,22 +21,17 @@ from index_build.ray_engine import RayEngine, engine_of
 from nndefense.database import ImageDatabase
 from nndefense.database.faiss_tools import check_device
 from nndefense.database.manifest import Manifest
+from nndefense.database.repeats import SPILL
 from nndefense.database.tuning import measure
 from nndefense.datasets import ImageDataset
-from nndefense.errors import DatabaseError, InputError, warn
+from nndefense.errors import DatabaseError, InputError
 from nndefense.features import FeatureSpec
+from nndefense.locks import locked
 from nndefense.models import Classifier
 from nndefense.unwrapping import unwrapped
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-try:
-    import fcntl
-except ImportError:  # pragma: no cover  # not a Unix: there is no such lock there
-    fcntl = None  # type: ignore[assignment]
-
-LOCK = "build.lock"
 
 
 class BuildSettings(TypedDict, total=False):
@@ -194,79 +188,10 @@ def building(folders: Sequence[Path]) -> Iterator[None]:
         raise InputError("two databases of a build have the same folder: give each one of its own")
     with ExitStack() as stack:
         for folder in sorted(folders):
-            stack.enter_context(locked(folder))
+            stack.enter_context(locked(folder, error=DatabaseError))
+            for spilled in folder.glob(f"{SPILL}*"):
+                shutil.rmtree(spilled, ignore_errors=True)
         yield
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the folder is made if it is missing, and removed again if it is then left empty.
-
-    The system lets go of the lock when the process ends, so none is ever stale. Where the system has no such lock
-    (Windows), nothing is locked; where the folder's file system has none (some network shares), a warning says so.
-
-    Raises:
-        DatabaseError: another process builds there, or the folder cannot be made or written.
-    """
-    made = not folder.exists()
-    descriptor = -1
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _hold(folder)
-    except OSError as error:
-        raise DatabaseError(f"{folder} cannot be written ({error.strerror}): choose another folder") from error
-    try:
-        yield
-    finally:
-        if descriptor >= 0:
-            (folder / LOCK).unlink(missing_ok=True)
-            os.close(descriptor)
-        if made:
-            # Mostly it holds something by now, as it should.
-            with suppress(OSError):
-                folder.rmdir()
-
-
-def _hold(folder: Path) -> int:
-    if fcntl is None:
-        return -1
-    path = folder / LOCK
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            _lock(descriptor, folder)
-            # The holder before removes the file when it is done: then this lock is on a file that nobody finds.
-            if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
-                os.truncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-                return descriptor
-        except BlockingIOError:
-            holder = os.read(descriptor, 200).decode("utf-8", "replace").strip() or "another process"
-            os.close(descriptor)
-            raise DatabaseError(
-                f"{folder} is being built by {holder}: wait for it to end, or choose another folder"
-            ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    """Lock the open file, or warn where its place has no locks.
-
-    Raises:
-        BlockingIOError: another process holds it.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        warn(
-            f"{folder} cannot be locked ({os.strerror(error.errno or 0)}), as on some network shares: see to it that "
-            "nobody else builds there at the same time"
-        )
 
 
 def complete(

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nndefense.errors import DataError, InputError, NNDefenseError
+from nndefense.parts import alive, part_of
 
-PART = ".part"
 DIGEST = "digest"
 """The entry of a record that holds the sha256 of all others."""
 # Of a file itself; whatever else a system says is said of the system, and the file may be whole.
@@ -49,15 +49,15 @@ def make_folder(folder: Path) -> None:
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call ``write`` with a temporary path in the same folder, then put that file in ``path``'s place."""
-    # The process number keeps two writers of one file apart.
-    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
+    part = part_of(path)
     try:
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        # Some writers make files for their owner alone; a finished one is as readable as its folder.
-        part.chmod(path.parent.stat().st_mode & 0o666)
-        os.replace(part, path)
+        with alive(part):
+            write(part)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            # Some writers make files for their owner alone; a finished one is as readable as its folder.
+            part.chmod(path.parent.stat().st_mode & 0o666)
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
     if os.name == "posix":

@@ -22,10 +22,12 @@ SOURCES = sorted(path for package in PACKAGES for path in (REPOSITORY / package)
 # From the bottom up: a room imports only rooms of lower rows, never one beside it.
 FLOORS = (
     ("nndefense.errors",),
+    ("nndefense.parts",),
     ("nndefense.files",),
     (
         "nndefense.faces",
         "nndefense.images",
+        "nndefense.locks",
         "nndefense.memory",
         "nndefense.modes",
         "nndefense.own_code",
@@ -48,7 +50,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FACE = ("nndefense/__init__.py", "nndefense/__main__.py")
 # These rooms know nothing of the rest of the house, not even of the rooms below.
 APART = {"nndefense.attacks", "nndefense.theory"}
-FOUNDATION = {floor for row in FLOORS[:3] for floor in row}
+FOUNDATION = {floor for row in FLOORS[:4] for floor in row}
 
 LINES = 400
 LONGER: dict[str, int] = {}

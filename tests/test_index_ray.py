@@ -343,7 +343,7 @@ def test_failing_workers_are_one_line_and_the_build_goes_on_later(
         assert "\n" not in str(caught.value)
         assert not (out / "manifest.json").exists()
         assert not (out / "rows-00002.h5").exists()
-        assert not (out / "build.lock").exists()
+        assert not (out / "nndefense.lock").exists()
         # While the error is looked at, nobody works on.
         until(lambda: not ray_sets.workers(home))
     (home / "armed").unlink()

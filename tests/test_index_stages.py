@@ -21,7 +21,6 @@ from PIL import Image
 from index_build import add as adding
 from index_build import build_database, build_databases, stages
 from index_build.job import BuildJob
-from index_build.runner import locked
 from nndefense import files
 from nndefense.database import ImageDatabase, Manifest, neighbor_weights, repeats, rows
 from nndefense.database.repeats import id_keys, repeated_ids
@@ -30,6 +29,7 @@ from nndefense.datasets.arrays import ArrayDataset
 from nndefense.errors import DatabaseError, DataError, InputError
 from nndefense.features import FeatureSpec
 from nndefense.files import sha256_of
+from nndefense.locks import LOCK, locked
 from nndefense.models import build_classifier
 
 FEATURE = FeatureSpec("block2", pca=8)
@@ -602,19 +602,21 @@ def test_a_damaged_job(tmp_path: Path, content: str) -> None:
 def test_one_builder_at_a_time(tmp_path: Path) -> None:
     out = tmp_path / "x"
     with locked(out):
-        with pytest.raises(DatabaseError, match=f"is being built by process {os.getpid()} on .*: wait for it") as error:
+        with pytest.raises(
+            DatabaseError, match=f"is being written by process {os.getpid()} on .*: wait for it"
+        ) as error:
             build(out)
         assert "\n" not in str(error.value)
     assert not out.exists()
     stages.extract(pictures(), trained(), FEATURE, out, **SMALL)
     with locked(out):
         for stage in (stages.fit, stages.add, stages.merge):
-            with pytest.raises(DatabaseError, match="is being built by"):
+            with pytest.raises(DatabaseError, match="is being written by"):
                 stage(out)
     assert len(build(out)) == 100
-    assert "build.lock" not in names_in(out)
+    assert LOCK not in names_in(out)
     # A lock that a killed builder has left holds nobody up.
-    (out / "build.lock").write_text("process 1 on nowhere\n")
+    (out / LOCK).write_text("process 1 on nowhere\n")
     assert len(build(out, overwrite=True)) == 100
 
 

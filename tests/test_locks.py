@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from helpers import table, write
 
-from index_build import runner
+from nndefense import locks, parts
 from nndefense.database import ImageDatabase, Manifest, rows
 from nndefense.datasets import open_dataset
 from nndefense.datasets.arrays import write_hdf5
@@ -87,10 +87,10 @@ def test_a_builder_without_locks_says_so_and_goes_on(
     def refuse(descriptor: int, what: int) -> None:
         raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
 
-    monkeypatch.setattr(runner.fcntl, "flock", refuse)
-    told = pytest.warns(UserWarning, match=r"x cannot be locked \(.+\).*nobody else builds there")
-    with told, runner.locked(tmp_path / "x"):
-        assert (tmp_path / "x" / runner.LOCK).exists()
+    monkeypatch.setattr(parts.fcntl, "flock", refuse)
+    told = pytest.warns(UserWarning, match=r"x cannot be locked \(.+\).*nobody else writes there")
+    with told, locks.locked(tmp_path / "x"):
+        assert (tmp_path / "x" / locks.LOCK).exists()
     assert not (tmp_path / "x").exists()
 
 
@@ -191,5 +191,5 @@ def test_what_the_file_is_to_blame_for_is_not_the_systems(tmp_path: Path) -> Non
 def test_locks_of_this_machine_still_warn_of_nothing(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        with runner.locked(tmp_path / "x"):
-            assert (tmp_path / "x" / runner.LOCK).exists()
+        with locks.locked(tmp_path / "x"):
+            assert (tmp_path / "x" / locks.LOCK).exists()

@@ -35,6 +35,7 @@ def calibrate(
     from nndefense.datasets.spec import VALIDATION, measured_spec
     from nndefense.guard import Guard
     from nndefense.guard.percentile import FILE, check_rate
+    from nndefense.locks import locked, locked_file
     from nndefense.pipeline import open_datasets
 
     if reject_rate is not None:
@@ -45,8 +46,10 @@ def calibrate(
     opened = Guard.open(**data.guard(common), calibration=False)
     dataset = [measured_spec(spec, data_dir=common.data_dir, among=(*VALIDATION, "test")) for spec in dataset]
     images = open_datasets(dataset, data_dir=common.data_dir, like=opened.classifier, limit=limit, seed=common.seed)
-    found = opened.calibrate(images, specs=dataset, reject_rate=reject_rate, batch_size=batch_size)
-    found.write(path)
+    # A database is not built anew while its guard is calibrated.
+    with locked_file(path) if out is not None else locked(data.database):
+        found = opened.calibrate(images, specs=dataset, reject_rate=reject_rate, batch_size=batch_size)
+        found.write(path)
     rates = [rate for rate in (*_RATES, *([reject_rate] if reject_rate else [])) if rate >= 1 / (len(found) + 1)]
     thresholds = {rate: found.threshold(rate) for rate in sorted(set(rates))}
     lines = [f"{path}: {len(found):,} images of {images.name}, median distance {found.distances[len(found) // 2]:.4g}"]

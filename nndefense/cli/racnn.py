@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,6 +131,7 @@ def evaluate(
     from nndefense.defenses.racnn import RaCnnDefense
     from nndefense.evaluation.racnn import measure_racnn
     from nndefense.files import write_json
+    from nndefense.locks import locked_file
     from nndefense.pipeline import check_not_in_database, open_datasets
     from nndefense.versions import library_versions
 
@@ -141,36 +143,37 @@ def evaluate(
     spec = measured_spec(dataset, data_dir=common.data_dir)
     images = open_datasets([spec], data_dir=common.data_dir, like=net, limit=limit, seed=common.seed)
     check_not_in_database(images, defense)
-    hidden = None if common.progress else True
-    with tqdm(total=len(images), desc="attacking", unit=" images", disable=hidden) as bar:
-        found = measure_racnn(
-            defense,
-            images,
-            budgets,
-            norm=norm,
-            steps=steps,
-            attacked=attacked,
-            adaptive=adaptive,
-            batch_size=batch_size,
-            data_dir=common.data_dir,
-            seed=common.seed,
-            step=bar.update,
-        )
-    result = {
-        "model": str(trained),
-        "classifier": model.classifier,
-        "database": {"path": str(database), "rows": len(defense.database)},
-        "defense": defense.settings(),
-        "data": {"name": images.name, "n": len(images), "fingerprint": images.fingerprint},
-        "norm": norm,
-        "steps": steps,
-        "seed": common.seed,
-        **found,
-        "command": command_line(),
-        "versions": library_versions(),
-    }
-    if out is not None:
-        write_json(out, result)
+    with locked_file(out) if out is not None else nullcontext():
+        hidden = None if common.progress else True
+        with tqdm(total=len(images), desc="attacking", unit=" images", disable=hidden) as bar:
+            found = measure_racnn(
+                defense,
+                images,
+                budgets,
+                norm=norm,
+                steps=steps,
+                attacked=attacked,
+                adaptive=adaptive,
+                batch_size=batch_size,
+                data_dir=common.data_dir,
+                seed=common.seed,
+                step=bar.update,
+            )
+        result = {
+            "model": str(trained),
+            "classifier": model.classifier,
+            "database": {"path": str(database), "rows": len(defense.database)},
+            "defense": defense.settings(),
+            "data": {"name": images.name, "n": len(images), "fingerprint": images.fingerprint},
+            "norm": norm,
+            "steps": steps,
+            "seed": common.seed,
+            **found,
+            "command": command_line(),
+            "versions": library_versions(),
+        }
+        if out is not None:
+            write_json(out, result)
     common.show(result, _text(result))
 
 

@@ -9,6 +9,7 @@ import typer
 
 from nndefense.cli.declare import Commas, Group, OneOf, Only
 from nndefense.cli.options import Common, numbers
+from nndefense.locks import writes
 
 if TYPE_CHECKING:
     from nndefense.theory.studies import Study
@@ -23,6 +24,7 @@ OUT = Path("runs/theory")
 
 
 @theory.command("decompose")
+@writes("out", lend=True)
 def decompose(
     *,
     problem: Annotated[
@@ -40,6 +42,7 @@ def decompose(
 
 
 @theory.command("spline")
+@writes("out", lend=True)
 def spline(
     *,
     stairs: Annotated[int, typer.Option(min=2, help="Stairs of the staircase.")] = 7,
@@ -61,6 +64,7 @@ def spline(
 
 
 @theory.command("directions")
+@writes("out", lend=True)
 def directions(
     *,
     theta: Annotated[str, Commas("theta*, two numbers.")] = "1,0.2",
@@ -78,6 +82,7 @@ def directions(
 
 
 @theory.command("gap")
+@writes("out", lend=True)
 def gap(
     *,
     trials: Annotated[int, typer.Option(min=2, help="Draws of labelled points for each size.")] = 2000,

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from nndefense.evaluation.ladder import WORST, bits
 from nndefense.files import write_bytes
+from nndefense.locks import writes
 from nndefense.reporting import (
     Cell,
     Table,
@@ -233,6 +234,7 @@ TABLE, REPORT, FIGURE = "table.md", "report.html", "figure.png"
 _SHOWS = "Accuracy of every defence, clean, under the attack that ignores it, and in the worst case"
 
 
+@writes("out")
 def write_comparison(results: Results, out: Path) -> list[Path]:
     """Write ``table.md``, ``figure.png`` and ``report.html`` into an existing folder; all follows from the results."""
     contents = {

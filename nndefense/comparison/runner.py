@@ -21,7 +21,8 @@ from nndefense.evaluation import AttackSettings, CellStore, Subject, evaluate, t
 from nndefense.evaluation.ladder import BARE
 from nndefense.evaluation.results import identity
 from nndefense.evaluation.threats import attacks_by
-from nndefense.files import make_folder, read_json, write_json
+from nndefense.files import read_json, write_json
+from nndefense.locks import writes
 from nndefense.models import Classifier, resolve_device
 from nndefense.pipeline import Materials, defenses, make_defense, subject_of, with_known_seed
 from nndefense.versions import library_versions
@@ -70,8 +71,11 @@ def make_rows(materials: Materials, spec: RowSpec) -> list[Row]:
 
 FORMAT, VERSION = "nndefense-comparison", 1
 NAME = "results.json"
+# Folders in that of a comparison, whose files nobody else writes.
+_HOLDS = ("attacked-images", "candidates", "cells", "databases", "nets", "patches")
 
 
+@writes("materials.out", holds=_HOLDS)
 def run_comparison(
     recipe: ComparisonRecipe, materials: Materials, test: ImageDataset, command: str = ""
 ) -> dict[str, Any]:
@@ -92,7 +96,6 @@ def run_comparison(
     Raises:
         NNDefenseError: images, nets or settings that do not fit together.
     """
-    make_folder(materials.out)
     begun = time.perf_counter()
     rows = [row for spec in recipe.rows for row in make_rows(materials, spec)]
     records = _measure(recipe, materials, test, rows)
@@ -197,6 +200,7 @@ def _images(dataset: Any) -> dict[str, Any]:
     }
 
 
+@writes("out", holds=_HOLDS, lend=True)
 def compare(
     recipe: ComparisonRecipe,
     dataset: str,

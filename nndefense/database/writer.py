@@ -24,8 +24,9 @@ from nndefense.database.rows import StoredRows, top_posteriors, write_shard
 from nndefense.database.weighting import neighbor_weights
 from nndefense.errors import DatabaseError, InputError, one_line
 from nndefense.features import PCA, FeatureSpec
-from nndefense.files import PART, not_read, write_atomically
+from nndefense.files import not_read, write_atomically
 from nndefense.models import Classifier
+from nndefense.parts import sweep
 from nndefense.versions import library_versions
 
 Array = NDArray[Any]
@@ -38,10 +39,11 @@ PIECE = ".json"
 """Ending of the small file beside a finished piece of an unfinished build, which describes it."""
 _SHARD = "rows-" + "[0-9]" * 5
 _DATA = ("index*.faiss", PCA_FILE, f"{_SHARD}.h5", f"{_SHARD}[0-9].h5", VIRTUAL, REJECTED)
-# What a database may consist of, the manifest first, and what an interrupted write may leave: no more is ever removed.
-_NAMES = (MANIFEST, "job.json", "extracted.json", "calibration.json", "guard.json", *_DATA)
-_OWN_FILES = (*_NAMES, *(f"{name}{PIECE}" for name in _DATA), *(f"{name}.*{PART}" for name in _NAMES))
-_OWN_FILES += tuple(f"{name}{PIECE}.*{PART}" for name in _DATA)
+# What a database, finished or not, may consist of, the manifest first: no more is ever removed.
+_OWN_FILES = (
+    *(MANIFEST, "job.json", "extracted.json", "calibration.json", "guard.json", *_DATA),
+    *(f"{name}{PIECE}" for name in _DATA),
+)
 
 
 class DatabaseWriter:
@@ -271,6 +273,7 @@ def clear(folder: Path) -> None:
     for pattern in _OWN_FILES:
         for path in folder.glob(pattern):
             path.unlink()
+    sweep(folder)
 
 
 def pca_writer(pca: PCA) -> Callable[[Path], None]:

@@ -15,6 +15,7 @@ from nndefense.attacks.registry import attack_name
 from nndefense.experiments.figures import figure_of
 from nndefense.experiments.spread import Results, Spread, accuracy_of, clean_of
 from nndefense.files import write_bytes
+from nndefense.locks import writes
 from nndefense.reporting import Table, facts_list, figure, inline, page, paragraphs, picture, section
 from nndefense.reporting.wording import BLANK, date_text, escape, p_text, percent, percent_in, points
 
@@ -176,6 +177,7 @@ def markdown_of(results: Results, figures: Sequence[str] = ()) -> str:
     return "\n".join([*head, body[0], *pictures, *body[1:], *sources])
 
 
+@writes("out")
 def write_outputs(results: Results, out: Path) -> list[Path]:
     """Write ``table.md``, ``figure.png``, ``figure.svg`` and ``report.html`` beside ``results.json``.
 

@@ -20,7 +20,8 @@ from nndefense.experiments.measure import Judge
 from nndefense.experiments.recipe import ExperimentRecipe
 from nndefense.experiments.spread import differences
 from nndefense.experiments.train import Workshop, runs_of, threats_of
-from nndefense.files import make_folder, read_json, write_json
+from nndefense.files import read_json, write_json
+from nndefense.locks import writes
 from nndefense.models import resolve_device
 from nndefense.versions import library_versions
 
@@ -29,6 +30,7 @@ NAME = "results.json"
 _IDENTITY = "experiment.json"
 
 
+@writes("out", holds=("cells", "pseudo-labels", "trainings"))
 def run(
     recipe: ExperimentRecipe,
     images: Images,
@@ -61,7 +63,6 @@ def run(
         InputError: ``out`` holds the results of another recipe, or a part of the recipe cannot be used.
         ModelError: a loss is no longer finite, or a file is damaged.
     """
-    make_folder(out)
     _claim(out, recipe, images)
     target = resolve_device(device)
     workshop = Workshop(recipe, images, out, target, progress)

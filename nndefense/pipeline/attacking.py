@@ -11,11 +11,12 @@ from tqdm import tqdm
 from nndefense.datasets import ImageDataset, write_hdf5
 from nndefense.errors import DataError, InputError
 from nndefense.evaluation import AttackSettings, run_attack
-from nndefense.files import make_folder
+from nndefense.locks import writes
 from nndefense.models import Classifier
 from nndefense.statistics import wilson_interval
 
 
+@writes("out", file=True)
 def write_attacked(
     settings: AttackSettings,
     classifier: Classifier,
@@ -53,7 +54,6 @@ def write_attacked(
     n = len(dataset)
     if n == 0 or (dataset.labels < 0).any():
         raise DataError(f"{dataset.name} has no images, or some without a label: an attack needs the right answers")
-    make_folder(out.parent)
     maps, where = classifier.label_map(dataset.classes), classifier.device
     generator = torch.Generator().manual_seed(seed)
     attacked, right = [], [0, 0]

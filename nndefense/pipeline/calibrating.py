@@ -20,7 +20,7 @@ from nndefense.defenses.stored import store_calibration
 from nndefense.errors import InputError
 from nndefense.evaluation import AttackSettings, run_attack
 from nndefense.features import WIDEST, FeatureSpec, spatial_layers, spread, vector_widths
-from nndefense.files import make_folder
+from nndefense.locks import writes
 from nndefense.models import Classifier
 from nndefense.pipeline.checks import check_disjoint
 from nndefense.pipeline.finished import find_or_build
@@ -201,6 +201,7 @@ def choose(
     return Chosen(features[found.candidate], found.chosen.k, found.chosen.weighting, calibration, features)
 
 
+@writes("out", lend=True)
 def build_calibrated(
     classifier: Classifier,
     sets: tuple[ImageDataset, ImageDataset, ImageDataset],
@@ -231,8 +232,6 @@ def build_calibrated(
         DatabaseError: the folder cannot be used.
     """
     rows, rest, held = sets
-    # A folder that cannot be used is told before the work, not after it.
-    make_folder(out)
     check_vacant(out, overwrite=overwrite)
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
     chosen = choose(classifier, rest, held, attack, attack.eps[0], candidates, say=say, **options)

@@ -17,13 +17,13 @@ from nndefense.defenses.stored import store_calibration
 from nndefense.errors import InputError
 from nndefense.evaluation import AttackSettings, Recipe, Rung, calibration_text, layer_subject, rungs_for
 from nndefense.features import FeatureSpec
-from nndefense.files import make_folder
 from nndefense.guard import Guard
 from nndefense.guard.percentile import FILE as GUARD_FILE
+from nndefense.locks import locked, writes
 from nndefense.models import Classifier, build_classifier
 from nndefense.pipeline.calibrating import Candidates, Chosen, choose
 from nndefense.pipeline.checks import check_disjoint, check_surrogate
-from nndefense.pipeline.evaluating import Opened, measure
+from nndefense.pipeline.evaluating import HOLDS, Opened, measure
 from nndefense.pipeline.opening import drawn, open_classifier, open_datasets, split, training_shape
 from nndefense.training import train_classifier
 
@@ -83,6 +83,7 @@ class DemoSettings:
     progress: bool = True
 
 
+@writes("settings.out", holds=HOLDS, lend=True)
 def run_demo(settings: DemoSettings, say: Callable[[str], object] = lambda text: None) -> dict[str, Any]:
     """Run all steps, writing ``classifier/``, ``surrogate/``, ``database/``, results and report under ``out``.
 
@@ -110,7 +111,6 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = lambda text:
     check_disjoint(test, held)
     rows, guarded = _for_the_guard(s, rows, held)
     test = drawn(test, s.limit, s.seed).usable
-    make_folder(s.out)
     for line in lowered:
         say(line)
     say(f"data: {len(rows):,} database images, {len(held):,} to calibrate on, {len(test):,} to report on")
@@ -132,12 +132,13 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = lambda text:
     # The last map, averaged: what one would take without calibrating.
     deep = FeatureSpec(chosen.features[-1].layer, "avg", pca=chosen.feature.pca)
     say(f"building the database: {len(rows):,} rows of {chosen.feature}")
-    with tempfile.TemporaryDirectory(prefix="nndefense-") as folder:
-        places = {s.out / "database": chosen.feature}
+    place = s.out / "database"
+    with tempfile.TemporaryDirectory(prefix="nndefense-") as folder, locked(place, lend=True):
+        places = {place: chosen.feature}
         if deep != chosen.feature:
             places[Path(folder) / "deep"] = deep
         databases = build_databases(rows, model, places, specs=list(s.database_sets), overwrite=True, **options)
-        store_calibration(s.out / "database", chosen.calibration)
+        store_calibration(place, chosen.calibration)
         _calibrate_guard(s, model, databases[0], chosen, guarded, say)
         defense, *others = (NearestNeighborDefense(model, built, chosen.k, chosen.weighting) for built in databases)
         if s.exact:

@@ -16,7 +16,8 @@ from nndefense.defenses.stored import open_stored, stored_calibration
 from nndefense.errors import InputError
 from nndefense.evaluation import Recipe, Subject, assemble, run, write_report
 from nndefense.evaluation.ladder import BARE, DEFENDED
-from nndefense.files import make_folder, write_json
+from nndefense.files import write_json
+from nndefense.locks import writes
 from nndefense.models import Classifier
 from nndefense.pipeline import defenses
 from nndefense.pipeline.checks import (
@@ -28,6 +29,9 @@ from nndefense.pipeline.checks import (
 from nndefense.pipeline.making import make_defense, subject_of, with_known_seed
 from nndefense.pipeline.materials import Materials, MaterialSettings
 from nndefense.pipeline.opening import drawn, neighbor_pictures, open_classifier, open_datasets
+
+# Folders in that of an evaluation: finished cells, and what its defences are made of.
+HOLDS = ("cells", "made")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Opened:
     others: Sequence[Subject] = ()
 
 
+@writes("out", holds=HOLDS, lend=True)
 def evaluate(
     recipe: Recipe,
     out: str | Path,
@@ -180,12 +185,12 @@ def _with_defenses(opened: Opened, wanted: Sequence[defenses.Defense], materials
     return replace(opened, others=others)
 
 
+@writes("out", holds=HOLDS)
 def measure(recipe: Recipe, opened: Opened, out: Path, *, progress: bool = True, command: str = "") -> dict[str, Any]:
     """Run a recipe on what was opened for it, and write ``results.json`` and ``report.html``.
 
     Arguments, result and errors are those of :func:`evaluate`, which opens and checks, too.
     """
-    make_folder(out)
     with tqdm(desc="evaluating", unit=" images", delay=1, disable=None if progress else True) as bar:
 
         def step(done: int, total: int) -> None:

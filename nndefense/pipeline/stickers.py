@@ -23,13 +23,15 @@ from nndefense.attacks.rp2 import (
 )
 from nndefense.attacks.rp2 import rp2 as optimise
 from nndefense.errors import InputError
-from nndefense.files import make_folder, write_json
+from nndefense.files import write_json
+from nndefense.locks import writes
 from nndefense.pipeline import sticker_files
 from nndefense.pipeline.sticker_scene import Scene
 from nndefense.pipeline.sticker_sheet import Answer, search_picture, sheet, write_figure
 from nndefense.versions import library_versions
 
 
+@writes("out")
 def make_sticker(
     scene: Scene,
     mask: Path,
@@ -62,7 +64,6 @@ def make_sticker(
     area = sticker_files.read_mask(mask, scene.classifier.input_shape[1:])
     colours = default_palette() if palette is None else sticker_files.read_palette(palette)
     scene.halves(hold_out, settings.seed)
-    make_folder(out)
     runs = []
     for number in range(splits):
         chosen = replace(settings, seed=settings.seed + number)
@@ -131,6 +132,7 @@ def _one(
     }
 
 
+@writes("out")
 def measure_sticker(
     scene: Scene,
     sticker: str,
@@ -164,7 +166,6 @@ def measure_sticker(
         raise InputError(f"{sticker} has {read.delta.shape[0]} channels, unlike the photos: use one made for them")
     rows = scene.halves(hold_out, seed)[1] if hold_out else list(range(len(scene.photos)))
     settings = Settings(mode=read.mode, changes=changes, seed=seed)
-    make_folder(out)
     rates = scene.rates(read, rows, "measured", settings, views)
     printed = read.printed(scene.reference(rows, (read.mask.shape[1], read.mask.shape[2])))
     _draw(scene, read, printed, rows, settings, views, out, "measured")
@@ -185,6 +186,7 @@ def measure_sticker(
     return value
 
 
+@writes("out")
 def find_mask(
     scene: Scene,
     settings: Settings,
@@ -213,7 +215,6 @@ def find_mask(
     allowed = torch.ones(1, *size) if region is None else sticker_files.read_mask(region, size)
     used, _ = scene.halves(hold_out, settings.seed)
     photos = scene.photos.at(used)
-    make_folder(out)
     found = search_mask(
         scene.classifier,
         photos.images,

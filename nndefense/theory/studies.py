@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from nndefense.errors import InputError
-from nndefense.files import make_folder, read_json, write_atomically, write_json
+from nndefense.files import read_json, write_atomically, write_json
+from nndefense.locks import writes
 from nndefense.theory import figures
 from nndefense.theory.decomposition import boundaries, decompose, harmless_share
 from nndefense.theory.experiments import harm_by_condition, rst_guarantees
@@ -46,6 +47,7 @@ class Study:
     drawn: dict[str, Figure]
     text: str
 
+    @writes("out")
     def write(self, out: Path) -> list[Path]:
         """Write ``NAME.json`` and each figure as PNG and SVG into a folder.
 
@@ -55,7 +57,6 @@ class Study:
         Raises:
             InputError: the folder cannot be made or written.
         """
-        make_folder(out)
         write_json(out / f"{self.name}.json", self.value)
         for title, figure in self.drawn.items():
             for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):

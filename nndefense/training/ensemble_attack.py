@@ -27,7 +27,6 @@ from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError
 from nndefense.files import (
     HDF5_ERRORS,
-    PART,
     held_array,
     make_folder,
     not_read,
@@ -37,6 +36,7 @@ from nndefense.files import (
     write_part,
 )
 from nndefense.models import Classifier
+from nndefense.parts import sweep
 from nndefense.training.inner_attack import InnerAttack
 from nndefense.training.launcher import Team
 from nndefense.training.random_state import kept, reseed
@@ -233,19 +233,13 @@ class _Plan:
         with h5py.File(buffer, "w") as file:
             file.create_dataset("images", data=images)
             file.attrs.update(key=self.key, sha256=hashlib.sha256(images.data).hexdigest())
-        try:
-            write_part(self.path(number), buffer.getbuffer())
-        except DataError as error:
-            # Another job with the same sources, which was done first, took this one's file for a killed writer's.
-            if not isinstance(error.__cause__, FileNotFoundError) or self.shard(number) is None:
-                raise
+        write_part(self.path(number), buffer.getbuffer())
 
     def finish(self) -> None:
         """Write the manifest, and remove what killed writers left."""
         if not self.finished():
             write_json(self.folder / _MANIFEST, {"identity": self.identity, **self.names})
-        for path in self.folder.glob(f"*{PART}"):
-            path.unlink(missing_ok=True)
+        sweep(self.folder)
 
 
 class EnsembleAttack:

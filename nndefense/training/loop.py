@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import torch
 
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
-from nndefense.files import make_folder
+from nndefense.locks import locked
 from nndefense.memory import reused_memory
 from nndefense.models import Classifier, load_classifier, resolve_device, save_classifier
 from nndefense.models.checkpoint import check_savable
@@ -75,7 +76,8 @@ def train_classifier(
         device: as for :func:`nndefense.models.resolve_device`.
         out: the folder for the classifier, with ``history.jsonl`` and, until it is finished, a checkpoint; by default
             nothing is written.
-        resume: go on with the unfinished training in ``out``; a finished one is returned as it is.
+        resume: go on with the unfinished training in ``out``, also with one that was killed before its first
+            checkpoint; a finished one is returned as it is.
         overwrite: delete the training or classifier that ``out`` holds.
         checkpoint_steps, checkpoint_seconds: save also within an epoch, after so many steps, or when so many seconds
             have passed since the last time; None: not for that reason. It does not change the weights.
@@ -129,64 +131,64 @@ def train_classifier(
     }
     # The leading process may still be writing what an earlier call left.
     team.wait()
-    folder = _open_folder(out, classifier, team, resume=resume, overwrite=overwrite)
-    state = None
-    if folder is not None and resume:
-        if not folder.is_unfinished():
-            # It was resumed although it is finished.
-            finished = load_classifier(folder.folder, device=team.device)
-            check_same({**finished.info, "classifier": form(finished)}, identity, folder.folder)
-            return finished
-        state = folder.state()
-        check_same(state, identity, folder.folder)
+    with _opened(out, classifier, team, resume=resume, overwrite=overwrite) as (folder, resume):
+        state = None
+        if folder is not None and resume:
+            if not folder.is_unfinished():
+                # It was resumed although it is finished.
+                finished = load_classifier(folder.folder, device=team.device)
+                check_same({**finished.info, "classifier": form(finished)}, identity, folder.folder)
+                return finished
+            state = folder.state()
+            check_same(state, identity, folder.folder)
 
-    if isinstance(attack, EnsembleAttack):
-        batches.others = attack.prepare(dataset, team, progress=progress)
-    classifier.to(team.device)
-    if chosen.channels_last:
-        classifier.to(memory_format=torch.channels_last)
-    team.agree(classifier)
-    stepper = Stepper(classifier, loss, attack, chosen, team)
-    kept = folder if team.leads else None
-    run = TrainingRun(stepper, batches, watch, kept, checkpoints, identity, shown=progress and team.leads)
-    if folder is not None and state is not None:
-        run.restore(folder, state)
-        team.wait()
-    else:
-        # Before the first step, so that a training is recognised and can be resumed whenever it was stopped.
-        run.save()
-    board = None
-    if tensorboard and folder is not None and team.leads:
-        board = Curves(folder.folder, run.done)
-    try:
-        with fastest_convolutions(team.device), reused_memory():
-            run.finish(board, on_epoch)
-    finally:
-        if board is not None:
-            board.close()
+        classifier.to(team.device)
+        if chosen.channels_last:
+            classifier.to(memory_format=torch.channels_last)
+        team.agree(classifier)
+        stepper = Stepper(classifier, loss, attack, chosen, team)
+        kept = folder if team.leads else None
+        run = TrainingRun(stepper, batches, watch, kept, checkpoints, identity, shown=progress and team.leads)
+        if folder is not None and state is not None:
+            run.restore(folder, state)
+            team.wait()
+        else:
+            # Before the first step, so that a training is recognised and can be resumed whenever it was stopped.
+            run.save()
+        if isinstance(attack, EnsembleAttack):
+            batches.others = attack.prepare(dataset, team, progress=progress)
+        board = None
+        if tensorboard and folder is not None and team.leads:
+            board = Curves(folder.folder, run.done)
+        try:
+            with fastest_convolutions(team.device), reused_memory():
+                run.finish(board, on_epoch)
+        finally:
+            if board is not None:
+                board.close()
 
-    if chosen.channels_last:
-        classifier.to(memory_format=torch.contiguous_format)
-    classifier.eval()
-    classifier.info = {
-        **{name: identity[name] for name in ("data", "settings", "objective", "attack", "unlabelled", "selection")},
-        "processes": team.size,
-        "validation": held,
-        "precision": {"used": stepper.precision.name, "reason": stepper.precision.reason},
-        "best": None if run.standing.best is None else run.standing.best.as_dict(),
-        "history": run.standing.history,
-        "device": str(team.device),
-        # Of this process only, where the training was resumed.
-        "seconds": round(time.perf_counter() - started, 3),
-    }
-    if folder is not None:
-        classifier.source = str(folder.folder)
-        if team.leads:
-            save_classifier(classifier, folder.folder)
-            folder.finish(run.standing.history)
-        # So that no process looks for the classifier before it is there.
-        team.wait()
-    return classifier
+        if chosen.channels_last:
+            classifier.to(memory_format=torch.contiguous_format)
+        classifier.eval()
+        classifier.info = {
+            **{name: identity[name] for name in ("data", "settings", "objective", "attack", "unlabelled", "selection")},
+            "processes": team.size,
+            "validation": held,
+            "precision": {"used": stepper.precision.name, "reason": stepper.precision.reason},
+            "best": None if run.standing.best is None else run.standing.best.as_dict(),
+            "history": run.standing.history,
+            "device": str(team.device),
+            # Of this process only, where the training was resumed.
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        if folder is not None:
+            classifier.source = str(folder.folder)
+            if team.leads:
+                save_classifier(classifier, folder.folder)
+                folder.finish(run.standing.history)
+            # So that no process looks for the classifier before it is there.
+            team.wait()
+        return classifier
 
 
 def _check_parts(
@@ -224,24 +226,33 @@ def _check_parts(
         raise InputError("there are no images for the validation attack: give a validation set")
 
 
-def _open_folder(
+@contextmanager
+def _opened(
     out: str | Path | None, classifier: Classifier, team: Team, *, resume: bool, overwrite: bool
-) -> TrainingFolder | None:
+) -> Iterator[tuple[TrainingFolder | None, bool]]:
+    """The folder of a training, locked by the leading process, and whether there is something to go on with."""
     if resume and overwrite:
         raise InputError("a training cannot both be resumed and overwritten: give --resume or --overwrite, not both")
     if out is None:
         if resume or overwrite:
             raise InputError("without a folder there is nothing to resume or to overwrite: give --out")
-        return None
+        yield None, False
+        return
     check_savable(classifier)
     folder = TrainingFolder(Path(out).expanduser())
-    if resume:
-        if not (folder.is_unfinished() or folder.is_finished()):
-            raise InputError(f"{folder.folder} holds no training to resume: leave --resume out to start one")
-    elif team.leads:
-        make_folder(folder.folder)
-        if overwrite:
-            folder.clear()
-        else:
-            folder.check_free()
-    return folder
+    nothing = f"{folder.folder} holds no training to resume: leave --resume out to start one"
+    if resume and not folder.folder.is_dir():
+        raise InputError(nothing)
+    with locked(folder.folder) if team.leads else nullcontext(False) as killed:
+        begun = folder.is_unfinished() or folder.is_finished()
+        if team.leads:
+            # One that was killed before its first checkpoint is begun again.
+            if resume and not begun and not (killed or folder.is_bare()):
+                raise InputError(nothing)
+            if overwrite or (resume and not begun):
+                folder.clear()
+            elif not resume:
+                folder.check_free()
+        # The leading process has looked before it wrote anything.
+        go_on = torch.tensor(float(team.leads and resume and begun), device=team.device)
+        yield folder, bool(team.sum(go_on))

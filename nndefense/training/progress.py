@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from nndefense.errors import InputError, ModelError
-from nndefense.files import PART
+from nndefense.locks import LOCK
 from nndefense.models.checkpoint import DESCRIPTION_FILE, WEIGHTS_FILE
 from nndefense.models.files import read_json, read_tensors, write_bytes, write_json, write_tensors
 from nndefense.models.state import tensors_in
+from nndefense.parts import sweep
 
 # One epoch as a line of history.jsonl.
 HistoryRow = dict[str, Any]
@@ -198,6 +199,11 @@ class TrainingFolder:
         """Whether there is a classifier."""
         return (self.folder / DESCRIPTION_FILE).exists()
 
+    def is_bare(self) -> bool:
+        """Whether there is nothing but tensors that no state names yet: what a kill leaves of a training's begin."""
+        own = {LOCK, *(path.name for path in self.folder.glob(_TENSORS))}
+        return {path.name for path in self.folder.iterdir()} <= own
+
     def check_free(self) -> None:
         """Raise :class:`InputError` if a training or a classifier would be overwritten."""
         if self.is_unfinished():
@@ -306,11 +312,11 @@ class TrainingFolder:
         write_bytes(self.folder / HISTORY_FILE, text.encode())
 
     def _delete_tensors(self, keep: set[str]) -> None:
+        for path in self.folder.glob(_TENSORS):
+            if path.name not in keep:
+                path.unlink(missing_ok=True)
         # And what a process that was killed while it wrote has left.
-        for pattern in (_TENSORS, *(f"{name}.*{PART}" for name in (_TENSORS, *_FILES))):
-            for path in self.folder.glob(pattern):
-                if path.name not in keep:
-                    path.unlink(missing_ok=True)
+        sweep(self.folder)
 
 
 def _named(epochs: int, steps: int, kind: str = "") -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nndefense.datasets.ids import Ids
 from nndefense.errors import DataError, one_line
-from nndefense.files import HDF5_ERRORS, held_array, make_folder, not_read, open_hdf5, write_atomically
+from nndefense.files import HDF5_ERRORS, held_array, not_read, open_hdf5, write_atomically
 
 Array = NDArray[Any]
 FORMAT, VERSION = "nndefense-pseudo-labels", 1
@@ -142,7 +142,6 @@ def write_file(
             if selection is not None:
                 file.attrs["selection"] = json.dumps(selection, sort_keys=True)
 
-    make_folder(path.parent)
     try:
         write_atomically(path, write)
     except OSError as error:

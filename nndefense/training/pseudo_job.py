@@ -18,8 +18,10 @@ from nndefense.database.near_images import NearSearch
 from nndefense.datasets import ImageDataset
 from nndefense.datasets.base import pool_identity
 from nndefense.errors import DataError, InputError
-from nndefense.files import PART, make_folder, read_json, write_json, write_part
+from nndefense.files import make_folder, read_json, write_json, write_part
 from nndefense.images import check_images, shape_text
+from nndefense.locks import writes
+from nndefense.parts import sweep
 from nndefense.training.labellers import Guess, Labeller
 from nndefense.training.pools import without_labels
 from nndefense.training.pseudo_file import encode_ids, write_file
@@ -31,6 +33,7 @@ _JOB = "job.json"
 _PARTS = "part-*.npz"
 
 
+@writes("out", file=True)
 def write_pseudo_labels(
     labeller: Labeller,
     pool: ImageDataset,
@@ -148,6 +151,7 @@ class _Parts:
         """Make the folder, or go on with it where it holds parts of this job."""
         job = {**job, "part_images": self.images}
         make_folder(self.folder)
+        sweep(self.folder)
         begun = read_json(self.folder / _JOB) if (self.folder / _JOB).exists() else None
         # A job that was refused before its first part was finished keeps no other one out.
         if begun is not None and not overwrite and any(self.folder.glob(_PARTS)):
@@ -177,7 +181,8 @@ class _Parts:
 
     def clear(self) -> None:
         """Remove the parts, the description last, and nothing else."""
-        for pattern in (_PARTS, f"{_PARTS}.*{PART}", f"{_JOB}.*{PART}", _JOB):
+        sweep(self.folder)
+        for pattern in (_PARTS, _JOB):
             for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):

@@ -13,6 +13,7 @@ from nndefense.datasets import ImageDataset
 from nndefense.datasets.base import check_pool, shuffle_keys
 from nndefense.datasets.ids import Ids, PickedIds
 from nndefense.errors import DataError, InputError
+from nndefense.locks import writes
 from nndefense.models import Classifier
 from nndefense.models.class_names import match_classes
 from nndefense.training.pools import PseudoLabelledDataset, without_labels
@@ -196,6 +197,7 @@ class PseudoLabels:
             raise InputError(f"no image of {pool.name} has a pseudo-label that could be used: select others")
         return PseudoLabelledDataset(pool.subset(self.rows[kept]), labels[kept], self.confidence[kept], classes)
 
+    @writes("path", file=True)
     def write(self, path: str | Path) -> None:
         """Write the file, whole or not at all.
 

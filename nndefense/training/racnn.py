@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from nndefense.attacks.checks import at_least, not_negative
 from nndefense.database import ImageDatabase
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError, ModelError
-from nndefense.files import make_folder
+from nndefense.locks import locked
 from nndefense.models import Classifier, build_classifier, resolve_device
 from nndefense.models.architectures import ATTENTIVE
 from nndefense.models.architectures.attentive import projected
@@ -107,77 +108,82 @@ def train_racnn(
     folder = None if out is None else Path(out).expanduser()
     if folder is not None and (folder / DESCRIPTION_FILE).exists() and not (resume or overwrite):
         raise InputError(f"{folder} already holds an RA-CNN: choose another --out, or replace it with --overwrite")
-    target = resolve_device(device)
-    database.check_classifier(classifier)
-    classifier.to(target).eval()
-    rows = row_images(classifier, database, images, None if data_dir is None else Path(data_dir))
-    dataset = dataset.usable
-    neighbors = nearest_others(classifier, database, dataset, k, progress=progress and leads())
-    objective = RetrievalAugmented(
-        neighbors,
-        rows,
-        database.labels(database.row_numbers),
-        draws=mixup_draws,
-        weight=mixup_weight,
-        description=f"ra-cnn(k={k}, draws={mixup_draws}, weight={float(mixup_weight)}, "
-        f"database={database.fingerprint[:16]})",
-    )
-    net = build_classifier(
-        arch if arch.startswith(ATTENTIVE) else ATTENTIVE + arch,
-        input_shape=classifier.input_shape,
-        classes=classifier.classes,
-        mean=classifier.mean.flatten().tolist(),
-        std=classifier.std.flatten().tolist(),
-        seed=settings.get("seed", 0),
-    )
-    net.class_ids = classifier.class_ids
-    if folder is not None and overwrite and leads():
-        make_folder(folder)
-        clear_racnn(folder)
-    net = train_classifier(
-        net,
-        dataset,
-        objective=objective,
-        device=target,
-        out=None if folder is None else folder / NET_FOLDER,
-        resume=resume,
-        overwrite=overwrite,
-        checkpoint_steps=checkpoint_steps,
-        checkpoint_seconds=checkpoint_seconds,
-        tensorboard=tensorboard,
-        progress=progress,
-        on_epoch=on_epoch,
-        **settings,
-    )
-    made: dict[str, Any] = {
-        "k": k,
-        "classifier": {"fingerprint": classifier.fingerprint, "source": classifier.source},
-        "database": {
-            "fingerprint": database.fingerprint,
-            "rows": len(database),
-            "name": str(database.manifest.data["name"]),
-        },
-        "training": {
-            "mixup_draws": mixup_draws,
-            "mixup_weight": float(mixup_weight),
-            "objective": objective.description,
-            "data": net.info.get("data"),
-        },
-    }
-    if folder is None:
-        return RaCnn(net, RowTable([torch.cat(list(_features(net, rows)))]), **made)
-    if resume and (folder / DESCRIPTION_FILE).exists():
-        found = load_racnn(folder, device=target)
-        # Its net was compared by the training already.
-        if found.k != k or found.database["fingerprint"] != database.fingerprint:
-            raise ModelError(f"{folder} was trained with another K or database: start anew with --overwrite")
-        return found
-    if leads():
-        save_racnn(folder, net, _features(net, rows), **made)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # So that no process looks for the table before it is there.
-        torch.distributed.barrier()
-    return load_racnn(folder, device=target)
+    if folder is not None and resume and not folder.is_dir():
+        raise InputError(f"{folder} holds no training to resume: leave --resume out to start one")
+    with locked(folder) if folder is not None and leads() else nullcontext(False) as killed:
+        if folder is not None and resume and killed:
+            # Perhaps before the training of its net had begun, which begins anew in an empty folder.
+            (folder / NET_FOLDER).mkdir(exist_ok=True)
+        target = resolve_device(device)
+        database.check_classifier(classifier)
+        classifier.to(target).eval()
+        rows = row_images(classifier, database, images, None if data_dir is None else Path(data_dir))
+        dataset = dataset.usable
+        neighbors = nearest_others(classifier, database, dataset, k, progress=progress and leads())
+        objective = RetrievalAugmented(
+            neighbors,
+            rows,
+            database.labels(database.row_numbers),
+            draws=mixup_draws,
+            weight=mixup_weight,
+            description=f"ra-cnn(k={k}, draws={mixup_draws}, weight={float(mixup_weight)}, "
+            f"database={database.fingerprint[:16]})",
+        )
+        net = build_classifier(
+            arch if arch.startswith(ATTENTIVE) else ATTENTIVE + arch,
+            input_shape=classifier.input_shape,
+            classes=classifier.classes,
+            mean=classifier.mean.flatten().tolist(),
+            std=classifier.std.flatten().tolist(),
+            seed=settings.get("seed", 0),
+        )
+        net.class_ids = classifier.class_ids
+        if folder is not None and overwrite and leads():
+            clear_racnn(folder)
+        net = train_classifier(
+            net,
+            dataset,
+            objective=objective,
+            device=target,
+            out=None if folder is None else folder / NET_FOLDER,
+            resume=resume,
+            overwrite=overwrite,
+            checkpoint_steps=checkpoint_steps,
+            checkpoint_seconds=checkpoint_seconds,
+            tensorboard=tensorboard,
+            progress=progress,
+            on_epoch=on_epoch,
+            **settings,
+        )
+        made: dict[str, Any] = {
+            "k": k,
+            "classifier": {"fingerprint": classifier.fingerprint, "source": classifier.source},
+            "database": {
+                "fingerprint": database.fingerprint,
+                "rows": len(database),
+                "name": str(database.manifest.data["name"]),
+            },
+            "training": {
+                "mixup_draws": mixup_draws,
+                "mixup_weight": float(mixup_weight),
+                "objective": objective.description,
+                "data": net.info.get("data"),
+            },
+        }
+        if folder is None:
+            return RaCnn(net, RowTable([torch.cat(list(_features(net, rows)))]), **made)
+        if resume and (folder / DESCRIPTION_FILE).exists():
+            found = load_racnn(folder, device=target)
+            # Its net was compared by the training already.
+            if found.k != k or found.database["fingerprint"] != database.fingerprint:
+                raise ModelError(f"{folder} was trained with another K or database: start anew with --overwrite")
+            return found
+        if leads():
+            save_racnn(folder, net, _features(net, rows), **made)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # So that no process looks for the table before it is there.
+            torch.distributed.barrier()
+        return load_racnn(folder, device=target)
 
 
 @torch.no_grad()

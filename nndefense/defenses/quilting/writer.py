@@ -30,8 +30,9 @@ from nndefense.defenses.quilting.patches import (
     set_probes,
 )
 from nndefense.errors import DatabaseError, DataError, InputError
-from nndefense.files import PART, make_folder, read_json, write_atomically
+from nndefense.files import make_folder, read_json, write_atomically
 from nndefense.images import check_images
+from nndefense.locks import writes
 from nndefense.versions import library_versions
 
 # Up to so many patches an exact search takes no longer than the rest of a quilt.
@@ -78,6 +79,7 @@ def index_for(count: int, dimension: int) -> str:
     return f"IVF{lists},Flat" if dimension <= 48 else f"PCA32,IVF{lists},Flat"
 
 
+@writes("folder")
 def write_patches(
     folder: str | Path,
     patches: Tensor,
@@ -178,5 +180,4 @@ def _write_hdf5(path: Path, patches: NDArray[Any], origins: NDArray[np.int64]) -
 def _clear(folder: Path) -> None:
     """Remove a patch database, or what an interrupted build left of one; the manifest goes first."""
     for name in (NAME, PIXELS, INDEX):
-        for path in [folder / name, *folder.glob(f"{name}.*{PART}")]:
-            path.unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
