@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from index_build.reader import read
 from nndefense.datasets import FileListDataset, ImageFolderDataset, ParquetDataset, open_dataset, write_hdf5
-from nndefense.datasets import parquet as cells_module
+from nndefense.datasets import cells as cells_module
 from nndefense.datasets.spec import locate
 from nndefense.errors import DataError
 

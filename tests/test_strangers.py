@@ -536,6 +536,121 @@ CASES += [
 ]
 
 
+# Parquet
+
+
+def parquet(rows: int, groups: int = 1, **columns: Any) -> Callable[[Path], object]:
+    """Writes ``a.parquet``: each column is one value, as often as there are rows."""
+
+    def make(folder: Path) -> None:
+        import pyarrow as arrow
+        import pyarrow.parquet as pq
+
+        # As they are stored, where they can be made so; the schema says that they are plain.
+        places = arrow.array(np.zeros(rows, np.int32))
+        table = arrow.table(
+            {
+                name: arrow.array([value] * rows)
+                if isinstance(value, dict)
+                else arrow.DictionaryArray.from_arrays(places, arrow.array([value]))
+                for name, value in columns.items()
+            }
+        )
+        with pq.ParquetWriter(folder / "a.parquet", table.schema, compression="zstd", store_schema=False) as writer:
+            for _ in range(groups):
+                writer.write_table(table, row_group_size=rows)
+        assert not any(map(arrow.types.is_dictionary, pq.read_schema(folder / "a.parquet").types))
+
+    return make
+
+
+def zeros(count: int) -> Callable[[Path], object]:
+    """Writes ``a.parquet``: pictures that are a MiB of zeros each, but no two alike."""
+
+    def make(folder: Path) -> None:
+        import pyarrow as arrow
+        import pyarrow.parquet as pq
+
+        cells = arrow.array([number.to_bytes(8, "big") + bytes(MEBIBYTE) for number in range(count)])
+        table = arrow.table({"image": cells})
+        pq.write_table(table, folder / "a.parquet", compression="zstd", use_dictionary=False)
+
+    return make
+
+
+PARQUET = "parquet:@/a.parquet"
+CASES += [
+    Case(
+        "parquet: many rows in few bytes",
+        parquet(10**6, 30, image=b"x", label=0),
+        opening(PARQUET, size=8),
+        "declares 30,000,000 rows in [0-9,]+ bytes",
+    ),
+    Case(
+        "parquet: a million rows of few bytes",
+        parquet(10**6, image=b"x", label=0),
+        opening(PARQUET, size=8),
+        "",
+        memory=500,
+    ),
+    Case(
+        "parquet: a large picture again and again",
+        parquet(500, image=bytes(8 * MEBIBYTE)),
+        opening(PARQUET, size=8),
+        "pictures have more than",
+    ),
+    Case(
+        "parquet: a large picture in a struct again and again",
+        parquet(80, image={"bytes": bytes(5 * MEBIBYTE), "path": "a"}),
+        opening(PARQUET, size=8),
+        "pictures have more than",
+        memory=800,
+    ),
+    Case(
+        "parquet: a large id again and again",
+        parquet(5000, image=b"x", id="x" * MEBIBYTE),
+        opening(PARQUET, size=8),
+        "labels or ids of more than",
+    ),
+    Case(
+        "parquet: a large label again and again",
+        parquet(5000, image=b"x", label="x" * MEBIBYTE),
+        opening(PARQUET, size=8),
+        "labels or ids of more than",
+    ),
+    Case(
+        "parquet: packed zeros",
+        zeros(100),
+        opening(PARQUET, size=8),
+        "unpacks to [0-9,]+ bytes, far more than the file holds",
+    ),
+    Case(
+        "parquet: a label bomb",
+        parquet(3, image=b"x", label=2**31 - 1),
+        opening(PARQUET, size=8),
+        "has label 2147483647",
+    ),
+    Case(
+        "parquet: a path that leads out",
+        parquet(3, image={"bytes": b"", "path": "/etc/passwd"}),
+        opening(PARQUET, size=8),
+        "",
+    ),
+    Case(
+        "parquet: no table",
+        text("a.parquet", b"PAR1" + bytes(100) + b"\xff\xff\xff\x7fPAR1"),
+        opening(PARQUET, size=8),
+        "cannot read .* as a Parquet file",
+    ),
+    Case(
+        "parquet: a pipe in the folder",
+        lambda folder: os.mkfifo(folder / "a.parquet"),
+        opening("parquet:@", size=8),
+        "not a regular file",
+    ),
+]
+
+
 # the process that opens them
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nndefense.datasets.cells import BATCH, DENSE, Cells
 from nndefense.datasets.derived import Size, check_form
 from nndefense.datasets.encoded import EncodedDataset
 from nndefense.datasets.ids import Ids, JoinedIds, NumberedIds, PackedIds, RowNumbers
 from nndefense.datasets.labels import LABEL_NAMES, Label, class_numbers
-from nndefense.datasets.rejected import BadImage, SourceError
+from nndefense.datasets.rejected import BadImage
 from nndefense.datasets.remote import find_files
 from nndefense.datasets.store import Store, check_bytes, empty_image
 from nndefense.errors import DataError
@@ -26,6 +25,9 @@ _REMEDY = "write or fetch the file again"
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
 _ID_NAMES = ("id", "key", "__key__")
 _FINGERPRINT_IMAGES = 100
+# A few bytes can stand for any number of rows, each of any length. So many rows may be in any file, in a larger
+# one a row for each byte; so many bytes may be unpacked, and of a larger one DENSE times as many as are packed.
+_FEW_ROWS, _SMALL = 1 << 20, 64 << 20
 
 
 class ParquetDataset(EncodedDataset):
@@ -136,24 +138,57 @@ class _Table:
         try:
             with store.open(path) as handle:
                 file = parquet.ParquetFile(handle)
-                schema, metadata = file.schema_arrow, file.metadata
+                schema, metadata, size = file.schema_arrow, file.metadata, handle.seek(0, os.SEEK_END)
                 self.image = image_column(schema, self.place)
                 self.label = next((name for name in LABEL_NAMES if name in schema.names), None)
                 texts = [name for name in schema.names if arrow.types.is_string(schema.field(name).type)]
                 self.id = next((name for name in _ID_NAMES if name in texts), None)
                 self.rows = metadata.num_rows
-                self.groups = []
-                for group in map(metadata.row_group, range(metadata.num_row_groups)):
-                    columns = map(group.column, range(metadata.num_columns))
-                    own = (part for part in columns if part.path_in_schema.split(".")[0] == self.image)
-                    self.groups.append((group.num_rows, sum(part.total_uncompressed_size for part in own)))
+                if self.rows > max(_FEW_ROWS, size):
+                    raise DataError(
+                        f"{self.place} declares {self.rows:,} rows in {size:,} bytes, far more than it can hold: "
+                        f"{_REMEDY}"
+                    )
+                self.groups, largest = [], 1
                 wanted = [name for name in (self.label, self.id) if name]
-                self._columns = file.read(columns=wanted) if wanted else None
-        except (OSError, ValueError, arrow.ArrowException) as error:
+                for group in map(metadata.row_group, range(metadata.num_row_groups)):
+                    columns = [*map(group.column, range(metadata.num_columns))]
+                    of = {
+                        name: [part for part in columns if part.path_in_schema.split(".")[0] == name]
+                        for name in (self.image, *wanted)
+                    }
+                    unpacked = {name: self._unpacked(parts, size) for name, parts in of.items()}
+                    self.groups.append((group.num_rows, unpacked[self.image]))
+                    largest = max(largest, *(unpacked[name] for name in (self.image, *wanted)))
+                self._columns = self._read(file, wanted, largest, size) if wanted else None
+        except (OSError, ValueError, LookupError, RuntimeError, TypeError, arrow.ArrowException) as error:
             raise DataError(
                 f"cannot read {self.place} as a Parquet file ({' '.join(str(error).split())}): {_REMEDY}"
             ) from error
         self.names = class_names(schema, self.label)
+
+    def _unpacked(self, parts: Sequence[Any], size: int) -> int:
+        """The bytes of a column in a row group when it is unpacked, a value that stands for several counted once."""
+        unpacked = sum(part.total_uncompressed_size for part in parts)
+        packed = sum(part.total_compressed_size for part in parts)
+        if not 0 <= unpacked <= max(_SMALL, DENSE * min(packed, size)):
+            raise DataError(
+                f"{self.place} has a column that unpacks to {unpacked:,} bytes, far more than the file holds: {_REMEDY}"
+            )
+        return int(unpacked)
+
+    def _read(self, file: Any, wanted: list[str], largest: int, size: int) -> Any:
+        """Columns as a table, in batches, each of which is small even where all its rows are the largest value."""
+        held, total = [], 0
+        for batch in file.iter_batches(max(1, min(BATCH, _SMALL // largest)), columns=wanted):
+            held.append(batch)
+            total += batch.nbytes
+            if total > max(_SMALL, DENSE * size):
+                raise DataError(
+                    f"{self.place} has labels or ids of more than {total:,} bytes, far more than the file holds: "
+                    f"{_REMEDY}"
+                )
+        return self._arrow.Table.from_batches(held, None if held else file.schema_arrow)
 
     def labels(self) -> list[Label]:
         if self.label is None or self._columns is None:
@@ -181,6 +216,10 @@ def label_values(column: Any, place: str) -> list[Label]:
     readable = (types.is_integer, types.is_floating, types.is_string, types.is_large_string)
     if not any(fits(kind) for fits in readable):
         raise DataError(f"{place} has labels of type {kind}: store whole numbers from 0, or names of classes")
+    if types.is_dictionary(column.type):
+        # One object for all rows of a value, which may be long.
+        parts = [(part.dictionary.to_pylist(), part.indices.to_pylist()) for part in column.chunks]
+        return [None if place is None else values[place] for values, places in parts for place in places]
     found: list[Label] = column.to_pylist()
     return found
 
@@ -256,119 +295,3 @@ def cell_bytes(called: str, cell: Any) -> tuple[str, bytes]:
     if not data:
         raise empty_image(called)
     return called, data
-
-
-WHOLE_GROUP = 128 << 20
-"""A row group with at most so many bytes of pictures is read whole."""
-KEPT_BYTES = 256 << 20
-_PIECE = 32
-
-
-class Cells:
-    """Reads one column of several files. Safe to use from many threads, one of which reads at a time.
-
-    A row group is the smallest part that Parquet can reach. Small ones are read whole. In a large one a cursor moves
-    forwards a few rows at a time and stays where it is, so that reading in order is one pass over it. What was read
-    last is kept, as far as it fits into :data:`KEPT_BYTES`: threads that share the rows do not ask in perfect order. So
-    memory holds that and a page; who writes a table decides how large its pages are.
-    """
-
-    def __init__(self, store: Store, files: tuple[str, ...], column: str) -> None:
-        self._store, self._files, self._column = store, files, column
-        self._forget()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"_store": self._store, "_files": self._files, "_column": self._column}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._lock = threading.Lock()
-        self._process = os.getpid()
-        self._kept: OrderedDict[tuple[int, int, int], Any] = OrderedDict()
-        self._kept_bytes = 0
-        self._opened: tuple[int, Any] | None = None
-        # Of the cursor: its row group, the row that its next piece begins with, and the pieces to come.
-        self._cursor: tuple[tuple[int, int], int, Iterator[Any]] | None = None
-
-    def read(self, file: int, group: int, group_bytes: int, rows: RowNumbers) -> list[Any]:
-        """Return the cells at ``rows`` (ascending, within the row group), as Python values.
-
-        Raises:
-            SourceError: the file cannot be read any more.
-        """
-        import pyarrow as arrow
-
-        if self._process != os.getpid():
-            # What a parent process had open is not ours, and its lock may have been held.
-            self._forget()
-        with self._lock:
-            try:
-                if group_bytes > WHOLE_GROUP:
-                    return [self._piece_with((file, group), row)[row % _PIECE].as_py() for row in rows.tolist()]
-                whole = self._whole((file, group))
-                return [whole[row].as_py() for row in rows.tolist()]
-            except (OSError, ValueError, IndexError, arrow.ArrowException) as error:
-                self._opened = self._cursor = None
-                place, reason = self._store.url(self._files[file]), " ".join(str(error).split())
-                raise SourceError(
-                    f"cannot read row group {group} of {place} ({reason}): write or fetch the file again"
-                ) from error
-
-    def _keep(self, key: tuple[int, int, int], column: Any) -> None:
-        self._kept[key] = column
-        self._kept_bytes += column.nbytes
-        while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
-            self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
-
-    def _whole(self, group: tuple[int, int]) -> Any:
-        key = (*group, -1)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        else:
-            if self._opened is None or self._opened[0] != group[0]:
-                self._opened = (group[0], self._open(group[0]))
-            self._keep(key, self._opened[1].read_row_group(group[1], columns=[self._column]).column(0))
-        return self._kept[key]
-
-    def _piece_with(self, group: tuple[int, int], row: int) -> Any:
-        key = (*group, row // _PIECE)
-        if key not in self._kept and (self._cursor is None or self._cursor[0] != group or self._cursor[1] > row):
-            self._cursor = (group, 0, self._pieces(group))
-        while key not in self._kept:
-            assert self._cursor is not None
-            start, pieces = self._cursor[1:]
-            piece = next(pieces, None)
-            if piece is None:
-                raise IndexError(f"it ends before row {row}")
-            self._keep((*group, start // _PIECE), piece)
-            self._cursor = (group, start + _PIECE, pieces)
-        return self._kept[key]
-
-    def _pieces(self, group: tuple[int, int]) -> Iterator[Any]:
-        held: list[Any] = []
-        count = 0
-        # The library cuts where pages end, so its batches are joined into pieces that all have the same length.
-        for batch in self._open(group[0]).iter_batches(_PIECE, row_groups=[group[1]], columns=[self._column]):
-            held.append(batch.column(0))
-            count += len(batch)
-            while count >= _PIECE:
-                joined = _joined(held)
-                yield joined.slice(0, _PIECE)
-                held, count = [joined.slice(_PIECE)], count - _PIECE
-        if count:
-            yield _joined(held)
-
-    def _open(self, file: int) -> Any:
-        import pyarrow.parquet as parquet
-
-        # With a buffer, a column is read as it is used; without, all of a row group's at once.
-        return parquet.ParquetFile(self._store.open(self._files[file]), buffer_size=1 << 20, pre_buffer=False)
-
-
-def _joined(arrays: list[Any]) -> Any:
-    import pyarrow as arrow
-
-    return arrow.concat_arrays(arrays) if len(arrays) > 1 else arrays[0]
