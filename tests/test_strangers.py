@@ -592,6 +592,7 @@ CASES += [
         opening(PARQUET, size=8),
         "",
         memory=500,
+        slow=True,
     ),
     Case(
         "parquet: a large picture again and again",
@@ -605,6 +606,7 @@ CASES += [
         opening(PARQUET, size=8),
         "pictures have more than",
         memory=800,
+        slow=True,
     ),
     Case(
         "parquet: a large id again and again",
@@ -617,10 +619,11 @@ CASES += [
         parquet(5000, image=b"x", label="x" * MEBIBYTE),
         opening(PARQUET, size=8),
         "labels or ids of more than",
+        slow=True,
     ),
     Case(
         "parquet: packed zeros",
-        zeros(100),
+        zeros(70),
         opening(PARQUET, size=8),
         "unpacks to [0-9,]+ bytes, far more than the file holds",
     ),
@@ -651,6 +654,64 @@ CASES += [
 ]
 
 
+# indexes of FAISS
+
+
+def index(factory: str, change: Callable[[bytearray], object]) -> Callable[[Path], object]:
+    """Writes ``a``: an index of 300 rows of 8 numbers, and what becomes of its bytes."""
+
+    def make(folder: Path) -> None:
+        import faiss
+
+        faiss.omp_set_num_threads(1)
+        rows = np.random.default_rng(0).random((300, 8), dtype=np.float32)
+        made = faiss.index_factory(8, factory)
+        made.train(rows)
+        made.add(rows)
+        data = bytearray(faiss.serialize_index(made).tobytes())
+        change(data)
+        (folder / "a").write_bytes(data)
+
+    return make
+
+
+def instead(old: bytes, new: bytes) -> Callable[[bytearray], object]:
+    """Puts bytes in the place of others."""
+
+    def change(data: bytearray) -> None:
+        place = data.index(old)
+        data[place : place + len(new)] = new
+
+    return change
+
+
+def lists_elsewhere(folder: Path) -> None:
+    """Writes ``a``: an index whose lists are said to be in another file."""
+    import faiss
+
+    index("IVF4,Flat", lambda data: None)(folder)
+    made = faiss.read_index(str(folder / "a"))
+    lists = faiss.OnDiskInvertedLists(4, made.code_size, str(folder / "marked"))
+    lists.merge_from(made.invlists, 0)
+    made.replace_invlists(lists, True)
+    lists.this.disown()
+    faiss.write_index(made, str(folder / "a"))
+
+
+NO_INDEX = "is not an index that this FAISS can read"
+READ_INDEX = call("nndefense.database.index:FaissIndex.read")
+COUNT = struct.pack("<Q", 300 * 8)
+CASES += [
+    Case("faiss: a good index", index("IVF4,Flat", lambda data: None), READ_INDEX, ""),
+    Case("faiss: a terabyte", index("Flat", instead(COUNT, struct.pack("<Q", 1 << 38))), READ_INDEX, NO_INDEX),
+    Case("faiss: eight gigabytes", index("Flat", instead(COUNT, struct.pack("<Q", 1 << 31))), READ_INDEX, NO_INDEX),
+    Case("faiss: cut short", index("HNSW8", lambda data: data.__delitem__(slice(-100, None))), READ_INDEX, NO_INDEX),
+    Case("faiss: of no kind", text("a", b"IxXX" + bytes(100)), READ_INDEX, NO_INDEX),
+    Case("faiss: a pipe", lambda folder: os.mkfifo(folder / "a"), READ_INDEX, NO_INDEX),
+    Case("faiss: lists in another file", lists_elsewhere, READ_INDEX, "has its lists in another file"),
+]
+
+
 # the process that opens them
 
 
@@ -660,6 +721,7 @@ def attempt(case: Case, step: Callable[[Path], object], folder: Path, memory: in
     child = os.fork()
     if child == 0:
         signal.alarm(seconds)
+        os.dup2(2, 1)
         status = Path("/proc/self/status").read_text()
         used = int(re.search(r"VmData:\s+(\d+) kB", status)[1]) << 10  # type: ignore[index]
         resource.setrlimit(resource.RLIMIT_DATA, (used + memory * MEBIBYTE,) * 2)
@@ -680,11 +742,15 @@ def attempt(case: Case, step: Callable[[Path], object], folder: Path, memory: in
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         return {"end": signal.Signals(os.WTERMSIG(status)).name, "text": ""}
-    return dict(json.loads(answer))
+    return dict(json.loads(answer)) if answer else {"end": f"exit {os.WEXITSTATUS(status)}", "text": ""}
 
 
 def main(root: str, names: Sequence[str]) -> None:
     """Make and open the cases of these names, and print what they come to, a line each."""
+    import faiss  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+
+    import nndefense.database
     import nndefense.datasets
     import nndefense.models
     import nndefense.pipeline.sticker_files

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +24,7 @@ from nndefense.database.faiss_tools import (
     unusable,
 )
 from nndefense.errors import DatabaseError, InputError
-from nndefense.files import not_read
+from nndefense.files import not_read, open_regular
 
 Array = NDArray[Any]
 Search = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -35,6 +38,25 @@ class Index(Protocol):
 
     def search(self, queries: Array, k: int) -> Search:
         """The k nearest rows of each query: N x d -> Euclidean distances N x k, row numbers N x k, nearest first."""
+
+
+_limits = threading.Lock()
+
+
+@contextmanager
+def _limited(size: int) -> Iterator[None]:
+    """Within it FAISS reserves no more memory for a part of an index than a file of so many bytes can hold."""
+    faiss = import_faiss()
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):  # older versions
+        yield
+        return
+    with _limits:
+        before = faiss.get_deserialization_vector_byte_limit()
+        faiss.set_deserialization_vector_byte_limit(size + (1 << 20))
+        try:
+            yield
+        finally:
+            faiss.set_deserialization_vector_byte_limit(before)
 
 
 class FaissIndex:
@@ -63,9 +85,9 @@ class FaissIndex:
     ) -> FaissIndex:
         """Open an index file; call it only for files whose checksum was found right.
 
-        FAISS does not expect an index file from a stranger: one that was made to do harm can end the process or worse.
-        The checksum says that the file is the one that was built; the checks here find a file that stands in another
-        one's place.
+        FAISS hardly expects an index file from a stranger: one that was made to do harm may end the process. The
+        checksum says that the file is the one that was built; the checks here find a file that stands in another one's
+        place, one that declares more than it holds, and one whose lists are in another file.
 
         Args:
             path: the file.
@@ -80,9 +102,12 @@ class FaissIndex:
         faiss = import_faiss()
         # Older versions map inverted lists alone.
         flags = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP) if mapped else 0
+        # Lists may be in a file of any name, which FAISS would open to write.
+        flags |= faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR
         try:
-            index = faiss.read_index(str(path), flags)
-        except RuntimeError as error:
+            with open_regular(path) as file, _limited(os.fstat(file.fileno()).st_size):
+                index = faiss.read_index(str(path), flags)
+        except (OSError, RuntimeError, MemoryError, ValueError) as error:
             told = not_read(path, error) or f"{path} is not an index that this FAISS can read: build the database again"
             raise DatabaseError(told) from error
         for what, found, wanted in (
@@ -94,7 +119,11 @@ class FaissIndex:
                 raise DatabaseError(
                     f"{path} is an index of {found:,} {what}, but {wanted:,} are expected: build the database again"
                 )
-        return cls(index)
+        found = cls(index)
+        lists = faiss.downcast_InvertedLists(found.inner.invlists) if hasattr(found.inner, "invlists") else None
+        if isinstance(lists, faiss.OnDiskInvertedLists) and Path(lists.filename).name != path.name:
+            raise DatabaseError(f"{path} has its lists in another file, which is not read: build the database again")
+        return found
 
     def write(self, path: Path) -> None:
         """Save the index to a file; one on a GPU is saved as an index for the CPU."""
