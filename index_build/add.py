@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from index_build import pieces
-from index_build.extract import bar, read_extracted
+from index_build.extract import Extracted, bar, read_extracted
 from index_build.fit import TRAINED, Fitted, fitted, rows_key
 from index_build.job import NAME, BuildJob, key_of
 from nndefense.database.faiss_tools import import_faiss
@@ -48,19 +48,16 @@ def part_name(number: int) -> str:
     return f"index-part-{number:05d}.faiss"
 
 
-def parts_of(folder: Path, part_rows: int | None = None) -> list[list[str]]:
+def parts_of(found: Extracted, part_rows: int | None = None) -> list[list[str]]:
     """Which shards go into which part; they depend on the rows alone.
 
     Args:
-        folder: the build's folder.
+        found: the build's rows.
         part_rows: a part takes shards until it has so many rows; ``PART_ROWS`` by default.
-
-    Raises:
-        DatabaseError: the rows are not complete.
     """
     parts: list[list[str]] = [[]]
     held = 0
-    for name, entry in read_extracted(folder).files.items():
+    for name, entry in found.files.items():
         if entry.rows:
             if held >= (PART_ROWS if part_rows is None else part_rows):
                 parts.append([])
@@ -78,9 +75,9 @@ def make_part(
     Raises:
         DatabaseError: rows or trained index are missing, or the disk is full or cannot be written.
     """
-    found, parts, trained = read_extracted(folder), parts_of(folder, part_rows), standing(folder)
-    names = list(found.files)
-    before = sum(found.files[name].rows for name in names[: names.index(parts[number][0])])
+    found = read_extracted(folder)
+    parts, trained = parts_of(found, part_rows), standing(folder, found)
+    before = sum(found.files[name].rows for part in parts[:number] for name in part)
     if threads is not None:
         # FAISS keeps the number for each thread that calls it.
         import_faiss().omp_set_num_threads(threads)
@@ -103,13 +100,13 @@ def fill(index: FaissIndex, shards: Sequence[Path], first: int, *, device: str =
     return added
 
 
-def standing(folder: Path) -> Fitted:
-    """The trained index that fits the rows.
+def standing(folder: Path, found: Extracted) -> Fitted:
+    """The trained index that fits the rows that were found.
 
     Raises:
         DatabaseError: there is none.
     """
-    inputs, trained = rows_key(folder), fitted(folder)
+    inputs, trained = rows_key(BuildJob.read(folder), found), fitted(folder)
     if trained is None or trained.inputs != inputs:
         raise DatabaseError(f"the index of {folder} is not fitted on its rows: run 'nndefense index fit' first")
     return trained
@@ -136,17 +133,17 @@ def add(folder: Path, *, workers: int = 1, device: str = "cpu", make: Make | Non
     """
     if workers < 1:
         raise InputError(f"parts of the index need at least 1 worker, not {workers}")
-    trained = standing(folder)
+    found = read_extracted(folder)
+    trained = standing(folder, found)
     if not trained.mergeable:
         return 0
-    parts = parts_of(folder)
+    parts = parts_of(found)
     missing = []
     for number in range(len(parts)):
         piece = pieces.finished(folder / part_name(number), checksum=True)
         if piece is None or piece.notes.get("inputs") != trained.inputs:
             pieces.discard(folder / part_name(number))
             missing.append(number)
-    found = read_extracted(folder)
     done = found.rows - sum(found.files[name].rows for number in missing for name in parts[number])
     with bar(found.rows, "adding to the index", progress, done, " rows") as shown:
         for report in make(missing) if make else _in_threads(folder, missing, workers, device):
@@ -179,11 +176,12 @@ def merge(folder: Path) -> Manifest:
     done = sealed(folder, settings)
     if done is not None:
         return done
-    found, trained = read_extracted(folder), standing(folder)
+    found = read_extracted(folder)
+    trained = standing(folder, found)
     files = dict(found.files)
     if job.targets[0].pca:
         files[PCA_FILE] = FileEntry.of(folder / PCA_FILE)
-    for path in _index_files(folder, job, trained.mergeable):
+    for path in _index_files(folder, job, found, trained):
         files[path.name] = FileEntry.of(path)
     index: dict[str, Any] = {"factory": trained.factory, "metric": "l2", "file": INDEX}
     if trained.why:
@@ -239,10 +237,9 @@ def tidy(folder: Path) -> None:
     (folder / NAME).unlink(missing_ok=True)
 
 
-def _index_files(folder: Path, job: BuildJob, mergeable: bool) -> list[Path]:
-    if mergeable:
-        names = [part_name(number) for number in range(len(parts_of(folder)))]
-        trained = standing(folder)
+def _index_files(folder: Path, job: BuildJob, found: Extracted, trained: Fitted) -> list[Path]:
+    if trained.mergeable:
+        names = [part_name(number) for number in range(len(parts_of(found)))]
         for name in names:
             piece = pieces.finished(folder / name)
             if piece is None or piece.notes.get("inputs") != trained.inputs:
@@ -250,6 +247,6 @@ def _index_files(folder: Path, job: BuildJob, mergeable: bool) -> list[Path]:
         with writing(folder):
             return merge_parts([folder / name for name in names], folder / INDEX, memory=job.options.memory)
     index = FaissIndex.read(folder / TRAINED)
-    fill(index, [folder / name for name, entry in read_extracted(folder).files.items() if entry.rows], 0)
+    fill(index, [folder / name for name, entry in found.files.items() if entry.rows], 0)
     store(folder / INDEX, index.write)
     return [folder / INDEX]

@@ -22,8 +22,9 @@ from index_build.job import BuildJob, BuildTarget
 from index_build.mapper import Mapped, ShardTools
 from index_build.reader import ReadBatch, read
 from nndefense.database.manifest import FileEntry
+from nndefense.database.mapped_shards import DIGEST
 from nndefense.database.repeats import repeated_ids
-from nndefense.database.rows import DIGEST, StoredRows, write_shard, write_virtual
+from nndefense.database.rows import StoredRows, write_shard, write_virtual
 from nndefense.database.writer import REJECTED, VIRTUAL, check_rows, columns, store, writing
 from nndefense.datasets.rejected import NOT_FINITE
 from nndefense.errors import DatabaseError, DataError, InputError
@@ -81,7 +82,7 @@ def make_shard(job: BuildJob, number: int, tools: ShardTools, ready: Callable[[]
         DatabaseError: the disk is full or cannot be written.
     """
     first, last = job.bounds(number)
-    lacking = [place for place, target in enumerate(job.targets) if pieces.finished(job.paths(target)[number]) is None]
+    lacking = [place for place, target in enumerate(job.targets) if pieces.finished(job.path(target, number)) is None]
     sheaves = {place: _Sheaf(job, job.targets[place]) for place in lacking}
     rejected: list[Rejection] = []
     rows = 0
@@ -106,7 +107,7 @@ def make_shard(job: BuildJob, number: int, tools: ShardTools, ready: Callable[[]
     if ready is not None:
         ready()
     for place in lacking:
-        write_rows(job.paths(job.targets[place])[number], held.pop(place), job, rejected)
+        write_rows(job.path(job.targets[place], number), held.pop(place), job, rejected)
     return ShardReport(number, last - first, rows, tuple(rejected))
 
 

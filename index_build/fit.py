@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from index_build import pieces
-from index_build.extract import bar, read_extracted, rejection_limit
+from index_build.extract import Extracted, bar, read_extracted, rejection_limit
 from index_build.job import BuildJob, Options
 from index_build.mapper import Mapper
 from index_build.reader import read
@@ -143,7 +143,7 @@ def fit_index(folder: Path, *, device: str = "cpu") -> Fitted:
     """
     job = BuildJob.read(folder)
     target, found = job.targets[0], read_extracted(folder)
-    inputs = rows_key(folder)
+    inputs = rows_key(job, found)
     path = folder / TRAINED
     standing = fitted(folder)
     if standing is not None and standing.inputs == inputs:
@@ -171,9 +171,8 @@ def fitted(folder: Path) -> Fitted | None:
     return None if piece is None else Fitted(**piece.notes)
 
 
-def rows_key(folder: Path) -> str:
+def rows_key(job: BuildJob, found: Extracted) -> str:
     """A sha256 of the rows' checksums and of the index's settings: what was made from others is made again."""
-    job, found = BuildJob.read(folder), read_extracted(folder)
     settings = (job.options.index, job.options.memory, job.options.seed)
     text = "".join(f"{name} {entry.sha256}\n" for name, entry in sorted(found.files.items()) if entry.rows)
     return hashlib.sha256(f"{settings}\n{text}".encode()).hexdigest()

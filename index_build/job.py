@@ -135,9 +135,13 @@ class BuildJob:
         """The source positions of a shard: from the first up to, but without, the second."""
         return number * self.shard_rows, min((number + 1) * self.shard_rows, self.images)
 
+    def path(self, target: BuildTarget, number: int) -> Path:
+        """Where a shard of a target is, or will be."""
+        return target.folder / shard_name(number)
+
     def paths(self, target: BuildTarget) -> list[Path]:
         """Where the shards of a target are, or will be, in order."""
-        return [target.folder / shard_name(number) for number in range(self.shards)]
+        return [self.path(target, number) for number in range(self.shards)]
 
     def settings(self, target: BuildTarget) -> dict[str, Any]:
         """What decides the result of a target, as plain values."""

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nndefense.database.manifest import FileEntry
+from nndefense.database.mapped_shards import DIGEST
 from nndefense.database.repeats import repeats
-from nndefense.database.rows import DIGEST, StoredRows, pieces_of, read_columns
+from nndefense.database.rows import StoredRows, pieces_of, read_columns
 from nndefense.database.writer import PIECE, store, writing
 from nndefense.errors import DataError
 from nndefense.files import read_json, sha256_of

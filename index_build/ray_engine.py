@@ -97,7 +97,7 @@ class RayEngine:
                     for text in texts:
                         report = heard(text, extracting.ShardReport)
                         for target in work.job.targets:
-                            await_piece(work.job.paths(target)[report.number])
+                            await_piece(work.job.path(target, report.number))
                         yield report
                 finally:
                     # Workers finish what Ray has given to them already, unless they cannot begin it.

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nndefense import files
-from nndefense.database import ImageDatabase, rows, writer
+from nndefense.database import ImageDatabase, mapped_shards, rows, writer
 from nndefense.database.index import TorchIndex
 from nndefense.database.index_training import build_index
 from nndefense.errors import DatabaseError, InputError
@@ -279,10 +279,12 @@ def test_opening_reads_no_rows(tmp_path, small_shards, monkeypatch):
     monkeypatch.setattr(rows.StoredRows, "slice", lambda *_: pytest.fail("rows were read"))
     monkeypatch.setattr(rows.StoredRows, "take", lambda *_: pytest.fail("rows were read"))
     database = ImageDatabase.open(tmp_path, backend="torch")
-    for name in rows.COLUMNS:
-        for part in database._table._columns[name]:
-            assert isinstance(part, np.memmap), name
-            assert part.mode == "r"
+    shards = database._table._shards
+    assert len(shards._mapped) == len(shards) > 1
+    for name in mapped_shards.COLUMNS:
+        for number in range(len(shards)):
+            assert isinstance(shards[number][name], np.memmap), name
+            assert shards[number][name].mode == "r"
 
 
 def test_a_repacked_shard_that_cannot_be_mapped_is_read(tmp_path):

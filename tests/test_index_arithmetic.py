@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nndefense.database.index_training import choose_index, training_rows
-from nndefense.database.rows import DIGEST
+from nndefense.database.mapped_shards import DIGEST
 from nndefense.database.writer import columns
 
 PAGE = (Path(__file__).parent.parent / "docs" / "index-building.md").read_text(encoding="utf-8")

@@ -124,7 +124,8 @@ class ImageDatabase:
         manifest.check_files(folder, checksums=verify)
         if classifier is not None:
             _check_classifier(folder, manifest, classifier)
-        table = StoredRows([folder / name for name in manifest.shards])
+        held_rows = {folder / name: manifest.files[name].rows for name in manifest.shards}
+        table = StoredRows(list(held_rows), list(held_rows.values()))
         if len(table) != manifest.rows:
             raise DatabaseError(
                 f"{folder} holds {len(table):,} rows but its manifest says {manifest.rows:,}: build it again"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from nndefense.errors import DatabaseError, DataError
-from nndefense.files import HDF5_ERRORS, held_array, not_read, open_hdf5
+from nndefense.database.mapped_shards import DIGEST, TOP, MappedShards, reading
+from nndefense.files import held_array, open_hdf5
 
 Array = NDArray[Any]
-COLUMNS = ("features", "posteriors", "cbw_e", "cbw_d", "ids", "labels")
-_TOP = ("top_classes", "top_values")
-DIGEST = "digest"
-"""Column of 16 bytes a row: of an image's pixels. Shards made from features that somebody else computed have none."""
 
 
 def write_shard(path: Path, columns: Mapping[str, Array], attributes: Mapping[str, int] | None = None) -> None:
@@ -49,7 +45,7 @@ def read_columns(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
     Raises:
         DatabaseError: a shard that is missing, truncated or not of this form, or that the system does not read.
     """
-    with _opened(path) as file:
+    with reading(path), open_hdf5(path) as file:
         return {name: held_array(file, name, path)[()] for name in file}, {
             name: int(value) for name, value in file.attrs.items()
         }
@@ -69,7 +65,7 @@ def write_virtual(path: Path, shards: Sequence[Path]) -> None:
     layouts: dict[str, list[tuple[str, tuple[int, ...], np.dtype[Any]]]] = {}
     attributes: dict[str, int] = {}
     for shard in shards:
-        with _opened(shard) as file:
+        with reading(shard), open_hdf5(shard) as file:
             attributes = {name: int(value) for name, value in file.attrs.items()}
             for name in file:
                 column = held_array(file, name, shard)
@@ -101,71 +97,65 @@ class StoredRows:
     bytes (UTF-8), ``labels`` n int64 with -1 for unknown; ``digest`` n x 16 uint8 where :attr:`digests`.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        """Map the shards.
+    def __init__(self, paths: Sequence[Path], sizes: Sequence[int] | None = None) -> None:
+        """Map the shards, or of many those that are read; ``sizes`` are their rows, where they are known.
 
         Raises:
             DatabaseError: a shard that is missing, truncated or not of this form.
         """
-        maps = [_map_shard(path) for path in paths]
-        self._classes = maps[0][1] if maps else 0
-        # Without a digest in every shard there is no column of them.
-        names = set.intersection(*(set(columns) for columns, _ in maps)) if maps else set(COLUMNS)
-        self._columns: dict[str, list[Array]] = {name: [columns[name] for columns, _ in maps] for name in sorted(names)}
-        if any(classes != self._classes or not {"features", "ids"} <= set(columns) for columns, classes in maps):
-            raise DatabaseError(f"the shards beside {paths[0]} are not of one kind: build the database again")
-        sizes = [len(column) for column in self._columns["labels"]]
-        self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self._shards = MappedShards(paths, sizes)
+        self.starts = np.concatenate([[0], np.cumsum(self._shards.sizes)]).astype(np.int64)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     @property
     def nbytes(self) -> int:
-        """The size of all columns."""
-        return sum(part.nbytes for parts in self._columns.values() for part in parts)
+        """The size of all files."""
+        return self._shards.nbytes
 
-    @property
+    @cached_property
     def digests(self) -> bool:
-        """Whether there is a column of digests."""
-        return DIGEST in self._columns
+        """Whether there is a column of digests: whether every shard has one."""
+        return all(DIGEST in self._shards[number] for number in range(len(self._shards)))
 
     def hold(self) -> None:
         """Copy everything into memory: from then on nothing that happens to the files changes what is read."""
-        for name, parts in self._columns.items():
-            self._columns[name] = [np.array(part) for part in parts]
+        self._shards.hold()
 
     def take(self, name: str, rows: Array) -> Array:
         """Read one column at the given row numbers, of any shape: ``rows.shape`` + the column's own."""
-        if name == "posteriors" and self._classes:
-            chosen, values = (self.take(part, rows) for part in _TOP)
-            return spread_posteriors(chosen, values, self._classes)
+        if name == "posteriors" and self._shards.classes:
+            chosen, values = (self.take(part, rows) for part in TOP)
+            return spread_posteriors(chosen, values, self._shards.classes)
         flat = np.asarray(rows, dtype=np.int64).ravel()
-        parts = self._columns[name]
-        if len(parts) == 1:
-            taken = parts[0][flat]
-        else:
-            shard = np.searchsorted(self.starts, flat, side="right") - 1
-            dtype = np.result_type(*parts)
-            taken = np.empty((len(flat), *parts[0].shape[1:]), dtype=dtype)
-            for number in np.unique(shard):
-                here = shard == number
-                taken[here] = parts[number][flat[here] - self.starts[number]]
-        return _full(name, np.asarray(taken)).reshape((*np.shape(rows), *parts[0].shape[1:]))
+        shard = np.searchsorted(self.starts, flat, side="right") - 1
+        order = np.argsort(shard, kind="stable")
+        numbers, begins = np.unique(shard[order], return_index=True)
+        parts = [
+            self._shards[number][name][flat[here] - self.starts[number]]
+            for number, here in zip(numbers.tolist(), np.split(order, begins[1:]), strict=True)
+        ]
+        taken = np.concatenate(parts) if parts else self._shards[0][name][:0]
+        if len(parts) > 1:
+            back = np.empty_like(order)
+            back[order] = np.arange(len(order))
+            taken = taken[back]
+        return _full(name, taken).reshape((*np.shape(rows), *taken.shape[1:]))
 
     def slice(self, name: str, first: int, last: int) -> Array:
         """Read one column from row ``first`` up to, but without, row ``last``."""
-        if name == "posteriors" and self._classes:
-            chosen, values = (self.slice(part, first, last) for part in _TOP)
-            return spread_posteriors(chosen, values, self._classes)
+        if name == "posteriors" and self._shards.classes:
+            chosen, values = (self.slice(part, first, last) for part in TOP)
+            return spread_posteriors(chosen, values, self._shards.classes)
         begin = max(int(np.searchsorted(self.starts, first, side="right")) - 1, 0)
-        end = int(np.searchsorted(self.starts, last, side="left"))
+        end = min(int(np.searchsorted(self.starts, last, side="left")), len(self._shards))
         pieces = [
-            part[max(first - int(start), 0) : max(last - int(start), 0)]
-            for part, start in zip(self._columns[name][begin:end], self.starts[begin:end], strict=False)
+            self._shards[number][name][max(first - start, 0) : max(last - start, 0)]
+            for number, start in enumerate(self.starts[begin:end].tolist(), begin)
         ]
         pieces = [piece for piece in pieces if len(piece)]
-        return _full(name, np.concatenate(pieces) if pieces else self._columns[name][0][:0])
+        return _full(name, np.concatenate(pieces) if pieces else self._shards[0][name][:0])
 
     def pieces(self, name: str, size: int = 1 << 16) -> Iterator[Array]:
         """Read one column in row order, at most ``size`` rows at a time."""
@@ -228,38 +218,3 @@ def top_posteriors(posteriors: Array, top: int) -> dict[str, Array]:
 
 def _full(name: str, values: Array) -> Array:
     return values.astype(np.float32) if name == "features" and values.dtype == np.float16 else values
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A shard as an open HDF5 file, whose faults are told in one line."""
-    try:
-        with open_hdf5(path) as file:
-            yield file
-    except FileNotFoundError as error:
-        raise DatabaseError(f"{path} is missing: restore it or build the database again") from error
-    except DataError as error:
-        raise DatabaseError(str(error)) from error
-    except HDF5_ERRORS as error:
-        told = not_read(path, error) or f"{path} is truncated or damaged: restore it or build the database again"
-        raise DatabaseError(told) from error
-
-
-def _map_shard(path: Path) -> tuple[dict[str, Array], int]:
-    """The columns, and the number of classes where only the largest posteriors are stored, else 0."""
-    with _opened(path) as file:
-        classes = int(file.attrs["classes"]) if "posteriors" not in file else 0
-        names = [*(name for name in COLUMNS if name != "posteriors"), *(_TOP if classes else ("posteriors",))]
-        names += [DIGEST] if DIGEST in file else []
-        # One map for all columns: a system allows a process some ten thousands of them.
-        mapped = np.memmap(path, mode="r", dtype=np.uint8)
-        return {name: _column(mapped, held_array(file, name, path)) for name in names}, classes
-
-
-def _column(mapped: Array, dataset: Any) -> Array:
-    offset = dataset.id.get_offset()
-    if offset is None or dataset.size == 0:
-        # Not contiguous (a shard repacked by other tools), or empty: read it.
-        return np.asarray(dataset[()])
-    column: Array = mapped[offset : offset + dataset.nbytes].view(dataset.dtype).reshape(dataset.shape)
-    return column
