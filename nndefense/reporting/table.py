@@ -76,7 +76,7 @@ class Table:
         head = f"<thead><tr>{heads}</tr></thead>\n" if heads else ""
         kinds = self.kinds or ("",) * len(self.rows)
         body = "\n".join(self._row(row, kind) for row, kind in zip(self.rows, kinds, strict=True))
-        over = f"<caption>{escape(caption)}</caption>\n" if caption else ""
+        over = f"<caption><span>{escape(caption)}</span></caption>\n" if caption else ""
         return f'<div class="scroll"><table class="{style}">{over}{head}<tbody>\n{body}\n</tbody></table></div>'
 
     def _row(self, row: Sequence[str | Cell], kind: str) -> str:

@@ -93,7 +93,8 @@ def _lead(results: Results) -> str:
             f"{percent(defended['accuracy'])}\u00a0% with it."
         )
     if said := obscurity(results):
-        notes.append(f'<strong class="obscurity">{escape(said)}</strong>')
+        whole = escape(said).replace("p = ", "p\u00a0=\u00a0")
+        notes.append(f'<strong class="obscurity">{whole}</strong>')
     notes.append(
         'None of the attacks knows that a database is searched: read <a href="#limits">what these numbers do not '
         "show</a> before relying on them."

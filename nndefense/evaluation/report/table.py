@@ -21,7 +21,7 @@ from nndefense.evaluation.report.records import (
     under_attack,
 )
 from nndefense.evaluation.report.verdict import obscurity
-from nndefense.reporting import Cell, Table, section
+from nndefense.reporting import Cell, Table, folded, section
 from nndefense.reporting.wording import (
     BLANK,
     budget,
@@ -132,9 +132,9 @@ def _told(record: Record) -> str:
 
 
 def ladder_section(results: Results) -> str:
-    """The ladder as a table, with the attackers' knowledge, the paired test and the cost."""
+    """The ladder as a table, with the attackers' knowledge and the paired test; behind it what the attacks cost."""
     rungs = ladder(results)
-    columns = ("Attacker", "knows", "no defence", "defended", "p", "attack on the defence", "time", "passes", "memory")
+    columns = ("Attacker", "knows", "no defence", "defended", "p", "attack on the defence")
     table = Table(columns, tuple(_row(results, rung) for rung in rungs), kinds=tuple(rung.name for rung in rungs))
     caption = (
         f"Accuracy in % (95\u00a0% interval) at {budget(results['headline']['norm'], results['headline']['eps'])}; of "
@@ -142,13 +142,31 @@ def ladder_section(results: Results) -> str:
         "the worst case an image counts as right only if every attack within the budget, and the clean image, left it "
         "right."
     )
-    said = obscurity(results)
-    note = f'<p class="obscurity"><strong>{escape(said)}</strong></p>\n' if said else ""
     return section(
         "What it holds against whom",
-        note + _side_by_side(results) + table.html("plain ladder", caption) + _every_defense(results),
+        _side_by_side(results) + table.html("plain ladder", caption) + _every_defense(results) + _costs(rungs),
         "ladder",
     )
+
+
+def _costs(rungs: list[LadderRow]) -> str:
+    """What the attacks on the defence, or without one on the net, took."""
+    rows: list[tuple[str | Cell, ...]] = []
+    for rung in rungs:
+        record = rung.defended or rung.bare
+        if rung.name in ("clean", WORST) or record is None:
+            continue
+        passes = (record.get("forwards") or 0) + (record.get("backwards") or 0) + (record.get("queries") or 0)
+        rows.append(
+            (
+                rung.name,
+                f"{record.get('attack_seconds') or 0:,.0f}\u00a0s",
+                f"{passes / max(int(record['n']), 1):,.0f} an image" if passes else "",
+                f"{record['peak_memory_mb']:,.0f}\u00a0MB" if record.get("peak_memory_mb") else "",
+            )
+        )
+    table = Table(("Attacker", "time", "passes", "memory"), tuple(rows))
+    return "\n" + folded("What the attacks cost", table.html("plain costs")) if rows else ""
 
 
 def _every_defense(results: Results) -> str:
@@ -171,8 +189,6 @@ def _row(results: Results, rung: LadderRow) -> tuple[str | Cell, ...]:
     record = rung.defended or rung.bare
     assert record is not None
     level = f" ({record['knowledge']})" if record.get("knowledge") else ""
-    own = rung.name not in ("clean", "worst")
-    passes = (record.get("forwards") or 0) + (record.get("backwards") or 0) + (record.get("queries") or 0)
     return (
         "worst case" if rung.name == "worst" else rung.name,
         KNOWS[rung.name] + level,
@@ -180,9 +196,6 @@ def _row(results: Results, rung: LadderRow) -> tuple[str | Cell, ...]:
         accuracy_cell(rung.defended, "not run"),
         "" if rung.p is None else p_text(rung.p),
         _attacks(results, rung.name),
-        f"{record.get('attack_seconds') or 0:,.0f}\u00a0s" if own else "",
-        f"{passes / max(int(record['n']), 1):,.0f} an image" if own and passes else "",
-        f"{record['peak_memory_mb']:,.0f}\u00a0MB" if own and record.get("peak_memory_mb") else "",
     )
 
 
