@@ -15,6 +15,7 @@ from nndefense.cli.options import (
     BatchOption,
     Common,
     EpsOption,
+    ImagesOption,
     KOption,
     LadderAttackOption,
     LimitOption,
@@ -76,7 +77,7 @@ _COMPARES = {
 }  # fmt: skip
 _ONLY_COMPARES = {"only", "train"}
 # What a recipe does not say.
-_BESIDE_A_RECIPE = {"recipe", "out", "data_dir", "device", "json", "quiet", "debug"}
+_BESIDE_A_RECIPE = {"recipe", "images", "out", "data_dir", "device", "json", "quiet", "debug"}
 
 
 def evaluate(
@@ -101,6 +102,7 @@ def evaluate(
         ),
     ] = None,
     database: Annotated[Path | None, typer.Option(help="Folder of the image database [default: no defence].")] = None,
+    images: ImagesOption = None,
     defense: Annotated[
         list[str] | None,
         OneOf("Also measure this defence. Repeat it for several.", defenses.names, python=True),
@@ -208,6 +210,7 @@ def evaluate(
         chosen,
         out,
         data_dir=common.data_dir,
+        images=images or (),
         device=common.device,
         progress=common.progress,
         command=command_line(),

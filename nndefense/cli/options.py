@@ -68,6 +68,13 @@ KOption = Annotated[int | None, typer.Option(min=1, help="Neighbours [default: a
 WeightingOption = Annotated[
     str | None, OneOf("Weighting [default: as calibrated, else cbw-d].", ("uniform", "cbw-e", "cbw-d"))
 ]
+ImagesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Images of the database's rows; repeat it to join several [default: those recorded there, where they lie "
+        "in the folder of the data sets or of the database]. " + SPEC_HELP,
+    ),
+]
 PcaOption = Annotated[int, typer.Option(min=0, help="Dimensions kept by PCA; 0 for no PCA.")]
 RayAddressOption = Annotated[
     str | None,

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nndefense.cli.declare import Group, Only
 from nndefense.cli.options import (
-    SPEC_HELP,
     BatchOption,
     ClassifierOptions,
     Common,
     DatabaseOption,
     DatasetOption,
     EpsOption,
+    ImagesOption,
     MeasuredOption,
     NormOption,
     command_line,
@@ -24,6 +24,11 @@ from nndefense.cli.options import (
 )
 from nndefense.cli.train import LoopOptions
 from nndefense.errors import InputError
+
+if TYPE_CHECKING:
+    from nndefense.database import ImageDatabase
+    from nndefense.datasets import ImageDataset
+    from nndefense.models import Classifier
 
 racnn = Group(
     "racnn", "RA-CNN: classify an image's projection into the hull of its retrieved neighbours (Zhao and Cho 2019)."
@@ -54,10 +59,7 @@ def train(
     mixup_weight: Annotated[
         float, typer.Option(help="Weight of local mixup against the cross-entropy; unknown in the paper; 0: none.")
     ] = 1.0,
-    images: Annotated[
-        str | None,
-        typer.Option(help="Images of the database's rows [default: as recorded there]. " + SPEC_HELP),
-    ] = None,
+    images: ImagesOption = None,
     loop: LoopOptions,
     common: Common,
 ) -> None:
@@ -68,11 +70,12 @@ def train(
     from nndefense.training.racnn import train_racnn
 
     net = model.open(common, database=database)
+    opened = ImageDatabase.open(database, classifier=net)
     found = train_racnn(
         net,
-        ImageDatabase.open(database, classifier=net),
+        opened,
         open_datasets([dataset], data_dir=common.data_dir, like=net),
-        images=None if images is None else open_datasets([images], data_dir=common.data_dir, like=net),
+        images=_rows(net, opened, images, dataset, common),
         data_dir=common.data_dir,
         out=out,
         arch=arch,
@@ -110,6 +113,7 @@ def evaluate(
     dataset: MeasuredOption,
     model: Retriever,
     database: DatabaseOption,
+    images: ImagesOption = None,
     k: Annotated[int | None, typer.Option(min=1, help="Neighbours [default: as in training].")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Images for the clean accuracy, drawn at random.")] = None,
     attacked: Annotated[int, typer.Option(min=1, help="How many of them are attacked at most.")] = 500,
@@ -141,20 +145,21 @@ def evaluate(
     net = model.open(common, database=database)
     defense = RaCnnDefense.load(trained, net, ImageDatabase.open(database, classifier=net), k=k)
     spec = measured_spec(dataset, data_dir=common.data_dir)
-    images = open_datasets([spec], data_dir=common.data_dir, like=net, limit=limit, seed=common.seed)
-    check_not_in_database(images, defense)
+    measured = open_datasets([spec], data_dir=common.data_dir, like=net, limit=limit, seed=common.seed)
+    check_not_in_database(measured, defense)
     with locked_file(out) if out is not None else nullcontext():
         hidden = None if common.progress else True
-        with tqdm(total=len(images), desc="attacking", unit=" images", disable=hidden) as bar:
+        with tqdm(total=len(measured), desc="attacking", unit=" images", disable=hidden) as bar:
             found = measure_racnn(
                 defense,
-                images,
+                measured,
                 budgets,
                 norm=norm,
                 steps=steps,
                 attacked=attacked,
                 adaptive=adaptive,
                 batch_size=batch_size,
+                images=_rows(net, defense.database, images, dataset, common),
                 data_dir=common.data_dir,
                 seed=common.seed,
                 step=bar.update,
@@ -164,7 +169,7 @@ def evaluate(
             "classifier": model.classifier,
             "database": {"path": str(database), "rows": len(defense.database)},
             "defense": defense.settings(),
-            "data": {"name": images.name, "n": len(images), "fingerprint": images.fingerprint},
+            "data": {"name": measured.name, "n": len(measured), "fingerprint": measured.fingerprint},
             "norm": norm,
             "steps": steps,
             "seed": common.seed,
@@ -175,6 +180,18 @@ def evaluate(
         if out is not None:
             write_json(out, result)
     common.show(result, _text(result))
+
+
+def _rows(
+    net: Classifier, database: ImageDatabase, images: list[str] | None, dataset: str, common: Common
+) -> ImageDataset | None:
+    """The images of the rows: those of --images, else as for an evaluation with this --dataset."""
+    from nndefense.pipeline import open_datasets
+    from nndefense.pipeline.opening import neighbor_pictures
+
+    if images:
+        return open_datasets(images, data_dir=common.data_dir, like=net)
+    return neighbor_pictures(database, common.data_dir, net, named=[dataset], say=common.say)
 
 
 def _text(result: dict[str, Any]) -> str:

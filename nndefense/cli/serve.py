@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from nndefense.cli.declare import OneOf, Only
-from nndefense.cli.options import Common, DatabaseOptions, KOption, WeightingOption
+from nndefense.cli.options import Common, DatabaseOptions, ImagesOption, KOption, WeightingOption
 from nndefense.cli.streams import one_line
 from nndefense.errors import InputError
 
@@ -38,6 +38,7 @@ def serve(
     demo_attacks: Annotated[
         bool, typer.Option("--demo-attacks", help="Let the page attack images on this server.")
     ] = False,
+    images: ImagesOption = None,
     reject_rate: Annotated[
         float | None, typer.Option(min=0, max=1, help="Abstain on this share of clean images; needs a calibration.")
     ] = None,
@@ -83,6 +84,7 @@ def serve(
         "weighting": weighting,
         "reject_rate": reject_rate,
         "calibration": True if calibration_file is None else calibration_file,
+        "images": images,
     }
     settings = ServingSettings(
         host=host,

@@ -9,10 +9,9 @@ from nndefense.database.manifest import Manifest
 from nndefense.errors import ModelError
 from nndefense.files import read_whole
 from nndefense.models import Classifier, load_classifier
+from nndefense.models.load import asks_nobody, is_named
 from nndefense.own_code import PYTHON
 
-# What these names open is data, and no code of a stranger.
-_NAMED = ("torchvision:", "timm:", "hf:")
 _FOLDER, _DESCRIPTION = "classifier", "classifier.json"
 
 
@@ -36,7 +35,7 @@ def classifier_of(
         device, classes, input_shape: as for :func:`~nndefense.models.load_classifier`.
 
     Raises:
-        ModelError: it is not to be found, or is Python code that nobody named.
+        ModelError: it is not to be found; or it is Python code, or would be fetched, and nobody named it.
     """
     channels, height, width = manifest.classifier["input_shape"]
     shape = input_shape or (channels, height, width)
@@ -54,7 +53,7 @@ def source_of(folder: Path, manifest: Manifest | None = None) -> str:
     """Where the classifier of a database is: what :func:`classifier_of` takes where none is named.
 
     Raises:
-        ModelError: it is not to be found, or is Python code that nobody named.
+        ModelError: it is not to be found, or is Python code, or would be fetched, and nobody named it.
     """
     manifest = manifest or Manifest.read(folder)
     named = str(manifest.classifier["source"])
@@ -63,9 +62,15 @@ def source_of(folder: Path, manifest: Manifest | None = None) -> str:
         raise ModelError(
             f"the classifier of {folder} is Python code ({named}), which runs only if you name it: give --classifier"
         )
-    if named.startswith(_NAMED):
+    if is_named(named):
+        if not asks_nobody(named):
+            raise ModelError(
+                f"the classifier of {folder} is {named}, which would be fetched, and that only if you name it: give "
+                f"--classifier {named}"
+            )
         return named
-    places = [Path(named)] if named else []
+    # A path with two slashes first is that of another machine.
+    places = [Path(named)] if named and not named.startswith(("//", "\\\\")) else []
     for place in (*places, folder.parent / _FOLDER, folder / _FOLDER):
         if _fingerprint(place) == manifest.classifier["fingerprint"]:
             return str(place)

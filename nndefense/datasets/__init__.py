@@ -9,8 +9,9 @@ from nndefense.datasets.image_files import image_channels, load_image
 from nndefense.datasets.listing import FileListDataset
 from nndefense.datasets.parquet import ParquetDataset
 from nndefense.datasets.pixels import pixel_digests
+from nndefense.datasets.recorded import open_recorded, recorded_specs, specs_at_hand
 from nndefense.datasets.rejected import REJECTED_KINDS, BadImage, Reading, Rejected, SourceError
-from nndefense.datasets.spec import KNOWN_SPECS, default_data_dir, measured_spec, open_dataset, open_recorded
+from nndefense.datasets.spec import KNOWN_SPECS, default_data_dir, measured_spec, open_dataset
 from nndefense.datasets.torchvision_set import TorchvisionDataset
 from nndefense.datasets.webdataset import WebDataset
 
@@ -42,5 +43,7 @@ __all__ = [
     "open_dataset",
     "open_recorded",
     "pixel_digests",
+    "recorded_specs",
+    "specs_at_hand",
     "write_hdf5",
 ]

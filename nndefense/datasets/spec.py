@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nndefense.datasets import arrays
 from nndefense.datasets.base import ImageDataset
-from nndefense.datasets.derived import Sides, Size, check_form, concatenate, in_form
+from nndefense.datasets.derived import Sides, Size, check_form, in_form
 from nndefense.datasets.folder import ImageFolderDataset, split_folders
 from nndefense.datasets.hub import HubDataset
 from nndefense.datasets.listing import FileListDataset
@@ -24,10 +23,11 @@ from nndefense.datasets.torchvision_set import SETS, TorchvisionDataset
 from nndefense.datasets.webdataset import WebDataset
 from nndefense.errors import DataError
 
-_NAMED = ("digits", "mnist", "fashion-mnist", "cifar10")
+NAMED = ("digits", "mnist", "fashion-mnist", "cifar10")
+"""Sets that are known by name alone."""
 _PATH_KINDS = ("imagefolder", "images", "files", "hdf5", "webdataset", "parquet")
 _PATHS = tuple(f"{kind}:{'LIST' if kind == 'files' else 'PATH'}" for kind in _PATH_KINDS)
-KNOWN_SPECS = (*_NAMED, *_PATHS, "torchvision:NAME:PATH", "hf:NAME")
+KNOWN_SPECS = (*NAMED, *_PATHS, "torchvision:NAME:PATH", "hf:NAME")
 
 _SPLITS = ("train", "test")
 VALIDATION = ("val", "valid", "validation")
@@ -98,44 +98,10 @@ def open_dataset(
     else:
         body, cut = split_slice(spec)
         name, _, split_text = body.partition(":")
-        if name not in _NAMED:
+        if name not in NAMED:
             raise DataError(f"unknown data set {spec!r}: choose {', '.join(KNOWN_SPECS[:-1])} or {KNOWN_SPECS[-1]}")
         dataset = in_form(_open_named(name, split_text or "train", folder, download), form, channels)
     return _sliced(dataset, cut) if cut else dataset
-
-
-def open_recorded(
-    data: Mapping[str, Any],
-    ids: Callable[[], Sequence[str]],
-    shape: tuple[int, int, int],
-    data_dir: Path | None = None,
-) -> ImageDataset | None:
-    """Open a data set again that was recorded, as in a database's manifest.
-
-    Args:
-        data: ``specs`` and ``fingerprint``.
-        ids: gives the ids of its images in order, where it may be a part of what the specs open, because some were held
-            out or a limit was given.
-        shape: C, H, W that it was opened with.
-        data_dir: the folder of the data sets.
-
-    Returns:
-        The data set, or None where what the specs open is not what was recorded.
-
-    Raises:
-        NNDefenseError: it cannot be opened.
-    """
-    parts = [open_dataset(s, data_dir=data_dir, size=shape[1:], channels=shape[0]) for s in data.get("specs") or ()]
-    if not parts:
-        return None
-    dataset = concatenate(parts)
-    if dataset.fingerprint == data["fingerprint"]:
-        return dataset
-    wanted = ids()
-    if not len(wanted):
-        return None
-    part = dataset.subset([dataset.index_of(item) for item in wanted])
-    return part if part.fingerprint == data["fingerprint"] else None
 
 
 def measured_spec(spec: str, *, data_dir: str | os.PathLike[str] | None = None, among: Sequence[str] = MEASURED) -> str:
@@ -187,7 +153,7 @@ def splits_of(
         return f"{kind}:{path}", split, cut or "", _splits_at(kind, path)
     body, cut = split_slice(spec.strip())
     name, _, text = body.partition(":")
-    return name, text or None, cut or "", _SPLITS if name in _NAMED else ()
+    return name, text or None, cut or "", _SPLITS if name in NAMED else ()
 
 
 def _splits_at(kind: str, path: str) -> Sequence[str]:

@@ -31,6 +31,7 @@ def measure_racnn(
     attacked: int = 500,
     adaptive: bool = True,
     batch_size: int = 100,
+    images: ImageDataset | None = None,
     data_dir: Path | None = None,
     seed: int = 0,
     step: Callable[[int], object] = lambda images: None,
@@ -46,7 +47,7 @@ def measure_racnn(
         attacked: how many images are attacked at most; all give the clean accuracy.
         adaptive: also the ensemble of attacks on the retrieval.
         batch_size: images at a time.
-        data_dir: the folder of the data sets, where the images of the database's rows are looked for.
+        images, data_dir: of the database's rows, as for :func:`~nndefense.training.neighbors.row_images`.
         seed: of the attacks' random starts.
         step: called with the number of images of every batch that is done.
 
@@ -62,10 +63,10 @@ def measure_racnn(
     labels = net.label_map(dataset.classes).to(place)
     clean: dict[str, list[Tensor]] = {"classifier": [], "ra-cnn": []}
     standing: dict[tuple[float, str], list[Tensor]] = {}
-    attacks = _attacks(defense, norm, steps, seed, adaptive, data_dir)
+    attacks = _attacks(defense, norm, steps, seed, adaptive, images, data_dir)
     done = 0
-    for images, own, _ in dataset.batches(batch_size):
-        x, y = images.to(place), labels[own.to(place)]
+    for batch, own, _ in dataset.batches(batch_size):
+        x, y = batch.to(place), labels[own.to(place)]
         for name, who in (("classifier", net), ("ra-cnn", defense)):
             with torch.no_grad():
                 clean[name].append((who(x).argmax(1) == y).cpu())
@@ -85,7 +86,13 @@ def measure_racnn(
 
 
 def _attacks(
-    defense: RaCnnDefense, norm: str, steps: int, seed: int, adaptive: bool, data_dir: Path | None
+    defense: RaCnnDefense,
+    norm: str,
+    steps: int,
+    seed: int,
+    adaptive: bool,
+    images: ImageDataset | None,
+    data_dir: Path | None,
 ) -> dict[str, Attacker]:
     """The attacks on RA-CNN by name: (images, labels, eps) -> attacked images."""
 
@@ -109,8 +116,10 @@ def _attacks(
     }
     if adaptive:
         try:
-            pictures = row_images(defense.classifier, defense.database, data_dir=data_dir)
+            pictures = row_images(defense.classifier, defense.database, images, data_dir)
         except NNDefenseError:
+            if images is not None:
+                raise
             # Without them the ensemble leaves out the attacks that begin on the way to the rows' images.
             pictures = None
         surface = defense.surface(images=pictures)

@@ -76,6 +76,7 @@ class Guard:
         calibration: Percentile | None = None,
         reject_rate: float | None = None,
         data_dir: Path | None = None,
+        images: Sequence[str] | None = None,
     ) -> None:
         """Most callers want :meth:`open`, which says what the arguments are.
 
@@ -105,7 +106,13 @@ class Guard:
         self._forward = SteadyForward(classifier, database.feature, database.pca, classifier.input_shape)
         self._nearest = NearestRows(database, k)
         self._verdicts = Verdicts(database, weighting)
-        self._pictures = Pictures(database, calibration, classifier.input_shape, data_dir)
+        named = (images,) if isinstance(images, str) else tuple(images or ())
+        self._pictures = Pictures(database, calibration, classifier.input_shape, data_dir, named)
+        if named and not self._pictures.at_hand:
+            raise InputError(
+                f"{' and '.join(named)} cannot be opened, or does not hold the images that {database.path} was built "
+                "from: give --images the data set that it was built from, or leave it out"
+            )
         self._making = threading.Lock()
         self._defense: NearestNeighborDefense | None = None
 
@@ -123,6 +130,7 @@ class Guard:
         classes: str | Path | None = None,
         input_shape: tuple[int, int, int] | None = None,
         data_dir: str | Path | None = None,
+        images: Sequence[str] | None = None,
         verify: bool = True,
     ) -> Guard:
         """Open a database folder with its classifier, and check both.
@@ -139,6 +147,9 @@ class Guard:
             classes: names of the classes, or a file of them, for a classifier that does not know them.
             input_shape: C, H, W of the images, for a classifier that does not know them; default: the database's.
             data_dir: the folder of the data sets that the pictures of neighbours come from.
+            images: the specs of the data sets that they come from. None: those that the database names, where they are
+                digits, MNIST, Fashion-MNIST or CIFAR-10 in the folder of the data sets, or files in the database's own
+                folder; what else a database names is not opened.
             verify: compare the sha256 of every file with the manifest before any is loaded (about a second per GB).
                 Weights are always compared, with the classifier's own record and with the database's.
 
@@ -173,6 +184,7 @@ class Guard:
             calibration=_calibration(folder, calibration),
             reject_rate=reject_rate,
             data_dir=None if data_dir is None else Path(data_dir).expanduser(),
+            images=images,
         )
 
     # -- predicting ---------------------------------------------------------------------------------------------
@@ -275,7 +287,8 @@ class Guard:
         )
         threshold = None if reject_rate is None else found.threshold(reject_rate)
         self.calibration, self.reject_rate, self.threshold = found, reject_rate, threshold
-        self._pictures = Pictures(self.database, found, self.classifier.input_shape, self._pictures.data_dir)
+        shown = self._pictures
+        self._pictures = Pictures(self.database, found, shown.shape, shown.data_dir, shown.images)
         return found
 
     def _checked_threshold(self) -> float | None:
@@ -309,7 +322,7 @@ class Guard:
     def neighbor_image(self, row: int | str) -> NDArray[np.uint8] | None:
         """The picture of a row, by its number or id: uint8 H x W x C of the classifier's size, C 1 or 3.
 
-        None where the data sets of the database cannot be opened, or are not those that it was built from.
+        None where its images are not at hand: see ``images`` of :meth:`open`.
 
         Raises:
             InputError: there is no such row.

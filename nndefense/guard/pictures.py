@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from nndefense.database import ImageDatabase
-from nndefense.datasets import ImageDataset, open_recorded
+from nndefense.datasets import ImageDataset, open_recorded, recorded_specs, specs_at_hand
 from nndefense.errors import DataError, InputError, NNDefenseError
 from nndefense.guard.percentile import Percentile
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,13 @@ class Pictures:
         calibration: Percentile | None,
         shape: tuple[int, int, int],
         data_dir: Path | None = None,
+        images: Sequence[str] = (),
     ) -> None:
-        """``shape`` is C, H, W of the pictures; ``data_dir`` is where data sets are looked for."""
+        """``shape`` is C, H, W of the pictures; ``data_dir`` is where data sets are looked for, and ``images`` are the
+        specs that the user names for them, in the place of the recorded ones.
+        """
         self.database, self.calibration, self.shape, self.data_dir = database, calibration, shape, data_dir
+        self.images = tuple(images)
         self._lock = threading.Lock()
         self._opened: dict[str, ImageDataset | None] = {}
 
@@ -93,8 +100,16 @@ class Pictures:
     def _open(self, key: str, data: Mapping[str, Any], ids: Callable[[], Sequence[str]]) -> ImageDataset | None:
         with self._lock:
             if key not in self._opened:
+                folder = self.database.path
+                named = recorded_specs(data)
+                if named and not self.images and not specs_at_hand(data, folder):
+                    _log.warning(
+                        "%s names %r for pictures, which is not opened unless --images names it", folder, named
+                    )
                 try:
-                    self._opened[key] = open_recorded(data, ids, self.shape, self.data_dir)
+                    self._opened[key] = open_recorded(
+                        data, ids, self.shape, self.data_dir, folder=folder, images=self.images
+                    )
                 except NNDefenseError:
                     # Pictures illustrate; nothing that is answered depends on them.
                     self._opened[key] = None

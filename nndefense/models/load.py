@@ -18,7 +18,7 @@ from nndefense.models.architectures import ARCHITECTURES
 from nndefense.models.checkpoint import load_folder
 from nndefense.models.classifier import Classes, Classifier, check_input_shape, given_classes
 from nndefense.models.named_sources import HF, TIMM, load_hf, load_timm
-from nndefense.models.torchvision_source import TORCHVISION, load_torchvision
+from nndefense.models.torchvision_source import TORCHVISION, load_torchvision, weights_at_hand
 from nndefense.modes import outside_inference_mode
 from nndefense.own_code import PYTHON, own_function
 from nndefense.unwrapping import unwrapped
@@ -82,6 +82,23 @@ def load_classifier(
             )
         classifier.classes, classifier.class_ids = names, ids
     return classifier.to(target).eval()
+
+
+def is_named(source: str) -> bool:
+    """Whether a source is a name of another library's, for a classifier that may be fetched."""
+    return source.startswith((TORCHVISION, TIMM, HF))
+
+
+def asks_nobody(source: str) -> bool:
+    """Whether loading a classifier by such a name fetches nothing, and opens nothing but the library's own cache.
+
+    Raises:
+        ModelError: torchvision has no such net.
+    """
+    if source.startswith(TORCHVISION):
+        return weights_at_hand(source)
+    # Of timm's names those with a colon are of a hub or of a folder, or want published weights.
+    return source.startswith(TIMM) and re.fullmatch(r"[\w.-]+", source.removeprefix(TIMM)) is not None
 
 
 @outside_inference_mode

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from urllib.parse import urlsplit
 
 import torch
 from torch import nn
@@ -67,6 +68,16 @@ def load_torchvision(source: str, *, data_dir: Path | None = None) -> Classifier
         source=source,
         fixed_size=hasattr(net, "image_size") or name.startswith("maxvit"),
     ).eval()
+
+
+def weights_at_hand(source: str) -> bool:
+    """Whether :func:`load_torchvision` finds the weights of a source in torch's cache, or needs none."""
+    name, _, label = source.removeprefix(TORCHVISION).partition(":")
+    known = _weights_of(name).__members__
+    if label not in known:
+        return True
+    file = Path(urlsplit(known[label].url).path).name
+    return Path(torch.hub.get_dir(), "checkpoints", file).is_file()
 
 
 def _ids_of(names: Sequence[str]) -> Sequence[str] | None:

@@ -63,6 +63,7 @@ def evaluate(
     out: str | Path,
     *,
     data_dir: Path | None = None,
+    images: Sequence[str] = (),
     device: str = "auto",
     progress: bool = True,
     command: str = "",
@@ -78,6 +79,8 @@ def evaluate(
         out: folder for ``results.json``, ``report.html``, and what is not made again: finished cells, and in ``made``
             the nets and databases of defences.
         data_dir: the folder of the data sets.
+        images: specs of the images that the database was built from, to show neighbours and to start attacks from.
+            None: as :func:`~nndefense.pipeline.opening.neighbor_pictures` finds them.
         device: where the nets run.
         progress: whether to show a bar.
         command: recorded.
@@ -90,7 +93,15 @@ def evaluate(
         NNDefenseError: something cannot be opened, or does not fit together.
     """
     recipe = replace(recipe, dataset=measured_spec(recipe.dataset, data_dir=data_dir))
-    opened = open_recipe(recipe, Path(out).expanduser(), data_dir=data_dir, device=device, progress=progress, say=say)
+    opened = open_recipe(
+        recipe,
+        Path(out).expanduser(),
+        data_dir=data_dir,
+        images=images,
+        device=device,
+        progress=progress,
+        say=say,
+    )
     return measure(recipe, opened, Path(out).expanduser(), progress=progress, command=command)
 
 
@@ -99,6 +110,7 @@ def open_recipe(
     out: Path,
     *,
     data_dir: Path | None = None,
+    images: Sequence[str] = (),
     device: str = "auto",
     progress: bool = True,
     say: Callable[[str], object] = lambda text: None,
@@ -138,7 +150,8 @@ def open_recipe(
     if folder is not None:
         stored = open_stored(folder, classifier, k=recipe.k, weighting=recipe.weighting)
         ours = NearestNeighborDefense(classifier, stored.database, stored.k, stored.weighting)
-        pictures = neighbor_pictures(stored.database, data_dir, classifier)
+        named = (recipe.dataset, *recipe.train_set)
+        pictures = neighbor_pictures(stored.database, data_dir, classifier, images, named, say)
         check_not_in_database(dataset, ours, pictures)
         # Also where K and weighting are given: layer and pooling were chosen on these images, too.
         check_not_calibrated_on(dataset, stored_calibration(folder), folder)

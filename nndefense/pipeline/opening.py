@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nndefense.database import ImageDatabase, Manifest, classifier_of
-from nndefense.datasets import ImageDataset, concatenate, holdout, open_dataset, open_recorded
+from nndefense.datasets import ImageDataset, concatenate, holdout, open_dataset, open_recorded, recorded_specs
 from nndefense.datasets.derived import Size
 from nndefense.datasets.spec import MEASURED, VALIDATION, measured_spec, splits_of
 from nndefense.errors import DataError, InputError, NNDefenseError
@@ -16,7 +17,6 @@ from nndefense.images import shape_text
 from nndefense.models import ARCHITECTURES, Classifier, load_classifier
 from nndefense.pipeline.checks import check_disjoint
 
-_PYTHON = "python:"
 # Images that all have one size are trained on as they are, unless they are those of a camera.
 _LARGEST_SIDE = 256
 # Images held out to calibrate on, where the set has three times as many.
@@ -193,15 +193,41 @@ def split(
     return rows, rest, first.subset(held_out).usable
 
 
-def neighbor_pictures(database: ImageDatabase, data_dir: Path | None, like: Classifier) -> ImageDataset | None:
-    """The images that a database was built from, where they can be opened again; otherwise None."""
+def neighbor_pictures(
+    database: ImageDatabase,
+    data_dir: Path | None,
+    like: Classifier,
+    images: Sequence[str] = (),
+    named: Sequence[str] = (),
+    say: Callable[[str], object] = lambda text: None,
+) -> ImageDataset | None:
+    """The images that a database was built from: the ``images`` that the user names, else the recorded ones, where
+    these may be opened (:func:`~nndefense.datasets.specs_at_hand`, which takes the other specs that the user has
+    ``named``) and can be; otherwise None, and a line says so.
+
+    Raises:
+        DataError: those that the user names are not those.
+    """
+    data, folder = database.manifest.data, database.path
+    places: dict[str, Any] = {"folder": folder, "images": images, "named": named}
     try:
-        return open_recorded(
-            database.manifest.data, lambda: database.ids(database.row_numbers), like.input_shape, data_dir
-        )
+        found = open_recorded(data, lambda: database.ids(database.row_numbers), like.input_shape, data_dir, **places)
     except NNDefenseError:
         # The pictures only illustrate; the report says that they are not at hand.
-        return None
+        if images:
+            raise
+        found = None
+    if found is None and images:
+        raise DataError(
+            f"{' and '.join(images)} does not hold the images that {folder} was built from: give --images the data "
+            "set that it was built from, or leave it out"
+        )
+    if found is None and (named := recorded_specs(data)):
+        say(
+            f"no images of the database are at hand, to show neighbours or to start attacks from: {folder} names "
+            f"{' and '.join(named)}; give --images where they are"
+        )
+    return found
 
 
 def reported_split(spec: str, remedy: str = "give --test", *, data_dir: Path | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from nndefense.database import ImageDatabase
 from nndefense.database.exact_search import ExactSearch
-from nndefense.datasets import ImageDataset, concatenate, open_dataset
+from nndefense.datasets import ImageDataset, concatenate, open_dataset, recorded_specs, specs_at_hand
 from nndefense.errors import DataError, InputError
 from nndefense.models import Classifier
 
@@ -35,7 +36,8 @@ def row_images(
     Args:
         classifier: the one that the database was made with.
         database: whole, not a subset.
-        images: a data set that holds every row's id; by default what the manifest's specs open.
+        images: a data set that holds every row's id. None: what the manifest names, where that may be opened because
+            it stands there (:func:`~nndefense.datasets.specs_at_hand`).
         data_dir: the folder of the data sets.
 
     Raises:
@@ -45,13 +47,15 @@ def row_images(
     if len(database) != database.manifest.rows:
         raise InputError("neighbours are retrieved from a whole database: give it, not a subset of it")
     if images is None:
-        specs = database.manifest.data.get("specs") or ()
+        data = database.manifest.data
+        specs = specs_at_hand(data, database.path)
         if not specs:
-            raise DataError(f"{database.path} does not say where its images are: give the data set that holds them")
+            named = " and ".join(recorded_specs(data))
+            what = f"names {named} for its images, which only you may have opened" if named else "names no images"
+            raise DataError(f"{database.path} {what}: give the data set that it was built from (--images)")
         channels, *size = classifier.input_shape
-        images = concatenate(
-            [open_dataset(spec, data_dir=data_dir, size=(size[0], size[1]), channels=channels) for spec in specs]
-        )
+        form: dict[str, Any] = {"data_dir": data_dir, "size": tuple(size), "channels": channels, "download": False}
+        images = concatenate([open_dataset(spec, **form) for spec in specs])
     ids = database.ids(database.row_numbers)
     if len(ids) != len(images) or ids != list(images.ids):
         images = images.subset([images.index_of(item) for item in ids], name=f"{images.name} (rows)")

@@ -86,7 +86,7 @@ def train_racnn(
         arch: architecture of phi, one of :data:`nndefense.models.ARCHITECTURES`.
         k: neighbours, at least 1.
         mixup_draws, mixup_weight: as for :class:`RetrievalAugmented`.
-        images: a data set with the image of every row; by default what the database's manifest names.
+        images: a data set with the image of every row; by default as :func:`row_images` finds them.
         data_dir: the folder of the data sets.
         device: as for :func:`nndefense.models.resolve_device`; the classifier is moved there.
         out: the folder for the result; by default nothing is written, and the table is held in memory.
