@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command import fails, nndefense
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
@@ -253,3 +254,58 @@ def test_a_recipe_without_attacks_is_refused() -> None:
 def test_bits_are_of_the_record(tmp_path: Path) -> None:
     right = np.array([1, 0, 1, 1, 0, 0, 0, 0, 1])
     assert to_hex(right) == "b080"
+
+
+CODE = """
+import pathlib
+pathlib.Path(__file__).with_name("ran").touch()
+def make(*given, **named):
+    raise ValueError("made")
+"""
+PLACES = [
+    ('classifier = "runs/demo/classifier"', 'classifier = "CODE"'),
+    ('surrogate = "runs/demo/surrogate"', 'surrogate = "CODE"'),
+    ('classifier = "runs/demo/classifier"', 'classifier = " CODE"'),
+    ('name = "adaptive"', 'name = "CODE"'),
+    ("[defense]", '[defense]\nnames = ["jpeg", "CODE"]'),
+    ("[defense]", '[materials.classifier]\narch = "CODE"\n\n[defense]'),
+    ("[defense]", '[materials.training]\n"CODE" = 3\n\n[defense]'),
+    ("[defense]", '[materials]\ntraining = { x = [[1, ["CODE"]]] }\n\n[defense]'),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), PLACES)
+def test_code_in_a_recipe_is_not_run_unless_it_is_allowed(old: str, new: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(CODE)
+    code = f"python:{tmp_path / 'mine.py'}:make"
+    assert old in RECIPE
+    path = written(tmp_path, RECIPE.replace(old, new.replace("CODE", code), 1))
+    fails(
+        2,
+        f"recipe.toml names Python code ({new.count(' CODE') * ' '}{code})",
+        "evaluate",
+        "--recipe",
+        path,
+        "--out",
+        tmp_path / "x",
+    )
+    with pytest.raises(InputError, match="give --allow-code once you have read that code"):
+        read_recipe(path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["mine.py", "recipe.toml"]
+
+
+def test_code_in_a_recipe_that_is_allowed_runs(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(CODE)
+    words = RECIPE.replace('"runs/demo/classifier"', f'"python:{tmp_path / "mine.py"}:make"')
+    path = written(tmp_path, words.replace('database = "runs/demo/database"\n', "").replace("sizes", "# sizes"))
+    assert read_recipe(path, allow_code=True).classifier.startswith("python:")
+    assert not (tmp_path / "ran").exists()
+    done = nndefense("evaluate", "--recipe", path, "--allow-code", "--out", tmp_path / "out")
+    assert "raised ValueError: made" in done.err
+    assert (tmp_path / "ran").exists()
+    # What is typed is the user's own, and needs no leave.
+    (tmp_path / "ran").unlink()
+    fails(4, "raised ValueError: made", "evaluate", "--dataset", "digits:test[:4]", "--classifier",
+          f"python:{tmp_path / 'mine.py'}:make", "--out", tmp_path / "typed")  # fmt: skip
+    assert (tmp_path / "ran").exists()
+    fails(2, "--allow-code is for the code that a --recipe names", "evaluate", "--allow-code", "--out", tmp_path / "o")

@@ -77,7 +77,7 @@ _COMPARES = {
 }  # fmt: skip
 _ONLY_COMPARES = {"only", "train"}
 # What a recipe does not say.
-_BESIDE_A_RECIPE = {"recipe", "images", "out", "data_dir", "device", "json", "quiet", "debug"}
+_BESIDE_A_RECIPE = {"recipe", "allow_code", "images", "out", "data_dir", "device", "json", "quiet", "debug"}
 
 
 def evaluate(
@@ -94,6 +94,9 @@ def evaluate(
     recipe: Annotated[
         Path | None, typer.Option(help="TOML file that names all of it, instead of the options below.")
     ] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run the Python code that the recipe names (python:FILE:NAME).")
+    ] = False,
     dataset: MaybeMeasuredOption = None,
     classifier: Annotated[
         str | None,
@@ -174,7 +177,9 @@ def evaluate(
     if recipe is not None:
         if wrong := given - _BESIDE_A_RECIPE:
             raise InputError(f"--recipe says all of that itself: leave {_flags(wrong)} out")
-        chosen = read_recipe(recipe)
+        chosen = read_recipe(recipe, allow_code=allow_code)
+    elif allow_code:
+        raise InputError("--allow-code is for the code that a --recipe names; what you name yourself runs without it")
     elif dataset is None or (source := classifier or (source_of(database) if database else None)) is None:
         raise InputError("give --recipe, or --dataset and --classifier (or the --database that names one)")
     elif train_set and not defense:

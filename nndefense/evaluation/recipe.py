@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from nndefense.attacks import registry
 from nndefense.errors import InputError, check_choice
 from nndefense.evaluation.ladder import DEFENDED, INFORMED
 from nndefense.evaluation.threats import AttackSettings
+from nndefense.own_code import PYTHON
 
 
 @dataclass(frozen=True)
@@ -134,18 +135,39 @@ class Recipe:
         return recipes.identity(self.to_json())
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path, *, allow_code: bool = False) -> Recipe:
     """Read and check a TOML recipe; see :func:`recipe_from`.
+
+    Args:
+        path: the file.
+        allow_code: whether it may name Python code (``python:FILE:NAME``), which is run. A recipe is a file, and may be
+            a stranger's: without this, nothing that it names is.
 
     Raises:
         DataError: the file is missing or no TOML.
-        InputError: an entry is missing, unknown or of the wrong kind; the message names it.
+        InputError: an entry is missing, unknown or of the wrong kind; the message names it. Or it names Python code.
     """
     values = recipes.read_toml(path)
+    if not allow_code and (named := sorted({*_code_in(values)})):
+        raise InputError(
+            f"{path} names Python code ({', '.join(named)}), which would be run: give --allow-code once you have read "
+            "that code and trust it"
+        )
     try:
         return recipe_from(values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _code_in(value: Any) -> Iterator[str]:
+    """The Python code that values name, in keys, lists and tables at whatever depth."""
+    if isinstance(value, str) and value.strip().lower().startswith(PYTHON):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _code_in([*value, *value.values()])
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for one in value:
+            yield from _code_in(one)
 
 
 def recipe_from(values: Mapping[str, Any]) -> Recipe:
