@@ -297,7 +297,8 @@ def test_code_in_a_recipe_is_not_run_unless_it_is_allowed(old: str, new: str, tm
 def test_code_in_a_recipe_that_is_allowed_runs(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(CODE)
     words = RECIPE.replace('"runs/demo/classifier"', f'"python:{tmp_path / "mine.py"}:make"')
-    path = written(tmp_path, words.replace('database = "runs/demo/database"\n', "").replace("sizes", "# sizes"))
+    # Of the classifier alone.
+    path = written(tmp_path, words.partition('[[attack]]\nthreat_model = "adaptive"')[0].replace("database =", "# "))
     assert read_recipe(path, allow_code=True).classifier.startswith("python:")
     assert not (tmp_path / "ran").exists()
     done = nndefense("evaluate", "--recipe", path, "--allow-code", "--out", tmp_path / "out")
