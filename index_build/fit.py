@@ -82,8 +82,10 @@ def fit_pcas(
         return [None] * len(needed)
     chosen = sample_rows(len(dataset), options.pca_sample, options.seed)
     limit = rejection_limit(max_rejected, len(dataset))
-    samples: list[list[Tensor]] = [[] for _ in needed]
-    rejected = 0
+    samples = [
+        torch.empty((len(chosen) if wanted else 0, length)) for wanted, length in zip(needed, lengths, strict=True)
+    ]
+    rejected = held = 0
     with bar(len(chosen), "sampling for PCA", progress) as shown:
         for batch in read(dataset, chosen, options.batch_size, workers=workers):
             rejected += len(batch.rejected)
@@ -96,17 +98,20 @@ def fit_pcas(
             if len(batch.ids):
                 mapped = mapper(batch.images)
                 fine = mapped.finite()
+                last = held + int(fine.sum())
                 for sample, wanted, vectors in zip(samples, needed, mapped.vectors, strict=True):
                     if wanted:
-                        sample.append(vectors[fine].cpu())
+                        sample[held:last] = vectors[fine]
+                held = last
             if shown is not None:
                 shown.update(len(batch.ids) + len(batch.rejected))
+    if not held:
+        raise InputError(f"the classifier gives NaN or infinite values for every image of {dataset.name}")
     pcas: list[PCA | None] = []
-    for feature, sample in zip(mapper.features, samples, strict=True):
-        if sample and not sum(map(len, sample)):
-            raise InputError(f"the classifier gives NaN or infinite values for every image of {dataset.name}")
-        pcas.append(fit_pca(torch.cat(sample), feature) if sample else None)
-        sample.clear()
+    for feature in mapper.features:
+        # Let go of when the next one comes.
+        sample = samples.pop(0)
+        pcas.append(fit_pca(sample[:held], feature) if len(sample) else None)
     return pcas
 
 

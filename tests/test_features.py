@@ -19,6 +19,7 @@ from nndefense.features import (
     PCA,
     FeatureExtractor,
     FeatureSpec,
+    extractor,
     fit_pca,
     layer_in,
     pool,
@@ -477,3 +478,19 @@ def test_spread_takes_the_ends_and_keeps_the_order():
     assert spread(names, 3) == ["0", "5", "10"]
     assert spread(names, 20) == names
     assert spread(names, 1) == ["0"]
+
+
+@pytest.mark.parametrize(("n", "width"), [(300, 40), (40, 300)])
+def test_a_pca_in_blocks_has_the_axes_of_one_in_one_piece(n, width, monkeypatch):
+    vectors = torch.randn(n, width, generator=torch.Generator().manual_seed(0)) * torch.linspace(3, 1, width) + 5
+    whole = PCA.fit(vectors, 8, whiten=True)
+    centred = vectors.double() - vectors.double().mean(0)
+    # By another road: the singular values of the centred sample.
+    _, values, right = torch.linalg.svd(centred, full_matrices=False)
+    for block in (1 << 23, 700, 1):
+        monkeypatch.setattr(extractor, "_BLOCK", block)
+        pca = PCA.fit(vectors, 8, whiten=True)
+        assert torch.allclose((pca.axes.double() * right[:8].T).sum(0).abs(), torch.ones(8, dtype=torch.float64))
+        assert torch.allclose(pca.scale.double(), values[:8] / (n - 1) ** 0.5)
+        assert torch.allclose(pca.axes, whole.axes, atol=1e-6)
+        assert torch.allclose(pca.mean, vectors.mean(0))

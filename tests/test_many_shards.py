@@ -153,10 +153,10 @@ def in_a_child(folder: Path, shards: int, limit: int, seconds: int) -> dict[str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shards", "limit", "megabytes"), [(150, 64, 100), (10_000, 256, 300)])
+@pytest.mark.parametrize(("shards", "limit", "megabytes"), [(150, 64, 300), (10_000, 256, 800)])
 def test_more_shards_than_files_may_be_open(tmp_path: Path, shards: int, limit: int, megabytes: int) -> None:
     found = in_a_child(tmp_path, shards, limit, 1800)
     print(found)
     assert found["shards"] == shards
-    # Names, checksums and sizes of all files, and a few maps of 4 KiB.
+    # Of the whole build: some 35 KB a shard, most of it for the virtual data sets that show them as one table.
     assert found["MB"] < megabytes

@@ -19,6 +19,8 @@ from nndefense.unwrapping import unwrapped
 
 #: Raw vectors longer than this are no candidates: their PCA would cost more than all the others together.
 WIDEST = 8192
+_BLOCK = 1 << 23
+"""Numbers of a sample that are held in float64 at once."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,8 @@ class PCA(nn.Module):
     def fit(cls, sample: Tensor, dimension: int, *, whiten: bool = False) -> PCA:
         """Fit on a sample N x D, in float64.
 
+        Beside the sample, memory holds blocks of it and some four matrices of the smaller of N and D a side.
+
         Args:
             sample: N x D with N > 1.
             dimension: d, the number of axes to keep, at most min(D, N - 1).
@@ -189,19 +193,30 @@ class PCA(nn.Module):
                 f"dimensions, but was given {n} of {width}: lower the PCA dimension (--pca) or give more "
                 "images"
             )
-        if not bool(torch.isfinite(sample).all()):
+        total = torch.zeros(width, dtype=torch.float64, device=sample.device)
+        for rows in torch.split(sample, max(1, _BLOCK // width)):
+            total += rows.double().sum(0)
+        mean = total / n
+        if not bool(torch.isfinite(mean).all()):
             raise InputError("the feature vectors hold NaN or infinite values: check the images and the classifier")
-        sample = sample.double()
-        mean = sample.mean(0)
-        centred = sample - mean
         # Of the two equivalent symmetric eigenproblems, take the smaller one.
+        products = torch.zeros((min(n, width),) * 2, dtype=torch.float64, device=sample.device)
         if width <= n:
-            variance, vectors = torch.linalg.eigh(centred.T @ centred)
+            for rows in torch.split(sample, max(1, _BLOCK // width)):
+                centred = rows.double() - mean
+                products.addmm_(centred.T, centred)
+            variance, vectors = torch.linalg.eigh(products)
             axes = vectors[:, -dimension:].flip(1)
         else:
-            variance, vectors = torch.linalg.eigh(centred @ centred.T)
+            size = max(1, _BLOCK // n)
+            blocks = list(zip(torch.split(sample, size, 1), torch.split(mean, size), strict=True))
+            for columns, part in blocks:
+                centred = columns.double() - part
+                products.addmm_(centred, centred.T)
+            variance, vectors = torch.linalg.eigh(products)
+            leading = vectors[:, -dimension:].flip(1)
             # These columns are orthogonal already; QR also finds axes where the sample has no variance left.
-            axes = torch.linalg.qr(centred.T @ vectors[:, -dimension:].flip(1)).Q
+            axes = torch.linalg.qr(torch.cat([(columns.double() - part).T @ leading for columns, part in blocks])).Q
         deviation = (variance[-dimension:].flip(0).clamp_min(0) / (n - 1)).sqrt()
         axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
         # An axis without variance holds nothing but rounding errors: scaling them up would only add noise.
