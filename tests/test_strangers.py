@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,9 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from served import serving
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MEBIBYTE = 1 << 20
@@ -815,6 +818,79 @@ def test_a_hostile_file_gives_one_clear_line_and_acts_on_nothing(
     assert len(end["text"]) < 600
     with pytest.raises(BlockingIOError):
         listener.accept()
+
+
+# pictures that are decoded in a process of their own
+
+
+@pytest.fixture
+def apart() -> Iterator[Any]:
+    """The module, and after the test no process of this thread's."""
+    if sys.platform != "linux":
+        pytest.skip("limits of memory are Linux's")
+    from nndefense.serving.pictures import apart
+
+    yield apart
+    apart._here.__dict__.clear()
+
+
+def test_a_process_of_its_own_decodes_the_same_and_ends_for_its_own_picture_alone(apart: Any, tmp_path: Path) -> None:
+    from nndefense.serving.pictures import Limits, Refused, decode_all
+
+    limits, shape, good = Limits(decoder_mib=64), (3, 16, 16), picture(40)
+    here = decode_all([(good, "image/png"), (good, None)], Limits(), shape)
+    first = apart.decode_images([(good, "image/png"), (good, None)], limits, shape)
+    assert all(torch.equal(one, other) for one, other in zip(here, first, strict=True))
+    process = apart._here.child._process
+    held = Path(f"/proc/{process.pid}/limits").read_text()
+    assert re.search(r"Max open files +0 ", held)
+    assert re.search(r"Max file size +0 ", held)
+    png(4900, 4900, 8, 6)(tmp_path)
+    for data, code, says in (
+        ((tmp_path / "a").read_bytes(), "too_many_pixels", "take more than 64 MiB to be decoded"),
+        (b"no picture", "unsupported_image", "no PNG"),
+        (good[:-20], "damaged_image", "cannot be read"),
+    ):
+        with pytest.raises(Refused, match=says) as error:
+            apart.decode_images([(data, None)], limits, shape)
+        assert error.value.code == code
+    # None of them ended it; what does is told, and the next picture finds another one.
+    assert process.poll() is None
+    process.send_signal(signal.SIGSTOP)
+    threading.Timer(0.3, process.kill).start()
+    with pytest.raises(Refused, match="ends the decoder"):
+        apart.decode_images([(good, None)], limits, shape)
+    assert torch.equal(apart.decode_images([(good, None)], limits, shape)[0], here[0])
+    assert apart._here.child._process.pid != process.pid
+
+
+def test_a_service_whose_pictures_are_decoded_apart_answers_the_same(tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("limits of memory are Linux's")
+    from nndefense.serving.pictures import Limits
+
+    png(3000, 3000, 8, 6)(tmp_path)
+    good, large = picture(), (tmp_path / "a").read_bytes()
+    with serving() as here, here.client() as client:
+        expected = client.post("/v1/classify", content=good, headers={"content-type": "image/png"}).content
+    with serving(limits=Limits(decoder_mib=40)) as there, there.client() as client:
+        for data, status in ((good, 200), (large, 413), (good, 200)):
+            answer = client.post("/v1/classify", content=data, headers={"content-type": "image/png"})
+            assert answer.status_code == status, answer.text
+        assert answer.content == expected
+
+
+def test_a_process_that_does_not_answer_is_ended(apart: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nndefense.serving.pictures import Limits, Refused
+
+    monkeypatch.setattr(apart, "_GRACE", 0.2)
+    limits = Limits(decoder_mib=64, decode_seconds=0.3)
+    child = apart._here.child = apart._Child(limits)
+    child._process.send_signal(signal.SIGSTOP)
+    with pytest.raises(Refused, match="take too long") as error:
+        apart.decode_images([(picture(), None)], limits, (3, 8, 8))
+    assert error.value.code == "decode_timeout"
+    assert child.ended
 
 
 if __name__ == "__main__":

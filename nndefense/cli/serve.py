@@ -55,6 +55,9 @@ def serve(
     max_body_mib: Annotated[int, typer.Option(min=1, help="Largest body, MiB.")] = 16,
     max_images: Annotated[int, typer.Option(min=1, help="Images in one request.")] = 64,
     max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of one image, before it is scaled.")] = 25_000_000,
+    decoder_mib: Annotated[
+        int, typer.Option(min=0, help="MiB for a process of its own that decodes; 0: the server decodes.")
+    ] = 0,
     body_seconds: Annotated[float, typer.Option(help="Seconds in which a body must have arrived.")] = 20.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the net and of the search.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Folder of the access log [default: none is kept].")] = None,
@@ -106,6 +109,7 @@ def serve(
             max_images=max_images,
             max_pixels=max_pixels,
             max_request_pixels=max(2 * max_pixels, 50_000_000),
+            decoder_mib=decoder_mib,
             body_seconds=body_seconds,
         ),
     )

@@ -46,7 +46,7 @@ from nndefense.serving.http.schema import (
 )
 from nndefense.serving.http.settings import ServingSettings
 from nndefense.serving.http.state import ServingState
-from nndefense.serving.pictures.decode import decode_all
+from nndefense.serving.pictures.apart import decode_images
 from nndefense.serving.pictures.limits import MEDIA_TYPES, Limits, refused
 
 SAMPLES = 8
@@ -120,7 +120,7 @@ def _read(
 ) -> tuple[list[Tensor], int | None, int | None]:
     """Take a body apart and decode its images; in a worker thread."""
     upload = parse(body, content_type, limits)
-    images = decode_all([(part.data, part.media_type) for part in upload.images], limits, shape)
+    images = decode_images([(part.data, part.media_type) for part in upload.images], limits, shape)
     return images, upload.top, upload.neighbors
 
 

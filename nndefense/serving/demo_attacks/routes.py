@@ -32,7 +32,8 @@ from nndefense.serving.http.bodies import read_json
 from nndefense.serving.http.problem import ServiceProblem
 from nndefense.serving.http.schema import PredictionAnswer, problems
 from nndefense.serving.http.state import ServingState
-from nndefense.serving.pictures.decode import decode_all, from_base64
+from nndefense.serving.pictures.apart import decode_images
+from nndefense.serving.pictures.decode import from_base64
 from nndefense.serving.pictures.limits import Limits, refused
 
 STEPS = 20
@@ -133,7 +134,7 @@ def _read(body: bytes, content_type: str, limits: Limits) -> AttackRequest:
 
 def _decode(image: str, limits: Limits, shape: tuple[int, int, int]) -> Tensor:
     """The image of a body, 1 x C x H x W with 8 bits a channel; in a worker thread."""
-    return eight_bits(torch.stack(decode_all([from_base64(image, limits)], limits, shape)))
+    return eight_bits(torch.stack(decode_images([from_base64(image, limits)], limits, shape)))
 
 
 def offer(guard: Guard) -> dict[str, Any]:

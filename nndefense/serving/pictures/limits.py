@@ -6,6 +6,7 @@ Such an error has an HTTP status, a word that programs can test, and a sentence 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, fields
 
 from nndefense.errors import InputError
@@ -16,7 +17,7 @@ MEDIA_TYPES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP", "
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits on a request; all are positive, and sizes are in bytes.
+    """The limits on a request; all but ``decoder_mib`` are positive, and sizes are in bytes.
 
     Raises:
         InputError: a limit is not a positive finite number, or one image may be larger than a whole body.
@@ -38,6 +39,8 @@ class Limits:
     """The time for decoding all images of one request."""
     max_decoders: int = 2
     """How many images are decoded at the same time: this many times the memory of one large image."""
+    decoder_mib: int = 0
+    """MiB that decoding a request's images may take in a process of its own (on Linux); 0: they are decoded here."""
     max_parts: int = 80
     """The parts of a multipart body, fields and files together."""
     max_part_header_bytes: int = 4096
@@ -54,8 +57,10 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not (math.isfinite(value) and value > 0):
+            if not (math.isfinite(value) and (value > 0 or (field.name == "decoder_mib" and value == 0))):
                 raise InputError(f"the limit {field.name} is {value}: it must be a positive number")
+        if self.decoder_mib and sys.platform != "linux":
+            raise InputError("decoder_mib limits a process's memory, which this system does not: leave it out")
         if self.max_image_bytes > self.max_body_bytes:
             raise InputError(
                 f"one image may have {self.max_image_bytes} bytes but a whole body only {self.max_body_bytes}: "
