@@ -134,7 +134,7 @@ def evaluate(
     from nndefense.datasets import measured_spec
     from nndefense.defenses.racnn import RaCnnDefense
     from nndefense.evaluation.racnn import measure_racnn
-    from nndefense.files import write_json
+    from nndefense.files import sealed, write_json
     from nndefense.locks import locked_file
     from nndefense.pipeline import check_not_in_database, open_datasets
     from nndefense.versions import library_versions
@@ -178,7 +178,7 @@ def evaluate(
             "versions": library_versions(),
         }
         if out is not None:
-            write_json(out, result)
+            write_json(out, sealed(result))
     common.show(result, _text(result))
 
 

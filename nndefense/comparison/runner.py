@@ -16,12 +16,11 @@ from nndefense.comparison.published import CAVEATS, PUBLISHED, SETTING, TITLE
 from nndefense.comparison.recipe import ComparisonRecipe, RowSpec
 from nndefense.comparison.report import write_comparison
 from nndefense.datasets import ImageDataset, measured_spec
-from nndefense.errors import DataError
 from nndefense.evaluation import AttackSettings, CellStore, Subject, evaluate, threats_of, worst_cases
 from nndefense.evaluation.ladder import BARE
-from nndefense.evaluation.results import identity
+from nndefense.evaluation.results import identity, read_results
 from nndefense.evaluation.threats import attacks_by
-from nndefense.files import read_json, write_json
+from nndefense.files import sealed, write_json
 from nndefense.locks import writes
 from nndefense.models import Classifier, resolve_device
 from nndefense.pipeline import Materials, defenses, make_defense, subject_of, with_known_seed
@@ -124,6 +123,7 @@ def run_comparison(
         "versions": library_versions(),
         "seconds": round(time.perf_counter() - begun, 1),
     }
+    results = sealed(results)
     write_json(materials.out / NAME, results)
     return results
 
@@ -132,12 +132,9 @@ def read_comparison(path: Any) -> dict[str, Any]:
     """Read a ``results.json`` that :func:`run_comparison` wrote.
 
     Raises:
-        DataError: it is missing, damaged or something else.
+        DataError: it is missing, damaged, changed or something else.
     """
-    found = read_json(path)
-    if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (FORMAT, VERSION):
-        raise DataError(f"{path} does not hold the results of a comparison: run nndefense evaluate table2 again")
-    return found
+    return read_results(path, FORMAT, VERSION, "the results of a comparison", "nndefense evaluate table2")
 
 
 def _measure(recipe: ComparisonRecipe, materials: Materials, test: ImageDataset, rows: list[Row]) -> list[Any]:

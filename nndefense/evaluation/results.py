@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from nndefense.database import ImageDatabase
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
+from nndefense.errors import DataError, warn
 from nndefense.evaluation.audit import AuditLine
 from nndefense.evaluation.evaluate import Record
 from nndefense.evaluation.ladder import compare, worst_cases
 from nndefense.evaluation.recipe import Recipe
+from nndefense.files import read_json, sealed, unsealed
 from nndefense.models import Classifier
 from nndefense.versions import library_versions
 
@@ -39,7 +42,7 @@ def assemble(
     plain = [record.to_json() for record in records]
     plain += worst_cases(plain)
     gray = [rung.attack.name for rung in recipe.rungs if rung.threat_model == "gray"]
-    return {
+    results = {
         "format": FORMAT,
         "version": VERSION,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -68,6 +71,31 @@ def assemble(
         "comparisons": [comparison.to_json() for comparison in compare(plain)],
         "records": plain,
     }
+    return sealed(results)
+
+
+def read_results(path: Path, form: str, version: int, what: str, command: str) -> dict[str, Any]:
+    """Read a results file, whose values must be those that were written; of older ones, without a digest, it warns.
+
+    Args:
+        path: of the file.
+        form, version: its entries ``format`` and ``version``.
+        what: it holds, for the error: ``"the results of a comparison"``.
+        command: that writes it.
+
+    Raises:
+        DataError: it is missing, damaged, changed or something else.
+    """
+    found: dict[str, Any] = read_json(path)
+    if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (form, version):
+        raise DataError(f"{path} does not hold {what}: run {command} again")
+    try:
+        checked = unsealed(found)[1]
+    except ValueError:
+        raise DataError(f"{path} has changed since it was written: restore it, or run {command} again") from None
+    if not checked:
+        warn(f"{path} was written before results had a digest, so that a change would go unnoticed: {command} adds one")
+    return found
 
 
 def _described(database: ImageDatabase) -> dict[str, Any]:

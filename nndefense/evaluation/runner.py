@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nndefense.attacks import registry
 from nndefense.attacks.retrieval import check_exact
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
@@ -149,10 +148,6 @@ def _strongest(recipe: Recipe, threats: Mapping[str, ThreatModel]) -> Rung | Non
     return next(at_headline, None)
 
 
-# Of the audit's own runs, whose lines are kept like cells.
-_AUDIT_VERSION = 2
-
-
 @dataclass(frozen=True)
 class _Auditor:
     """Makes the audit's own runs, on a few images drawn at random."""
@@ -209,9 +204,7 @@ class _Auditor:
         )
 
     def _kept(self, name: str, also: list[Any], make: Callable[[], list[AuditLine]]) -> list[AuditLine]:
-        key = [_AUDIT_VERSION, self.dataset.fingerprint, self.classifier.fingerprint, self.recipe.sha256, *also]
-        # Other attacks than those of the recipe run here, too.
-        key += [[name, version] for name in sorted(registry.SHIPPED) if (version := registry.get(name).version) > 1]
+        key = [self.dataset.fingerprint, self.classifier.fingerprint, self.recipe.sha256, *also]
         stored = self.store.get(name, key) if self.store is not None else None
         if stored is not None:
             return [AuditLine(**line) for line in stored]

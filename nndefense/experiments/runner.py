@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from nndefense.errors import DataError, InputError
+from nndefense.errors import InputError
 from nndefense.evaluation import CellStore
+from nndefense.evaluation import results as evaluated
 from nndefense.experiments.data import Images
 from nndefense.experiments.measure import Judge
 from nndefense.experiments.recipe import ExperimentRecipe
 from nndefense.experiments.spread import differences
 from nndefense.experiments.train import Workshop, runs_of, threats_of
-from nndefense.files import read_json, write_json
+from nndefense.files import read_json, sealed, write_json
 from nndefense.locks import writes
 from nndefense.models import resolve_device
 from nndefense.versions import library_versions
@@ -75,7 +76,7 @@ def run(
         records.append(record)
         judged = len(images.test) + len(images.attacked) * len(threats_of(recipe, one))
         with tqdm(total=judged, desc="measuring", unit=" images", delay=1, disable=None if progress else True) as bar:
-            judge = Judge(recipe, images.test, images.attacked, CellStore(out / "cells"), bar.update)
+            judge = Judge(recipe, images.test, images.attacked, CellStore(out / "cells", "experiments"), bar.update)
             found = [judge.clean(trained)]
             found += [judge.robust(trained, threat) for threat in threats_of(recipe, one)]
         whose = {"run": one.name, "method": one.method.name, "trained_for": record["threat"]}
@@ -101,7 +102,7 @@ def run(
             "this_process": round(time.perf_counter() - begun, 1),
         },
     }
-    results["differences"] = differences(results)
+    results = sealed({**results, "differences": differences(results)})
     write_json(out / NAME, results)
     return results
 
@@ -110,12 +111,9 @@ def read_results(path: Path) -> dict[str, Any]:
     """Read a ``results.json`` that :func:`run` wrote.
 
     Raises:
-        DataError: it is missing, damaged or something else.
+        DataError: it is missing, damaged, changed or something else.
     """
-    found = read_json(path)
-    if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (FORMAT, VERSION):
-        raise DataError(f"{path} does not hold the results of an experiment: run nndefense reproduce again")
-    return found
+    return evaluated.read_results(path, FORMAT, VERSION, "the results of an experiment", "nndefense reproduce")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from nndefense.attacks.rp2 import (
 )
 from nndefense.attacks.rp2 import rp2 as optimise
 from nndefense.errors import InputError
-from nndefense.files import write_json
+from nndefense.files import sealed, write_json
 from nndefense.locks import writes
 from nndefense.pipeline import sticker_files
 from nndefense.pipeline.sticker_scene import Scene
@@ -88,6 +88,7 @@ def make_sticker(
         "runs": runs,
         "versions": library_versions(),
     }
+    value = sealed(value)
     write_json(out / "rp2.json", value)
     return value
 
@@ -182,6 +183,7 @@ def measure_sticker(
         "rates": rates,
         "versions": library_versions(),
     }
+    value = sealed(value)
     write_json(out / "evaluation.json", value)
     return value
 
@@ -243,6 +245,7 @@ def find_mask(
         "forwards": found.forwards,
         "versions": library_versions(),
     }
+    value = sealed(value)
     write_json(out / "mask.json", value)
     return value
 

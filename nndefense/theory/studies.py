@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from nndefense.errors import InputError
-from nndefense.files import read_json, write_atomically, write_json
+from nndefense.files import read_json, sealed, write_atomically, write_json
 from nndefense.locks import writes
 from nndefense.theory import figures
 from nndefense.theory.decomposition import boundaries, decompose, harmless_share
@@ -37,7 +37,7 @@ class Study:
 
     Attributes:
         name: of the study and of its JSON file.
-        value: plain values, as the file holds them.
+        value: plain values, as the file holds them, with their digest.
         drawn: the figures by name.
         text: for a terminal.
     """
@@ -46,6 +46,9 @@ class Study:
     value: dict[str, Any]
     drawn: dict[str, Figure]
     text: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", sealed(self.value))
 
     @writes("out")
     def write(self, out: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nndefense.datasets.ids import Ids
-from nndefense.errors import DataError, one_line
-from nndefense.files import HDF5_ERRORS, held_array, not_read, open_hdf5, write_atomically
+from nndefense.errors import DataError, one_line, warn
+from nndefense.files import DIGEST, HDF5_ERRORS, digest_of, held_array, not_read, open_hdf5, write_atomically
 
 Array = NDArray[Any]
 FORMAT, VERSION = "nndefense-pseudo-labels", 1
@@ -40,7 +41,13 @@ def read_file(
             columns = {name: np.asarray(held_array(file, name, path)[...]) for name in file if name != "ids"}
             names = {key: tuple(map(_text, file.attrs[key])) for key in ("classes", "class_ids") if key in file.attrs}
             job, selection = json.loads(file.attrs["job"]), json.loads(file.attrs.get("selection", "null"))
-            lengths = {len(column) for column in columns.values()} | {int(held_array(file, "ids", path).shape[0])}
+            ids = held_array(file, "ids", path)
+            lengths = {len(column) for column in columns.values()} | {int(ids.shape[0])}
+            digests = {name: _hasher(column.dtype, column) for name, column in columns.items()}
+            digests["ids"] = _hasher(ids.dtype)
+            for first in range(0, ids.shape[0], BLOCK):
+                digests["ids"].update(ids[first : first + BLOCK])
+            written = file.attrs.get(DIGEST)
         labels = columns["label"]
         if len(lengths) != 1 or not set(COLUMNS) <= set(columns):
             raise ValueError("its columns do not fit together")
@@ -48,12 +55,40 @@ def read_file(
             raise ValueError("it has labels outside its classes")
         # A file that does not say who labelled which pool is of no use.
         teachers_of(job), job["pool"]["ids_sha256"]
+        told = _digest_of_file(digests, names["classes"], names.get("class_ids"), job, selection)
+        if written is not None and _text(written) != told:
+            raise ValueError("its values have changed since it was written")
     except DataError:
         raise
     except HDF5_ERRORS as error:
         told = not_read(path, error) or f"{path} cannot be read as pseudo-labels ({one_line(error)}): {_REMEDY}"
         raise DataError(told) from error
+    if written is None:
+        warn(
+            f"{path} was written before pseudo-labels had a digest, so that a change would go unnoticed: 'nndefense "
+            "pseudo-label select' writes a file that has one"
+        )
     return columns, FileIds(path, len(labels)), names["classes"], names.get("class_ids"), job, selection
+
+
+def _hasher(dtype: np.dtype[Any], column: Array | None = None) -> hashlib._Hash:
+    """The hash of a column, or one that is to be fed with its values."""
+    digest = hashlib.sha256(f"{dtype.str}\n".encode())
+    if column is not None:
+        digest.update(np.ascontiguousarray(column).data)
+    return digest
+
+
+def _digest_of_file(
+    columns: Mapping[str, hashlib._Hash],
+    classes: Sequence[str],
+    class_ids: Sequence[str] | None,
+    job: Any,
+    selection: Any,
+) -> str:
+    """The digest of all that a file says."""
+    plain = {name: digest.hexdigest() for name, digest in columns.items()}
+    return digest_of([plain, list(classes), None if class_ids is None else list(class_ids), job, selection])
 
 
 def teachers_of(job: Mapping[str, Any]) -> dict[str, str]:
@@ -128,11 +163,12 @@ def write_file(
         with h5py.File(part, "w", libver=("v110", "v110"), locking=False) as file:
             for name, dtype in types.items():
                 file.create_dataset(name, shape=(count,), dtype=dtype)
-            first = 0
+            first, digests = 0, {name: _hasher(dtype) for name, dtype in types.items()}
             for block in blocks():
                 last = first + len(block["ids"])
                 for name, column in block.items():
-                    file[name][first:last] = column.astype(types[name])
+                    file[name][first:last] = stored = np.ascontiguousarray(column, dtype=types[name])
+                    digests[name].update(stored.data)
                 first = last
             text = h5py.string_dtype()
             file.attrs.update(format=FORMAT, version=VERSION, job=json.dumps(job, sort_keys=True))
@@ -141,6 +177,7 @@ def write_file(
                 file.attrs["class_ids"] = np.array(list(class_ids), dtype=text)
             if selection is not None:
                 file.attrs["selection"] = json.dumps(selection, sort_keys=True)
+            file.attrs[DIGEST] = _digest_of_file(digests, classes, class_ids, job, selection)
 
     try:
         write_atomically(path, write)
