@@ -7,6 +7,7 @@ too much memory is one case's failure. A listener on this machine must hear noth
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import io
 import json
@@ -712,6 +713,68 @@ CASES += [
     Case("faiss: of no kind", text("a", b"IxXX" + bytes(100)), READ_INDEX, NO_INDEX),
     Case("faiss: a pipe", lambda folder: os.mkfifo(folder / "a"), READ_INDEX, NO_INDEX),
     Case("faiss: lists in another file", lists_elsewhere, READ_INDEX, "has its lists in another file"),
+]
+
+
+# classifiers
+
+
+def classifier(weights: Callable[[bytes], bytes] | None = None, **changes: Any) -> Callable[[Path], object]:
+    """Writes a small classifier, and changes entries of its description and what its file of weights holds."""
+
+    def make(folder: Path) -> None:
+        from nndefense.models import build_classifier, save_classifier
+
+        made = build_classifier("madry-mnist", input_shape=(1, 8, 8), classes=["a", "b"], seed=0)
+        save_classifier(made, folder / "a")
+        described, stored = folder / "a" / "classifier.json", folder / "a" / "model.safetensors"
+        told = json.loads(described.read_text())
+        if weights is not None:
+            stored.write_bytes(weights(stored.read_bytes()))
+            told["weights"]["sha256"] = hashlib.sha256(stored.read_bytes()).hexdigest()
+        described.write_text(json.dumps({**told, **changes}))
+
+    return make
+
+
+def headed(header: bytes, length: int | None = None) -> Callable[[bytes], bytes]:
+    """Another header for a file of safetensors, which may lie about its own length."""
+
+    def change(data: bytes) -> bytes:
+        (before,) = struct.unpack_from("<Q", data)
+        return struct.pack("<Q", len(header) if length is None else length) + header + data[8 + before :]
+
+    return change
+
+
+LOAD = call("nndefense.models:load_classifier")
+NO_WEIGHTS = "is not a safetensors file"
+NO_NET = "does not describe a classifier"
+CASES += [
+    Case("classifier: good", classifier(), LOAD, ""),
+    Case("classifier: a net of terabytes", classifier(input_shape=[1, 40_000, 40_000]), LOAD, "bytes of weights, but"),
+    Case("classifier: a net beyond all numbers", classifier(input_shape=[1, 1 << 62, 1 << 62]), LOAD, NO_NET),
+    Case("classifier: a net of no size", classifier(input_shape=[1, -8, 8]), LOAD, NO_NET),
+    Case(
+        "classifier: too many classes", classifier(classes=[str(n) for n in range(10**5 + 1)]), LOAD, "100,001 classes"
+    ),
+    Case(
+        "classifier: weights of a terabyte",
+        both(classifier(), lambda folder: os.truncate(folder / "a" / "model.safetensors", 1 << 40)),
+        LOAD,
+        "bytes of weights, but",
+    ),
+    Case("classifier: options of no kind", classifier(architecture="torchvision:resnet18", options=[1]), LOAD, NO_NET),
+    Case("classifier: code", classifier(architecture="python:marker.py:make"), LOAD, "names the architecture"),
+    Case("safetensors: a header of exabytes", classifier(headed(b"{}", 1 << 60)), LOAD, NO_WEIGHTS),
+    Case("safetensors: a deep header", classifier(headed(b'{"a":' + b"[" * 10**5)), LOAD, NO_WEIGHTS),
+    Case(
+        "safetensors: a tensor beyond the file",
+        classifier(headed(b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}')),
+        LOAD,
+        NO_WEIGHTS,
+    ),
+    Case("safetensors: a pickle", classifier(lambda data: b"\x80\x04cos\nsystem\n" + data), LOAD, NO_WEIGHTS),
 ]
 
 

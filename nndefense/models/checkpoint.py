@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nndefense.errors import InputError, ModelError, one_line
-from nndefense.files import make_folder
+from nndefense.files import MOST_CLASSES, make_folder
 from nndefense.images import shape_text
 from nndefense.models.architectures import ARCHITECTURES
 from nndefense.models.classifier import Classifier
@@ -25,6 +26,8 @@ DESCRIPTION_FILE = "classifier.json"
 WEIGHTS_FILE = "model.safetensors"
 
 PICKLES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar", ".th"})
+# Names and other notes in a file of weights.
+_SPARE = 16 << 20
 _REMEDY = "copy the folder again or train the classifier again"
 
 
@@ -83,9 +86,10 @@ def load_folder(folder: Path) -> Classifier:
         raise ModelError(_why_not(folder))
     description = read_json(path, FORMAT, VERSION, _REMEDY)
     try:
+        _check_size(description, folder)
         tensors = read_tensors(folder / WEIGHTS_FILE, str(description["weights"]["sha256"]), _REMEDY)
         classifier = _build(description, str(folder))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError, RuntimeError) as error:
         # InputError is a ValueError: here it is the file that is wrong, not an argument.
         what = f"it has no {error}" if isinstance(error, KeyError) else one_line(error)
         raise ModelError(f"{path} does not describe a classifier ({what}): {_REMEDY}") from error
@@ -94,25 +98,45 @@ def load_folder(folder: Path) -> Classifier:
     return classifier.eval()
 
 
-def _build(description: dict[str, Any], source: str) -> Classifier:
-    arch = description["architecture"]
-    shape = description["input_shape"]
-    classes = description["classes"]
-    net: nn.Module
+def _check_size(description: dict[str, Any], folder: Path) -> None:
+    """Raise :class:`ModelError` where the net that is described has far more weights than the file, or far fewer.
+
+    A line can describe a net of any size, and the net is built before its weights are compared.
+    """
+    # On this device tensors have shapes and no memory.
+    with torch.device("meta"):
+        net = _net(description, str(folder))
+    wanted = sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
+    path = folder / WEIGHTS_FILE
+    found = path.stat().st_size if path.is_file() else -1
+    if found >= 0 and (wanted > 2 * found + _SPARE or found > 2 * wanted + _SPARE):
+        raise ModelError(
+            f"the net that {folder / DESCRIPTION_FILE} describes has {wanted:,} bytes of weights, but {path.name} has "
+            f"{found:,} bytes: {_REMEDY}"
+        )
+
+
+def _net(description: dict[str, Any], source: str) -> nn.Module:
+    """The net that is described, with fresh weights."""
+    arch, count = description["architecture"], len(description["classes"])
+    if count > MOST_CLASSES:
+        raise ModelError(f"the classifier in {source} has {count:,} classes, more than the {MOST_CLASSES:,} allowed")
     if isinstance(arch, str) and arch.startswith(TORCHVISION):
-        net = build_torchvision(arch.removeprefix(TORCHVISION), len(classes), description.get("options") or {})
-    elif arch in ARCHITECTURES:
-        net = ARCHITECTURES[arch].build(tuple(shape), len(classes))
-    else:
+        return build_torchvision(arch.removeprefix(TORCHVISION), count, description.get("options") or {})
+    if arch not in ARCHITECTURES:
         raise ModelError(
             f"{Path(source, DESCRIPTION_FILE)} names the architecture {arch!r}, which is unknown here "
             f"({', '.join(ARCHITECTURES)} are known): use the version of nndefense that wrote it"
         )
+    return ARCHITECTURES[arch].build(tuple(description["input_shape"]), count)
+
+
+def _build(description: dict[str, Any], source: str) -> Classifier:
     return Classifier(
-        net,
-        arch=arch,
-        input_shape=shape,
-        classes=classes,
+        _net(description, source),
+        arch=description["architecture"],
+        input_shape=description["input_shape"],
+        classes=description["classes"],
         class_ids=description.get("class_ids"),
         mean=description["normalization"]["mean"],
         std=description["normalization"]["std"],

@@ -71,7 +71,8 @@ def read_tensors(path: Path, sha256: str, remedy: str) -> dict[str, Tensor]:
         ModelError: the file is missing, damaged or cut short.
     """
     try:
-        data = path.read_bytes()
+        with files.open_regular(path) as file:
+            data = file.read()
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: {remedy}") from None
     except OSError as error:
