@@ -111,12 +111,14 @@ class Published:
         method: whose.
         standard, robust: accuracies.
         threat: name of the threat; ``""`` for all.
+        source: whose figure it is, and for which net and data; ``""`` for the recipe's ``published_source``.
     """
 
     method: str
     standard: float | None = None
     robust: float | None = None
     threat: str = ""
+    source: str = ""
 
 
 def evaluation_attack(name: str, **options: Any) -> AttackSettings:

@@ -1,6 +1,7 @@
 """The files of an experiment, from its results: tables, the figure, and one self-contained page.
 
-Published and measured figures stand in separate columns.
+Published figures stand apart from measured ones: in a table of their own, or where that is the published
+one again, in columns of their own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TABLE, REPORT, FIGURE = "table.md", "report.html", "figure"
 def tables_of(results: Results) -> list[Table]:
     """All tables of an experiment: the one of its layout first, then intervals, differences and costs."""
     first = [_tradeoff(results)] if results["recipe"]["layout"] == "tradeoff" else []
-    return [*first, _methods(results), *_differences(results), _costs(results)]
+    return [*first, _methods(results), *_published_apart(results), *_differences(results), _costs(results)]
 
 
 def _share(spread: Spread | None) -> str:
@@ -74,9 +75,7 @@ def _methods(results: Results) -> Table:
     recipe, runs = results["recipe"], results["runs"]
     labels = sorted({run["labels"] for run in runs})
     several = len(labels) > 1
-    published = bool(recipe["published"]) and recipe["layout"] != "tradeoff"
     columns = ["method", "threat", *(["labels"] if several else []), "standard accuracy", "robust accuracy"]
-    columns += ["published standard", "published robust"] if published else []
     rows = []
     for threat in results["threats"]:
         for count in labels:
@@ -86,12 +85,9 @@ def _methods(results: Results) -> Table:
                 if clean is None and robust is None:
                     continue
                 row = [name, threat["title"], *([f"{count:,}"] if several else [])]
-                row += [_within(clean), _within(robust)]
-                rows.append(tuple(row + (list(_published(results, name, threat["name"])) if published else [])))
+                rows.append((*row, _within(clean), _within(robust)))
     over = f"over {recipe['seeds']} seeds (Student)" if recipe["seeds"] > 1 else "over the images (Wilson)"
     note = f"In percent, with 95 % intervals {over}. {_attacked(results)}"
-    if published:
-        note += f" Published: {recipe['published_source']}."
     return Table(tuple(columns), tuple(rows), "Accuracies with intervals", note)
 
 
@@ -109,6 +105,24 @@ def _attacked(results: Results) -> str:
         rotations, shifts = recipe["grid"]
         attacks = [f"the grid of {rotations} rotations and {shifts} x {shifts} shifts"]
     return f"{text} under {', then '.join(attacks)}, the worst for each image."
+
+
+def _published_apart(results: Results) -> list[Table]:
+    """Figures from papers, each with its source: they are of other nets and data, and stand beside no measured one."""
+    recipe = results["recipe"]
+    if not recipe["published"] or recipe["layout"] == "tradeoff":
+        return []
+    titles = {threat["name"]: threat["title"] for threat in results["threats"]}
+    rows = tuple(
+        (
+            one["method"], titles.get(one["threat"], "all" if len(titles) > 1 else next(iter(titles.values()))),
+            *(BLANK if one[kind] is None else f"{one[kind]:.2f}" for kind in ("standard", "robust")),
+            one["source"] or recipe["published_source"],
+        )
+        for one in recipe["published"]
+    )  # fmt: skip
+    columns = ("like the method", "threat", "standard accuracy", "robust accuracy", "source")
+    return [Table(columns, rows, "Published figures", "In percent; each for the net and the data of its source.")]
 
 
 def _published(results: Results, method: str, threat: str) -> tuple[str, str]:
