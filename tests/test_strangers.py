@@ -12,6 +12,7 @@ import importlib
 import io
 import json
 import os
+import random
 import re
 import resource
 import signal
@@ -775,6 +776,51 @@ CASES += [
         NO_WEIGHTS,
     ),
     Case("safetensors: a pickle", classifier(lambda data: b"\x80\x04cos\nsystem\n" + data), LOAD, NO_WEIGHTS),
+]
+
+
+# damaged headers
+
+
+def two_forms(folder: Path) -> None:
+    """Writes images as this library does, and as h5py does by itself, compressed and with texts of any length."""
+    from nndefense.datasets import write_hdf5
+
+    floats = np.random.default_rng(0).random((6, 1, 8, 8), dtype=np.float32)
+    write_hdf5(folder / "0.h5", floats, [0, 1, 2, 0, 1, -1], [f"a{n}" for n in range(6)], ["x", "y", "z"])
+    with h5py.File(folder / "1.h5", "w") as file:
+        file.create_dataset("images", data=IMAGES, chunks=(2, 8, 8, 3), compression="gzip", shuffle=True)
+        file["labels"] = np.arange(4)
+        file.create_dataset("ids", data=[f"id{n}" for n in range(4)], dtype=h5py.string_dtype())
+
+
+def flipping(count: int) -> Callable[[Path], None]:
+    """Opens so many copies of these files with some bytes changed, most of them in headers."""
+
+    def use(folder: Path) -> None:
+        from nndefense.errors import NNDefenseError
+
+        draw = random.Random(count)
+        said = []
+        for number in range(count):
+            data = bytearray((folder / f"{number % 2}.h5").read_bytes())
+            for _ in range(draw.choice([1, 2, 4, 16])):
+                place = draw.randrange(min(len(data), draw.choice([2048, 1 << 20])))
+                data[place] = draw.choice([0, 1, 255, data[place] ^ (1 << draw.randrange(8))])
+            (folder / "a.h5").write_bytes(data)
+            try:
+                read_all(HDF5, folder)
+            except NNDefenseError as error:
+                said.append(str(error))
+        assert len(said) > count // 4
+        assert not any("\n" in one for one in said)
+
+    return use
+
+
+CASES += [
+    Case("hdf5: forty damaged headers", two_forms, flipping(40), ""),
+    Case("hdf5: four hundred damaged headers", two_forms, flipping(400), "", slow=True),
 ]
 
 
