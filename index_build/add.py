@@ -180,7 +180,12 @@ def merge(folder: Path) -> Manifest:
     trained = standing(folder, found)
     files = dict(found.files)
     if job.targets[0].pca:
-        files[PCA_FILE] = FileEntry.of(folder / PCA_FILE)
+        pca = pieces.finished(folder / PCA_FILE, checksum=True)
+        if pca is None:
+            raise DatabaseError(
+                f"{folder / PCA_FILE} is missing or damaged: begin again with 'nndefense index build --overwrite'"
+            )
+        files[PCA_FILE] = pca.entry
     for path in _index_files(folder, job, found, trained):
         files[path.name] = FileEntry.of(path)
     index: dict[str, Any] = {"factory": trained.factory, "metric": "l2", "file": INDEX}
@@ -241,7 +246,7 @@ def _index_files(folder: Path, job: BuildJob, found: Extracted, trained: Fitted)
     if trained.mergeable:
         names = [part_name(number) for number in range(len(parts_of(found)))]
         for name in names:
-            piece = pieces.finished(folder / name)
+            piece = pieces.finished(folder / name, checksum=True)
             if piece is None or piece.notes.get("inputs") != trained.inputs:
                 raise DatabaseError(f"{folder / name} is missing or not of these rows: run 'nndefense index add' first")
         with writing(folder):

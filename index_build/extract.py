@@ -29,7 +29,7 @@ from nndefense.database.writer import REJECTED, VIRTUAL, check_rows, columns, st
 from nndefense.datasets.rejected import NOT_FINITE
 from nndefense.errors import DatabaseError, DataError, InputError
 from nndefense.features import reduced
-from nndefense.files import escaped_json, not_read, read_json, write_json
+from nndefense.files import escaped_json, not_read, read_json, sealed, unsealed, write_json
 from nndefense.memory import reused_memory
 
 Array = NDArray[Any]
@@ -296,7 +296,7 @@ def _close(job: BuildJob, target: BuildTarget) -> Extracted:
     rejected = dict(sorted(counts.items()))
     with writing(target.folder):
         value = {"rows": rows, "rejected": rejected, "files": {name: vars(entry) for name, entry in files.items()}}
-        write_json(target.folder / EXTRACTED, value)
+        write_json(target.folder / EXTRACTED, sealed(value))
     return Extracted(rows, rejected, files)
 
 
@@ -313,11 +313,11 @@ def read_extracted(folder: Path) -> Extracted:
         DatabaseError: they are not complete, or a file of them is missing or of another length.
     """
     try:
-        value = read_json(folder / EXTRACTED)
+        value, _ = unsealed(read_json(folder / EXTRACTED))
         found = Extracted(
             value["rows"], value["rejected"], {name: FileEntry(**entry) for name, entry in value["files"].items()}
         )
-    except (DataError, KeyError, TypeError, AttributeError) as error:
+    except (DataError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise DatabaseError(
             not_read(folder / EXTRACTED, error)
             or f"the rows of {folder} are not complete: run 'nndefense index extract' (or build) first"

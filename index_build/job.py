@@ -13,7 +13,7 @@ from nndefense.database.writer import shard_name, writing
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DatabaseError, DataError, InputError, check_choice, make_plain
 from nndefense.features import FeatureSpec
-from nndefense.files import not_read, read_json, write_json
+from nndefense.files import not_read, read_json, sealed, unsealed, write_json
 
 NAME = "job.json"
 FORMAT, VERSION = "nndefense-index-job", 1
@@ -158,7 +158,7 @@ class BuildJob:
             value |= {"target": {**asdict(target), "folder": "."}}
             del value["targets"]
             with writing(target.folder):
-                write_json(target.folder / NAME, value)
+                write_json(target.folder / NAME, sealed(value))
 
     @classmethod
     def read(cls, folder: Path) -> BuildJob:
@@ -173,7 +173,7 @@ class BuildJob:
                 "'nndefense index extract'"
             )
         try:
-            value = read_json(folder / NAME)
+            value, _ = unsealed(read_json(folder / NAME))
             if value.pop("format") != FORMAT or value.pop("version") != VERSION:
                 raise ValueError
             value.pop("settings")

@@ -21,7 +21,7 @@ from nndefense.database.repeats import repeats
 from nndefense.database.rows import StoredRows, pieces_of, read_columns
 from nndefense.database.writer import PIECE, store, writing
 from nndefense.errors import DataError
-from nndefense.files import read_json, sha256_of
+from nndefense.files import read_json, sealed, sha256_of, unsealed
 
 Array = NDArray[Any]
 
@@ -61,7 +61,7 @@ def finish(path: Path, write: Callable[[Path], None] | None, *, rows: int = 0, *
 def finished(path: Path, *, checksum: bool = False) -> Piece | None:
     """The piece at ``path`` if it is whole, else None; ``checksum`` reads every byte of it."""
     try:
-        value = read_json(_beside(path))
+        value, _ = unsealed(read_json(_beside(path)))
         piece = Piece(FileEntry(**value["entry"]), dict(value["notes"]))
     except (DataError, KeyError, TypeError, ValueError):
         return None
@@ -90,7 +90,7 @@ def _beside(path: Path) -> Path:
 
 def _describe(path: Path, piece: Piece) -> Piece:
     # All but ASCII is escaped: among the notes can be file names that are not UTF-8.
-    text = json.dumps(asdict(piece)) + "\n"
+    text = json.dumps(sealed(asdict(piece))) + "\n"
 
     def write(part: Path) -> None:
         part.write_text(text, encoding="ascii")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nndefense.errors import DataError, InputError, NNDefenseError
+from nndefense.errors import DataError, InputError, NNDefenseError, warn
 from nndefense.parts import alive, part_of
 
 DIGEST = "digest"
@@ -192,6 +192,19 @@ def read_whole(path: str | Path, most: int = 64 << 20) -> bytes:
         if size > most:
             raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than the {most:,} allowed", str(path))
         return file.read(size)
+
+
+def tell_unsealed(path: Path, seal: Path) -> None:
+    """Warn that something was made before records had a digest.
+
+    Args:
+        path: of it.
+        seal: what to seal.
+    """
+    warn(
+        f"{path} was made before its records had checksums of their own, so that a change in them goes unnoticed: "
+        f"'nndefense index verify --seal {seal}' adds them, without building anything again"
+    )
 
 
 def open_hdf5(source: str | Path | BinaryIO, *, foreign: bool = False) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from nndefense.database import ImageDatabase
 from nndefense.datasets import ImageDataset, open_dataset
 from nndefense.features import PCA, FeatureSpec
+from nndefense.files import sealed
 from nndefense.models import Classifier, build_classifier
 from nndefense.training import train_classifier
 
@@ -102,6 +104,13 @@ def assert_holds(database: ImageDatabase, rows: Table) -> None:
     assert torch.equal(found[:, 0], torch.arange(len(rows)))
     assert float(distances.max()) < 1e-2
     database.verify()
+
+
+def rewrite(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change a record as one who means it to be so, digest and all: what is checked then is what it says."""
+    value = json.loads(path.read_text())
+    edit(value)
+    path.write_text(json.dumps(sealed(value)))
 
 
 def nearest_by_loop(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

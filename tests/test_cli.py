@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from command import fails, nndefense
+from helpers import rewrite
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -413,9 +414,7 @@ def test_images_that_would_find_themselves(work: Work, tmp_path: Path) -> None:
     two = ["--classifier", work.classifier, "--database", part]
     fails(3, "stand in digits:train (60 of 1297)", *evaluate, "--dataset", "digits:train", *two)
     # Where the images cannot be opened again by name, they are recognised by their features.
-    manifest = json.loads((part / "manifest.json").read_text())
-    manifest["data"]["specs"] = []
-    (part / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(part / "manifest.json", lambda manifest: manifest["data"].update(specs=[]))
     fails(3, "stand in the database", *evaluate, "--dataset", "digits:train", *two)
     assert nndefense(*evaluate, "--dataset", "digits:test", *two, "--gallery", 0, "--no-sizes", "--k", 5).code == 0
 

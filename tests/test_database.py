@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers import BLOCK2, Table, assert_holds, nearest_by_loop, table, untrained, write
+from helpers import BLOCK2, Table, assert_holds, nearest_by_loop, rewrite, table, untrained, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -425,10 +424,7 @@ def _edit(**changes):
 )
 def test_a_manifest_that_cannot_be_used(tmp_path, edit, message):
     write(tmp_path, table(9))
-    path = tmp_path / "manifest.json"
-    manifest = json.loads(path.read_text())
-    edit(manifest)
-    path.write_text(json.dumps(manifest))
+    rewrite(tmp_path / "manifest.json", edit)
     with pytest.raises(DatabaseError, match=message) as error:
         ImageDatabase.open(tmp_path)
     one_line(error)

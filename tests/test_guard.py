@@ -9,13 +9,14 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import BLOCK2, DIGITS, digits, images, table, trained, untrained
+from helpers import BLOCK2, DIGITS, digits, images, rewrite, table, trained, untrained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,11 +25,12 @@ from typer.testing import CliRunner
 
 from index_build import build_database
 from nndefense.cli.app import build
-from nndefense.database import ImageDatabase
+from nndefense.database import ImageDatabase, Manifest
 from nndefense.datasets import ImageDataset, concatenate, load_image, write_hdf5
 from nndefense.datasets import open_dataset as reopened
 from nndefense.errors import DatabaseError, DataError, InputError, ModelError, NNDefenseError
 from nndefense.features import FeatureSpec
+from nndefense.files import sealed
 from nndefense.guard import Defended, Guard, Percentile
 from nndefense.guard.batch_invariant import SteadyForward, _plan
 from nndefense.guard.nearest_rows import NearestRows
@@ -467,21 +469,27 @@ def test_a_calibration_that_does_not_fit_is_refused(calibrated: Path, tmp_path: 
     database = tmp_path / "database"
     shutil.copytree(calibrated, database)
     shutil.copytree(calibrated.parent / "classifier", tmp_path / "classifier")
-    manifest = json.loads((database / "manifest.json").read_text())
-    (database / "manifest.json").write_text(json.dumps({**manifest, "created": "later"}))
+    rewrite(database / "manifest.json", lambda manifest: manifest.update(created="later"))
     with pytest.raises(DatabaseError, match="another state of the database"):
         Guard.open(database, device="cpu")
     assert Guard.open(database, device="cpu", calibration=False).calibration is None
+    file = tmp_path / "guard.json"
     for text in ("{", "[]", "{}", '{"format": "nndefense-guard", "version": 2}', '{"format": "nndefense-guard"}'):
-        (database / "guard.json").write_text(text)
+        file.write_text(text)
         with pytest.raises(DataError, match=r"guard\.json"):
-            Guard.open(database, device="cpu")
+            Guard.open(database, device="cpu", calibration=file)
     value = json.loads((calibrated / "guard.json").read_text())
     for name, wrong in (("distances", [3, 1]), ("distances", []), ("reject_rate", 7), ("samples", None), ("more", 1)):
-        (database / "guard.json").write_text(json.dumps({**value, name: wrong}))
+        file.write_text(json.dumps({**value, name: wrong}))
+        with pytest.raises(DataError, match="values have changed"):
+            Guard.open(database, device="cpu", calibration=file)
+        file.write_text(json.dumps(sealed({**value, name: wrong})))
         with pytest.raises(DataError, match="damaged"):
-            Guard.open(database, device="cpu")
+            Guard.open(database, device="cpu", calibration=file)
     (database / "guard.json").unlink()
+    with pytest.raises(DatabaseError, match="missing, though the database was made with it"):
+        Guard.open(database, device="cpu", calibration=False)
+    rewrite(database / "manifest.json", lambda manifest: manifest.update(beside={}))
     with pytest.raises(InputError, match="no calibration to abstain by"):
         Guard.open(database, device="cpu", reject_rate=0.1)
 
@@ -603,10 +611,8 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 
 def test_the_classifier_is_found(copied: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Guard.open(copied, device="cpu").fingerprint == trained().fingerprint
-    manifest = json.loads((copied / "manifest.json").read_text())
     # As the manifest names it, relative to where the command runs.
-    manifest["classifier"]["source"] = "classifier"
-    (copied / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(copied / "manifest.json", lambda manifest: manifest["classifier"].update(source="classifier"))
     (copied.parent / "classifier").rename(copied.parent / "elsewhere")
     with pytest.raises(ModelError, match="not to be found: give --classifier"):
         Guard.open(copied, device="cpu")
@@ -629,9 +635,8 @@ def test_another_classifier_of_that_name_is_not_taken(copied: Path) -> None:
 def test_code_that_a_manifest_names_is_not_run(copied: Path) -> None:
     ran = copied / "ran"
     (copied / "net.py").write_text(f"open({str(ran)!r}, 'w')\ndef net(): ...\n")
-    manifest = json.loads((copied / "manifest.json").read_text())
-    manifest["classifier"]["source"] = f"python:{copied / 'net.py'}:net"
-    (copied / "manifest.json").write_text(json.dumps(manifest))
+    source = f"python:{copied / 'net.py'}:net"
+    rewrite(copied / "manifest.json", lambda manifest: manifest["classifier"].update(source=source))
     with pytest.raises(ModelError, match="runs only if you name it: give --classifier"):
         Guard.open(copied, device="cpu")
     assert not ran.exists()
@@ -673,9 +678,9 @@ def test_neighbours_have_pictures(guard: Guard) -> None:
 
 
 def test_pictures_are_never_those_of_other_images(copied: Path) -> None:
-    manifest = json.loads((copied / "manifest.json").read_text())
+    kept = Manifest.read(copied)
     for data in ({"specs": ["digits:test"]}, {"specs": []}, {"fingerprint": "0" * 64}, {"specs": ["imagefolder:/no"]}):
-        (copied / "manifest.json").write_text(json.dumps({**manifest, "data": {**manifest["data"], **data}}))
+        replace(kept, data={**kept.data, **data}).write(copied)
         guard = Guard.open(copied, device="cpu")
         assert guard.neighbor_image(0) is None
         assert guard.samples() == []

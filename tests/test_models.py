@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from helpers import rewrite
 from torch import fx, nn
 
 from nndefense.errors import InputError, ModelError
@@ -505,8 +506,7 @@ def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def edit(folder: Path, **values: object) -> None:
-    path = folder / "classifier.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    rewrite(folder / "classifier.json", lambda description: description.update(values))
 
 
 def store(folder: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import rewrite
 
 import nndefense as nnd
 from index_build import build_database
+from nndefense.defenses.stored import store_calibration
 from nndefense.training import train_classifier
 
 
@@ -65,7 +66,7 @@ def test_the_readme_in_python(made: Path) -> None:
 def test_a_defence_opens_with_its_setting(made: Path, tmp_path: Path) -> None:
     folder = tmp_path / "all" / "database"
     shutil.copytree(made, tmp_path / "all")
-    (folder / "calibration.json").write_text(json.dumps({"chosen": {"k": 7, "weighting": "uniform"}, "ids": []}))
+    store_calibration(folder, {"chosen": {"k": 7, "weighting": "uniform"}, "ids": []})
     open_it = nnd.NearestNeighborDefense.open
     found = [open_it(folder), open_it(folder, k=3), open_it(folder, made / "classifier", weighting="cbw-e")]
     assert [(one.k, one.weighting) for one in found] == [(7, "uniform"), (3, "uniform"), (7, "cbw-e")]
@@ -79,9 +80,7 @@ def test_python_code_runs_only_if_it_is_named(made: Path, tmp_path: Path) -> Non
     """One rule, for the defence as for the pipeline: a manifest is data, and does not make code run."""
     folder = tmp_path / "all" / "database"
     shutil.copytree(made, tmp_path / "all")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["classifier"]["source"] = "python:evil.py:make"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(folder / "manifest.json", lambda manifest: manifest["classifier"].update(source="python:evil.py:make"))
     with pytest.raises(nnd.NNDefenseError, match="runs only if you name it"):
         nnd.NearestNeighborDefense.open(folder)
     with pytest.raises(nnd.NNDefenseError, match="runs only if you name it"):

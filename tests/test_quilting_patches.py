@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import digits, nearest_by_loop, table, write
+from helpers import digits, nearest_by_loop, rewrite, table, write
 from typer.testing import CliRunner
 
 from index_build.patches import build_patches, draw_places
@@ -181,8 +181,7 @@ def test_questions_that_cannot_be_answered(small):
 
 
 def change_manifest(folder: Path, **entries) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    rewrite(folder / "manifest.json", lambda manifest: manifest.update(entries))
 
 
 @pytest.mark.parametrize("name", ["patches.h5", "index.faiss"])

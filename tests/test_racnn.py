@@ -23,6 +23,7 @@ from nndefense.database import ImageDatabase
 from nndefense.defenses import RaCnnDefense
 from nndefense.errors import DatabaseError, InputError, ModelError, NNDefenseError
 from nndefense.features import FeatureSpec
+from nndefense.files import sealed
 from nndefense.models import build_classifier, load_classifier, save_classifier
 from nndefense.models.architectures.attentive import AttentiveNet, attention_scores, projected
 from nndefense.models.racnn import RaCnn, RowTable, attentive, features_of, load_racnn, save_racnn
@@ -257,20 +258,20 @@ def damaged(folder: Path, out: Path, what: str) -> Path:
     elif what == "broken description":
         told.write_text("{")
     elif what == "of another format":
-        told.write_text(json.dumps({**description, "format": "other"}))
+        told.write_text(json.dumps(sealed({**description, "format": "other"})))
     elif what == "of a newer version":
-        told.write_text(json.dumps({**description, "version": 99}))
+        told.write_text(json.dumps(sealed({**description, "version": 99})))
     elif what == "without k":
         del description["k"]
-        told.write_text(json.dumps(description))
+        told.write_text(json.dumps(sealed(description)))
     elif what == "k too large":
-        told.write_text(json.dumps({**description, "k": 10**6}))
+        told.write_text(json.dumps(sealed({**description, "k": 10**6})))
     elif what == "fewer rows":
         description["database"]["rows"] -= 1
-        told.write_text(json.dumps(description))
+        told.write_text(json.dumps(sealed(description)))
     elif what == "path out of the folder":
         description["features"][0]["file"] = "../../" + table.name
-        told.write_text(json.dumps(description))
+        told.write_text(json.dumps(sealed(description)))
         table.unlink()
     elif what == "table missing":
         table.unlink()

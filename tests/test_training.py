@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import rewrite
 from torch import Tensor, nn
 
 from nndefense.datasets import ImageDataset, open_dataset
@@ -321,9 +322,7 @@ def test_resume_refuses_damaged_checkpoints(few: ImageDataset, tmp_path: Path) -
     with pytest.raises(ModelError, match="is missing"):
         train_classifier(fresh(few), few, **QUICK, out=tmp_path, resume=True)
     tensors.write_bytes(whole)
-    state = json.loads((tmp_path / "training.json").read_text())
-    del state["tensors"]
-    (tmp_path / "training.json").write_text(json.dumps(state))
+    rewrite(tmp_path / "training.json", lambda state: state.pop("tensors"))
     with pytest.raises(ModelError, match="--overwrite"):
         train_classifier(fresh(few), few, **QUICK, out=tmp_path, resume=True)
     (tmp_path / "training.json").write_text("{")

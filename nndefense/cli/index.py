@@ -233,25 +233,58 @@ def verify(
     ] = None,
     classifier: Annotated[
         str | None,
-        typer.Option(help="What makes their vectors [default: the one that the database names]."),
+        typer.Option(help="The database must be made with it [default: not compared]; makes the vectors of --queries."),
     ] = None,
+    seal: Annotated[
+        bool,
+        typer.Option(
+            "--seal",
+            help="Add checksums to records of older versions, those of the classifier's folder too, and take "
+            "calibration.json and guard.json as they stand. Also for a classifier, patches or a guard's file.",
+        ),
+    ] = False,
     limit: Annotated[int, typer.Option(min=1, help="How many of them, drawn at random.")] = 1000,
     common: Annotated[Common, Only("data_dir", "device", "json", "debug")],
 ) -> None:
     """Check every file's sha256, the row counts, that ids are unique and that the index holds every row.
 
+    Also that manifest, calibration, guard and, where it is given, classifier belong together.
+
     An unfinished build is finished with it: recall and speed of its index are measured, and its search is set.
     """
     from index_build import stages
+    from nndefense.database import ImageDatabase
+    from nndefense.pipeline import check_parts, open_classifier, seal_records
+    from nndefense.pipeline.sealing import is_database
 
+    sealed = [str(path) for path in seal_records(database, classifier)] if seal else []
+    if sealed and not is_database(database):
+        common.show({"path": str(database), "ok": True, "sealed": sealed}, _sealed_text(sealed))
+        return
+    net = None
+    if classifier is not None:
+        net = open_classifier(classifier, device=common.device, data_dir=common.data_dir, database=database)
+    parts = check_parts(ImageDatabase.open(database, verify=False), net)
     settings: dict[str, Any] = {"recall": recall, "k": recall_k}
     if queries is not None:
         settings |= {"queries": _vectors(database, queries, classifier, limit, common), "queries_from": queries}
-    found = stages.verify(database, **settings)
+    found = stages.verify(database, **settings) | parts
     text = f"{database} is whole: {found['rows']:,} rows, {found['files']} files with the right sha256, no id twice"
     if "search" in found:
         text += f"\n{_search_text(found['search'])}"
+    if parts["calibrated"]:
+        text += "\ncalibrated k {k}, weighting {weighting}".format(**parts["calibrated"])
+    if parts["guard"]:
+        text += f"\nguard      {parts['guard']:,} distances of this database"
+    text += "\nclassifier " + ("as given" if net is not None else "not compared: --classifier names one")
+    if sealed:
+        text = f"{_sealed_text(sealed)}\n{text}"
+        found["sealed"] = sealed
     common.show({"database": str(database), "ok": True, **found}, text)
+
+
+def _sealed_text(paths: list[str]) -> str:
+    return f"sealed: {', '.join(paths)}"
 
 
 def _describe(database: ImageDatabase, common: Common) -> None:
@@ -260,7 +293,7 @@ def _describe(database: ImageDatabase, common: Common) -> None:
 
     manifest = database.manifest
     size = sum(entry.bytes for entry in manifest.files.values())
-    calibration = stored_calibration(database.path)
+    calibration = stored_calibration(database.path, manifest)
     chosen = {name: calibration["chosen"][name] for name in ("k", "weighting")} if calibration else None
     found = {
         "database": str(database.path),

@@ -32,7 +32,8 @@ def classifier_of(
         source: where the classifier comes from, as for :func:`~nndefense.models.load_classifier`. None: the folder that
             the manifest names, or the folder ``classifier`` beside or in the database, whichever has the weights that
             the database was made with.
-        device, classes, input_shape: as for :func:`~nndefense.models.load_classifier`.
+        device, classes, input_shape: as for :func:`~nndefense.models.load_classifier`. Code of one's own that does not
+            name its classes has those of the database.
 
     Raises:
         ModelError: it is not to be found; or it is Python code, or would be fetched, and nobody named it.
@@ -43,6 +44,9 @@ def classifier_of(
     classifier = load_classifier(
         found, device=device, classes=classes, input_shape=shape if found.startswith(PYTHON) else input_shape
     )
+    made_up = tuple(map(str, range(len(manifest.classes))))
+    if found.startswith(PYTHON) and classes is None and classifier.classes == made_up:
+        classifier.classes = manifest.classes
     # A net for other images is left as it is: its fingerprint, compared later, says better what is wrong.
     if shape[0] == classifier.input_shape[0] and not classifier.fixed_size:
         classifier.input_shape = shape

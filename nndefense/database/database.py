@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from nndefense.database.weighting import CBW_D_POWER, CBW_D_TERMS, neighbor_weig
 from nndefense.database.writer import PCA_FILE, VIRTUAL, DatabaseWriter, ShardWriter, load_pca, seal
 from nndefense.errors import DatabaseError, InputError, check_choice
 from nndefense.features import PCA, FeatureExtractor, FeatureSpec
+from nndefense.files import tell_unsealed
 from nndefense.models import Classifier
 from nndefense.modes import outside_inference_mode
 from nndefense.unwrapping import unwrapped
@@ -122,13 +124,20 @@ class ImageDatabase:
         folder = Path(path).expanduser()
         manifest = Manifest.read(folder)
         manifest.check_files(folder, checksums=verify)
+        if not manifest.sealed:
+            tell_unsealed(folder, folder)
         if classifier is not None:
-            _check_classifier(folder, manifest, classifier)
+            check_classifier(folder, manifest, classifier)
         held_rows = {folder / name: manifest.files[name].rows for name in manifest.shards}
         table = StoredRows(list(held_rows), list(held_rows.values()))
-        if len(table) != manifest.rows:
+        if not len(table) or len(table) != manifest.rows:
             raise DatabaseError(
                 f"{folder} holds {len(table):,} rows but its manifest says {manifest.rows:,}: build it again"
+            )
+        if (table.classes, table.dimension) != (len(manifest.classes), manifest.dimension):
+            raise DatabaseError(
+                f"{folder} holds rows of {table.classes:,} classes and {table.dimension:,} dimensions, but its "
+                f"manifest says {len(manifest.classes):,} and {manifest.dimension:,}: build it again"
             )
         if backend == "auto":
             backend = "faiss" if faiss_available() else "torch"
@@ -175,7 +184,7 @@ class ImageDatabase:
         old = [name for name in self.manifest.files if name.startswith("index") or name == VIRTUAL]
         files = {name: entry for name, entry in self.manifest.files.items() if name not in old} | added
         manifest = self.manifest
-        kept = ("classes", "feature", "classifier", "data", "storage", "rejected")
+        kept = ("classes", "feature", "classifier", "data", "storage", "rejected", "beside")
         identity = {name: getattr(manifest, name) for name in kept}
         new_index = f"index-{len(files):05d}.faiss"
         seal(self.path, files, manifest.index["factory"], new_index, identity)
@@ -232,8 +241,8 @@ class ImageDatabase:
         return self.manifest.fingerprint
 
     def check_classifier(self, classifier: Classifier) -> None:
-        """Raise :class:`DatabaseError` unless the database was made with this classifier."""
-        _check_classifier(self.path, self.manifest, classifier)
+        """Raise :class:`DatabaseError` unless the database was made with this classifier and has its class names."""
+        check_classifier(self.path, self.manifest, classifier)
 
     @outside_inference_mode
     def extractor(self, classifier: Classifier) -> FeatureExtractor:
@@ -364,10 +373,20 @@ class ImageDatabase:
             raise InputError(f"a subset of a database cannot be {verb}: use the whole one")
 
 
-def _check_classifier(folder: Path, manifest: Manifest, classifier: Classifier) -> None:
-    made, given = manifest.classifier["fingerprint"], unwrapped(classifier).fingerprint
+def check_classifier(folder: Path, manifest: Manifest, classifier: Classifier) -> None:
+    """Raise :class:`DatabaseError` unless the database of this folder and manifest was made with this classifier."""
+    classifier = unwrapped(classifier)
+    made, given = manifest.classifier["fingerprint"], classifier.fingerprint
     if made != given:
         raise DatabaseError(
             f"{folder} was made with another classifier ({manifest.classifier['source']}, {made[:12]}) than this one "
             f"({classifier.source}, {given[:12]}): load that classifier, or build a database for this one"
+        )
+    if manifest.classes != classifier.classes:
+        pairs = zip_longest(manifest.classes, classifier.classes)
+        place, (kept, named) = next((place, pair) for place, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise DatabaseError(
+            f"{folder} has other classes than the classifier ({len(manifest.classes):,} and "
+            f"{len(classifier.classes):,}; number {place} is {kept!r} in the one and {named!r} in the other): "
+            "give the names that it was built with by --classes, or build a database for this one"
         )

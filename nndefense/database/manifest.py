@@ -5,16 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from nndefense.errors import DatabaseError
 from nndefense.features import FeatureSpec
-from nndefense.files import not_read, read_whole, sha256_of, write_json
+from nndefense.files import (
+    digest_of,
+    json_text,
+    not_read,
+    read_whole,
+    sealed,
+    sha256_of,
+    unsealed,
+    write_bytes,
+    write_json,
+)
 
 FORMAT, VERSION = "nndefense-database", 1
 NAME = "manifest.json"
+CALIBRATION, GUARD = "calibration.json", "guard.json"
+BESIDE = (CALIBRATION, GUARD)
+"""Files that may be made for a finished database, each of which decides answers."""
 M = TypeVar("M")
 _REBUILD = "build the database again with 'nndefense index build'"
 
@@ -56,7 +69,8 @@ def read_manifest(
     folder: Path, made: Callable[[dict[str, Any]], M], form: str, version: int, kind: str, a_kind: str, rebuild: str,
     again: str,
 ) -> M:  # fmt: skip
-    """Read the manifest of a folder: what ``made`` makes of its entries, whose ``files`` are :class:`FileEntry`.
+    """Read the manifest of a folder: what ``made`` makes of its entries, whose ``files`` are :class:`FileEntry`, and
+    of ``sealed``: whether the manifest has a digest, which those of older versions lack.
 
     Args:
         folder: of the database.
@@ -66,7 +80,8 @@ def read_manifest(
         rebuild, again: what to do where it is damaged, or not finished; the former ends ``again with COMMAND``.
 
     Raises:
-        DatabaseError: no such folder, no manifest in it (an unfinished build), or one that cannot be read or used.
+        DatabaseError: no such folder, no manifest in it (an unfinished build), or one that cannot be read or used, or
+            that has changed since it was written.
     """
     path = folder / NAME
     if not folder.is_dir():
@@ -79,10 +94,18 @@ def read_manifest(
     except (OSError, ValueError, RecursionError) as error:
         told = not_read(path, error) or f"{path} is damaged: restore it or {rebuild}"
         raise DatabaseError(told) from error
-    if not isinstance(value, dict) or value.pop("format", None) != form:
+    if not isinstance(value, dict) or value.get("format") != form:
         raise DatabaseError(f"{path} is not the manifest of {a_kind}: give the folder of one")
-    if value.pop("version", None) != version:
+    if value.get("version") != version:
         raise DatabaseError(f"{path} is of another version of the format than {version}: {rebuild}")
+    try:
+        value, had_digest = unsealed(value)
+    except ValueError as error:
+        raise DatabaseError(f"{path} has changed since it was written: restore it or {rebuild}") from error
+    del value["format"], value["version"]
+    if "sealed" in value:
+        raise DatabaseError(f"{path} lacks entries or has unknown ones: restore it or {rebuild}")
+    value["sealed"] = had_digest
     try:
         return made({**value, "files": {name: FileEntry(**entry) for name, entry in value["files"].items()}})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -114,6 +137,9 @@ class Manifest:
             Empty, as in older databases: float32 and dense.
         rejected: how many images of the source are not in the database: ``unreadable``, ``excluded``, ``duplicate``.
         build: the settings of the job that made it, and ``job``, their sha256; empty where rows came from elsewhere.
+        beside: for each file of :data:`BESIDE` the sha256 that it may have. There are two of them while it is being
+            replaced, and the empty one says that the file may be missing.
+        sealed: whether the manifest was read with a digest of its values; not an entry of the file.
     """
 
     rows: int
@@ -129,6 +155,13 @@ class Manifest:
     storage: dict[str, Any] = field(default_factory=dict)
     rejected: dict[str, int] = field(default_factory=dict)
     build: dict[str, Any] = field(default_factory=dict)
+    beside: dict[str, list[str]] = field(default_factory=dict)
+    sealed: bool = True
+
+    @property
+    def identity(self) -> str:
+        """A sha256 of all entries but ``beside``: of everything that the guard's distances depend on."""
+        return digest_of({name: value for name, value in self._record().items() if name != "beside"})
 
     @property
     def fingerprint(self) -> str:
@@ -152,21 +185,29 @@ class Manifest:
         return bool(self.storage.get("features", "float32") == "float16")
 
     def write(self, folder: Path) -> None:
-        """Write the manifest, which is what makes the folder a database."""
-        write_json(folder / NAME, {"format": FORMAT, "version": VERSION, **asdict(self)})
+        """Write the manifest with its digest, which is what makes the folder a database."""
+        write_json(folder / NAME, sealed(self._record()))
+
+    def _record(self) -> dict[str, Any]:
+        values = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        del values["sealed"]
+        return values
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Read the manifest of a database folder.
 
+        One of an older version, without a digest, is read with the files of :data:`BESIDE` that stand there.
+
         Raises:
-            DatabaseError: no such folder, no manifest in it (an unfinished build), or one that cannot be read.
+            DatabaseError: no such folder, no manifest in it (an unfinished build), or one that cannot be read, or that
+                has changed since it was written.
         """
 
         def made(value: dict[str, Any]) -> Manifest:
             manifest = cls(**value | {"classes": tuple(value["classes"])})
             manifest._check_entries()
-            return manifest
+            return manifest if manifest.sealed else replace(manifest, beside=standing_beside(folder))
 
         again = "build it again, or continue, with 'nndefense index build'"
         return read_manifest(folder, made, FORMAT, VERSION, "database", "an image database", _REBUILD, again)
@@ -192,12 +233,66 @@ class Manifest:
             raise TypeError("counts must be whole numbers")
         if any(Path(name).name != name for name in self.files):
             raise KeyError("files must stand in the folder itself")
+        if set(self.beside) - set(BESIDE) or not all(isinstance(allowed, list) for allowed in self.beside.values()):
+            raise TypeError("beside must hold lists of checksums")
 
     def check_files(self, folder: Path, *, checksums: bool) -> None:
         """Compare the files with the manifest: their presence and length, and with ``checksums`` every byte.
+
+        The few bytes of those in :data:`BESIDE` are always compared.
 
         Raises:
             DatabaseError: naming the first file that differs.
         """
         for name, entry in self.files.items():
             entry.check(folder / name, _REBUILD, checksum=checksums)
+        for name in BESIDE:
+            self.read_beside(folder, name)
+
+    def read_beside(self, folder: Path, name: str) -> Any:
+        """The values of a file of :data:`BESIDE`, or None where there is none and need be none.
+
+        Raises:
+            DatabaseError: it is missing, has changed, was never made for this database, or is no JSON.
+        """
+        path, allowed = folder / name, self.beside.get(name, [""])
+        accept = f"or take the database as it is now with 'nndefense index verify --seal {folder}'"
+        if "" in allowed and not path.exists():
+            return None
+        if not path.is_file():
+            raise DatabaseError(f"{path} is missing, though the database was made with it: restore it, {accept}")
+        try:
+            content = read_whole(path)
+        except OSError as error:
+            raise DatabaseError(not_read(path, error) or f"{path} cannot be read: restore it, {accept}") from error
+        if hashlib.sha256(content).hexdigest() not in allowed:
+            what = "has changed since it was made" if name in self.beside else "was not made for this database"
+            raise DatabaseError(f"{path} {what} (wrong sha256): restore what was there, {accept}")
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise DatabaseError(
+                f"{path} cannot be read as JSON: restore it, or remove it and calibrate again"
+            ) from error
+
+
+def standing_beside(folder: Path) -> dict[str, list[str]]:
+    """The files of :data:`BESIDE` that stand in a folder, as :attr:`Manifest.beside` has them."""
+    return {name: [sha256_of(folder / name)] for name in BESIDE if (folder / name).is_file()}
+
+
+def keep_beside(folder: Path, name: str, value: Any) -> None:
+    """Put a file of :data:`BESIDE` into the folder of a finished database, and its sha256 into the manifest.
+
+    Interrupted at any moment, the folder opens with the file that was there before, or with the new one.
+
+    Raises:
+        DatabaseError: there is no such database.
+        OSError: the folder cannot be written.
+    """
+    manifest, content = Manifest.read(folder), json_text(value).encode()
+    new = hashlib.sha256(content).hexdigest()
+    both = replace(manifest, beside={**manifest.beside, name: [*manifest.beside.get(name, [""]), new]})
+    both.write(folder)
+    write_bytes(folder / name, content)
+    replace(both, beside={**both.beside, name: [new]}).write(folder)

@@ -110,6 +110,16 @@ class StoredRows:
         return int(self.starts[-1])
 
     @property
+    def classes(self) -> int:
+        """C, of the posteriors."""
+        return self._shards.classes or int(self._shards[0]["posteriors"].shape[-1])
+
+    @property
+    def dimension(self) -> int:
+        """d, of the features."""
+        return int(self._shards[0]["features"].shape[-1])
+
+    @property
     def nbytes(self) -> int:
         """The size of all files."""
         return self._shards.nbytes

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from nndefense.database.index import FaissIndex
 from nndefense.database.index_training import build_index
+from nndefense.database.manifest import BESIDE, FileEntry, Manifest, in_row_order
 from nndefense.database.manifest import NAME as MANIFEST
-from nndefense.database.manifest import FileEntry, Manifest, in_row_order
 from nndefense.database.rows import StoredRows, top_posteriors, write_shard
 from nndefense.database.weighting import neighbor_weights
 from nndefense.errors import DatabaseError, InputError, one_line
@@ -41,7 +41,7 @@ _SHARD = "rows-" + "[0-9]" * 5
 _DATA = ("index*.faiss", PCA_FILE, f"{_SHARD}.h5", f"{_SHARD}[0-9].h5", VIRTUAL, REJECTED)
 # What a database, finished or not, may consist of, the manifest first: no more is ever removed.
 _OWN_FILES = (
-    *(MANIFEST, "job.json", "extracted.json", "calibration.json", "guard.json", *_DATA),
+    *(MANIFEST, "job.json", "extracted.json", *BESIDE, *_DATA),
     *(f"{name}{PIECE}" for name in _DATA),
 )
 

@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from nndefense.database import ImageDatabase, Manifest, classifier_of
-from nndefense.errors import DataError
-from nndefense.files import read_json, write_json
+from nndefense.database import WEIGHTINGS, ImageDatabase, Manifest, classifier_of
+from nndefense.database.manifest import CALIBRATION, keep_beside
+from nndefense.errors import DatabaseError
 from nndefense.models import Classifier
 from nndefense.unwrapping import unwrapped
 
-CALIBRATION_FILE = "calibration.json"
 DEFAULT_WEIGHTING = "cbw-d"
 
 
@@ -62,9 +61,8 @@ def open_stored(
         verify: as for :meth:`~nndefense.database.ImageDatabase.open`.
 
     Raises:
-        DatabaseError: a database that is missing, damaged or made with another classifier.
+        DatabaseError: a database that is missing, damaged or made with another classifier, or whose calibration is.
         ModelError: the classifier cannot be found or read.
-        DataError: the stored calibration is damaged.
     """
     opened = database if isinstance(database, ImageDatabase) else None
     folder = Path(database).expanduser() if not isinstance(database, ImageDatabase) else database.path
@@ -77,7 +75,7 @@ def open_stored(
         )
     if opened is None:
         opened = ImageDatabase.open(folder, classifier=classifier, verify=verify)
-    calibration = stored_calibration(folder) if k is None or weighting is None else None
+    calibration = stored_calibration(folder, opened.manifest) if k is None or weighting is None else None
     chosen = calibration["chosen"] if calibration else {}
     return StoredDefense(
         classifier,
@@ -90,20 +88,32 @@ def open_stored(
 
 def store_calibration(folder: Path, calibration: dict[str, Any]) -> None:
     """Keep the calibrated K and weighting beside the database that they were chosen for."""
-    write_json(folder / CALIBRATION_FILE, calibration)
+    keep_beside(folder, CALIBRATION, calibration)
 
 
-def stored_calibration(folder: Path) -> dict[str, Any] | None:
-    """The calibration that stands beside a database, or None.
+def stored_calibration(folder: Path, manifest: Manifest | None = None) -> dict[str, Any] | None:
+    """The calibration that a database was made with, or None.
+
+    Args:
+        folder: the database's.
+        manifest: its manifest, where that was read.
 
     Raises:
-        DataError: the file is damaged or something else.
+        DatabaseError: the file is missing though there was one, has changed, or is none of this database.
     """
-    path = folder / CALIBRATION_FILE
-    if not path.exists():
+    manifest, path = manifest or Manifest.read(folder), folder / CALIBRATION
+    value: dict[str, Any] | None = manifest.read_beside(folder, CALIBRATION)
+    if value is None:
         return None
-    value: dict[str, Any] = read_json(path)
     chosen = value.get("chosen") if isinstance(value, dict) else None
-    if not isinstance(chosen, dict) or not isinstance(chosen.get("k"), int) or "weighting" not in chosen:
-        raise DataError(f"{path} is not a calibration: remove it, or calibrate again")
+    if (
+        not isinstance(chosen, dict)
+        or type(chosen.get("k")) is not int
+        or not 1 <= chosen["k"] <= manifest.rows
+        or chosen.get("weighting") not in WEIGHTINGS
+    ):
+        raise DatabaseError(f"{path} is not a calibration of this database: remove it, or calibrate again")
+    feature = {name: chosen[name] for name in ("layer", "pooling") if name in chosen}
+    if feature != {name: manifest.feature[name] for name in feature}:
+        raise DatabaseError(f"{path} was chosen for another layer or pooling than the database has: calibrate again")
     return value

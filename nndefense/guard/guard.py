@@ -21,8 +21,7 @@ from nndefense.database.weighting import check_weighting
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.defenses.stored import open_stored
-from nndefense.errors import DatabaseError, InputError, plain
-from nndefense.files import sha256_of
+from nndefense.errors import InputError, plain
 from nndefense.guard.batch_invariant import SteadyForward
 from nndefense.guard.batches import batches
 from nndefense.guard.nearest_rows import NearestRows, clean_distances, record
@@ -101,7 +100,6 @@ class Guard:
         self.observe: Callable[[str, float], None] | None = None
         self.fingerprint, self.classes = classifier.fingerprint, database.classes
         self.input_shape = classifier.input_shape
-        self._manifest_sha256 = sha256_of(database.path / "manifest.json")
         self.threshold = self._checked_threshold()
         self._forward = SteadyForward(classifier, database.feature, database.pca, classifier.input_shape)
         self._nearest = NearestRows(database, k)
@@ -181,7 +179,7 @@ class Guard:
             found.database,
             found.k,
             found.weighting,
-            calibration=_calibration(folder, calibration),
+            calibration=_calibration(found.database, calibration),
             reject_rate=reject_rate,
             data_dir=None if data_dir is None else Path(data_dir).expanduser(),
             images=images,
@@ -278,7 +276,7 @@ class Guard:
         )
         found = Percentile(
             distances=distances,
-            manifest=self._manifest_sha256,
+            manifest=self.database.manifest.identity,
             classifier=self.fingerprint,
             dataset=record(dataset, specs),
             samples=tuple(spread(dataset.ids, _SAMPLES)) if specs else (),
@@ -300,11 +298,7 @@ class Guard:
                     "guard calibrate', or choose no rejection rate"
                 )
             return None
-        if made.manifest != self._manifest_sha256 or made.classifier != self.fingerprint:
-            raise DatabaseError(
-                f"the calibration of the guard belongs to another state of the database {self.database.path}: run "
-                "'nndefense guard calibrate' again, or remove it"
-            )
+        made.check_database(self.database.path, self.database.manifest)
         if self.reject_rate is None:
             self.reject_rate = made.reject_rate
         return None if self.reject_rate is None else made.threshold(self.reject_rate)
@@ -363,8 +357,8 @@ class Guard:
         }
 
 
-def _calibration(folder: Path, wanted: str | Path | bool) -> Percentile | None:
+def _calibration(database: ImageDatabase, wanted: str | Path | bool) -> Percentile | None:
     if isinstance(wanted, bool):
-        path = folder / FILE
-        return Percentile.read(path) if wanted and path.exists() else None
+        value = database.manifest.read_beside(database.path, FILE) if wanted else None
+        return None if value is None else Percentile.of_values(value, database.path / FILE)
     return Percentile.read(Path(wanted).expanduser())

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nndefense.errors import DataError, InputError
-from nndefense.files import read_json, write_json
+from nndefense.database.manifest import GUARD, NAME, Manifest, keep_beside
+from nndefense.errors import DatabaseError, DataError, InputError
+from nndefense.files import DIGEST, read_json, sealed, sha256_of, tell_unsealed, unsealed, write_json
 
-FILE = "guard.json"
+FILE = GUARD
 FORMAT, VERSION = "nndefense-guard", 1
 _AGAIN = "calibrate again with 'nndefense guard calibrate'"
 
@@ -29,7 +30,8 @@ class Percentile:
 
     Attributes:
         distances: n distances to the nearest row, ascending.
-        manifest: sha256 of the database's manifest file.
+        manifest: :attr:`~nndefense.database.manifest.Manifest.identity` of the database's manifest; of older versions
+            the sha256 of that file.
         classifier: fingerprint of the classifier.
         dataset: ``name``, ``fingerprint`` and ``specs`` of the images.
         samples: ids of some of the images, to show.
@@ -76,14 +78,22 @@ class Percentile:
             )
         return self.distances[max(place, 1) - 1]
 
+    def to_json(self) -> dict[str, Any]:
+        """The values of the file, with their digest."""
+        return sealed({"format": FORMAT, "version": VERSION, **asdict(self)})
+
     def write(self, path: Path) -> None:
-        """Write the file, whole or not at all.
+        """Write the file, whole or not at all; as ``guard.json`` of a database it is bound to that database.
 
         Raises:
             InputError: the place cannot be written.
         """
+        value = self.to_json()
         try:
-            write_json(path, {"format": FORMAT, "version": VERSION, **asdict(self)})
+            if path.name == FILE and (path.parent / NAME).exists():
+                keep_beside(path.parent, FILE, value)
+            else:
+                write_json(path, value)
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror}): choose another file") from error
 
@@ -92,17 +102,35 @@ class Percentile:
         """Read such a file.
 
         Raises:
-            DataError: it is missing, damaged, or something else.
+            DataError: it is missing, damaged, changed since it was written, or something else.
         """
         value = read_json(path)
-        if not isinstance(value, dict) or value.pop("format", None) != FORMAT or value.pop("version", None) != VERSION:
+        if isinstance(value, dict) and value.get("format") == FORMAT and DIGEST not in value:
+            tell_unsealed(path, path)
+        return cls.of_values(value, path)
+
+    @classmethod
+    def of_values(cls, value: Any, path: Path) -> Percentile:
+        """What the values of a file say; errors as for :meth:`read`."""
+        if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("version") != VERSION:
             raise DataError(f"{path} is not a calibration of the guard, or of another version: {_AGAIN}")
         try:
-            distances = tuple(float(distance) for distance in value.pop("distances"))
-            samples = tuple(str(item) for item in value.pop("samples"))
-            return cls(distances=distances, samples=samples, **value)
+            values, _ = unsealed(value)
+            del values["format"], values["version"]
+            distances = tuple(float(distance) for distance in values.pop("distances"))
+            samples = tuple(str(item) for item in values.pop("samples"))
+            return cls(distances=distances, samples=samples, **values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path} is damaged ({error}): restore it, or {_AGAIN}") from error
+
+    def check_database(self, folder: Path, manifest: Manifest) -> None:
+        """Raise :class:`DatabaseError` unless the distances were measured in this very database."""
+        fits = self.manifest == manifest.identity or self.manifest == sha256_of(folder / NAME)
+        if not fits or self.classifier != manifest.classifier["fingerprint"]:
+            raise DatabaseError(
+                f"the calibration of the guard belongs to another state of the database {folder}: run "
+                "'nndefense guard calibrate' again, or remove it"
+            )
 
 
 def check_rate(rate: float) -> None:

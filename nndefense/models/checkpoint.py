@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nndefense.errors import InputError, ModelError, one_line
-from nndefense.files import MOST_CLASSES, make_folder
+from nndefense.files import MOST_CLASSES, make_folder, tell_unsealed
 from nndefense.images import shape_text
 from nndefense.models.architectures import ARCHITECTURES
 from nndefense.models.classifier import Classifier
@@ -81,10 +81,32 @@ def load_folder(folder: Path) -> Classifier:
     Raises:
         ModelError: anything is missing, damaged or does not fit.
     """
+    classifier, had_digest = _load(folder)
+    if not had_digest:
+        tell_unsealed(folder, folder)
+    return classifier
+
+
+def seal_folder(folder: Path) -> None:
+    """Give ``classifier.json`` the digest that those of older versions lack, once the whole folder was looked through.
+
+    Raises:
+        ModelError: anything is missing, damaged or does not fit, or the weights are others than it says.
+    """
+    classifier, _ = _load(folder)
+    path = folder / DESCRIPTION_FILE
+    description, _ = read_json(path, FORMAT, VERSION, _REMEDY)
+    if description.get("fingerprint") != classifier.fingerprint:
+        raise ModelError(f"{path} was written for other weights or another architecture: {_REMEDY}")
+    write_json(path, description)
+
+
+def _load(folder: Path) -> tuple[Classifier, bool]:
+    """The classifier of a folder, and whether its description has a digest."""
     path = folder / DESCRIPTION_FILE
     if not path.exists():
         raise ModelError(_why_not(folder))
-    description = read_json(path, FORMAT, VERSION, _REMEDY)
+    description, had_digest = read_json(path, FORMAT, VERSION, _REMEDY)
     try:
         _check_size(description, folder)
         tensors = read_tensors(folder / WEIGHTS_FILE, str(description["weights"]["sha256"]), _REMEDY)
@@ -95,7 +117,7 @@ def load_folder(folder: Path) -> Classifier:
         raise ModelError(f"{path} does not describe a classifier ({what}): {_REMEDY}") from error
     _check_fit(classifier, tensors, folder / WEIGHTS_FILE)
     classifier.load_state_dict(tensors)
-    return classifier.eval()
+    return classifier.eval(), had_digest
 
 
 def _check_size(description: dict[str, Any], folder: Path) -> None:

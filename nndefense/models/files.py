@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from nndefense import files
 from nndefense.errors import InputError, ModelError, one_line
-from nndefense.files import json_text
+from nndefense.files import json_text, sealed, unsealed
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -28,16 +29,19 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise InputError(f"{path} cannot be written ({error.strerror}): free space or choose another folder") from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all."""
-    write_bytes(path, json_text(value).encode())
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a record with its digest as indented JSON, whole or not at all."""
+    write_bytes(path, json_text(sealed(value)).encode())
 
 
-def read_json(path: Path, form: str, version: int, remedy: str) -> dict[str, Any]:
+def read_json(path: Path, form: str, version: int, remedy: str) -> tuple[dict[str, Any], bool]:
     """Read a JSON object whose keys ``format`` and ``version`` are ``form`` and ``version``.
 
+    Returns:
+        its values, and whether they had a digest, which those of older versions lack.
+
     Raises:
-        ModelError: the file is missing, broken, of another format or of a newer version.
+        ModelError: the file is missing, broken, changed since it was written, of another format or of a newer version.
     """
     try:
         value = json.loads(files.read_whole(path))
@@ -52,7 +56,10 @@ def read_json(path: Path, form: str, version: int, remedy: str) -> dict[str, Any
             f"{path} has format version {value.get('version')}, but this nndefense reads version {version}: "
             "use the version of nndefense that wrote it"
         )
-    return value
+    try:
+        return unsealed(value)
+    except ValueError as error:
+        raise ModelError(f"{path} cannot be used, because {error}: {remedy}") from None
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:

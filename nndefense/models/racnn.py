@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nndefense.errors import InputError, ModelError, one_line
-from nndefense.files import sha256_of
+from nndefense.files import sha256_of, tell_unsealed
 from nndefense.images import shape_text
 from nndefense.models.architectures.attentive import AttentiveNet
 from nndefense.models.classifier import Classifier
@@ -178,7 +178,9 @@ def load_racnn(folder: str | Path, *, device: str | torch.device = "cpu", verify
     path = folder / DESCRIPTION_FILE
     if not path.exists():
         raise ModelError(f"{folder} holds no finished RA-CNN, because it has no {DESCRIPTION_FILE}: {_REMEDY}")
-    told = read_json(path, FORMAT, VERSION, _REMEDY)
+    told, had_digest = read_json(path, FORMAT, VERSION, _REMEDY)
+    if not had_digest:
+        tell_unsealed(path, folder)
     try:
         k, made, database = told["k"], dict(told["classifier"]), dict(told["database"])
         fingerprint, rows = str(told["net"]["fingerprint"]), database["rows"]

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         split,
         training_shape,
     )
+    from nndefense.pipeline.sealing import check_parts, seal_records
 
 _NAMES = {
     "attacking": "write_attacked",
@@ -41,13 +42,15 @@ _NAMES = {
     "making": "Made make_defense subject_of with_known_seed",
     "materials": "MaterialSettings Materials",
     "opening": "drawn open_classifier open_datasets reported_split split training_shape",
+    "sealing": "check_parts seal_records",
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()}
 __getattr__ = importing(__name__, _HOMES | {"defenses": f"{__name__}.defenses"})
 
 __all__ = [
     "Candidates", "Chosen", "DemoSettings", "Made", "MaterialSettings", "Materials", "build_calibrated",
-    "check_disjoint", "check_not_calibrated_on", "check_not_in_database", "check_surrogate", "choose", "defenses",
-    "drawn", "evaluate", "headline_of", "make_defense", "open_classifier", "open_datasets", "reported_split",
-    "run_demo", "split", "subject_of", "training_shape", "with_known_seed", "write_attacked",
+    "check_disjoint", "check_not_calibrated_on", "check_not_in_database", "check_parts", "check_surrogate", "choose",
+    "defenses", "drawn", "evaluate", "headline_of", "make_defense", "open_classifier", "open_datasets",
+    "reported_split", "run_demo", "seal_records", "split", "subject_of", "training_shape",
+    "with_known_seed", "write_attacked",
 ]  # fmt: skip

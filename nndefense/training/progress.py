@@ -262,7 +262,7 @@ class TrainingFolder:
         Raises:
             ModelError: it is missing or broken.
         """
-        return read_json(self.state_path, FORMAT, VERSION, _REMEDY)
+        return read_json(self.state_path, FORMAT, VERSION, _REMEDY)[0]
 
     def tensors(self, state: dict[str, Any]) -> dict[str, Tensor]:
         """The tensors that a state names, on the CPU; those of the best weights as ``best.NAME``.

@@ -18,7 +18,7 @@ from nndefense.database.faiss_tools import faiss_available, import_faiss
 from nndefense.database.index import BACKENDS, FaissIndex
 from nndefense.database.manifest import NAME, FileEntry, read_manifest
 from nndefense.errors import DatabaseError, DataError, InputError, check_choice
-from nndefense.files import HDF5_ERRORS, held_array, not_read, open_hdf5, write_json
+from nndefense.files import HDF5_ERRORS, held_array, not_read, open_hdf5, sealed, tell_unsealed, write_json
 from nndefense.images import shape_text
 
 FORMAT, VERSION = "nndefense-patches", 1
@@ -42,6 +42,7 @@ class PatchManifest:
         files: every file of the database by name.
         versions: the libraries that built it.
         created: time of the build, ISO 8601 in UTC.
+        sealed: whether the manifest was read with a digest of its values; not an entry of the file.
     """
 
     count: int
@@ -54,6 +55,7 @@ class PatchManifest:
     files: dict[str, FileEntry]
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
+    sealed: bool = True
 
     @property
     def fingerprint(self) -> str:
@@ -61,8 +63,10 @@ class PatchManifest:
         return self.files[PIXELS].sha256
 
     def write(self, folder: Path) -> None:
-        """Write the manifest, which is what makes the folder a patch database."""
-        write_json(folder / NAME, {"format": FORMAT, "version": VERSION, **asdict(self)})
+        """Write the manifest with its digest, which is what makes the folder a patch database."""
+        values = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        del values["sealed"]
+        write_json(folder / NAME, sealed(values))
 
     @classmethod
     def read(cls, folder: Path) -> PatchManifest:
@@ -147,6 +151,8 @@ class PatchDatabase:
         folder = Path(path).expanduser()
         manifest = PatchManifest.read(folder)
         manifest.check_files(folder)
+        if not manifest.sealed:
+            tell_unsealed(folder, folder)
         stored = _read_pixels(folder, manifest)
         if backend == "faiss" and manifest.index["factory"] is None:
             raise DatabaseError(f"{folder} was built without FAISS and has no index: {REBUILD}, or use backend torch")
