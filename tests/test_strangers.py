@@ -724,6 +724,7 @@ def classifier(weights: Callable[[bytes], bytes] | None = None, **changes: Any) 
     """Writes a small classifier, and changes entries of its description and what its file of weights holds."""
 
     def make(folder: Path) -> None:
+        from nndefense.files import sealed
         from nndefense.models import build_classifier, save_classifier
 
         made = build_classifier("madry-mnist", input_shape=(1, 8, 8), classes=["a", "b"], seed=0)
@@ -733,7 +734,7 @@ def classifier(weights: Callable[[bytes], bytes] | None = None, **changes: Any) 
         if weights is not None:
             stored.write_bytes(weights(stored.read_bytes()))
             told["weights"]["sha256"] = hashlib.sha256(stored.read_bytes()).hexdigest()
-        described.write_text(json.dumps({**told, **changes}))
+        described.write_text(json.dumps(sealed({**told, **changes})))
 
     return make
 
