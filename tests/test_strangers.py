@@ -39,6 +39,8 @@ from served import serving
 REPOSITORY = Path(__file__).resolve().parent.parent
 MEBIBYTE = 1 << 20
 IMAGES = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
+# Where the listener is, in the process that opens the files.
+URL = f"http://127.0.0.1:{os.environ.get('LISTENER', '9')}/x"
 SECRET = bytes(range(64, 64 + 192)) * 4
 
 
@@ -400,6 +402,14 @@ TAR = "webdataset:@/a.tar"
 NUMBER = "is no label: write a whole number from 0"
 PAX = b"21 path=../../marker\n"
 CASES += [
+    Case("tar: addresses", labelled(json.dumps({"label": 0, "url": URL, "path": URL}), "json"), opening(TAR), ""),
+    Case(
+        "hdf5: an external link to an address",
+        hdf5(lambda f: f.__setitem__("images", h5py.ExternalLink(URL, "images"))),
+        opening(HDF5),
+        ELSEWHERE,
+    ),
+    Case("hdf5: a virtual set of an address", hdf5(virtual(URL)), opening(HDF5), ELSEWHERE),
     Case("tar: a label bomb", labelled("2147483647"), opening(TAR), NUMBER),
     Case("tar: a label of a million", labelled("1e6"), opening(TAR), NUMBER),
     Case("tar: the highest label", labelled("99999"), opening(TAR), ""),
@@ -640,7 +650,7 @@ CASES += [
     ),
     Case(
         "parquet: a path that leads out",
-        parquet(3, image={"bytes": b"", "path": "/etc/passwd"}),
+        parquet(3, image={"bytes": b"", "path": URL}),
         opening(PARQUET, size=8),
         "",
     ),
@@ -735,6 +745,7 @@ def classifier(weights: Callable[[bytes], bytes] | None = None, **changes: Any) 
             stored.write_bytes(weights(stored.read_bytes()))
             told["weights"]["sha256"] = hashlib.sha256(stored.read_bytes()).hexdigest()
         described.write_text(json.dumps(sealed({**told, **changes})))
+        (folder / "marker.py").write_text(f"open({str(folder / 'marker')!r}, 'w')")
 
     return make
 
@@ -767,7 +778,9 @@ CASES += [
         "bytes of weights, but",
     ),
     Case("classifier: options of no kind", classifier(architecture="torchvision:resnet18", options=[1]), LOAD, NO_NET),
-    Case("classifier: code", classifier(architecture="python:marker.py:make"), LOAD, "names the architecture"),
+    Case(
+        "classifier: code", classifier(architecture="python:marker.py:make", source=URL), LOAD, "names the architecture"
+    ),
     Case("safetensors: a header of exabytes", classifier(headed(b"{}", 1 << 60)), LOAD, NO_WEIGHTS),
     Case("safetensors: a deep header", classifier(headed(b'{"a":' + b"[" * 10**5)), LOAD, NO_WEIGHTS),
     Case(
@@ -894,6 +907,7 @@ Ends = Callable[[Case], dict[str, str]]
 def ends(tmp_path_factory: pytest.TempPathFactory, listener: socket.socket) -> Ends:
     """What cases come to: all that are fast, or all that are slow, at the first that is asked for."""
     found: dict[str, dict[str, str]] = {}
+    port = str(listener.getsockname()[1])
 
     def of(case: Case) -> dict[str, str]:
         if case.name not in found:
@@ -903,7 +917,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory, listener: socket.socket) -> E
                 [sys.executable, __file__, str(root), *names],
                 capture_output=True,
                 text=True,
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "LISTENER": port},
             )
             assert done.returncode == 0, done.stderr[-3000:]
             found.update((one["name"], one) for one in map(json.loads, done.stdout.splitlines()))
