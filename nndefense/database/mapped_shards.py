@@ -82,6 +82,10 @@ class MappedShards:
     def __len__(self) -> int:
         return len(self._paths)
 
+    def __deepcopy__(self, memo: object) -> MappedShards:
+        """Itself: nothing but files that never change is read through it."""
+        return self
+
     def __getitem__(self, number: int) -> dict[str, Array]:
         """The columns of a shard; they can be read for as long as somebody holds them.
 
