@@ -19,12 +19,13 @@ from index_build.fit import TRAINED, Fitted, fitted, rows_key
 from index_build.job import NAME, BuildJob, key_of
 from nndefense.database.faiss_tools import import_faiss
 from nndefense.database.index import FaissIndex
+from nndefense.database.manifest import CALIBRATION, FileEntry, Manifest
 from nndefense.database.manifest import NAME as MANIFEST
-from nndefense.database.manifest import FileEntry, Manifest
 from nndefense.database.merging import merge_parts
 from nndefense.database.rows import StoredRows
 from nndefense.database.writer import PCA_FILE, store, writing
 from nndefense.errors import DatabaseError, InputError
+from nndefense.files import write_bytes
 from nndefense.versions import library_versions
 
 INDEX = "index.faiss"
@@ -212,8 +213,11 @@ def merge(folder: Path) -> Manifest:
             "precision": job.precision,
             "excluded": job.excluded,
         },
+        beside={CALIBRATION: [settings["calibration"]]} if settings["calibration"] else {},
     )
     with writing(folder):
+        if job.targets[0].calibration:
+            write_bytes(folder / CALIBRATION, job.targets[0].calibration.encode())
         manifest.write(folder)
     return manifest
 

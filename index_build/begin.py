@@ -30,6 +30,7 @@ from nndefense.database.writer import PCA_FILE, clear, made_by, pca_writer, writ
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DatabaseError, DataError, InputError
 from nndefense.features import FeatureSpec
+from nndefense.files import json_text
 from nndefense.memory import reused_memory
 from nndefense.models import Classifier
 
@@ -48,6 +49,7 @@ def begin(
     overwrite: bool = False,
     workers: int | None = None,
     reopen: Mapping[str, Any] | None = None,
+    calibrations: Mapping[Path, Mapping[str, Any]] | None = None,
     progress: bool = True,
 ) -> BuildJob:
     """Begin a build, or take up the one that these folders hold; the caller holds their locks.
@@ -65,7 +67,7 @@ def begin(
 
     Raises:
         DataError: an empty data set, or one of which no image can be used.
-        InputError: a feature, index or image that does not fit the classifier.
+        InputError: a feature, index or image that does not fit the classifier, or a calibration of no such folder.
         DatabaseError: a folder with a finished database, or with an unfinished build of other settings.
     """
     if len(dataset) == 0:
@@ -73,7 +75,13 @@ def begin(
     rejection_limit(max_rejected, len(dataset))
     data, made = identity_of(dataset, specs), made_by(classifier)
     excluded = _excluded(exclude, exclude_eps)
-    asked = {folder: settings_of(data, made, feature, options, excluded) for folder, feature in features.items()}
+    kept = {Path(folder).expanduser(): json_text(value) for folder, value in (calibrations or {}).items()}
+    if set(kept) - set(features):
+        raise InputError("calibrations names folders that are not built: use those of features")
+    asked = {
+        folder: settings_of(data, made, feature, options, excluded, kept.get(folder))
+        for folder, feature in features.items()
+    }
     standing = _standing(asked, overwrite)
     if standing is not None:
         return standing
@@ -86,7 +94,7 @@ def begin(
     assert mapper.choice is not None
     lengths = [vectors.shape[1] for vectors in mapper(probe_images(dataset, chosen, 1)).vectors]
     targets = [
-        BuildTarget(folder, feature, reduced_length(feature, length), False)
+        BuildTarget(folder, feature, reduced_length(feature, length), False, kept.get(folder))
         for (folder, feature), length in zip(features.items(), lengths, strict=True)
     ]
     for target in targets:

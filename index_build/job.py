@@ -88,12 +88,16 @@ class Options:
 
 @dataclass(frozen=True)
 class BuildTarget:
-    """One database of a job: its folder, its feature, the length d of its vectors, whether it has a PCA."""
+    """One database of a job: its folder, its feature, the length d of its vectors, whether it has a PCA.
+
+    ``calibration`` is the text of the ``calibration.json`` that will stand in it, or None.
+    """
 
     folder: Path
     feature: FeatureSpec
     dimension: int
     pca: bool
+    calibration: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ class BuildJob:
 
     def settings(self, target: BuildTarget) -> dict[str, Any]:
         """What decides the result of a target, as plain values."""
-        return settings_of(self.data, self.classifier, target.feature, self.options, self.excluded)
+        return settings_of(self.data, self.classifier, target.feature, self.options, self.excluded, target.calibration)
 
     def write(self) -> None:
         """Write ``job.json`` into every folder.
@@ -178,7 +182,7 @@ class BuildJob:
                 raise ValueError
             value.pop("settings")
             target = value.pop("target")
-            target = BuildTarget(folder, FeatureSpec(**target["feature"]), target["dimension"], target["pca"])
+            target = BuildTarget(**target | {"folder": folder, "feature": FeatureSpec(**target["feature"])})
             options, classes = Options(**value.pop("options")), tuple(value.pop("classes"))
             return cls(targets=(target,), options=options, classes=classes, **value)
         except (DataError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -195,6 +199,7 @@ def settings_of(
     feature: FeatureSpec,
     options: Options,
     excluded: Mapping[str, Any] | None,
+    calibration: str | None,
 ) -> dict[str, Any]:
     """What decides the result of a build, one plain value for each setting."""
     return {
@@ -203,6 +208,7 @@ def settings_of(
         "feature": str(feature),
         **asdict(options),
         "exclude": f"{excluded['fingerprint']} within {excluded['eps']:g}" if excluded else None,
+        "calibration": hashlib.sha256(calibration.encode()).hexdigest() if calibration else None,
     }
 
 

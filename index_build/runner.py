@@ -47,6 +47,7 @@ class BuildSettings(TypedDict, total=False):
     ray_address: str | None
     ray_workers: int | None
     reopen: Mapping[str, Any] | None
+    calibrations: Mapping[Path, Mapping[str, Any]] | None
     progress: bool
     index: str
     batch_size: int
@@ -111,6 +112,8 @@ def build_databases(
         ray_workers: processes that share the cluster's processors; None: one for each machine, or each GPU where the
             classifier is on one.
         reopen: whatever the caller needs to open images and classifier again, as plain values.
+        calibrations: for any of those folders the calibration that its feature was chosen by, as plain values; it
+            stands in ``calibration.json`` before there is a manifest, so that the database never opens without it.
         progress: show bars.
         settings: what decides the result, by its names in :class:`~index_build.job.Options`: ``index``, ``batch_size``,
             ``pca_sample``, ``seed``, ``storage``, ``posteriors``, ``precision``, ``shard_rows``, ``dedupe``,
@@ -152,6 +155,7 @@ def extracted(
     ray_address: str | None = None,
     ray_workers: int | None = None,
     reopen: Mapping[str, Any] | None = None,
+    calibrations: Mapping[Path, Mapping[str, Any]] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Iterator[tuple[BuildJob, list[Extracted], RayEngine | None]]:
@@ -166,7 +170,8 @@ def extracted(
     with building(list(features)), engine_of(engine, address=ray_address, workers=ray_workers) as ray:
         job = begin(
             dataset, classifier, features, chosen, specs=specs, exclude=exclude, exclude_eps=exclude_eps,
-            max_rejected=max_rejected, overwrite=overwrite, workers=workers, reopen=reopen, progress=progress,
+            max_rejected=max_rejected, overwrite=overwrite, workers=workers, reopen=reopen,
+            calibrations=calibrations, progress=progress,
         )  # fmt: skip
         found: list[Extracted] = []
         settings = job.settings(job.targets[0])

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import nndefense as nnd
 from index_build import build_database
+from nndefense.database.manifest import CALIBRATION, keep_beside
 from nndefense.datasets import ImageDataset, open_dataset
-from nndefense.defenses.stored import store_calibration
 from nndefense.errors import DataError, InputError
 from nndefense.evaluation import AttackSettings, Recipe, ThreatModel, rungs_for
 from nndefense.evaluation.evaluate import _Cell, _Run
@@ -116,7 +116,7 @@ def test_k_and_weighting_of_no_defence_are_refused(given: dict[str, Any], folder
 def test_calibration_images_are_refused_whatever_k_is(folder: Path, tmp_path: Path) -> None:
     place, test = tmp_path / "database", open_dataset("digits:test")
     build_database(open_dataset("digits:train[:60]"), trained(), FeatureSpec("block2", pca=0), place, progress=False)
-    store_calibration(place, {"chosen": {"k": 5, "weighting": "uniform"}, "ids": list(test.ids)})
+    keep_beside(place, CALIBRATION, {"chosen": {"k": 5, "weighting": "uniform"}, "ids": list(test.ids)})
     for given in ({}, {"k": 3}, {"k": 3, "weighting": "cbw-d"}):
         with pytest.raises(DataError, match="was calibrated on"):
             open_recipe(recipe(folder, database=str(place), **given), tmp_path, progress=False)

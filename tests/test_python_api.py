@@ -12,7 +12,7 @@ from helpers import rewrite
 
 import nndefense as nnd
 from index_build import build_database
-from nndefense.defenses.stored import store_calibration
+from nndefense.database.manifest import CALIBRATION, keep_beside
 from nndefense.training import train_classifier
 
 
@@ -66,7 +66,7 @@ def test_the_readme_in_python(made: Path) -> None:
 def test_a_defence_opens_with_its_setting(made: Path, tmp_path: Path) -> None:
     folder = tmp_path / "all" / "database"
     shutil.copytree(made, tmp_path / "all")
-    store_calibration(folder, {"chosen": {"k": 7, "weighting": "uniform"}, "ids": []})
+    keep_beside(folder, CALIBRATION, {"chosen": {"k": 7, "weighting": "uniform"}, "ids": []})
     open_it = nnd.NearestNeighborDefense.open
     found = [open_it(folder), open_it(folder, k=3), open_it(folder, made / "classifier", weighting="cbw-e")]
     assert [(one.k, one.weighting) for one in found] == [(7, "uniform"), (3, "uniform"), (7, "cbw-e")]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,17 @@ from helpers import BLOCK2, digits, images, rewrite, untrained
 from served import serving
 from test_database import PowerCut, interrupted_at
 
-from index_build import build_database, stages
+from index_build import build_database, build_databases, stages
 from nndefense.database import ImageDatabase, Manifest
-from nndefense.defenses.stored import store_calibration
-from nndefense.errors import DatabaseError, NNDefenseError
+from nndefense.database.manifest import CALIBRATION, keep_beside
+from nndefense.defenses.stored import open_stored
+from nndefense.errors import DatabaseError, InputError, NNDefenseError
+from nndefense.evaluation import AttackSettings
 from nndefense.features import FeatureSpec
 from nndefense.files import sha256_of
 from nndefense.guard import Guard
 from nndefense.models import load_classifier, save_classifier
-from nndefense.pipeline import seal_records
+from nndefense.pipeline import Chosen, build_calibrated, calibrating, seal_records
 
 ROWS, K = 60, 7
 CHOSEN = {"layer": "block2", "pooling": "avg", "dimension": 4, "k": K, "weighting": "uniform"}
@@ -49,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_classifier(untrained(seed), root / name / "classifier")
         database = root / name / "database"
         build(database, seed)
-        store_calibration(database, {"chosen": CHOSEN | {"k": K + seed}})
+        keep_beside(database, CALIBRATION, {"chosen": CHOSEN | {"k": K + seed}})
         guard = Guard.open(database, device="cpu")
         held = digits("train").subset(np.arange(200, 230))
         guard.calibrate(held, reject_rate=0.1 + 0.1 * seed).write(database / "guard.json")
@@ -230,7 +233,7 @@ def test_a_calibration_that_was_put_in_is_refused_and_so_is_one_of_another_featu
         ImageDatabase.open(tmp_path / "database")
     (tmp_path / "database" / "calibration.json").unlink()
     for wrong in ({"layer": "block1"}, {"pooling": "max"}, {"k": 0}, {"k": ROWS + 1}, {"k": "7"}, {"weighting": "w"}):
-        store_calibration(tmp_path / "database", {"chosen": CHOSEN | wrong})
+        keep_beside(tmp_path / "database", CALIBRATION, {"chosen": CHOSEN | wrong})
         with pytest.raises(DatabaseError, match=r"calibration\.json"):
             Guard.open(tmp_path / "database", untrained(), device="cpu")
 
@@ -242,7 +245,7 @@ def test_a_calibration_replaced_and_interrupted_is_the_old_one_or_the_new_one(co
         with pytest.MonkeyPatch.context() as patch:
             interrupted_at(number, after, patch)
             try:
-                store_calibration(copied / str(number), {"chosen": CHOSEN | {"k": 3}})
+                keep_beside(copied / str(number), CALIBRATION, {"chosen": CHOSEN | {"k": 3}})
             except PowerCut:
                 ended = False
             else:
@@ -253,6 +256,104 @@ def test_a_calibration_replaced_and_interrupted_is_the_old_one_or_the_new_one(co
         if ended:
             break
     assert number == 3
+
+
+def killed_at(step: int, patch: pytest.MonkeyPatch) -> list[str]:
+    """Let the end come just before the ``step``-th file is put in place or removed."""
+    done: list[str] = []
+    place, remove = os.replace, Path.unlink
+
+    def before(what: str, act: Callable[[], object]) -> None:
+        if len(done) >= step:
+            raise PowerCut
+        done.append(what)
+        act()
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        # A lock is the system's, and a part is nobody's: neither is there for whoever opens the folder.
+        if path.suffix in (".part", ".lock") or not path.exists():
+            remove(path, missing_ok=missing_ok)
+        else:
+            before(f"the end of {path.name}", lambda: remove(path))
+
+    patch.setattr(os, "replace", lambda source, target: before(Path(target).name, lambda: place(source, target)))
+    patch.setattr(Path, "unlink", unlink)
+    return done
+
+
+@pytest.mark.parametrize(
+    "case", ["calibrate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("again", "demo"))]
+)
+def test_a_calibrated_build_killed_anywhere_never_opens_without_its_calibration(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, rows, feature = untrained(), digits("train").subset(np.arange(ROWS)), FeatureSpec("block2", pca=4)
+    found = Chosen(feature, K, "uniform", {"chosen": CHOSEN, "ids": ["digits:1"]}, [feature])
+    monkeypatch.setattr(calibrating, "choose", lambda *_, **__: found)
+    attack = AttackSettings("pgd", "l2", (0.2,))
+
+    def work(folder: Path) -> None:
+        if case == "demo":
+            places = {folder: feature, folder.with_name("deep"): FeatureSpec("block3", pca=4)}
+            kept = {folder: found.calibration}
+            build_databases(rows, net, places, overwrite=True, calibrations=kept, progress=False)
+        else:
+            again = case == "again"
+            build_calibrated(net, (rows, rows, rows), folder, attack, overwrite=again, progress=False)
+
+    def state(folder: Path) -> tuple[object, ...]:
+        manifest = Manifest.read(folder)
+        text = (folder / CALIBRATION).read_bytes()
+        return manifest.files, manifest.beside, manifest.build, text, sorted(path.name for path in folder.iterdir())
+
+    work(tmp_path / "whole")
+    old = tmp_path / "old"
+    build(old)
+    keep_beside(old, CALIBRATION, {"chosen": CHOSEN | {"k": 3}})
+    opened = []
+    for step in itertools.count():
+        folder = tmp_path / str(step) / "database"
+        if case == "again":
+            shutil.copytree(old, folder)
+        with pytest.MonkeyPatch.context() as patch:
+            done = killed_at(step, patch)
+            with suppress(PowerCut):
+                work(folder)
+        try:
+            opened.append(open_stored(folder, net).k)
+        except DatabaseError:
+            opened.append(None)
+        finished = (folder / "manifest.json").exists() and not (folder / "job.json").exists()
+        if finished and case == "calibrate":
+            with pytest.raises(DatabaseError, match="already holds a database"):
+                work(folder)
+        else:
+            work(folder)
+        assert state(folder) == state(tmp_path / "whole"), done
+        if len(done) < step:
+            break
+    # What was there before, then nothing, then the new one, which comes with its last files.
+    stages_seen = [k for k, _ in itertools.groupby(opened)]
+    assert stages_seen == ([3, None, K] if case == "again" else [None, K])
+    assert opened.count(None) > 10
+    assert opened.count(K) > 5
+
+
+def test_an_unfinished_build_keeps_its_calibration_at_every_stage_and_takes_no_other(tmp_path: Path) -> None:
+    net, rows, feature = untrained(), digits("train").subset(np.arange(ROWS)), FeatureSpec("block2", pca=4)
+    out = tmp_path / "database"
+    stages.extract(rows, net, feature, out, calibrations={out: {"chosen": CHOSEN}}, progress=False)
+    for other in ({}, {"calibrations": {out: {"chosen": CHOSEN | {"k": 3}}}}):
+        with pytest.raises(DatabaseError, match=r"other settings \(calibration [0-9a-f]{12}\.\.\., now"):
+            build_database(rows, net, feature, out, progress=False, **other)
+    with pytest.raises(InputError, match="calibrations names folders that are not built"):
+        build_database(rows, net, feature, tmp_path / "x", calibrations={out: {"chosen": CHOSEN}}, progress=False)
+    stages.fit(out, index="IVF2,Flat")
+    stages.add(out, progress=False)
+    stages.merge(out)
+    assert open_stored(out, net).k == K
+    stages.verify(out)
+    assert (open_stored(out, net).k, open_stored(out, net).weighting) == (K, "uniform")
 
 
 # -- from before there were digests --------------------------------------------------------------------------------

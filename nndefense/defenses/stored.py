@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from nndefense.database import WEIGHTINGS, ImageDatabase, Manifest, classifier_of
-from nndefense.database.manifest import CALIBRATION, keep_beside
+from nndefense.database.manifest import CALIBRATION
 from nndefense.errors import DatabaseError
 from nndefense.models import Classifier
 from nndefense.unwrapping import unwrapped
@@ -84,11 +84,6 @@ def open_stored(
         chosen.get("weighting", DEFAULT_WEIGHTING) if weighting is None else weighting,
         calibration if k is None and weighting is None else None,
     )
-
-
-def store_calibration(folder: Path, calibration: dict[str, Any]) -> None:
-    """Keep the calibrated K and weighting beside the database that they were chosen for."""
-    keep_beside(folder, CALIBRATION, calibration)
 
 
 def stored_calibration(folder: Path, manifest: Manifest | None = None) -> dict[str, Any] | None:

@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from index_build import build_database
+from index_build.job import NAME as JOB
 from nndefense.database import WEIGHTINGS, ImageDatabase, check_vacant
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import DEFAULT_KS, calibrate
-from nndefense.defenses.stored import store_calibration
 from nndefense.errors import InputError
 from nndefense.evaluation import AttackSettings, run_attack
 from nndefense.features import WIDEST, FeatureSpec, spatial_layers, spread, vector_widths
@@ -222,7 +222,7 @@ def build_calibrated(
         classifier, candidates, batch_size, seed, progress, say: as for :func:`choose`.
         sets: all database images, those to draw candidates from, and those to calibrate on, as
             :func:`~nndefense.pipeline.split` gives them.
-        out: the database's folder; the calibration is stored with it.
+        out: the database's folder; the calibration is stored with it. A build that was killed there goes on.
         attack: what the setting is chosen for, at the first of its budgets.
         specs: of the database images, so that they can be opened again.
         overwrite: replace what is there.
@@ -232,9 +232,9 @@ def build_calibrated(
         DatabaseError: the folder cannot be used.
     """
     rows, rest, held = sets
-    check_vacant(out, overwrite=overwrite)
+    # A build that was killed after its manifest is finished, not refused.
+    check_vacant(out, overwrite=overwrite or (out / JOB).exists())
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
     chosen = choose(classifier, rest, held, attack, attack.eps[0], candidates, say=say, **options)
-    database = build_database(rows, classifier, chosen.feature, out, specs=specs, overwrite=overwrite, **options)
-    store_calibration(out, chosen.calibration)
-    return database, chosen
+    options |= {"specs": specs, "overwrite": overwrite, "calibrations": {out: chosen.calibration}}
+    return build_database(rows, classifier, chosen.feature, out, **options), chosen

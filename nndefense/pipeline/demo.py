@@ -13,7 +13,6 @@ from nndefense.attacks.retrieval import check_exact
 from nndefense.database import ImageDatabase
 from nndefense.datasets import ImageDataset, holdout, measured_spec
 from nndefense.defenses import NearestNeighborDefense
-from nndefense.defenses.stored import store_calibration
 from nndefense.errors import InputError
 from nndefense.evaluation import AttackSettings, Recipe, Rung, calibration_text, layer_subject, rungs_for
 from nndefense.features import FeatureSpec
@@ -137,8 +136,10 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = lambda text:
         places = {place: chosen.feature}
         if deep != chosen.feature:
             places[Path(folder) / "deep"] = deep
-        databases = build_databases(rows, model, places, specs=list(s.database_sets), overwrite=True, **options)
-        store_calibration(place, chosen.calibration)
+        kept = {place: chosen.calibration}
+        databases = build_databases(
+            rows, model, places, specs=list(s.database_sets), overwrite=True, calibrations=kept, **options
+        )
         _calibrate_guard(s, model, databases[0], chosen, guarded, say)
         defense, *others = (NearestNeighborDefense(model, built, chosen.k, chosen.weighting) for built in databases)
         if s.exact:
