@@ -28,7 +28,7 @@ _LENT: ContextVar[frozenset[Path]] = ContextVar("_LENT", default=frozenset())
 def locked(
     folder: Path, *, error: type[NNDefenseError] = InputError, holds: Sequence[str] = (), lend: bool = False
 ) -> Iterator[bool]:
-    """Hold the folder's lock; the folder is made if it is missing, and removed again if it is then left empty.
+    """Hold the folder's lock; it is made if it is missing, with those above it, and removed again if left empty.
 
     The system lets go of the lock when the process ends, so none is ever stale. Where the system has no such lock
     (Windows), nothing is locked; where the folder's file system has none (some network shares), a warning says so.
@@ -110,7 +110,7 @@ def writes(
 @contextmanager
 def _held(folder: Path, place: Path, busy: str, what: str, error: type[NNDefenseError]) -> Iterator[bool]:
     """Hold a lock in a folder; gives whether it was there already, though nobody held it."""
-    made = not folder.exists()
+    made = [missing for missing in (folder, *folder.parents) if not missing.exists()]
     if error is InputError:
         make_folder(folder)
     try:
@@ -126,10 +126,10 @@ def _held(folder: Path, place: Path, busy: str, what: str, error: type[NNDefense
         if descriptor >= 0:
             place.unlink(missing_ok=True)
             os.close(descriptor)
-        if made:
-            # Mostly it holds something by now, as it should.
-            with suppress(OSError):
-                folder.rmdir()
+        # Mostly they hold something by now, as they should.
+        with suppress(OSError):
+            for empty in made:
+                empty.rmdir()
 
 
 def _hold(path: Path) -> tuple[int, bool]:

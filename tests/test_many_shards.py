@@ -59,6 +59,8 @@ def test_few_maps_read_what_many_do(tmp_path_factory, sizes, room, random) -> No
             asked = draws.integers(0, rows, (4, 3))
             for name in mapped_shards.COLUMNS:
                 np.testing.assert_array_equal(part.take(name, asked), whole.take(name, asked))
+                nothing = part.take(name, asked[:0])
+                assert nothing.shape == (0, 3, *whole.take(name, asked).shape[2:])
                 first = int(draws.integers(0, rows))
                 last = int(draws.integers(first, rows + 1))
                 np.testing.assert_array_equal(part.slice(name, first, last), whole.slice(name, first, last))

@@ -139,6 +139,9 @@ class StoredRows:
             chosen, values = (self.take(part, rows) for part in TOP)
             return spread_posteriors(chosen, values, self._shards.classes)
         flat = np.asarray(rows, dtype=np.int64).ravel()
+        if not len(flat):
+            none = self._shards[0][name][:0]
+            return _full(name, none).reshape((*np.shape(rows), *none.shape[1:]))
         shard = np.searchsorted(self.starts, flat, side="right") - 1
         order = np.argsort(shard, kind="stable")
         numbers, begins = np.unique(shard[order], return_index=True)
@@ -146,7 +149,7 @@ class StoredRows:
             self._shards[number][name][flat[here] - self.starts[number]]
             for number, here in zip(numbers.tolist(), np.split(order, begins[1:]), strict=True)
         ]
-        taken = np.concatenate(parts) if parts else self._shards[0][name][:0]
+        taken = np.concatenate(parts)
         if len(parts) > 1:
             back = np.empty_like(order)
             back[order] = np.arange(len(order))
