@@ -17,6 +17,7 @@ from nndefense.attacks import registry
 from nndefense.pipeline import defenses
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "compare-your-own.md").read_text(encoding="utf-8")
+pytestmark = pytest.mark.slow
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 

@@ -495,6 +495,7 @@ def test_interrupted_between_any_two_files(tmp_path: Path, small_parts: None, af
     assert number > 20
 
 
+@pytest.mark.slow
 def test_several_databases_interrupted(tmp_path: Path) -> None:
     kinds = (FEATURE, FeatureSpec("block1", "rmac", pca=0))
     source = pictures(60)

@@ -46,6 +46,7 @@ def run(how: str) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(memory._glibc() is None, reason="only glibc can be told")
+@pytest.mark.slow
 def test_blocks_are_mapped_once_and_given_back() -> None:
     pages = 8 * (48 << 20) // resource.getpagesize()
     faults, left = run("reused")

@@ -134,6 +134,7 @@ class TestAttack:
 
 
 class TestEvaluation:
+    @pytest.mark.slow
     def test_it_judges_over_fresh_draws_that_are_recorded_and_repeats(self) -> None:
         dataset = digits("test").subset(range(30))
         maps = dict.fromkeys(("clean", "white"), torch.arange(10))

@@ -61,6 +61,7 @@ def stored(path: Path) -> dict[str, Any]:
     return value
 
 
+@pytest.mark.slow
 def test_a_sticker_for_ones_own_photos(place: Path) -> None:
     extra = ["--mask", place / "mask.png", "--steps", 30, "--views", 4, "--crop", 0.02, "--perspective", 0.01]
     done = nndefense("rp2", "attack", *words(place), *extra, "--splits", 2, "--width-cm", 8, "--dpi", 254)

@@ -108,6 +108,7 @@ def test_whatever_stands_in_a_state_is_a_part_of_the_fingerprint(name: str) -> N
     assert as_classifier(Extra(other())).fingerprint != found
 
 
+@pytest.mark.slow
 def test_the_fingerprint_of_any_state_is_the_same_in_another_process() -> None:
     names = [name for name in STATES if name != "lock"]
     each = f"for name in {names}: print(as_classifier(Extra(STATES[name][0]())).fingerprint)"

@@ -901,18 +901,20 @@ def listener() -> Iterator[socket.socket]:
 
 
 Ends = Callable[[Case], dict[str, str]]
+# Every third of those that take no seconds runs in the fast suite, all of them in the slow one.
+SOON = {case.name for case in [case for case in CASES if not case.slow][::3]}
 
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory, listener: socket.socket) -> Ends:
-    """What cases come to: all that are fast, or all that are slow, at the first that is asked for."""
+    """What cases come to: all of the fast suite, or all others, at the first that is asked for."""
     found: dict[str, dict[str, str]] = {}
     port = str(listener.getsockname()[1])
 
     def of(case: Case) -> dict[str, str]:
         if case.name not in found:
             root = tmp_path_factory.mktemp("strangers")
-            names = [one.name for one in CASES if one.slow == case.slow]
+            names = [one.name for one in CASES if (one.name in SOON) == (case.name in SOON)]
             done = subprocess.run(
                 [sys.executable, __file__, str(root), *names],
                 capture_output=True,
@@ -927,7 +929,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory, listener: socket.socket) -> E
     return of
 
 
-PARAMETERS = [pytest.param(case, marks=[pytest.mark.slow] if case.slow else [], id=case.name) for case in CASES]
+PARAMETERS = [pytest.param(case, marks=[] if case.name in SOON else [pytest.mark.slow], id=case.name) for case in CASES]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
@@ -958,6 +960,7 @@ def apart() -> Iterator[Any]:
     apart._here.__dict__.clear()
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_decodes_the_same_and_ends_for_its_own_picture_alone(apart: Any, tmp_path: Path) -> None:
     from nndefense.serving.pictures import Limits, Refused, decode_all
 
@@ -988,6 +991,7 @@ def test_a_process_of_its_own_decodes_the_same_and_ends_for_its_own_picture_alon
     assert apart._here.child._process.pid != process.pid
 
 
+@pytest.mark.slow
 def test_a_service_whose_pictures_are_decoded_apart_answers_the_same(tmp_path: Path) -> None:
     if sys.platform != "linux":
         pytest.skip("limits of memory are Linux's")
