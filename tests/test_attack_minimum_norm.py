@@ -201,6 +201,7 @@ def test_fab_restarts_never_make_it_worse() -> None:
     assert (many <= one + 1e-6).all()
 
 
+@pytest.mark.slow
 def test_carlini_wagner_targeted_and_confident() -> None:
     x, y = images("test", 12)
     model, target = trained().eval(), (y + 1) % 10

@@ -204,6 +204,7 @@ def test_attack_keeps_the_images(work: Work, tmp_path: Path) -> None:
     assert nndefense(*words, "--overwrite").json == said
 
 
+@pytest.mark.slow
 def test_demo_and_again_in_the_same_folder(tmp_path: Path) -> None:
     words = [
         "demo", "--dataset", "digits:train[:300]", "--holdout", 40, "--epochs", 1, "--out", tmp_path / "demo",
@@ -504,6 +505,7 @@ def test_debug_anywhere_raises(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+@pytest.mark.slow
 def test_interrupted_training(tmp_path: Path) -> None:
     out = tmp_path / "classifier"
     # A process that a script starts in the background ignores Ctrl-C; this one must not.

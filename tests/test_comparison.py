@@ -178,6 +178,7 @@ def test_a_second_run_makes_nothing_again(done: tuple[Path, dict[str, Any]], mon
     assert again["records"] == results["records"]
 
 
+@pytest.mark.slow
 def test_outcomes_repeat(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     _, results = done
     again = run_small(tmp_path)

@@ -622,6 +622,7 @@ def test_one_builder_at_a_time(tmp_path: Path) -> None:
     assert len(build(out, overwrite=True)) == 100
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clean_error_and_loses_nothing(tmp_path: Path, small_parts: None) -> None:
     whole = checksums(build(tmp_path / "whole", index=LISTS).path)
     for number in itertools.count():

@@ -402,6 +402,7 @@ def test_nothing_sticks_out_of_a_narrow_window(browser: Any, service: Served, wi
             assert box["x"] + box["width"] <= width
 
 
+@pytest.mark.slow
 def test_long_names_of_classes_fit(browser: Any, service: Served) -> None:
     long = [
         "sulphur-crested cockatoo, Kakatoe galerita, Cacatua galerita",

@@ -901,8 +901,8 @@ def listener() -> Iterator[socket.socket]:
 
 
 Ends = Callable[[Case], dict[str, str]]
-# Every third of those that take no seconds runs in the fast suite, all of them in the slow one.
-SOON = {case.name for case in [case for case in CASES if not case.slow][::3]}
+# Every fifth of those that take no seconds runs in the fast suite, all of them in the slow one.
+SOON = {case.name for case in [case for case in CASES if not case.slow][::5]}
 
 
 @pytest.fixture(scope="module")
@@ -1008,6 +1008,7 @@ def test_a_service_whose_pictures_are_decoded_apart_answers_the_same(tmp_path: P
         assert answer.content == expected
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_answer_is_ended(apart: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from nndefense.serving.pictures import Limits, Refused
 

@@ -98,6 +98,7 @@ def test_directions(tmp_path: Path) -> None:
     fails(2, "not positive semidefinite", "theory", "directions", "--variances=-1,1", "--out", tmp_path)
 
 
+@pytest.mark.slow
 def test_gap(tmp_path: Path) -> None:
     done = nndefense("theory", "gap", "--trials", 20, "--sizes", "40,200", "--unlabelled", 500, "--out", tmp_path)
     assert done.code == 0, done.err

@@ -381,6 +381,7 @@ def test_what_a_collapse_is(single: float, robust: float, top: float, expected: 
     assert collapsed(single, robust, top) is expected
 
 
+@pytest.mark.slow
 def test_catastrophic_overfitting_is_found_and_told(few: ImageDataset) -> None:
     digits = open_dataset("digits:train")
     fgsm = InnerAttack(eps=0.3, steps=1, step_size=0.3, start="none")
