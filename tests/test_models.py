@@ -626,6 +626,12 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
 # --- torchvision
 
 
+def test_a_net_that_computes_while_it_is_built_is_saved_and_loaded(tmp_path: Path) -> None:
+    classifier = load_classifier("torchvision:regnet_x_400mf:none")
+    save_classifier(classifier, tmp_path)
+    assert load_classifier(str(tmp_path)).fingerprint == classifier.fingerprint
+
+
 def test_torchvision_with_random_weights(tmp_path: Path) -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
