@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import rewrite
 from torch import nn
 
 from nndefense.datasets import open_dataset
@@ -176,8 +177,8 @@ def test_a_training_of_two_processes_is_not_resumed_by_one(tmp_path: Path) -> No
     options: dict[str, Any] = {"epochs": 2, "batch_size": 10, "device": "cpu", "progress": False, "out": tmp_path}
     with pytest.raises(Stop):
         train_classifier(fresh(), few, **options, on_epoch=stop)
-    path = tmp_path / "training.json"
-    path.write_text(path.read_text().replace('"processes": 1', '"processes": 2'))
+    edited = json.loads((tmp_path / "training.json").read_text().replace('"processes": 1', '"processes": 2'))
+    rewrite(tmp_path / "training.json", lambda value: value.update(edited))
     with pytest.raises(InputError, match=r"number of processes \(2, not 1\)"):
         train_classifier(fresh(), few, **options, resume=True)
 
