@@ -111,7 +111,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 import faiss, h5py, numpy as np, torch
 torch.set_num_threads(1)
 from helpers import untrained
-from index_build import add, build_database
+from index_build import build_database
 from nndefense.database import ImageDatabase
 from nndefense.datasets import open_dataset
 from nndefense.defenses import NearestNeighborDefense
