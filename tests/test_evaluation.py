@@ -39,6 +39,7 @@ from nndefense.evaluation import (
     worst_cases,
 )
 from nndefense.evaluation.audit import audit_records
+from nndefense.evaluation.judging import confident
 from nndefense.evaluation.subjects import known_of
 from nndefense.evaluation.threats import attacks_by
 from nndefense.features import FeatureSpec
@@ -290,6 +291,7 @@ def test_records_are_complete(
         "variant", "steps", "restarts", "attack_seconds", "database_rows", "surrogate", "loss", "knowledge",
         "budget_excess", "correct", "accuracy_8bit", "forwards", "backwards", "queries", "peak_memory_mb",
         "query_limit", "attack_sha256", "attack_version", "certified", "draw_seeds",
+        "confidence", "confidence_wrong",
     }  # fmt: skip
     assert len(records) == 2 * (1 + 2 * 2)
     norms = torch.linalg.vector_norm(data.batch(range(50))[0].flatten(1), dim=1)
@@ -401,6 +403,29 @@ def test_subjects_of_the_comparison_run_clean_and_at_the_headline_alone(
     }
     assert cells["none"] == [("clean", 0.0), ("gray", 0.1), ("gray", 0.3)]
     assert cells[subjects[1].name] == [("clean", 0.0), ("gray", 0.3)]
+
+
+def test_records_say_how_sure_the_answers_are(data: ImageDataset, classifier: Classifier) -> None:
+    watcher = Constant(3)
+    clean, _, attacked = run(data, classifier, [Subject("none", classifier, "none"), Subject("3", watcher, "none")])[
+        ::2
+    ]
+    with torch.no_grad():
+        scores = classifier(data.batch(range(50))[0])
+    best, wrong = scores.softmax(1).max(1).values, scores.argmax(1) != classifier.label_map(data.classes)[data.labels]
+    assert clean.confidence == pytest.approx(float(best.mean()), abs=1e-6)
+    assert clean.confidence_wrong == pytest.approx(float(best[wrong].mean()), abs=1e-6)
+    assert attacked.confidence_wrong is not None
+    assert 0.1 < attacked.confidence_wrong < 1
+    right = data.subset(np.flatnonzero(~wrong.numpy()))
+    assert run(right, classifier, [Subject("none", classifier, "none")])[0].confidence_wrong is None
+
+
+@pytest.mark.parametrize("scores", [[[math.inf, 0.0], [0.0, math.nan]], [[-math.inf] * 2, [0.0, math.inf]]])
+def test_scores_that_are_no_numbers_are_no_confidence(scores: list[list[float]]) -> None:
+    said, sure = confident(torch.tensor(scores))
+    assert torch.equal(said, torch.tensor(scores).argmax(1))
+    assert bool(sure.isfinite().all())
 
 
 def test_permuted_classes_change_nothing(data: ImageDataset, train: ImageDataset) -> None:

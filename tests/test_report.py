@@ -589,6 +589,15 @@ def outcomes(**right: list[int]) -> dict[str, Any]:
     return results
 
 
+def test_the_report_says_how_sure_the_answers_are_where_it_was_measured() -> None:
+    results = informed(40)
+    assert "How sure the answers are" not in report_html(results)
+    results["records"][0] |= {"confidence": 0.9312, "confidence_wrong": None}
+    results["records"][1] |= {"confidence": 0.8765, "confidence_wrong": 0.4321}
+    text = report_html(results).partition("How sure the answers are")[2].partition("</table>")[0]
+    assert re.findall(r"<td>([^<]*)</td>", text) == ["93.1", "", "87.6", "43.2"]
+
+
 def test_ladder_goes_from_clean_to_worst_and_takes_the_strongest() -> None:
     rungs = {rung.name: rung for rung in ladder(informed(40))}
     assert list(rungs) == ["clean", "black", "gray", "white", "adaptive", "worst"]

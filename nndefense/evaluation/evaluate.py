@@ -15,7 +15,7 @@ from nndefense.attacks.retrieval import RetrievalSurface
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError, plain
 from nndefense.evaluation.cells import CellStore
-from nndefense.evaluation.judging import FRESH_DRAWS, draw_seeds, is_random, judges_of
+from nndefense.evaluation.judging import FRESH_DRAWS, confident, draw_seeds, is_random, judges_of
 from nndefense.evaluation.ladder import to_hex
 from nndefense.evaluation.threats import AttackSettings, Plan, ThreatModel, attacks_by, peak_memory_mb, run_attack
 from nndefense.memory import reused_memory
@@ -64,6 +64,9 @@ class Record:
     ``ci_high`` are its Wilson 95 % interval; ``correct`` says which images, as hexadecimal digits of one bit each.
     ``accuracy_8bit`` is the same after rounding to 8-bit pixels, at the headline budget, else None.
 
+    ``confidence`` is the mean over the images of the probability of the class that is answered, and
+    ``confidence_wrong`` that over the wrong answers, None where there is none.
+
     ``steps`` are gradient steps (0 where the attack counts queries, and ``query_limit`` is how many for each image);
     ``attack_sha256`` is of the code of an attack that is not the library's, ``attack_version`` that of one which is.
 
@@ -98,6 +101,8 @@ class Record:
     ci_high: float
     correct: str
     accuracy_8bit: float | None
+    confidence: float
+    confidence_wrong: float | None
     seed: int
     seconds: float
     attack_seconds: float
@@ -234,11 +239,11 @@ class _Run:
 
     def measure(self, cell: _Cell, active: Sequence[Subject], headline: bool) -> list[Record]:
         """Attack the images once, and show them to every subject."""
-        right: dict[str, list[Tensor]] = {subject.name: [] for subject in active}
+        answers: dict[str, list[Tensor]] = {subject.name: [] for subject in active}
         proven: list[Tensor] = []
         judges = {subject.name: judges_of(subject.model, self.seed) for subject in active}
-        rounded = dict.fromkeys(right, 0.0)
-        seconds = dict.fromkeys(right, 0.0)
+        rounded = dict.fromkeys(answers, 0.0)
+        seconds = dict.fromkeys(answers, 0.0)
         generator = torch.Generator().manual_seed(self.seed)
         attack_seconds = radii = excess = 0.0
         forwards = backwards = queries = 0
@@ -258,11 +263,11 @@ class _Run:
                 excess = max(excess, float((_size(images - clean, cell.attack.norm) - radius.double()).max()))
             for subject in active:
                 begun = time.perf_counter()
-                right[subject.name].append(_right(judges[subject.name], images, truth))
+                answers[subject.name].append(_answers(judges[subject.name], images, truth))
                 seconds[subject.name] += time.perf_counter() - begun
                 if headline and subject.every_eps:
-                    again = _right(judges[subject.name], (images * 255).round() / 255, truth)
-                    rounded[subject.name] += float(again.double().mean(0).sum())
+                    again = _answers(judges[subject.name], (images * 255).round() / 255, truth)[0]
+                    rounded[subject.name] += float(again.mean(0).sum())
             self.progress(len(images))
         n = len(self.dataset)
         plain: dict[str, Any] = (
@@ -270,7 +275,8 @@ class _Run:
         )
         records = []
         for subject in active:
-            shares = torch.cat(right[subject.name], 1).double().mean(0)
+            right, sure = torch.cat(answers[subject.name], 2)
+            shares, wrong = right.mean(0), sure[right == 0]
             bits, count = (shares > 0.5).numpy(), float(shares.sum())
             certified = torch.cat(proven).numpy() if proven else bits
             low, high = wilson_interval(int(certified.sum()) if proven else count, n)[0], wilson_interval(count, n)[1]
@@ -295,6 +301,8 @@ class _Run:
                     ci_high=high,
                     correct=to_hex(bits),
                     accuracy_8bit=rounded[subject.name] / n if headline and subject.every_eps else None,
+                    confidence=round(float(sure.mean()), 6),
+                    confidence_wrong=round(float(wrong.mean()), 6) if len(wrong) else None,
                     seed=self.seed,
                     seconds=round(seconds[subject.name], 4),
                     attack_seconds=round(attack_seconds, 4),
@@ -338,10 +346,11 @@ def starts_at_images(threat: ThreatModel) -> bool:
     return getattr(getattr(threat.target, "rows", None), "images", None) is not None
 
 
-def _right(judges: Sequence[nn.Module], images: Tensor, truth: Tensor) -> Tensor:
-    """Which images each judge gets right: judges x N booleans."""
+def _answers(judges: Sequence[nn.Module], images: Tensor, truth: Tensor) -> Tensor:
+    """What each judge gets right (1 or 0), and the probability of what it answers: 2 x judges x N, float64."""
     with torch.no_grad():
-        return torch.stack([(judge(images).argmax(1) == truth).cpu() for judge in judges])
+        said, sure = zip(*(confident(judge(images)) for judge in judges), strict=True)
+    return torch.stack([(torch.stack(said) == truth).double(), torch.stack(sure).double()]).cpu()
 
 
 def _size(change: Tensor, norm: str) -> Tensor:

@@ -1,10 +1,10 @@
-"""Who judges: a defence that draws at random is asked over many fresh draws, any other once."""
+"""Who judges, and how sure: a defence that draws at random is asked over many fresh draws, any other once."""
 
 from __future__ import annotations
 
 import hashlib
 
-from torch import nn
+from torch import Tensor, nn
 
 FRESH_DRAWS = 20
 
@@ -29,3 +29,12 @@ def judges_of(model: nn.Module, seed: int) -> list[nn.Module]:
     if not is_random(model):
         return [model]
     return [model.with_seed(one) for one in draw_seeds(seed)]  # type: ignore[operator]
+
+
+def confident(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The class that is answered, and its probability: logits or log-probabilities N x K -> N and N.
+
+    The probability is 0 where the scores are no numbers.
+    """
+    said = scores.argmax(1)
+    return said, scores.softmax(1).gather(1, said[:, None])[:, 0].nan_to_num()

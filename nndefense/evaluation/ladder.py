@@ -36,6 +36,10 @@ def from_hex(text: str, n: int) -> Bits:
     return found
 
 
+# What is said of one attack's images, and of a worst case over several cannot be.
+_OF_ONE_ATTACK = (
+    "query_limit", "attack_sha256", "attack_version", "certified", "confidence", "confidence_wrong",
+)  # fmt: skip
 # From the attacker who knows nothing to the one who knows all.
 RUNGS = ("clean", "black", "gray", "white", "adaptive", "exact", "worst")
 # Those of attackers who know a defence, and are sent against it alone.
@@ -130,11 +134,7 @@ def _combined(records: Sequence[PlainRecord], like: PlainRecord) -> dict[str, An
     right = np.logical_and.reduce([bits(record) for record in records])
     low, high = wilson_interval(int(right.sum()), n)
     return {
-        **{
-            name: value
-            for name, value in like.items()
-            if name not in ("query_limit", "attack_sha256", "attack_version", "certified")
-        },
+        **{name: value for name, value in like.items() if name not in _OF_ONE_ATTACK},
         "threat_model": WORST,
         "attack": "all",
         "steps": 0,

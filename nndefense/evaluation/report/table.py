@@ -144,9 +144,26 @@ def ladder_section(results: Results) -> str:
     )
     return section(
         "What it holds against whom",
-        _side_by_side(results) + table.html("plain ladder", caption) + _every_defense(results) + _costs(rungs),
+        _side_by_side(results)
+        + table.html("plain ladder", caption)
+        + _every_defense(results)
+        + _sureness(rungs)
+        + _costs(rungs),
         "ladder",
     )
+
+
+def _sureness(rungs: list[LadderRow]) -> str:
+    """How sure the net and the defence are of what they answer, and of what they answer wrongly."""
+    rows: list[tuple[str | Cell, ...]] = []
+    for rung in rungs:
+        sides = (record or {} for record in (rung.bare, rung.defended))
+        found = [side.get(name) for side in sides for name in ("confidence", "confidence_wrong")]
+        if any(value is not None for value in found):
+            rows.append((rung.name, *("" if value is None else percent(value) for value in found)))
+    caption = "Mean probability of the class that is answered, in %: over all images, and over the wrong answers."
+    table = Table(("Attacker", "no defence", "where wrong", "defended", "where wrong"), tuple(rows))
+    return "\n" + folded("How sure the answers are", table.html("plain sureness", caption)) if rows else ""
 
 
 def _costs(rungs: list[LadderRow]) -> str:
