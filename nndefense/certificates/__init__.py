@@ -1,0 +1,7 @@
+"""Certificates: for each image a radius within which no change of the image changes what is answered."""
+
+from nndefense.certificates.affine import certify_exact
+from nndefense.certificates.record import Certified, CertifiedAccuracy
+from nndefense.certificates.registry import CertificateMethod
+
+__all__ = ["CertificateMethod", "Certified", "CertifiedAccuracy", "certify_exact"]
