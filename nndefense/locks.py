@@ -5,19 +5,24 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import shutil
+import signal
 import socket
+import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from operator import attrgetter
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
 from nndefense.errors import InputError, NNDefenseError, warn
 from nndefense.files import make_folder
 from nndefense.parts import HAS_LOCKS, lock, sweep
 
 LOCK = "nndefense.lock"
+_PASSING = "nndefense-passing-"
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 # Folders whose jobs have begun other jobs, which write there too.
@@ -49,6 +54,7 @@ def locked(
         return
     with _held(folder, folder / LOCK, f"{folder} is being written", "folder", error) as left:
         sweep(folder)
+        _sweep_passing(folder)
         for name in holds:
             sweep(folder / name, deep=True)
         lent = _LENT.set(_LENT.get() | {folder.resolve()}) if lend else None
@@ -105,6 +111,73 @@ def writes(
         return wrapped
 
     return decorate
+
+
+@contextmanager
+def passing_folder(place: Path | None = None) -> Iterator[Path]:
+    """A new folder for what is not kept, which is removed at the end, also where SIGTERM or SIGHUP ends the process.
+
+    What a process that was killed outright has left in the same place is removed by the next one there that asks for
+    such a folder or for the lock of the place; where the system has no locks, it stays.
+
+    Args:
+        place: the folder to make it in; None: the system's for temporary files.
+    """
+    place = (place or Path(tempfile.gettempdir())).expanduser()
+    make_folder(place)
+    _sweep_passing(place)
+    with _ending_in_order():
+        folder = Path(tempfile.mkdtemp(prefix=_PASSING, dir=place))
+        try:
+            with locked(folder):
+                try:
+                    yield folder
+                finally:
+                    # The lock goes last: by it the next job knows what a kill leaves of this.
+                    for path in folder.iterdir():
+                        if path.is_dir():
+                            shutil.rmtree(path, ignore_errors=True)
+                        elif path.name != LOCK:
+                            path.unlink()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep_passing(place: Path) -> None:
+    """Remove the passing folders of this user's whose processes are dead; strangers' and living ones lose nothing."""
+    for folder in place.glob(f"{_PASSING}*") if HAS_LOCKS else ():
+        with suppress(OSError):
+            if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.getuid():
+                continue
+            if (folder / LOCK).exists():
+                descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+                try:
+                    lock(descriptor)
+                    shutil.rmtree(folder, ignore_errors=True)
+                finally:
+                    os.close(descriptor)
+            else:
+                # Killed before it had its lock, or after; one that is just being made is made again by its lock.
+                folder.rmdir()
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Let signals that end the process unwind it, as Ctrl-C does, unless somebody handles them already."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    main = threading.current_thread() is threading.main_thread()
+    ours = [each for each in wanted if main and signal.getsignal(each) is signal.SIG_DFL]
+    for each in ours:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each in ours:
+            signal.signal(each, signal.SIG_DFL)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from test_features import by_hook
 from torch import Tensor, nn
 
 from nndefense.errors import InputError
-from nndefense.features import FeatureExtractor, FeatureSpec, layouts_in, pool, spatial_layers, vector_widths
+from nndefense.features import FeatureExtractor, FeatureSpec, layouts_in, pool, raw_vectors, spatial_layers
 from nndefense.features.taps import evaluating
 from nndefense.models import Classifier
 from nndefense.pipeline.calibrating import Candidates
@@ -220,6 +220,43 @@ def test_calibration_tries_blocks_and_the_class_token_of_transformers():
 
 def test_a_convolutional_net_has_no_class_token_to_try():
     net, batch = trained(), images("test", 1)[0]
-    assert vector_widths(net, ["block1", "fc"], ["avg", "cls", "flatten"], batch)[0][1] == 0
+    assert raw_vectors(net, ["block1", "fc"], ["avg", "cls", "flatten"], batch)[0][1] is None
     with pytest.raises(InputError, match="no class token"):
         vectors(net, "block1", "cls", images("test", 3)[0])
+
+
+class Passing(torch.nn.Module):
+    """Layers some of whose candidates are the same: a map of 1 x 1, vectors, and layers that pass on what they get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = torch.nn.Conv2d(1, 6, 3, padding=1)
+        self.small = torch.nn.Conv2d(6, 5, 8)
+        self.again = torch.nn.Dropout(0.5)
+        self.vector = torch.nn.Linear(5, 4)
+        self.end = torch.nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.again(self.small(self.map(x).relu()))
+        return self.end(self.vector(x.flatten(1)))
+
+
+def test_candidates_that_are_the_same_are_tried_once():
+    torch.manual_seed(0)
+    net = Classifier(Passing().eval(), arch="own", input_shape=(1, 8, 8), classes=list("abc"))
+    layers, poolings = ["map", "small", "again", "vector", "map"], ["avg", "max", "grid8", "grid9", "flatten", "cls"]
+    found = [(each.layer, each.pooling) for each in Candidates(layers=layers, poolings=poolings).features(net)]
+    # A grid of 8 x 8 cells is the map itself.
+    assert found == [("map", "avg"), ("map", "max"), ("map", "grid8"), ("small", "avg"), ("vector", "avg")]
+    # Vectors of length 1 are others.
+    (_, unit) = Candidates(layers=["small"], poolings=["grid2", "rmac", "avg"]).features(net)
+    assert unit.pooling == "rmac"
+
+
+def test_dead_layers_are_not_taken_for_one_another():
+    net = Passing().eval()
+    for layer in (net.map, net.small):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    classifier = Classifier(net, arch="own", input_shape=(1, 8, 8), classes=list("abc"))
+    assert len(Candidates(layers=["map"], poolings=["avg", "max"]).features(classifier)) == 2

@@ -21,7 +21,7 @@ from test_experiments import tiny
 from nndefense import experiments, files, locks
 from nndefense.errors import InputError, NNDefenseError
 from nndefense.files import write_bytes
-from nndefense.locks import LOCK, locked, locked_file, writes
+from nndefense.locks import LOCK, locked, locked_file, passing_folder, writes
 from nndefense.parts import sweep
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked")
@@ -138,6 +138,57 @@ def test_a_lock_that_is_a_link_writes_nowhere(tmp_path: Path) -> None:
     with pytest.raises(NNDefenseError, match="cannot be written"):
         locked(tmp_path / "out").__enter__()
     assert precious.read_text() == "mine"
+
+
+def ended_by(number: int, place: Path) -> Path:
+    """What a process leaves in a place that a signal ends while it works in a passing folder there."""
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with passing_folder(place) as folder:
+                (folder / "candidate" / "rows").mkdir(parents=True)
+                write_bytes(folder / "candidate" / "rows" / "a.h5", b"large")
+                os.kill(os.getpid(), number)
+                signal.pause()
+        except (KeyboardInterrupt, SystemExit):
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == (number if number == signal.SIGKILL else 0)
+    return place
+
+
+@needs_fork
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_nothing_is_left_of_a_passing_folder_where_a_signal_ends_its_process(number: int, tmp_path: Path) -> None:
+    assert not any(ended_by(number, tmp_path).iterdir())
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@needs_fork
+@pytest.mark.parametrize("by", ["passing_folder", "locked"])
+def test_what_is_left_of_a_killed_one_goes_with_the_next_and_what_lives_or_is_others_stays(
+    by: str, tmp_path: Path
+) -> None:
+    (left,) = ended_by(signal.SIGKILL, tmp_path).iterdir()
+    assert (left / "candidate" / "rows" / "a.h5").exists()
+    (tmp_path / f"{left.name[:-3]}new").mkdir()
+    theirs = tmp_path / "nndefense-passing-of-mine"
+    theirs.mkdir()
+    (theirs / "precious").write_text("mine")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / LOCK).write_text("mine")
+    (tmp_path / "nndefense-passing-link").symlink_to(tmp_path / "precious")
+    with passing_folder(tmp_path) as living:
+        (living / "x").write_text("alive")
+        assert not left.exists()
+        (other,) = (path for path in ended_by(signal.SIGKILL, tmp_path).iterdir() if (path / "candidate").exists())
+        with passing_folder(tmp_path) if by == "passing_folder" else locked(tmp_path):
+            assert (living / "x").exists()
+            assert not other.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"precious", "nndefense-passing-link", theirs.name}
+    assert (tmp_path / "precious" / LOCK).exists()
 
 
 # --- all jobs

@@ -18,7 +18,7 @@ from index_build import build_database
 from nndefense import attacks
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.errors import InputError, ModelError
-from nndefense.features import FeatureExtractor, FeatureSpec, spatial_layers, vector_widths
+from nndefense.features import FeatureExtractor, FeatureSpec, raw_vectors, spatial_layers
 from nndefense.models import Classifier, load_classifier
 from nndefense.unwrapping import unwrapped
 
@@ -115,7 +115,7 @@ def test_a_wrapped_net_is_the_net_that_it_was_made_from(name: str) -> None:
     wanted = FeatureExtractor(net(), BLOCK2, None, batch)(batch)
     assert torch.equal(FeatureExtractor(classifier, spec, None, batch)(batch), wanted)
     assert torch.equal(FeatureExtractor(given, spec, None, batch)(batch), wanted)
-    assert vector_widths(given, [spec.layer], ["avg"], batch) == [[wanted.shape[1]]]
+    assert torch.equal(raw_vectors(given, [spec.layer], ["avg"], batch)[0][0], wanted)
     assert torch.equal(copy.deepcopy(classifier)(batch), expected)
     if not prefix:
         assert classifier.fingerprint == as_classifier(net()).fingerprint
@@ -206,7 +206,7 @@ def test_torchscript_classifies_and_is_attacked_but_has_no_layers(name: str, mon
     for look in (
         lambda: FeatureExtractor(classifier, FeatureSpec(layer), None, batch),
         lambda: spatial_layers(classifier.net, batch),
-        lambda: vector_widths(classifier, [layer], ["avg"], batch),
+        lambda: raw_vectors(classifier, [layer], ["avg"], batch),
     ):
         with pytest.raises(InputError, match=r"TorchScript .*: give the net that it was made from"):
             look()

@@ -8,9 +8,9 @@ from nndefense.features.extractor import (
     fit_pca,
     layer_in,
     pooled,
+    raw_vectors,
     reduced,
     spread,
-    vector_widths,
 )
 from nndefense.features.layouts import OutputLayout, layouts_in
 from nndefense.features.pooling import POOLINGS, pool, rmac
@@ -29,11 +29,11 @@ __all__ = [
     "layouts_in",
     "pool",
     "pooled",
+    "raw_vectors",
     "reduced",
     "resolve_layer",
     "rmac",
     "spatial_layers",
     "spread",
     "tapped",
-    "vector_widths",
 ]

@@ -131,26 +131,30 @@ def spread(names: list[str], count: int) -> list[str]:
 
 
 @torch.no_grad()
-def vector_widths(net: nn.Module, layers: Sequence[str], poolings: Sequence[str], example: Tensor) -> list[list[int]]:
-    """How long the raw vectors of each layer (a row) are with each pooling, and 0 for a pooling that it does not allow.
+def raw_vectors(
+    net: nn.Module, layers: Sequence[str], poolings: Sequence[str], example: Tensor
+) -> list[list[Tensor | None]]:
+    """The raw vectors N x D of N example images for each layer (a row) and pooling; None where it does not allow that.
 
     Raises:
         InputError: a layer that does not exist, or that no pooling suits.
     """
     net = unwrapped(net)
     inside = [layer_in(net, layer) for layer in layers]
-    layouts = layouts_in(net, inside, example)
-    with tapped(net, inside) as outputs:
+    # An alias may name a layer again.
+    once = list(dict.fromkeys(inside))
+    layouts = layouts_in(net, once, example)
+    with tapped(net, once) as outputs:
         net(example)
-    return [[_width(outputs[layer], pooling, layouts[layer]) for pooling in poolings] for layer in inside]
+    return [[_raw(outputs[layer], pooling, layouts[layer]) for pooling in poolings] for layer in inside]
 
 
-def _width(output: Tensor, pooling: str, layout: OutputLayout) -> int:
+def _raw(output: Tensor, pooling: str, layout: OutputLayout) -> Tensor | None:
     if pooling == "cls" and (output.dim() == 2 or not layout.prefix):
-        return 0
+        return None
     if output.dim() == 3 and layout.grid is None and pooling not in ("avg", "max", "flatten", "cls"):
-        return 0
-    return pool(output, pooling, layout).shape[1]
+        return None
+    return pool(output, pooling, layout).float()
 
 
 class PCA(nn.Module):

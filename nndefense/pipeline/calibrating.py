@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from nndefense.datasets import ImageDataset
 from nndefense.defenses import DEFAULT_KS, calibrate
 from nndefense.errors import InputError
 from nndefense.evaluation import AttackSettings, run_attack
-from nndefense.features import WIDEST, FeatureSpec, spatial_layers, spread, vector_widths
-from nndefense.locks import writes
+from nndefense.features import WIDEST, FeatureSpec, raw_vectors, spatial_layers, spread
+from nndefense.locks import passing_folder, writes
 from nndefense.models import Classifier
 from nndefense.pipeline.checks import check_disjoint
 from nndefense.pipeline.finished import find_or_build
@@ -56,25 +56,34 @@ class Candidates:
     def features(self, classifier: Classifier) -> list[FeatureSpec]:
         """The layers and poolings worth trying.
 
-        Left out: a finer grid than the layer's map (it equals a coarser one), raw vectors of over 8,192 dimensions, and
-        poolings that a layer does not allow, as ``cls`` where it has no class token.
+        Left out: those whose vectors equal those of one before them, but for the order of their entries (a finer grid
+        than the layer's map, any pooling of a map of 1 x 1 or of vectors, a layer that passes on what it is given), raw
+        vectors of over 8,192 dimensions, and poolings that a layer does not allow, as ``cls`` where it has no class
+        token.
 
         Raises:
             InputError: nothing is left.
         """
-        example = torch.full((1, *classifier.input_shape), 0.5, device=classifier.device)
+        generator = torch.Generator().manual_seed(0)
+        example = torch.rand((1, *classifier.input_shape), generator=generator).to(classifier.device)
         names = list(self.layers) if self.layers else spread(spatial_layers(classifier.net, example), self.count)
-        features = []
-        for name, widths in zip(names, vector_widths(classifier, names, self.poolings, example), strict=True):
-            seen = set()
-            for pooling, width in zip(self.poolings, widths, strict=True):
-                kind = width if pooling.startswith("grid") else pooling
-                if kind not in seen and 0 < width <= WIDEST:
+        features, entries = [], list[Tensor]()
+        for name, vectors in zip(names, raw_vectors(classifier, names, self.poolings, example), strict=True):
+            for pooling, vector in zip(self.poolings, vectors, strict=True):
+                if vector is None or not 0 < vector.numel() <= WIDEST:
+                    continue
+                found = vector.flatten().sort().values
+                if not any(_same(found, other) for other in entries):
                     features.append(FeatureSpec(name, pooling, pca=self.pca))
-                seen.add(kind)
+                    entries.append(found)
         if not features:
             raise InputError("no layer gives vectors of a usable length: name layers and poolings yourself")
         return features
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two layers' sorted entries are the same, and say something: dead ones are not all alike."""
+    return one.shape == other.shape and bool(one.any()) and torch.allclose(one, other, rtol=1e-5, atol=0)
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,7 @@ def choose(
     *,
     attacked: tuple[Tensor, Tensor, Tensor] | None = None,
     folder: Path | None = None,
+    beside: Path | None = None,
     batch_size: int = 128,
     seed: int = 0,
     progress: bool = True,
@@ -143,6 +153,8 @@ def choose(
         candidates: the settings to compare; by default the usual ones.
         attacked: ``held`` as :func:`attacked_images` gave it, where that was done.
         folder: where candidate databases are kept and found again; None for nowhere.
+        beside: the folder in which they stand until they have been compared, where they are not kept; None: the
+            system's for temporary files.
         batch_size: images per forward pass.
         seed: of the rows; one more is that of the attack and of the databases.
         progress: whether to show bars.
@@ -170,8 +182,8 @@ def choose(
         hidden = None if progress else True
         yield from tqdm(found, desc="comparing settings", unit=" layers", delay=1, disable=hidden)
 
-    with tempfile.TemporaryDirectory(prefix="nndefense-") as passing:
-        places = {(folder or Path(passing)) / f"candidate-{i:02d}": feature for i, feature in enumerate(features)}
+    with nullcontext(folder) if folder is not None else passing_folder(beside) as place:
+        places = {place / f"candidate-{i:02d}": feature for i, feature in enumerate(features)}
         found = calibrate(
             classifier,
             find_or_build(
@@ -235,6 +247,6 @@ def build_calibrated(
     # A build that was killed after its manifest is finished, not refused.
     check_vacant(out, overwrite=overwrite or (out / JOB).exists())
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
-    chosen = choose(classifier, rest, held, attack, attack.eps[0], candidates, say=say, **options)
+    chosen = choose(classifier, rest, held, attack, attack.eps[0], candidates, beside=out, say=say, **options)
     options |= {"specs": specs, "overwrite": overwrite, "calibrations": {out: chosen.calibration}}
     return build_database(rows, classifier, chosen.feature, out, **options), chosen

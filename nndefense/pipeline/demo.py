@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from nndefense.evaluation import AttackSettings, Recipe, Rung, calibration_text,
 from nndefense.features import FeatureSpec
 from nndefense.guard import Guard
 from nndefense.guard.percentile import FILE as GUARD_FILE
-from nndefense.locks import locked, writes
+from nndefense.locks import locked, passing_folder, writes
 from nndefense.models import Classifier, build_classifier
 from nndefense.pipeline.calibrating import Candidates, Chosen, choose
 from nndefense.pipeline.checks import check_disjoint, check_surrogate
@@ -125,17 +124,17 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = lambda text:
     options: dict[str, Any] = {"batch_size": s.batch_size, "seed": s.seed, "progress": s.progress}
     tried, drawn_rows = len(s.candidates.features(model)), min(s.candidates.rows, len(rest))
     say(f"calibrating: {tried} layers and poolings, {drawn_rows:,} candidate rows")
-    chosen = choose(model, rest, held, s.attack, s.headline_eps, s.candidates, say=say, **options)
+    chosen = choose(model, rest, held, s.attack, s.headline_eps, s.candidates, beside=s.out, say=say, **options)
     say(calibration_text(chosen.calibration))
 
     # The last map, averaged: what one would take without calibrating.
     deep = FeatureSpec(chosen.features[-1].layer, "avg", pca=chosen.feature.pca)
     say(f"building the database: {len(rows):,} rows of {chosen.feature}")
     place = s.out / "database"
-    with tempfile.TemporaryDirectory(prefix="nndefense-") as folder, locked(place, lend=True):
+    with passing_folder(s.out) as folder, locked(place, lend=True):
         places = {place: chosen.feature}
         if deep != chosen.feature:
-            places[Path(folder) / "deep"] = deep
+            places[folder / "deep"] = deep
         kept = {place: chosen.calibration}
         databases = build_databases(
             rows, model, places, specs=list(s.database_sets), overwrite=True, calibrations=kept, **options
