@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nndefense.database.index_training import IndexChoice, choose_index, train_index
     from nndefense.database.manifest import Manifest
     from nndefense.database.merging import merge_parts
+    from nndefense.database.rule import VOTES, Rule
     from nndefense.database.tuning import Tuned, exact_neighbours, recall_at, tune
     from nndefense.database.weighting import WEIGHTINGS, Weighting, combine, neighbor_weights, weight_shares
     from nndefense.database.writer import DatabaseWriter, check_vacant
@@ -25,6 +26,7 @@ _NAMES = {
     "index_training": "IndexChoice choose_index train_index",
     "manifest": "Manifest",
     "merging": "merge_parts",
+    "rule": "VOTES Rule",
     "tuning": "Tuned exact_neighbours recall_at tune",
     "weighting": "WEIGHTINGS Weighting combine neighbor_weights weight_shares",
     "writer": "DatabaseWriter check_vacant",
@@ -34,7 +36,7 @@ __getattr__ = importing(
 )
 
 __all__ = [
-    "WEIGHTINGS", "DatabaseWriter", "FaissIndex", "ImageDatabase", "IndexChoice", "Manifest", "Tuned", "Weighting",
-    "check_vacant", "choose_index", "classifier_of", "combine", "exact_neighbours", "merge_parts", "neighbor_weights",
-    "recall_at", "source_of", "train_index", "tune", "weight_shares",
+    "VOTES", "WEIGHTINGS", "DatabaseWriter", "FaissIndex", "ImageDatabase", "IndexChoice", "Manifest", "Rule", "Tuned",
+    "Weighting", "check_vacant", "choose_index", "classifier_of", "combine", "exact_neighbours", "merge_parts",
+    "neighbor_weights", "recall_at", "source_of", "train_index", "tune", "weight_shares",
 ]  # fmt: skip

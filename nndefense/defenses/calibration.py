@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nndefense.database import WEIGHTINGS, ImageDatabase, combine
+from nndefense.database import WEIGHTINGS, ImageDatabase, Rule
 from nndefense.errors import InputError, plain
 from nndefense.images import check_images
 from nndefense.models import Classifier
@@ -143,13 +143,13 @@ def _measure(
     correct = {(k, w): [0, 0] for k in ks for w in weightings}
     for side, images in enumerate((clean, attacked)):
         for batch, truth in zip(torch.split(images, batch_size), torch.split(labels.cpu(), batch_size), strict=True):
-            _, found = database.search(extractor(batch), max(ks))  # N x max K
-            posteriors = database.posteriors(found).float()  # N x max K x C
+            distances, found = database.search(extractor(batch), max(ks))  # N x max K
+            votes = database.posteriors(found).float()  # N x max K x C
             for weighting in weightings:
                 weights = database.weights(found, weighting)
                 for k in ks:
-                    predicted = combine(posteriors[:, :k], weights[:, :k]).argmax(1)
-                    correct[k, weighting][side] += int((predicted == truth).sum())
+                    predicted = Rule(k, weighting).probabilities(votes[:, :k], weights[:, :k], distances[:, :k])
+                    correct[k, weighting][side] += int((predicted.argmax(1) == truth).sum())
     feature = database.feature
     return [
         Choice(feature.layer, feature.pooling, database.dimension, k, w, right[0] / len(clean), right[1] / len(clean))

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from nndefense.attacks.retrieval import Knowledge, RetrievalSurface
-from nndefense.database import ImageDatabase, combine, weight_shares
-from nndefense.database.weighting import CBW_D_POWER, CBW_D_TERMS, check_weighting
+from nndefense.database import ImageDatabase, Rule
+from nndefense.database.rule import DEFAULT_WEIGHTING
+from nndefense.database.weighting import CBW_D_POWER, CBW_D_TERMS
 from nndefense.defenses.calibration import Calibration, calibrate
-from nndefense.defenses.stored import DEFAULT_WEIGHTING, default_k, open_stored
+from nndefense.defenses.stored import default_k, open_stored
 from nndefense.defenses.surface import retrieval_surface
-from nndefense.errors import InputError, plain
 from nndefense.images import check_images
 from nndefense.models import Classifier
 from nndefense.modes import EvaluationOnly
@@ -31,7 +31,7 @@ class Explanation:
         log_probabilities: N x C, the defence's output.
         rows: N x K, row numbers in the database (int64).
         distances: N x K, Euclidean distances between feature vectors.
-        weights: N x K, each neighbour's share of the total weight; every row sums to 1.
+        weights: N x K, each neighbour's share of the neighbours' vote, the kernel included; every row sums to 1.
         posteriors: N x K x C, the classifier's posterior of each neighbour.
         labels: N x K, the neighbours' own labels as class numbers, -1 where unknown.
         ids: N lists of K ids.
@@ -52,10 +52,11 @@ class NearestNeighborDefense(EvaluationOnly):
     ``p(x) = sum_k w_k s_k / sum_k w_k``, where s_k is the posterior and w_k the weight of the k-th nearest row by
     Euclidean distance of deep features (Dubey et al. 2019, section 3). The input's own posterior is not used.
     Posteriors and weights are stored in the database, so a prediction costs one forward pass up to the feature
-    layer and one search.
+    layer and one search. The :class:`~nndefense.database.Rule` can have more to it: votes of true labels, a kernel of
+    the distances, and a share of the classifier's own posterior (then the forward pass is a whole one).
 
-    The output is piecewise constant in the pixels and carries no gradient: attack the classifier (gray box), or a
-    relaxation of the retrieval.
+    Called, it carries no gradient: attack its :meth:`surface`. Without a kernel or a share of the classifier the output
+    is piecewise constant in the pixels.
 
     A defence is used, not trained: it is in evaluation mode whatever is called on it, on a copy or on a parent, and
     never changes the classifier's buffers.
@@ -70,30 +71,37 @@ class NearestNeighborDefense(EvaluationOnly):
         *,
         power: float = CBW_D_POWER,
         terms: int = CBW_D_TERMS,
+        votes: str = "posteriors",
+        temperature: float | None = None,
+        alpha: float = 0.0,
     ) -> None:
         """
         Args:
             classifier: the classifier that the database was made with.
             database: where neighbours are found.
             k: number of neighbours, 1 to the number of rows; by default 50, or all rows where there are fewer.
-            weighting: ``uniform``, ``cbw-e`` or ``cbw-d``.
-            power: P of ``cbw-d``.
-            terms: M of ``cbw-d``; with fewer than M + 1 classes, C - 1 is used.
+            weighting, power, terms, votes, temperature, alpha: of the :class:`~nndefense.database.Rule`.
 
         Raises:
             DatabaseError: the database was made with another classifier.
-            InputError: k, weighting, power or terms cannot be used.
+            InputError: a rule that cannot be used, or not with this database.
         """
         super().__init__()
-        power, terms = plain(power), plain(terms)
-        check_weighting(weighting, power, terms)
-        k = default_k(len(database)) if k is None else plain(k)
-        if type(k) is not int or not 1 <= k <= len(database):
-            raise InputError(f"k is {k}, but must be from 1 to the database's {len(database):,} rows: lower k")
+        k = default_k(len(database)) if k is None else k
+        self.rule = Rule.fitting(database, k, weighting, power, terms, votes, temperature, alpha)
         self.classifier, self.database = unwrapped(classifier), database
         self.extractor = database.extractor(self.classifier)
-        self.k, self.weighting, self.power, self.terms = k, weighting, power, terms
         self.eval()
+
+    @property
+    def k(self) -> int:
+        """K, the number of neighbours."""
+        return self.rule.k
+
+    @property
+    def weighting(self) -> str:
+        """The name of the weights."""
+        return self.rule.weighting
 
     @classmethod
     def open(
@@ -137,19 +145,19 @@ class NearestNeighborDefense(EvaluationOnly):
         Raises:
             InputError: images that are not finite, not in [0, 1] or of the wrong shape.
         """
-        _, rows = self._neighbors(images)
-        return self._log_probabilities(rows).to(images.device)
+        found = self._decided(images)[0]
+        return found.to(images.device)
 
     @torch.no_grad()
     def explain(self, images: Tensor) -> Explanation:
         """The prediction for images N x C x H x W with the neighbours that it rests on."""
-        distances, rows = self._neighbors(images)
+        log_probabilities, distances, rows, weights = self._decided(images)
         ids = self.database.ids(rows)
         return Explanation(
-            log_probabilities=self._log_probabilities(rows),
+            log_probabilities=log_probabilities,
             rows=rows,
             distances=distances,
-            weights=weight_shares(self._weights(rows)),
+            weights=self.rule.shares(weights, distances),
             posteriors=self.database.posteriors(rows).float(),
             labels=self.database.labels(rows),
             ids=[ids[first : first + self.k] for first in range(0, len(ids), self.k)],
@@ -161,14 +169,16 @@ class NearestNeighborDefense(EvaluationOnly):
         """
         return retrieval_surface(self, knowledge, **options)
 
-    def _neighbors(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _decided(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-probabilities N x C, and distances, rows and weights of the neighbours, N x K each."""
         check_images(images, channels=self.classifier.input_shape[0])
         self.classifier.check_shape(images.shape)
-        return self.database.search(self.extractor(images), self.k)
-
-    def _weights(self, rows: Tensor) -> Tensor:
-        return self.database.weights(rows, self.weighting, power=self.power, terms=self.terms)
-
-    def _log_probabilities(self, rows: Tensor) -> Tensor:
-        probabilities = combine(self.database.posteriors(rows).float(), self._weights(rows))
-        return probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
+        if self.rule.alpha:
+            vectors, logits = self.extractor.with_answer(images)
+            own = logits.float().softmax(1).cpu()
+        else:
+            vectors, own = self.extractor(images), None
+        distances, rows = self.database.search(vectors, self.k)
+        votes, weights = self.rule.voters(self.database, rows)
+        probabilities = self.rule.probabilities(votes, weights, distances, own)
+        return probabilities.clamp_min(torch.finfo(torch.float32).tiny).log(), distances, rows, weights

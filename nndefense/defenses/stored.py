@@ -10,11 +10,10 @@ from torch import nn
 
 from nndefense.database import WEIGHTINGS, ImageDatabase, Manifest, classifier_of
 from nndefense.database.manifest import CALIBRATION
+from nndefense.database.rule import DEFAULT_WEIGHTING
 from nndefense.errors import DatabaseError
 from nndefense.models import Classifier
 from nndefense.unwrapping import unwrapped
-
-DEFAULT_WEIGHTING = "cbw-d"
 
 
 def default_k(rows: int) -> int:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from nndefense.attacks.retrieval import Knowledge, RetrievalSurface, Rows, relaxation
-from nndefense.database import ImageDatabase
+from nndefense.database import ImageDatabase, Rule
 from nndefense.database.exact_search import ExactSearch
+from nndefense.database.rule import label_votes
 from nndefense.database.weighting import neighbor_weights
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
@@ -29,10 +30,7 @@ class NeighborSearch(Protocol):
     classifier: Classifier
     database: ImageDatabase
     extractor: FeatureExtractor
-    k: int
-    weighting: str
-    power: float
-    terms: int
+    rule: Rule
 
     def __call__(self, images: Tensor, /) -> Tensor:
         """Images N x C x H x W in [0, 1] -> log-probabilities N x classes."""
@@ -76,11 +74,18 @@ def retrieval_surface(
     if own_images is not None and knowledge in (Knowledge.GRAY, Knowledge.WHITE):
         raise InputError(f"images of the attacker's own add nothing at {knowledge.value}: leave them out")
     if knowledge is Knowledge.GRAY:
-        return RetrievalSurface(knowledge, defense, defense.k, classify=defense.classifier)
+        return RetrievalSurface(knowledge, defense, defense.rule.k, classify=defense.classifier)
     share = {Knowledge.FEATURES: 0.0, Knowledge.WHITE: 1.0}.get(knowledge, overlap or 0.0)
     rows = _rows(defense, share, images, own_images, seed)
     return RetrievalSurface(
-        knowledge, defense, defense.k, classify=defense.classifier, features=defense.extractor, rows=rows
+        knowledge,
+        defense,
+        defense.rule.k,
+        classify=defense.classifier,
+        features=defense.extractor,
+        rows=rows,
+        temperature=defense.rule.temperature,
+        alpha=defense.rule.alpha,
     )
 
 
@@ -92,30 +97,37 @@ def _rows(
     seed: int,
 ) -> Rows | None:
     """The attacker's rows, or None where he has none."""
-    database, device = defense.database, defense.classifier.device
+    database, device, rule = defense.database, defense.classifier.device, defense.rule
     every = database.row_numbers
     known = round(share * len(every))
     if known < len(every):
         every = np.sort(np.random.default_rng(seed).permutation(every)[:known])
     vectors = database.features(every).float()
-    posteriors = database.posteriors(every).float()
-    weights = database.weights(every, defense.weighting, power=defense.power, terms=defense.terms).float()
+    votes, weights = rule.voters(database, every)
     mine = None
     if own_images is not None:
         mine = own_images[: len(database) - known]
-        extra_vectors, extra_posteriors = _describe(defense, mine)
-        extra_weights = neighbor_weights(extra_posteriors, defense.weighting, power=defense.power, terms=defense.terms)
-        vectors = torch.cat([vectors, extra_vectors])
-        posteriors, weights = torch.cat([posteriors, extra_posteriors]), torch.cat([weights, extra_weights])
+        extra_vectors, more = _describe(defense, mine)
+        extra = neighbor_weights(more, rule.weighting, power=rule.power, terms=rule.terms)
+        if rule.votes == "labels":
+            # Of his own images the classifier's class is the label that he has.
+            more, extra = label_votes(more.argmax(1), extra, more.shape[1])
+        vectors, votes, weights = (
+            torch.cat([vectors, extra_vectors]),
+            torch.cat([votes, more]),
+            torch.cat([weights, extra]),
+        )
     if not len(vectors):
         return None
-    vectors, posteriors, weights = vectors.to(device), posteriors.to(device), weights.to(device)
-    search = ExactSearch(vectors, posteriors.argmax(1))
+    vectors, votes, weights = vectors.to(device), votes.to(device), weights.to(device)
+    # Rows that do not vote are of no class.
+    silent = (weights <= 0) if rule.votes == "labels" else torch.zeros_like(weights, dtype=torch.bool)
+    search = ExactSearch(vectors, votes.argmax(1).masked_fill(silent, -1))
     return Rows(
         count=len(vectors),
         nearest=lambda features, m, *, of=None, but=None: search.search(features, m, of=of, but=but),
         vectors=lambda rows: vectors[rows],
-        posteriors=lambda rows: posteriors[rows],
+        posteriors=lambda rows: votes[rows],
         weights=lambda rows: weights[rows],
         images=_row_images(defense, every, images, mine),
         overlap=known / len(database),

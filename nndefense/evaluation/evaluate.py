@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nndefense import attacks
 from nndefense.attacks.retrieval import RetrievalSurface
+from nndefense.database import Rule
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError, plain
 from nndefense.evaluation.cells import CellStore
@@ -377,7 +378,12 @@ def _check(dataset: ImageDataset, subjects: Sequence[Subject], threats: Sequence
 
 def _identity(subject: Subject) -> list[Any]:
     # Two defences over the same database differ in these.
-    settings = [getattr(subject.model, name, None) for name in ("k", "weighting", "power", "terms")]
+    rule = getattr(subject.model, "rule", subject.model)
+    names = ("k", "weighting", "power", "terms")
+    settings = [getattr(rule, name, None) for name in names]
+    if isinstance(rule, Rule):
+        # What is beyond these stands only where it is not the default: older cells are found again.
+        settings += [[name, value] for name, value in rule.settings.items() if name not in names]
     named = [subject.name, subject.variant, subject.database, subject.database_rows, settings]
     named += [subject.identity] if subject.identity else []
     return [*named, FRESH_DRAWS] if is_random(subject.model) else named

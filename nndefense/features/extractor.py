@@ -109,6 +109,13 @@ class FeatureExtractor(EvaluationOnly):
             images = images.to(next((parameter.dtype for parameter in self.parameters()), torch.float32))
         return reduced(pooled(self.truncated(images), self.spec, self.layout), self.spec, self.pca)
 
+    def with_answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The vectors N x d and the net's own answer, logits N x classes, from one forward pass, not two."""
+        if images.dtype is not torch.float32:
+            images = images.to(next((parameter.dtype for parameter in self.parameters()), torch.float32))
+        output, answer = self.truncated.with_answer(images)
+        return reduced(pooled(output, self.spec, self.layout), self.spec, self.pca), answer
+
     def dimension(self, example: Tensor) -> int:
         """The length d of the vectors, from one forward pass on ``example``."""
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -193,6 +194,21 @@ class Truncated(nn.Module):
                 output: Tensor = self.traced(images)["output"]
                 return output
             return _run_until(self.net, self.layer, images)
+
+    def with_answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's output and the whole net's, from one forward pass."""
+        outputs, mine = list[Tensor](), threading.get_ident()
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            # Passes of other threads through the same net are not this one's.
+            if threading.get_ident() == mine:
+                outputs.append(_tensor(output, self.layer).clone())
+
+        with evaluating(self.net), self.net.get_submodule(self.layer).register_forward_hook(keep):
+            answer: Tensor = self.net(images)
+        if not outputs:
+            raise _unreached(self.layer)
+        return outputs[0], answer
 
 
 class _Reached(Exception):

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from nndefense.database import ImageDatabase
-from nndefense.database.weighting import check_weighting
+from nndefense.database import ImageDatabase, Rule
+from nndefense.database.weighting import CBW_D_POWER, CBW_D_TERMS
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.defenses.stored import open_stored
@@ -53,8 +53,7 @@ class Guard:
     Attributes:
         classifier: the classifier, in evaluation mode; its ``input_shape`` is that of the database.
         database: the database.
-        k: K, the number of neighbours.
-        weighting: ``uniform``, ``cbw-e`` or ``cbw-d``.
+        rule: how the neighbours decide; ``k`` and ``weighting`` are its K and the name of its weights.
         calibration: the distances of clean images, or None: then there are no percentiles and nobody abstains.
         fingerprint: the classifier's, as it was when the guard was opened.
         classes: the names of the classes, in the order of the probabilities.
@@ -72,6 +71,11 @@ class Guard:
         k: int,
         weighting: str,
         *,
+        power: float = CBW_D_POWER,
+        terms: int = CBW_D_TERMS,
+        votes: str = "posteriors",
+        temperature: float | None = None,
+        alpha: float = 0.0,
         calibration: Percentile | None = None,
         reject_rate: float | None = None,
         data_dir: Path | None = None,
@@ -80,14 +84,11 @@ class Guard:
         """Most callers want :meth:`open`, which says what the arguments are.
 
         Raises:
-            InputError: k, weighting or rate cannot be used.
+            InputError: a rule or a rate that cannot be used.
             DatabaseError: the database was made with another classifier, or the calibration for another database.
         """
         database.check_classifier(classifier)
-        check_weighting(weighting)
-        k = plain(k)
-        if type(k) is not int or not 1 <= k <= len(database):
-            raise InputError(f"k is {k}, but must be from 1 to the database's {len(database):,} rows: lower k")
+        self.rule = Rule.fitting(database, k, weighting, power, terms, votes, temperature, alpha)
         channels, height, width = database.manifest.classifier["input_shape"]
         if classifier.input_shape != (channels, height, width):
             raise InputError(
@@ -95,15 +96,15 @@ class Guard:
                 f"{shape_text((channels, height, width))}: set its input_shape to that"
             )
         self.classifier, self.database = classifier.eval(), database
-        self.k, self.weighting = k, weighting
+        self.k, self.weighting = self.rule.k, self.rule.weighting
         self.calibration, self.reject_rate = calibration, reject_rate
         self.observe: Callable[[str, float], None] | None = None
         self.fingerprint, self.classes = classifier.fingerprint, database.classes
         self.input_shape = classifier.input_shape
         self.threshold = self._checked_threshold()
         self._forward = SteadyForward(classifier, database.feature, database.pca, classifier.input_shape)
-        self._nearest = NearestRows(database, k)
-        self._verdicts = Verdicts(database, weighting)
+        self._nearest = NearestRows(database, self.k)
+        self._verdicts = Verdicts(database, self.rule)
         named = (images,) if isinstance(images, str) else tuple(images or ())
         self._pictures = Pictures(database, calibration, classifier.input_shape, data_dir, named)
         if named and not self._pictures.at_hand:
@@ -310,7 +311,7 @@ class Guard:
         """The same defence as a module, for its attack surface; made when it is first asked for."""
         with self._making:
             if self._defense is None:
-                self._defense = NearestNeighborDefense(self.classifier, self.database, self.k, self.weighting)
+                self._defense = NearestNeighborDefense(self.classifier, self.database, **self.rule.to_json())
             return self._defense
 
     def neighbor_image(self, row: int | str) -> NDArray[np.uint8] | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from nndefense.database import ImageDatabase, combine, weight_shares
+from nndefense.database import ImageDatabase, Rule
 from nndefense.guard.percentile import Percentile
 from nndefense.guard.prediction import Defended, Neighbor, Opinion, Top
 
@@ -17,8 +18,8 @@ Floats = NDArray[np.float64]
 class Verdicts:
     """Makes predictions from the rows that were found, in float64 and image by image the same in every batch."""
 
-    def __init__(self, database: ImageDatabase, weighting: str) -> None:
-        self.database, self.weighting, self.classes = database, weighting, database.classes
+    def __init__(self, database: ImageDatabase, rule: Rule) -> None:
+        self.database, self.rule, self.classes = database, rule, database.classes
 
     def __call__(
         self,
@@ -42,11 +43,13 @@ class Verdicts:
             threshold: the distance beyond which to abstain, or None.
         """
         # In float64 and in order, so that no digit depends on the other images.
-        stored, weights = self.database.posteriors(rows).double(), self.database.weights(rows, self.weighting).double()
-        probabilities: Floats = combine(stored, weights, in_order=True).numpy()
-        shares: Floats = weight_shares(weights, in_order=True).numpy()
+        votes, weights = (part.double() for part in self.rule.voters(self.database, rows))
+        away, own = torch.from_numpy(distances), bare.astype(np.float64)
+        answer = self.rule.probabilities(votes, weights, away, torch.from_numpy(own), in_order=True)
+        probabilities: Floats = answer.numpy()
+        shares: Floats = self.rule.shares(weights, away, in_order=True).numpy()
+        stored = votes if self.rule.votes == "posteriors" else self.database.posteriors(rows).double()
         posteriors: Floats = stored.numpy()
-        own = bare.astype(np.float64)
         neighbors = self._neighbors(rows, distances, shares, posteriors, top, shown)
         tops, bare_tops = self._tops(probabilities, top), self._tops(own, top)
         winners, bare_winners = probabilities.argmax(1).tolist(), own.argmax(1).tolist()

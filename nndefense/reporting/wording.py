@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 import math
 import re
+from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
 BLANK = "–"
 _NOT_PRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -105,6 +107,26 @@ def raw_budget(norm: str, eps_raw: float) -> str:
 def weighting_name(weighting: str) -> str:
     """``"cbw-d"`` is the paper's CBW-D; other names are words."""
     return weighting.upper() if weighting.startswith("cbw") else weighting
+
+
+def rule_words(rule: Mapping[str, Any]) -> list[str]:
+    """How neighbours decide, in a few words each: ``["k = 50", "CBW-D"]``, and whatever is beyond that.
+
+    Args:
+        rule: values of :class:`nndefense.database.Rule` by name; what is missing is not spoken of.
+    """
+    found = [] if rule.get("k") is None else [f"k = {rule['k']}"]
+    if rule.get("weighting"):
+        found.append(weighting_name(str(rule["weighting"])))
+    if rule.get("weighting") == "cbw-d":
+        usual = {"power": ("P", 3), "terms": ("M", 20)}
+        found += [f"{sign} = {rule[name]:g}" for name, (sign, value) in usual.items() if rule.get(name, value) != value]
+    found += ["votes of true labels"] if rule.get("votes") == "labels" else []
+    if rule.get("temperature") is not None:
+        found.append(f"kernel exp(-d²/{rule['temperature']:.4g})")
+    if rule.get("alpha"):
+        found.append(f"{100 * rule['alpha']:.3g} % of the classifier's own posterior")
+    return found
 
 
 def words(key: str) -> str:

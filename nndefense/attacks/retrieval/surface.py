@@ -79,7 +79,8 @@ class Rows:
         count: how many there are.
         nearest: exact search among them.
         vectors: row numbers, of any shape -> feature vectors, ``rows.shape`` x d.
-        posteriors: row numbers -> the classifier's posteriors, ``rows.shape`` x C.
+        posteriors: row numbers -> what each votes for, ``rows.shape`` x C: the classifier's posterior, or where labels
+            vote the one-hot label.
         weights: row numbers -> weights as the defence would give them, ``rows.shape``.
         images: row numbers M -> images M x C x H x W, or None where the attacker has only vectors.
         overlap: the share of the defender's rows that are among them, 0 to 1.
@@ -106,6 +107,8 @@ class RetrievalSurface:
         classify: images -> logits of the classifier, differentiable; None where the defence does not tell.
         features: images -> vectors N x d, differentiable; None for GRAY.
         rows: the attacker's rows; None for GRAY, and for FEATURES without images of his own.
+        temperature: T of the defence's kernel ``exp(-d^2 / T)`` on the weights; None: it has none.
+        alpha: the share of the classifier's own posterior in the defence's answer, 0 to 1.
         counts: what attacks on this surface have cost so far.
         counting: whether the callables count already.
     """
@@ -116,6 +119,8 @@ class RetrievalSurface:
     classify: Callable[[Tensor], Tensor] | None = None
     features: Callable[[Tensor], Tensor] | None = None
     rows: Rows | None = None
+    temperature: float | None = None
+    alpha: float = 0.0
     counts: Counts = field(default_factory=Counts)
     counting: bool = False
 

@@ -168,7 +168,7 @@ class AttackTarget:
         if self._surface is None:
             guard = self._guard()
             assert guard is not None
-            made = NearestNeighborDefense(self.classifier, guard.database, guard.k, guard.weighting).surface()
+            made = NearestNeighborDefense(self.classifier, guard.database, **guard.rule.to_json()).surface()
             assert made.rows is not None
             self._surface = replace(made, rows=replace(made.rows, images=_row_images(guard)))
 
