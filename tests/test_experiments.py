@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from nndefense.experiments import (
     tables_of,
     write_outputs,
 )
+from nndefense.experiments.answer import answer
 from nndefense.experiments.recipe import SPATIAL
 from nndefense.experiments.spread import student_interval
 from nndefense.experiments.train import Workshop
@@ -56,7 +58,8 @@ def tiny(recipe: ExperimentRecipe, **changes: Any) -> ExperimentRecipe:
         "train": "digits:train[:200]",
         "test": "digits:test[:40]",
         "validation": min(recipe.validation, 40),
-        "architecture": "strided-cnn",
+        "architecture": "nn-strided-cnn" if recipe.forms else "strided-cnn",
+        "adaptive_steps": 3,
         "threats": tuple(threats.values()),
         "labels": labels,
         "seeds": 1,
@@ -265,7 +268,7 @@ def test_every_shipped_recipe_runs(name: str, scale: str, tmp_path: Path) -> Non
     assert read_results(tmp_path / "results.json") == json.loads(json.dumps(results))
     names = [one.name for one in runs_of(recipe)]
     assert [record["name"] for record in results["runs"]] == names
-    measured = [(found["run"], found["threat"]) for found in results["measurements"]]
+    measured = [(found["run"], found["method"], found["kind"], found["threat"]) for found in results["measurements"]]
     assert len(set(measured)) == len(measured)
     for found in results["measurements"]:
         n = 40 if found["kind"] == "clean" else 30
@@ -411,6 +414,91 @@ def test_the_small_net_is_the_papers() -> None:
 
 
 # -- numbers -------------------------------------------------------------------------------------------------------
+
+
+FORMED: dict[str, Any] = {
+    **VALUES,
+    "train": "digits:train[:200]", "test": "digits:test[:60]", "validation": 40, "images": 20, "figure": "retrieval",
+    "threat": [{"norm": "linf", "eps": 0.1}],
+    "settings": {"epochs": 2, "batch_size": 40},
+    "adaptive_steps": 2,
+    "form": [
+        {"name": "neighbours", "layer": "fc1", "k": 3, "votes": "posteriors"},
+        {"name": "kernel", "of": ["standard"], "layer": "fc1", "temperature": "held-out", "rows": [30, 0]},
+        {"name": "net", "of": ["standard"], "layer": "fc1", "alpha": 1.0},
+    ],
+    "compare": [["standard + kernel", "standard"]],
+}  # fmt: skip
+
+
+def test_a_nets_forms_are_measured_beside_it(tmp_path: Path) -> None:
+    recipe = recipe_from(FORMED, "formed", "small")
+    forms = ["standard + neighbours", "standard + kernel (30 rows)", "standard + kernel", "standard + net"]
+    assert recipe.subjects == ("standard", *forms, "at", "at + neighbours")
+    results = done(recipe, tmp_path)
+    found = {(one["method"], one["kind"]): one for one in results["measurements"]}
+    for name in forms:
+        clean, gray, worst = (found[name, kind] for kind in ("clean", "gray", "robust"))
+        assert (clean["n"], gray["n"], worst["n"]) == (60, 20, 20)
+        # Who knows everything begins with the gray box's images.
+        assert not (from_hex(worst["outcomes"], 20) & ~from_hex(gray["outcomes"], 20)).any()
+        assert worst["largest_change"] <= 0.1 + 1e-6
+    # Alpha 1 is the net: right on the same images, and its own attacked images break it as they break the net.
+    assert found["standard + net", "clean"]["outcomes"] == found["standard", "clean"]["outcomes"]
+    assert found["standard + net", "gray"]["outcomes"] == found["standard", "robust"]["outcomes"]
+    (row,) = results["differences"]
+    assert row["robust"]["mean"] == pytest.approx(
+        found["standard + kernel", "robust"]["accuracy"] - found["standard", "robust"]["accuracy"]
+    )
+    page = write_outputs(results, tmp_path)[3].read_text(encoding="utf-8")
+    assert "Does retrieval defend?" in page
+    # A second run measures nothing again.
+    shown: list[str] = []
+    again = done(recipe, tmp_path, say=shown.append)
+    assert again["measurements"] == results["measurements"]
+
+
+@pytest.mark.parametrize(
+    ("gained", "paid", "said"),
+    [
+        ((0.01, 0.09), (-0.01, 0.02), "In 1 of 2 comparisons: a + kernel against a at ℓ∞ 0.1, +5.00 [+1.00, +9.00] p"),
+        ((-0.01, 0.11), (-0.01, 0.02), "Not here: in none of 2 comparisons"),
+        ((0.01, 0.09), (-0.05, -0.01), "At a loss of clean accuracy it adds robust accuracy in 1"),
+        ((-0.09, -0.01), (-0.01, 0.02), "It is less robust than what it is compared with in 1"),
+    ],
+)  # fmt: skip
+def test_the_answer_follows_from_the_intervals(
+    gained: tuple[float, float], paid: tuple[float, float], said: str
+) -> None:
+    def spread(ends: tuple[float, float]) -> dict[str, float]:
+        return {"mean": sum(ends) / 2, "low": ends[0], "high": ends[1]}
+
+    none = {"first": "b + kernel", "second": "b", "threat": "t", "standard": spread((-1, 1)), "robust": spread((-1, 1))}
+    one = {"first": "a + kernel", "second": "a", "threat": "t", "standard": spread(paid), "robust": spread(gained)}
+    found = answer({"differences": [one, none], "threats": [{"name": "t", "title": "ℓ∞ 0.1"}]})
+    assert said in found
+    assert ("In 1 of 2" in found) == (gained[0] > 0 and paid[1] >= 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"form": [{"name": "f", "of": ["pgd"]}]}, "form.of names the method 'pgd'"),
+        ({"form": [{"name": "f"}, {"name": "f"}]}, "two of the forms have one name"),
+        ({"validation": 0}, "split some off with validation"),
+        ({"compare": [["standard + mixture", "standard"]]}, "compare names the method 'standard + mixture'"),
+        ({"form": [{"name": "f", "temperature": "warm"}]}, "must be one of none, learned, held-out"),
+    ],
+)
+def test_a_form_that_cannot_be(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        recipe_from({**FORMED, **changes}, "formed", "small")
+
+
+def test_a_net_that_learned_no_temperature_is_told(tmp_path: Path) -> None:
+    form = [{"name": "f", "layer": "fc1", "temperature": "learned"}]
+    with pytest.raises(InputError, match="strided-cnn learns no temperature: give the recipe an architecture nn-"):
+        done(recipe_from({**FORMED, "form": form, "compare": []}, "formed", "small"), tmp_path)
 
 
 def test_students_interval() -> None:

@@ -7,13 +7,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from nndefense.experiments.spread import Results, Spread, accuracy_of, clean_of
+from nndefense.experiments.spread import Results, Spread, accuracy_of, clean_of, subjects_of
 from nndefense.reporting import charts
 
 
 def figure_of(results: Results) -> Figure:
     """Draw what the recipe asks for: ``bars`` of every threat, curves over ``labels``, or the ``gap`` over labels."""
-    return {"bars": _bars, "labels": _labels, "gap": _gap}[results["recipe"]["figure"]](results)
+    return {"bars": _bars, "labels": _labels, "gap": _gap, "retrieval": _retrieval}[results["recipe"]["figure"]](
+        results
+    )
 
 
 def _bars(results: Results) -> Figure:
@@ -89,6 +91,50 @@ def _gap(results: Results) -> Figure:
     left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     left.yaxis.set_major_formatter("{x:g}")
     return figure
+
+
+def _retrieval(results: Results) -> Figure:
+    """A line for each net and form, from robust to clean accuracy at the first threat; and accuracies over rows."""
+    threat, count = results["threats"][0], results["runs"][0]["labels"]
+    sizes = {rows for form in results["recipe"]["forms"] for rows in form["rows"]}
+    names = [name for name in subjects_of(results) if not name.endswith(" rows)")]
+    figure, panels = charts.panels(2 if len(sizes) > 1 else 1, height=1.4 + 0.32 * len(names), grid="x")
+    axes = panels[0]
+    for place, name in enumerate(reversed(names)):
+        clean, robust = (of(results, name, count, threat["name"]) for of in (clean_of, accuracy_of))
+        if clean is None or robust is None:
+            continue
+        colour = charts.DEFENDED if " + " in name else charts.BARE
+        axes.plot([100 * robust.mean, 100 * clean.mean], [place, place], color=charts.CLEAN, linewidth=1)
+        for one, marker in ((clean, "o"), (robust, "s")):
+            low, high = charts.reaches([(one.mean, one.low, min(one.high, 1))])
+            axes.errorbar(100 * one.mean, place, xerr=[low, high], fmt=marker, markersize=5, color=colour, capsize=2,
+                          markerfacecolor="white" if marker == "o" else colour)  # fmt: skip
+    axes.set_yticks(range(len(names)), list(reversed(names)))
+    axes.set(xlim=(0, 100), xlabel=f"%; filled: worst under {threat['title']}, hollow: clean")
+    if len(sizes) > 1:
+        _over_rows(panels[1], results, threat["name"], count)
+    return figure
+
+
+def _over_rows(axes: Axes, results: Results, threat: str, count: int) -> None:
+    """Robust and clean accuracy of every form that has several sizes, against the number of rows."""
+    recipe, number = results["recipe"], 0
+    shown: set[int] = set()
+    for form in recipe["forms"]:
+        if len(form["rows"]) < 2:
+            continue
+        for method in form["of"] or [one["name"] for one in recipe["methods"]]:
+            base = f"{method} + {form['name']}"
+            titles = {rows or count: base + (f" ({rows:,} rows)" if rows else "") for rows in form["rows"]}
+            rows = sorted(titles)
+            _curve(axes, rows, [accuracy_of(results, titles[one], count, threat) for one in rows], number, base)
+            shown.update(rows)
+            number += 1
+    axes.grid(axis="y", color=charts.GRID, linewidth=0.7)
+    axes.set(xscale="log", xlabel="rows of the database", ylabel="worst case, %")
+    _count_ticks(axes, sorted(shown))
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _curve(axes: Axes, counts: list[int], found: list[Spread | None], number: int, label: str) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nndefense import attacks
+from nndefense.attacks.retrieval import run_adaptive
 from nndefense.attacks.spatial import spatial_grid
 from nndefense.datasets import ImageDataset
+from nndefense.defenses import NearestNeighborDefense
 from nndefense.evaluation import CellStore, run_attack, wilson_interval
 from nndefense.evaluation.ladder import Bits, from_hex, to_hex
 from nndefense.experiments.recipe import SPATIAL, ExperimentRecipe, Threat
@@ -40,16 +42,16 @@ class Judge:
     attacked: ImageDataset
     store: CellStore
     step: Callable[[int], object] = lambda images: None
+    # Of the last net and threat, by the first image of each block: its forms are shown the same ones.
+    _made: dict[tuple[str, str], dict[int, Tensor]] = field(default_factory=dict)
 
-    def clean(self, classifier: Classifier) -> dict[str, Any]:
-        """Accuracy on the test images as they are."""
+    def clean(self, classifier: Classifier, defense: NearestNeighborDefense | None = None) -> dict[str, Any]:
+        """Accuracy on the test images as they are, of a net or of a defence with it."""
         labels_of = classifier.label_map(self.test.classes)
         right = []
-        with torch.inference_mode():
-            for images, labels, _ in self.test.batches(self.recipe.batch_size):
-                logits = classifier(images.to(classifier.device))
-                right.append((logits.argmax(1).cpu() == labels_of[labels]).numpy())
-                self.step(len(labels))
+        for images, labels, _ in self.test.batches(self.recipe.batch_size):
+            right.append(_right(defense or classifier, images.to(classifier.device), labels_of[labels]).cpu().numpy())
+            self.step(len(labels))
         return {"kind": "clean", "threat": None, **rate(np.concatenate(right))}
 
     def robust(self, classifier: Classifier, threat: Threat) -> dict[str, Any]:
@@ -58,31 +60,57 @@ class Judge:
         An image counts as right only if the clean one and all attacked ones are. Each attack sees the images that
         still stand after those before it.
         """
-        fingerprint = classifier.fingerprint
-        right: list[Bits] = []
-        blocks = []
-        for first in range(0, len(self.attacked), BLOCK):
-            rows = np.arange(first, min(first + BLOCK, len(self.attacked)))
-            key = [fingerprint, self.attacked.fingerprint, first, len(rows), self._key(threat)]
-            found = self.store.get(f"{threat.name} {first}", key)
-            if found is None:
-                found = self._block(classifier, threat, rows)
-                self.store.put(f"{threat.name} {first}", key, found)
-            else:
-                self.step(len(rows))
-            right.append(from_hex(found["right"], len(rows)))
-            blocks.append(found)
+        key = [classifier.fingerprint, self._key(threat)]
+        blocks = self._blocks(threat.name, key, lambda rows: self._block(classifier, threat, rows)[0])
         return {
             "kind": "robust",
             "threat": threat.name,
             "norm": threat.norm,
             "eps": threat.eps,
-            **rate(np.concatenate(right)),
+            **rate(_bits(blocks, "right")),
             "attacks": [attack.to_json() for attack in self.recipe.evaluation_of(threat)] or [self._grid()],
-            "broken_by": {name: sum(one["broken"][name] for one in blocks) for name in self._attack_names(threat)},
-            "largest_change": max(one["largest_change"] for one in blocks),
-            **{name: sum(one[name] for one in blocks) for name in ("seconds", "forwards", "backwards")},
+            **_totals(blocks, self._attack_names(threat)),
         }
+
+    def retrieved(self, defense: NearestNeighborDefense, threat: Threat) -> list[dict[str, Any]]:
+        """Accuracy of a defence under the worst images for its net (``gray``), and under all attacks (``robust``).
+
+        The adaptive attack knows everything, and begins with the gray box's images.
+        """
+        rule, steps, restarts = defense.rule, self.recipe.adaptive_steps, self.recipe.adaptive_restarts
+        key = [
+            defense.classifier.fingerprint, defense.database.fingerprint, len(defense.database), rule.to_json(),
+            self._key(threat), steps, restarts,
+        ]  # fmt: skip
+        name = f"{threat.name} {len(defense.database)} rows"
+        blocks = self._blocks(name, key, lambda rows: self._retrieved_block(defense, threat, rows))
+        shared = {"threat": threat.name, "norm": threat.norm, "eps": threat.eps}
+        attacks = [attack.to_json() for attack in self.recipe.evaluation_of(threat)]
+        informed = {"name": "adaptive", "steps": steps, "restarts": restarts}
+        return [
+            {"kind": "gray", **shared, **rate(_bits(blocks, "gray")), "attacks": attacks},
+            {
+                "kind": "robust", **shared, **rate(_bits(blocks, "right")), "attacks": [*attacks, informed],
+                **_totals(blocks, ["adaptive"]),
+            },
+        ]  # fmt: skip
+
+    def _blocks(
+        self, name: str, key: list[Any], made: Callable[[np.ndarray[Any, Any]], dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """What was found on every block of the attacked images, now or at an earlier time."""
+        blocks = []
+        for first in range(0, len(self.attacked), BLOCK):
+            rows = np.arange(first, min(first + BLOCK, len(self.attacked)))
+            own = [*key, self.attacked.fingerprint, first, len(rows)]
+            found = self.store.get(f"{name} {first}", own)
+            if found is None:
+                found = {"n": len(rows), **made(rows)}
+                self.store.put(f"{name} {first}", own, found)
+            else:
+                self.step(len(rows))
+            blocks.append(found)
+        return blocks
 
     def _attack_names(self, threat: Threat) -> list[str]:
         return [f"{number} {one.name}" for number, one in enumerate(self.recipe.evaluation_of(threat), 1)] or ["grid"]
@@ -95,21 +123,27 @@ class Judge:
             return [self._grid(), threat.degrees, threat.shift]
         return [attack.to_json() for attack in self.recipe.evaluation_of(threat)]
 
-    def _block(self, classifier: Classifier, threat: Threat, rows: np.ndarray[Any, Any]) -> dict[str, Any]:
-        """Attack some of the images."""
+    def _batches(self, rows: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+        return np.array_split(rows, -(-len(rows) // self.recipe.batch_size))
+
+    def _block(
+        self, classifier: Classifier, threat: Threat, rows: np.ndarray[Any, Any]
+    ) -> tuple[dict[str, Any], Tensor]:
+        """Attack some of the images: what was found, and the image that broke each, else the last that was tried."""
         started = time.perf_counter()
         device = classifier.device
         counted = attacks.Counted(classifier)
         broken, largest, right = dict.fromkeys(self._attack_names(threat), 0), 0.0, []
         labels_of = classifier.label_map(self.attacked.classes)
         forwards = backwards = 0
-        for batch in np.array_split(rows, -(-len(rows) // self.recipe.batch_size)):
+        kept = []
+        for batch in self._batches(rows):
             images, labels = self.attacked.batch(batch)
             images, labels = images.to(device), labels_of[labels].to(device)
-            standing = _right(classifier, images, labels)
+            standing, worst = _right(classifier, images, labels), images.clone()
             if threat.norm == SPATIAL:
                 here = standing.nonzero()[:, 0]
-                made = spatial_grid(
+                worst[here] = spatial_grid(
                     counted,
                     images[here],
                     labels[here],
@@ -118,7 +152,7 @@ class Judge:
                     rotations=self.recipe.grid[0],
                     shifts=self.recipe.grid[1],
                 )
-                standing[here] = _right(classifier, made, labels[here])
+                standing[here] = _right(classifier, worst[here], labels[here])
                 broken["grid"] += int((~standing[here]).sum())
                 forwards, backwards = counted.forwards, counted.backwards
             for number, attack in enumerate(self.recipe.evaluation_of(threat), 1):
@@ -127,14 +161,16 @@ class Judge:
                     break
                 generator = torch.Generator().manual_seed(_seed(int(batch[0]), number))
                 found = run_attack(attack, classifier, images[here], labels[here], threat.eps, generator)
+                worst[here] = found.images
                 standing[here] = _right(classifier, found.images, labels[here])
                 broken[f"{number} {attack.name}"] += int((~standing[here]).sum())
                 size = attacks.distance(images[here], found.images, threat.norm)
                 largest = max(largest, float(size.max()))
                 forwards, backwards = forwards + found.forwards, backwards + found.backwards
             right.append(standing.cpu().numpy())
+            kept.append(worst)
             self.step(len(batch))
-        return {
+        record = {
             "right": to_hex(np.concatenate(right)),
             "broken": broken,
             "largest_change": largest,
@@ -142,6 +178,72 @@ class Judge:
             "backwards": backwards,
             "seconds": round(time.perf_counter() - started, 3),
         }
+        made = torch.cat(kept)
+        if self.recipe.forms:
+            self._keep(classifier, threat)[int(rows[0])] = made
+        return record, made
+
+    def _keep(self, classifier: Classifier, threat: Threat) -> dict[int, Tensor]:
+        """The attacked images of one net and threat; those of any other are let go."""
+        name = classifier.fingerprint, threat.name
+        if name not in self._made:
+            self._made.clear()
+        return self._made.setdefault(name, {})
+
+    def _retrieved_block(
+        self, defense: NearestNeighborDefense, threat: Threat, rows: np.ndarray[Any, Any]
+    ) -> dict[str, Any]:
+        """Attack some of the images as they are retrieved."""
+        classifier, surface = defense.classifier, defense.surface()
+        made = self._keep(classifier, threat).get(int(rows[0]))
+        if made is None:
+            made = self._block(classifier, threat, rows)[1]
+        started = time.perf_counter()
+        labels_of = classifier.label_map(self.attacked.classes)
+        gray, right, largest = [], [], 0.0
+        surface.counts.reset()
+        for batch in self._batches(rows):
+            images, labels = self.attacked.batch(batch)
+            images, labels = images.to(classifier.device), labels_of[labels].to(classifier.device)
+            start = made[batch - rows[0]]
+            gray.append((_right(defense, images, labels) & _right(defense, start, labels)).cpu().numpy())
+            found = run_adaptive(
+                surface,
+                images,
+                labels,
+                eps=threat.eps,
+                norm=threat.norm,
+                steps=self.recipe.adaptive_steps,
+                restarts=self.recipe.adaptive_restarts,
+                generator=torch.Generator().manual_seed(_seed(int(batch[0]), 0)),
+                start=start,
+            )
+            right.append((~found.fooled).cpu().numpy())
+            largest = max(largest, float(attacks.distance(images, found.images, threat.norm).max()))
+            self.step(len(batch))
+        before, after = np.concatenate(gray), np.concatenate(right)
+        return {
+            "gray": to_hex(before),
+            "right": to_hex(after),
+            "broken": {"adaptive": int((before & ~after).sum())},
+            "largest_change": largest,
+            "forwards": surface.counts.forwards,
+            "backwards": surface.counts.backwards,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+
+
+def _bits(blocks: list[dict[str, Any]], name: str) -> Bits:
+    sizes = [block["n"] for block in blocks]
+    return np.concatenate([from_hex(block[name], n) for block, n in zip(blocks, sizes, strict=True)])
+
+
+def _totals(blocks: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    return {
+        "broken_by": {name: sum(one["broken"][name] for one in blocks) for name in names},
+        "largest_change": max(one["largest_change"] for one in blocks),
+        **{name: sum(one[name] for one in blocks) for name in ("seconds", "forwards", "backwards")},
+    }
 
 
 def rate(right: Bits) -> dict[str, Any]:
@@ -151,10 +253,10 @@ def rate(right: Bits) -> dict[str, Any]:
     return {"n": n, "right": count, "accuracy": count / n, "ci_low": low, "ci_high": high, "outcomes": to_hex(right)}
 
 
-def _right(classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
-        found: Tensor = classifier(images).argmax(1) == labels
-    return found
+        scores: Tensor = model(images)
+    return scores.argmax(1) == labels.to(scores.device)
 
 
 def _seed(first: int, number: int) -> int:

@@ -15,6 +15,7 @@ from nndefense.attacks import NORMS, norms, registry
 from nndefense.attacks.spatial import SHIFT, SpatialAttack
 from nndefense.errors import InputError, check_choice
 from nndefense.evaluation.threats import AttackSettings
+from nndefense.experiments.form import Form
 from nndefense.models import ARCHITECTURES
 from nndefense.reporting.wording import budget
 from nndefense.training import InnerAttack, TrainingSettings, make_objective
@@ -187,7 +188,11 @@ class ExperimentRecipe:
         images: how many test images are attacked, drawn at random once; None for all. All are classified clean.
         labels: numbers of labelled images; 0 for all. The rest are the pool of unlabelled ones.
         seeds: how many; each gives initial weights, order, and the draw of the labelled images.
-        compare: pairs of methods whose difference is reported, image by image and seed by seed.
+        forms: how the nets are used beside on their own.
+        adaptive_steps, adaptive_restarts: of the attack on the forms,
+            :func:`~nndefense.attacks.retrieval.run_adaptive`.
+        compare: pairs of methods, or of methods with a form, whose difference is reported, image by image and seed by
+            seed.
         published, published_source: figures to set beside the measured ones.
         layout: shape of the table.
         figure: what is drawn.
@@ -203,6 +208,9 @@ class ExperimentRecipe:
     threats: tuple[Threat, ...] = field(metadata=recipes.at("threat", _threats))
     methods: tuple[Method, ...] = field(metadata=recipes.at("method"))
     evaluation: tuple[AttackSettings, ...] = field(metadata=recipes.at("evaluation", _evaluation))
+    forms: tuple[Form, ...] = field(default=(), metadata=recipes.at("form"))
+    adaptive_steps: int = 100
+    adaptive_restarts: int = 1
     about: str = ""
     sources: tuple[str, ...] = ()
     validation: int = 0
@@ -218,28 +226,36 @@ class ExperimentRecipe:
     published: tuple[Published, ...] = ()
     published_source: str = ""
     layout: Literal["tradeoff", "methods"] = "methods"
-    figure: Literal["bars", "labels", "gap"] = "bars"
+    figure: Literal["bars", "labels", "gap", "retrieval"] = "bars"
     batch_size: int = 250
 
     def __post_init__(self) -> None:
         """Raise :class:`InputError` for parts that do not fit together."""
         names = [method.name for method in self.methods]
-        for what, found in (("methods", names), ("threats", [threat.name for threat in self.threats])):
-            if not found:
+        forms = [form.name for form in self.forms]
+        kinds = {"methods": names, "threats": [threat.name for threat in self.threats], "forms": forms}
+        for what, found in kinds.items():
+            if not found and what != "forms":
                 raise InputError(f"a recipe needs {what}")
             if len(set(found)) < len(found):
                 raise InputError(f"two of the {what} have one name: {', '.join(found)}")
         check_choice("architecture", self.architecture, ARCHITECTURES)
-        recipes.check_least(self, 1, "seeds", "check_steps", "batch_size", "images")
+        recipes.check_least(
+            self, 1, "seeds", "check_steps", "batch_size", "images", "adaptive_steps", "adaptive_restarts"
+        )
         recipes.check_least(self, 0, "validation")
         if min(self.grid) < 1:
             raise InputError("both numbers of grid must be at least 1")
         if not self.labels or min(self.labels) < 0 or len(set(self.labels)) < len(self.labels):
             raise InputError("labels must be different numbers of images, with 0 for all of them")
-        compared = [("compare", name) for pair in self.compare for name in pair]
-        for where, name in [*compared, *(("published", one.method) for one in self.published)]:
-            if name not in names:
-                raise InputError(f"{where} names the method {name!r}, which is none of {', '.join(names)}")
+        used = [("form.of", name, names) for form in self.forms for name in form.of]
+        used += [("compare", name, list(self.subjects)) for pair in self.compare for name in pair]
+        used += [("published", one.method, names) for one in self.published]
+        for where, name, known in used:
+            if name not in known:
+                raise InputError(f"{where} names the method {name!r}, which is none of {', '.join(known)}")
+        if self.validation == 0 and any(form.temperature == "held-out" for form in self.forms):
+            raise InputError("a temperature held-out is chosen on validation images: split some off with validation")
         threats = {"", *(threat.name for threat in self.threats)}
         for one in self.published:
             if one.threat not in threats:
@@ -259,6 +275,19 @@ class ExperimentRecipe:
             if self.start:
                 make_settings(10**6, self.start_options_of(method))
                 self.attack_of(method, self.threats[0], start=True)
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """What is measured, by the names in the tables: each method's nets on their own, then in each form."""
+        found = []
+        for method in self.methods:
+            found.append(method.name)
+            found += [form.title(method.name, rows) for form in self.forms_of(method) for rows in form.rows]
+        return tuple(found)
+
+    def forms_of(self, method: Method) -> list[Form]:
+        """How a method's nets are used beside on their own."""
+        return [form for form in self.forms if not form.of or method.name in form.of]
 
     def settings_of(self, method: Method, images: int, seed: int = 0) -> TrainingSettings:
         """The settings of a method's training on so many labelled images."""
@@ -311,6 +340,9 @@ class ExperimentRecipe:
             del attack["norm"], attack["eps"]  # they are the threat's
             if attack["queries"] is None:
                 del attack["queries"]
+        if not self.forms:
+            for name in ("forms", "adaptive_steps", "adaptive_restarts"):
+                del plain[name]
         return plain
 
     @property

@@ -13,8 +13,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from nndefense.attacks.registry import attack_name
+from nndefense.experiments.answer import QUESTION, answer
 from nndefense.experiments.figures import figure_of
-from nndefense.experiments.spread import Results, Spread, accuracy_of, clean_of
+from nndefense.experiments.spread import Results, Spread, accuracy_of, clean_of, gray_of, subjects_of
 from nndefense.files import write_bytes
 from nndefense.locks import writes
 from nndefense.reporting import Table, facts_list, figure, inline, page, paragraphs, picture, section
@@ -76,16 +77,18 @@ def _methods(results: Results) -> Table:
     labels = sorted({run["labels"] for run in runs})
     several = len(labels) > 1
     columns = ["method", "threat", *(["labels"] if several else []), "standard accuracy", "robust accuracy"]
+    kinds = [clean_of, accuracy_of]
+    if recipe.get("forms"):
+        columns.insert(-1, "gray box")
+        kinds.insert(1, gray_of)
     rows = []
     for threat in results["threats"]:
         for count in labels:
-            for method in recipe["methods"]:
-                name = method["name"]
-                clean, robust = (of(results, name, count, threat["name"]) for of in (clean_of, accuracy_of))
-                if clean is None and robust is None:
-                    continue
-                row = [name, threat["title"], *([f"{count:,}"] if several else [])]
-                rows.append((*row, _within(clean), _within(robust)))
+            for name in subjects_of(results):
+                found = [of(results, name, count, threat["name"]) for of in kinds]
+                if any(found):
+                    row = [name, threat["title"], *([f"{count:,}"] if several else [])]
+                    rows.append((*row, *map(_within, found)))
     over = f"over {recipe['seeds']} seeds (Student)" if recipe["seeds"] > 1 else "over the images (Wilson)"
     note = f"In percent, with 95 % intervals {over}. {_attacked(results)}"
     return Table(tuple(columns), tuple(rows), "Accuracies with intervals", note)
@@ -104,6 +107,8 @@ def _attacked(results: Results) -> str:
     if not attacks:
         rotations, shifts = recipe["grid"]
         attacks = [f"the grid of {rotations} rotations and {shifts} x {shifts} shifts"]
+    if recipe.get("forms"):
+        attacks.append(f"on a form the adaptive attack of {recipe['adaptive_steps']} steps, which knows everything")
     return f"{text} under {', then '.join(attacks)}, the worst for each image."
 
 
@@ -185,6 +190,8 @@ def markdown_of(results: Results, figures: Sequence[str] = ()) -> str:
     head: list[str] = [f"# {recipe['title']} ({recipe['scale']} scale)", "", recipe["about"].strip(), ""]
     if results.get("command"):
         head += [f"`{results['command']}`", ""]
+    if recipe.get("forms"):
+        head += [f"**{QUESTION}** {answer(results)}", ""]
     body: list[Any] = [table.markdown() for table in tables_of(results)]
     pictures = [f"![{recipe['title']}]({name})\n" for name in figures]
     sources = ["Sources: " + "; ".join(recipe["sources"]) + ".\n"] if recipe["sources"] else []
@@ -221,7 +228,9 @@ def report_html(results: Results, drawn: Figure) -> str:
     recipe = results["recipe"]
     title = f"{recipe['title']} ({recipe['scale']} scale)"
     first, *others = tables_of(results)
+    answered = [section(QUESTION, paragraphs(answer(results)))] if recipe.get("forms") else []
     sections = (
+        *answered,
         section("", paragraphs(recipe["about"]) + paragraphs(f"Sources: {'; '.join(recipe['sources'])}.")),
         _table(first),
         section("", figure(inline(drawn, f"{title}: figure of the table's figures", first.text()))),

@@ -31,7 +31,7 @@ NAME = "results.json"
 _IDENTITY = "experiment.json"
 
 
-@writes("out", holds=("cells", "pseudo-labels", "trainings"))
+@writes("out", holds=("cells", "databases", "pseudo-labels", "trainings"))
 def run(
     recipe: ExperimentRecipe,
     images: Images,
@@ -74,16 +74,23 @@ def run(
         say(f"{number}/{len(runs)} {one.name}: training")
         trained, record = workshop.train(one)
         records.append(record)
-        judged = len(images.test) + len(images.attacked) * len(threats_of(recipe, one))
+        threats, uses = threats_of(recipe, one), 1 + sum(len(form.rows) for form in recipe.forms_of(one.method))
+        judged = uses * (len(images.test) + len(images.attacked) * len(threats))
         with tqdm(total=judged, desc="measuring", unit=" images", delay=1, disable=None if progress else True) as bar:
             judge = Judge(recipe, images.test, images.attacked, CellStore(out / "cells", "experiments"), bar.update)
-            found = [judge.clean(trained)]
-            found += [judge.robust(trained, threat) for threat in threats_of(recipe, one)]
-        whose = {"run": one.name, "method": one.method.name, "trained_for": record["threat"]}
-        whose |= {"labels": record["labels"], "seed": one.seed}
-        measured += [{**whose, **measurement} for measurement in found]
-        shares = ", ".join(f"{entry['threat'] or 'clean'} {100 * entry['accuracy']:.2f} %" for entry in found)
-        say(f"{number}/{len(runs)} {one.name}: {shares}; {time.perf_counter() - begun:.0f} s in all")
+            whose = {"run": one.name, "trained_for": record["threat"], "labels": record["labels"], "seed": one.seed}
+            found = {one.method.name: [judge.clean(trained), *(judge.robust(trained, threat) for threat in threats)]}
+            for name, defense in workshop.defenses(one, trained):
+                found[name] = [judge.clean(trained, defense)]
+                for threat in threats:
+                    found[name] += judge.retrieved(defense, threat)
+        for name, entries in found.items():
+            measured += [{**whose, "method": name, **entry} for entry in entries]
+            shares = ", ".join(
+                f"{entry['threat'] or 'clean'} {100 * entry['accuracy']:.2f} %"
+                for entry in entries if entry["kind"] != "gray"
+            )  # fmt: skip
+            say(f"{number}/{len(runs)} {one.name}, {name}: {shares}; {time.perf_counter() - begun:.0f} s in all")
     results: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,

@@ -42,9 +42,19 @@ def student_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
+def subjects_of(results: Results) -> tuple[str, ...]:
+    """What was measured, by name: methods, and each with the forms that its nets were used in."""
+    return tuple(dict.fromkeys(found["method"] for found in results["measurements"]))
+
+
 def accuracy_of(results: Results, method: str, labels: int, threat: str) -> Spread | None:
     """A method's accuracy under a threat; None where it was not measured."""
     return _share(_measured(results, method, labels, threat, "robust"))
+
+
+def gray_of(results: Results, method: str, labels: int, threat: str) -> Spread | None:
+    """A form's accuracy on the images that are attacked on its net alone; None where it was not measured."""
+    return _share(_measured(results, method, labels, threat, "gray"))
 
 
 def clean_of(results: Results, method: str, labels: int, threat: str) -> Spread | None:
@@ -103,7 +113,7 @@ def _measured(results: Results, method: str, labels: int, threat: str, kind: str
         and (
             (found["kind"] == "clean" and found["trained_for"] in (None, threat))
             if kind == "standard"
-            else (found["kind"] != "clean" and found["threat"] == threat)
+            else (found["kind"] == kind and found["threat"] == threat)
         )
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 
 from nndefense.database.near_images import NearSearch
 from nndefense.datasets import ImageDataset
+from nndefense.defenses import NearestNeighborDefense
 from nndefense.experiments.data import Images
+from nndefense.experiments.forms import defenses_of
 from nndefense.experiments.recipe import TEACHER, ExperimentRecipe, Method, Threat
 from nndefense.models import Classifier, build_classifier, load_classifier
 from nndefense.pipeline.finished import find_or_train
@@ -122,6 +125,19 @@ class Workshop:
         attack = None if run.threat is None else recipe.attack_of(run.method, run.threat)
         finished = self._net(run, run.name, labelled, unlabelled, options, attack, initial=first, chosen=chosen)
         return finished, self._record(run, finished, first, pseudo)
+
+    def defenses(self, run: Run, trained: Classifier) -> Iterator[tuple[str, NearestNeighborDefense]]:
+        """What the recipe makes of a run's net; see :func:`~nndefense.experiments.forms.defenses_of`."""
+        return defenses_of(
+            self.recipe,
+            run.method,
+            trained,
+            self.images.labelled(run.labels, run.seed)[0],
+            self.images.validation,
+            self.out / "databases" / run.name,
+            seed=run.seed,
+            progress=self.progress,
+        )
 
     def _net(
         self,
