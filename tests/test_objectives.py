@@ -211,10 +211,10 @@ def test_the_papers_formula(
 
 
 def test_the_list_of_formulas_is_whole() -> None:
-    spatial = {"worst-of-10", "random-augmentation"}
-    # Against their formulas in tests/test_ensemble_adversarial.py and tests/test_logit_pairing.py.
+    # Below, and in tests/test_ensemble_adversarial.py and tests/test_logit_pairing.py.
+    drawing = {"worst-of-10", "random-augmentation", "noise-augmentation"}
     elsewhere = {"ensemble-adversarial", "alp", "clp"}
-    assert {name for name, *_ in FORMULAS} == set(OBJECTIVES) - spatial - elsewhere
+    assert {name for name, *_ in FORMULAS} == set(OBJECTIVES) - drawing - elsewhere
     for name, weights, mixed, _ in FORMULAS:
         assert OBJECTIVES[name].unlabelled is mixed
         assert weights.keys() <= OBJECTIVES[name].weights.keys()
@@ -384,6 +384,18 @@ class Counted(nn.Module):
         return logits
 
 
+def test_noise_augmentation_sees_noisy_images_inside_the_box_alone(model: Toy) -> None:
+    torch.manual_seed(3)
+    noise = torch.randn_like(the_batch().images)
+    for sigma in (0.0, 0.4):
+        torch.manual_seed(3)
+        outcome = make_objective("noise-augmentation", sigma=sigma)(model, the_batch(), None)
+        seen = (the_batch().images + sigma * noise).clamp(0, 1)
+        by_hand = torch.nn.functional.cross_entropy(model(seen), the_batch().labels)
+        assert float(outcome.loss.detach()) == pytest.approx(float(by_hand.detach()), rel=1e-12)
+        assert outcome.clean is None
+
+
 def an_attack(name: str, steps: int) -> BatchAttack | None:
     """What the objective attacks with; the pool of an ensemble is the model itself."""
     if name == "ensemble-adversarial":
@@ -395,6 +407,7 @@ STEPS = 5
 # Passes in evaluation mode beyond the attack's steps, and passes in training mode.
 PASSES = {
     "standard": (None, 1),
+    "noise-augmentation": (None, 1),
     "half-half": (0, 1),
     "adversarial": (0, 1),
     "trades": (1, 2),

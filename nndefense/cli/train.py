@@ -283,7 +283,7 @@ def train(
         str,
         typer.Option(
             help="standard, half-half, adversarial, trades, interpolated, ensemble-adversarial, alp, clp, worst-of-10, "
-            "random-augmentation, self-training, rst, rst-at, rst-trades or robust-consistency."
+            "random-augmentation, noise-augmentation, self-training, rst, rst-at, rst-trades or robust-consistency."
         ),
     ] = "standard",
     weight: Annotated[

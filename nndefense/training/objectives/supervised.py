@@ -242,9 +242,7 @@ def clp(
             combines it; 0 for none. Then no accuracy of clean images is reported.
     """
     only_labelled(batch, "clp")
-    images = batch.images
-    if noise:
-        images = (images + noise * torch.randn_like(images)).clamp(0, 1)
+    images = _noisy(batch.images, noise)
     logits = model(images)
     half = len(images) // 2
     natural = F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
@@ -257,6 +255,24 @@ def clp(
 def _squares(first: Tensor, second: Tensor) -> Tensor:
     """The mean square of the difference of two n x K."""
     return (first - second).square().mean()
+
+
+@entered("noise-augmentation", "cross-entropy of the images under Gaussian noise", {"sigma": WEIGHT}, attack=False)
+def noise_augmentation(
+    model: nn.Module, batch: Batch, attack: BatchAttack | None = None, *, sigma: float = 0.25
+) -> Outcome:
+    """Training under noise, for a net that is to be smoothed (Cohen et al., ICML 2019, section 3.3).
+
+    ``mean_i CE(f(x_i + e_i), y_i)`` with e_i Gaussian of standard deviation ``sigma``, in pixels of [0, 1], and the sum
+    clipped to [0, 1] as :mod:`nndefense.certificates` clips it. ``attack`` is not used, and no clean image is seen.
+    """
+    only_labelled(batch, "noise-augmentation")
+    return Outcome(F.cross_entropy(model(_noisy(batch.images, sigma)), batch.labels))
+
+
+def _noisy(images: Tensor, sigma: float) -> Tensor:
+    """Images under Gaussian noise, clipped to [0, 1]; for 0 they themselves."""
+    return (images + sigma * torch.randn_like(images)).clamp(0, 1) if sigma else images
 
 
 @entered("worst-of-10", "the worst of 10 rotations and translations", {"mix": SHARE}, attack=False)
