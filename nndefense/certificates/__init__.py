@@ -3,5 +3,15 @@
 from nndefense.certificates.affine import certify_exact
 from nndefense.certificates.record import Certified, CertifiedAccuracy
 from nndefense.certificates.registry import CertificateMethod
+from nndefense.certificates.smoothing import SmoothedClassifier, certify, certify_smoothing, predict
 
-__all__ = ["CertificateMethod", "Certified", "CertifiedAccuracy", "certify_exact"]
+__all__ = [
+    "CertificateMethod",
+    "Certified",
+    "CertifiedAccuracy",
+    "SmoothedClassifier",
+    "certify",
+    "certify_exact",
+    "certify_smoothing",
+    "predict",
+]

@@ -63,6 +63,8 @@ _HERE = "nndefense.certificates"
 _METHODS: dict[str, CertificateMethod] = {
     method.name: method
     for method in (
+        CertificateMethod("smoothing", f"{_HERE}.smoothing:certify_smoothing", "the most frequent answer of any "
+                          "pipeline under Gaussian noise (Cohen et al. 2019)", ("l2", "normalized-l2"), chance=True),
         CertificateMethod("exact", f"{_HERE}.affine:certify_exact", "nearest neighbours on a feature that is affine in "
                           "the pixels, by branch and bound", NORMS, retrieval=True, at_eps=True),
     )
