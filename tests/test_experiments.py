@@ -531,8 +531,8 @@ def hand_made() -> Results:
         evaluation=(AttackSettings(name="pgd", norm="linf", eps=(1.0,)),),
         compare=(("standard", "robust"),), labels=(100,), seeds=3,
     )  # fmt: skip
-    run_of = {"labels": 100, "seed": 0, "name": "x", "objective": "o", "epochs_done": 1, "training_seconds": 1.0,
-              "catastrophic_overfitting": False, "fingerprint": "f" * 64}  # fmt: skip
+    run_of = {"labels": 100, "seed": 0, "name": "x", "method": "robust", "objective": "o", "epochs_done": 1,
+              "training_seconds": 1.0, "catastrophic_overfitting": False, "fingerprint": "f" * 64}  # fmt: skip
     results: Results = {
         "recipe": recipe.to_json(),
         "threats": [{"name": "linf-0.1", "title": "ℓ∞ 0.1"}],
@@ -574,17 +574,19 @@ def test_the_tradeoff_table_has_the_shape_of_the_slides(tmp_path: Path) -> None:
     shipped = shipped_recipe("tsipras-mnist", "small")
     recipe = tiny(shipped, threats=shipped.threats[1:4:2], images=10)
     results = done(recipe, tmp_path)
-    table = tables_of(results)[0]
+    table, published, *_ = tables_of(results)
     head = ["norm", "ε"]
-    for group in ("standard acc.", "robust acc.", "published standard", "published robust"):
+    for group in ("standard acc.", "robust acc."):
         head += [f"{group}: {method}" for method in ("standard", "half-half", "robust")]
-    assert list(table.columns) == head
+    assert list(table.columns) == list(published.columns) == head
     assert [row[:2] for row in table.rows] == [("linf", "0"), ("", "0.2"), ("l2", "0"), ("", "0.5")]
     # The line of eps 0 has the standard net alone.
-    assert table.rows[0][3:8] == ("–",) * 5
-    assert table.rows[0][8] == "99.31"
-    assert table.rows[1][8:] == ("99.31", "99.22", "98.99", "0.05", "90.79", "92.86")
-    assert table.rows[3][8:] == ("99.31", "99.35", "99.41", "94.67", "97.60", "97.70")
+    assert table.rows[0][3:] == published.rows[0][3:] == ("–",) * 5
+    # What is published is of other nets, and stands beside nothing that was measured.
+    assert published.rows[0][2] == "99.31"
+    assert published.rows[1][2:] == ("99.31", "99.22", "98.99", "0.05", "90.79", "92.86")
+    assert published.rows[3][2:] == ("99.31", "99.35", "99.41", "94.67", "97.60", "97.70")
+    assert "Tsipras et al. 2019" in published.note
     measured = {(m["method"], m["threat"]): m["accuracy"] for m in results["measurements"] if m["kind"] == "robust"}
     names = [threat["name"] for threat in results["threats"]]
     for row, name in ((table.rows[1], names[0]), (table.rows[3], names[1])):
@@ -614,6 +616,37 @@ def clean_bits(out: Path) -> Any:
     images, labels = open_images(recipe).attacked.batch(np.arange(30))
     with torch.no_grad():
         return (net(images).argmax(1) == labels).numpy()
+
+
+def test_tables_and_page_say_what_was_trained(tmp_path: Path) -> None:
+    recipe = tiny(shipped_recipe("rst-cifar10", "small"))
+    results = done(recipe, tmp_path)
+    first, trainings = tables_of(results)[0], tables_of(results)[-1]
+    # 60 labels in batches of 40 are two steps an epoch; the pool is what is left of 200, less the labels.
+    assert "strided-cnn (" in first.note
+    assert "60 images, 2 epochs, 4 steps of 40" in first.note
+    assert "60 images and 140 of the pool" in first.note
+    page = (write_outputs(results, tmp_path)[3]).read_text(encoding="utf-8")
+    for text in (first.note.split("Trained: ")[1], "steps", "strided-cnn"):
+        assert text in page
+    columns = {name: place for place, name in enumerate(trainings.columns)}
+    for row, record in zip(trainings.rows, results["runs"], strict=True):
+        assert row[columns["net"]] == record["architecture"] == "strided-cnn"
+        assert row[columns["steps"]] == f"{record['steps_done']:,}"
+        assert record["steps_done"] == record["epochs_done"] * 2
+        assert record["parameters"] == sum(p.numel() for p in load_classifier(tmp_path / record["folder"]).parameters())
+
+
+def test_a_published_figure_needs_source_setting_and_somebody(tmp_path: Path) -> None:
+    whole = {"method": "at", "standard": 1.0, "source": "S", "setting": "N"}
+    for lack, text in (("source", "needs a source"), ("setting", "needs a source"), ("method", "method")):
+        left = {key: value for key, value in whole.items() if key != lack}
+        with pytest.raises(InputError, match=text):
+            recipe_from({**VALUES, "published": [left]}, "r", "small")
+    with pytest.raises(InputError, match="or a name"):
+        recipe_from({**VALUES, "published": [{**whole, "method": ""}]}, "r", "small")
+    named = recipe_from({**VALUES, "published": [{**whole, "method": "", "name": "another"}]}, "r", "small")
+    assert named.published[0].name == "another"
 
 
 # -- command -------------------------------------------------------------------------------------------------------

@@ -6,11 +6,11 @@ for two CPU cores. Nothing is chosen on test images: validation images are split
 
 from nndefense.experiments.data import Images, open_images
 from nndefense.experiments.figures import figure_of
+from nndefense.experiments.published import Published
 from nndefense.experiments.recipe import (
     SCALES,
     ExperimentRecipe,
     Method,
-    Published,
     Threat,
     recipe_from,
     recipe_names,

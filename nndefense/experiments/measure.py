@@ -58,16 +58,22 @@ class Judge:
         """Accuracy under the worst of the recipe's attacks for each image.
 
         An image counts as right only if the clean one and all attacked ones are. Each attack sees the images that
-        still stand after those before it.
+        still stand after those before it, the first one all of them, to say how sure the net is of what is wrong:
+        ``confidence_wrong``, the mean probability of the likeliest wrong class; None where nothing is wrong.
         """
-        key = [classifier.fingerprint, self._key(threat)]
+        key = [classifier.fingerprint, self._key(threat), "confidence_wrong"]
         blocks = self._blocks(threat.name, key, lambda rows: self._block(classifier, threat, rows)[0])
         return {
             "kind": "robust",
             "threat": threat.name,
             "norm": threat.norm,
             "eps": threat.eps,
-            **rate(_bits(blocks, "right")),
+            **(shares := rate(_bits(blocks, "right"))),
+            "confidence_wrong": (
+                sum(one["confidence_wrong"] for one in blocks) / wrong
+                if (wrong := shares["n"] - shares["right"])
+                else None
+            ),
             "attacks": [attack.to_json() for attack in self.recipe.evaluation_of(threat)] or [self._grid()],
             **_totals(blocks, self._attack_names(threat)),
         }
@@ -136,7 +142,7 @@ class Judge:
         broken, largest, right = dict.fromkeys(self._attack_names(threat), 0), 0.0, []
         labels_of = classifier.label_map(self.attacked.classes)
         forwards = backwards = 0
-        kept = []
+        sure, kept = 0.0, []
         for batch in self._batches(rows):
             images, labels = self.attacked.batch(batch)
             images, labels = images.to(device), labels_of[labels].to(device)
@@ -156,23 +162,26 @@ class Judge:
                 broken["grid"] += int((~standing[here]).sum())
                 forwards, backwards = counted.forwards, counted.backwards
             for number, attack in enumerate(self.recipe.evaluation_of(threat), 1):
-                here = standing.nonzero()[:, 0]
+                here = (standing | (number == 1)).nonzero()[:, 0]
                 if len(here) == 0:
                     break
+                stood = standing[here]
                 generator = torch.Generator().manual_seed(_seed(int(batch[0]), number))
                 found = run_attack(attack, classifier, images[here], labels[here], threat.eps, generator)
                 worst[here] = found.images
-                standing[here] = _right(classifier, found.images, labels[here])
-                broken[f"{number} {attack.name}"] += int((~standing[here]).sum())
+                standing[here] = stood & _right(classifier, found.images, labels[here])
+                broken[f"{number} {attack.name}"] += int((stood & ~standing[here]).sum())
                 size = attacks.distance(images[here], found.images, threat.norm)
                 largest = max(largest, float(size.max()))
                 forwards, backwards = forwards + found.forwards, backwards + found.backwards
+            sure += _confidence(classifier, worst[~standing], labels[~standing])
             right.append(standing.cpu().numpy())
             kept.append(worst)
             self.step(len(batch))
         record = {
             "right": to_hex(np.concatenate(right)),
             "broken": broken,
+            "confidence_wrong": sure,
             "largest_change": largest,
             "forwards": forwards,
             "backwards": backwards,
@@ -257,6 +266,15 @@ def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         scores: Tensor = model(images)
     return scores.argmax(1) == labels.to(scores.device)
+
+
+@torch.no_grad()
+def _confidence(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The summed probabilities of the likeliest wrong class of each image; there may be none."""
+    if not len(images):
+        return 0.0
+    shares = model(images).softmax(1)
+    return float(shares.scatter(1, labels[:, None], -1).amax(1).double().sum())
 
 
 def _seed(first: int, number: int) -> int:

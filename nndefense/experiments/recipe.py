@@ -16,6 +16,7 @@ from nndefense.attacks.spatial import SHIFT, SpatialAttack
 from nndefense.errors import InputError, check_choice
 from nndefense.evaluation.threats import AttackSettings
 from nndefense.experiments.form import Form
+from nndefense.experiments.published import Published
 from nndefense.models import ARCHITECTURES
 from nndefense.reporting.wording import budget
 from nndefense.training import InnerAttack, TrainingSettings, make_objective
@@ -81,6 +82,7 @@ class Method:
         weights: those of the objective that differ from their defaults.
         settings: fields of :class:`nndefense.training.TrainingSettings` that differ from the recipe's.
         attack: entries of the inner attack that differ from the recipe's.
+        architecture: of its nets; ``""`` for the recipe's.
     """
 
     name: str
@@ -88,10 +90,13 @@ class Method:
     weights: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     attack: Mapping[str, Any] = field(default_factory=dict)
+    architecture: str = ""
 
     def __post_init__(self) -> None:
-        """Raise :class:`InputError` for an objective that cannot be."""
+        """Raise :class:`InputError` for an objective or architecture that cannot be."""
         make_objective(self.objective, **self.weights)
+        if self.architecture:
+            check_choice("architecture", self.architecture, ARCHITECTURES)
 
     @property
     def attacks(self) -> bool:
@@ -102,24 +107,6 @@ class Method:
     def unlabelled(self) -> bool:
         """Whether it learns from unlabelled images."""
         return OBJECTIVES[self.objective].unlabelled
-
-
-@dataclass(frozen=True)
-class Published:
-    """A figure from a paper, in percent; None where the paper has none.
-
-    Attributes:
-        method: whose.
-        standard, robust: accuracies.
-        threat: name of the threat; ``""`` for all.
-        source: whose figure it is, and for which net and data; ``""`` for the recipe's ``published_source``.
-    """
-
-    method: str
-    standard: float | None = None
-    robust: float | None = None
-    threat: str = ""
-    source: str = ""
 
 
 def evaluation_attack(name: str, **options: Any) -> AttackSettings:
@@ -174,7 +161,7 @@ class ExperimentRecipe:
         scale: ``full`` or ``small``.
         train, test: specs of the labelled images to train on and to report on.
         validation: how many images are split off ``train``, for the choice of weights and for nothing else.
-        architecture: of every net.
+        architecture: of every net whose method names none.
         threats, methods: what is trained and measured: each method that attacks against each threat.
         settings: of every training, fields of :class:`nndefense.training.TrainingSettings`.
         attack: of every training that attacks: fields of :class:`nndefense.training.InnerAttack` without norm and
@@ -193,7 +180,8 @@ class ExperimentRecipe:
             :func:`~nndefense.attacks.retrieval.run_adaptive`.
         compare: pairs of methods, or of methods with a form, whose difference is reported, image by image and seed by
             seed.
-        published, published_source: figures to set beside the measured ones.
+        published: figures of papers, which stand in a table of their own.
+        published_source, published_setting: of those that name none.
         layout: shape of the table.
         figure: what is drawn.
         batch_size: images per forward pass of the evaluation.
@@ -225,7 +213,8 @@ class ExperimentRecipe:
     compare: tuple[tuple[str, str], ...] = ()
     published: tuple[Published, ...] = ()
     published_source: str = ""
-    layout: Literal["tradeoff", "methods"] = "methods"
+    published_setting: str = ""
+    layout: Literal["tradeoff", "methods", "errors"] = "methods"
     figure: Literal["bars", "labels", "gap", "retrieval"] = "bars"
     batch_size: int = 250
 
@@ -250,7 +239,7 @@ class ExperimentRecipe:
             raise InputError("labels must be different numbers of images, with 0 for all of them")
         used = [("form.of", name, names) for form in self.forms for name in form.of]
         used += [("compare", name, list(self.subjects)) for pair in self.compare for name in pair]
-        used += [("published", one.method, names) for one in self.published]
+        used += [("published", one.method, names) for one in self.published if one.method]
         for where, name, known in used:
             if name not in known:
                 raise InputError(f"{where} names the method {name!r}, which is none of {', '.join(known)}")
@@ -260,6 +249,11 @@ class ExperimentRecipe:
         for one in self.published:
             if one.threat not in threats:
                 raise InputError(f"published names the threat {one.threat!r}, which the recipe has not")
+            if not (one.source or self.published_source) or not (one.setting or self.published_setting):
+                raise InputError(
+                    f"the published figure of {one.name or one.method!r} needs a source, and the setting (net, data, "
+                    "attack) that it is of"
+                )
         if any(method.unlabelled for method in self.methods) and TEACHER not in names:
             raise InputError(f"pseudo-labels come from the method {TEACHER!r}: add it, with the objective standard")
         if not self.evaluation and any(threat.norm != SPATIAL for threat in self.threats):

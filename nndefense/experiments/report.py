@@ -1,12 +1,12 @@
 """The files of an experiment, from its results: tables, the figure, and one self-contained page.
 
-Published figures stand apart from measured ones: in a table of their own, or where that is the published
-one again, in columns of their own.
+Published figures are of other nets, data and attacks, and stand in a table of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,29 @@ from matplotlib.figure import Figure
 from nndefense.attacks.registry import attack_name
 from nndefense.experiments.answer import QUESTION, answer
 from nndefense.experiments.figures import figure_of
-from nndefense.experiments.spread import Results, Spread, accuracy_of, clean_of, gray_of, subjects_of
+from nndefense.experiments.spread import (
+    Results,
+    Spread,
+    accuracy_of,
+    clean_of,
+    confidence_of,
+    gray_of,
+    subjects_of,
+)
 from nndefense.files import write_bytes
 from nndefense.locks import writes
 from nndefense.reporting import Table, facts_list, figure, inline, page, paragraphs, picture, section
-from nndefense.reporting.wording import BLANK, date_text, escape, p_text, percent, percent_in, points
+from nndefense.reporting.wording import BLANK, date_text, escape, p_text, percent, percent_in, plural, points
 
 TABLE, REPORT, FIGURE = "table.md", "report.html", "figure"
 
 
 def tables_of(results: Results) -> list[Table]:
-    """All tables of an experiment: the one of its layout first, then intervals, differences and costs."""
-    first = [_tradeoff(results)] if results["recipe"]["layout"] == "tradeoff" else []
-    return [*first, _methods(results), *_published_apart(results), *_differences(results), _costs(results)]
+    """All tables of an experiment: that of its layout, published figures, intervals, differences, costs."""
+    first = {"tradeoff": [_tradeoff], "errors": [_errors]}.get(results["recipe"]["layout"], [])
+    measured = [*(table(results) for table in first), _methods(results)]
+    measured[0] = replace(measured[0], note=f"{measured[0].note} {trained_text(results)}".strip())
+    return [measured[0], *_published(results), *measured[1:], *_differences(results), _costs(results)]
 
 
 def _share(spread: Spread | None) -> str:
@@ -38,37 +48,77 @@ def _within(spread: Spread | None) -> str:
     return percent_in(spread.mean, spread.low, spread.high) if spread else BLANK
 
 
+def trained_text(results: Results) -> str:
+    """What was trained, in a sentence or one for each kind of net: architecture, images, epochs, steps, seconds."""
+    kinds: dict[str, dict[str, None]] = {}
+    for run in results["runs"]:
+        kinds.setdefault(_trained(results, run), {})[run["method"]] = None
+    whose = [f"{', '.join(methods)}: {text}" if len(kinds) > 1 else text for text, methods in kinds.items()]
+    seconds = [run["training_seconds"] for run in results["runs"]]
+    least, most = f"{min(seconds):,.0f}", f"{max(seconds):,.0f}"
+    took = most if least == most else f"{least} to {most}"
+    return f"Trained: {'; '.join(whose)}. {took} s a net on {results['machine']['device']}."
+
+
+def _trained(results: Results, run: Results) -> str:
+    size = f" ({run['parameters']:,} weights)" if "parameters" in run else ""
+    steps = f", {run['steps_done']:,} steps of {run['settings']['batch_size']}" if "steps_done" in run else ""
+    return (
+        f"{run.get('architecture', results['recipe']['architecture'])}{size} on {_images_of(run)}, "
+        f"{plural(run['epochs_done'], 'epoch')}{steps}"
+    )
+
+
+def _images_of(run: Results) -> str:
+    pool = run.get("unlabelled")
+    return f"{run['labels']:,} images" + (f" and {pool['n']:,} of the pool" if pool else "")
+
+
 def _tradeoff(results: Results) -> Table:
     """The table of Tsipras et al. as the slides print it: a line for each radius, and the methods side by side."""
+    labels = results["runs"][0]["labels"]
+
+    def cell(method: str, threat: str, robust: bool) -> str:
+        return _share((accuracy_of if robust else clean_of)(results, method, labels, threat))
+
+    return _by_radius(results, cell, "Standard and robust accuracy", "In percent.")
+
+
+def _by_radius(results: Results, cell: Callable[[str, str, bool], str], title: str, note: str) -> Table:
     recipe = results["recipe"]
     methods = [method["name"] for method in recipe["methods"]]
-    labels = results["runs"][0]["labels"]
-    kinds = ["standard acc.", "robust acc."]
-    kinds += ["published standard", "published robust"] if recipe["published"] else []
-    columns = ["norm", "ε", *(f"{kind}: {method}" for kind in kinds for method in methods)]
+    kinds = (("standard acc.", False), ("robust acc.", True))
+    columns = ["norm", "ε", *(f"{kind}: {method}" for kind, _ in kinds for method in methods)]
     rows: list[list[str]] = []
     norm = ""
     for threat, name in zip(recipe["threats"], [one["name"] for one in results["threats"]], strict=True):
         if threat["norm"] != norm:
             norm = threat["norm"]
-            own = clean_of(results, "standard", labels, name)
-            first = [_share(own)] + [BLANK] * (len(methods) - 1)
-            published = _published(results, "standard", name)
-            rows.append(
-                [norm, "0", *first, *[BLANK] * len(methods)]
-                + ([published[0], *[BLANK] * (2 * len(methods) - 1)] if recipe["published"] else [])
-            )
-        cells = [clean_of(results, method, labels, name) for method in methods]
-        cells += [accuracy_of(results, method, labels, name) for method in methods]
-        row = ["", threat["text"], *map(_share, cells)]
-        if recipe["published"]:
-            found = [_published(results, method, name) for method in methods]
-            row += [one[0] for one in found] + [one[1] for one in found]
-        rows.append(row)
-    note = "In percent."
-    if recipe["published"]:
-        note += f" Published: {recipe['published_source']}."
-    return Table(tuple(columns), tuple(map(tuple, rows)), "Standard and robust accuracy", note)
+            rows.append([norm, "0", cell("standard", name, False), *[BLANK] * (2 * len(methods) - 1)])
+        rows.append(["", threat["text"], *(cell(method, name, robust) for _, robust in kinds for method in methods)])
+    return Table(tuple(columns), tuple(map(tuple, rows)), title, note)
+
+
+def _errors(results: Results) -> Table:
+    """The table of Goodfellow et al.: the error of every net under the attack, and how sure it is of what is wrong."""
+    runs = results["runs"]
+    rows = []
+    for method in results["recipe"]["methods"]:
+        for threat in results["threats"]:
+            of = (results, method["name"], runs[0]["labels"], threat["name"])
+            sure = confidence_of(*of)
+            if (robust := accuracy_of(*of)) is not None:
+                clean = clean_of(*of)
+                rows.append((method["name"], threat["title"], _wrong(clean), _wrong(robust), percent(sure, 1)))
+    columns = ("net", "attack", "error, clean", "error, attacked", "mean confidence on the errors")
+    note = (
+        "In percent, of all images; the confidence is that in the wrong class, over the attacked images that are wrong."
+    )
+    return Table(columns, tuple(rows), "Error and confidence", note)
+
+
+def _wrong(spread: Spread | None) -> str:
+    return percent(1 - spread.mean if spread else None, 2)
 
 
 def _methods(results: Results) -> Table:
@@ -99,7 +149,7 @@ def _attacked(results: Results) -> str:
     text = f"Standard accuracy on {images['test']['n']:,} test images; robust accuracy on {images['attacked']['n']:,}"
     attacks = [
         f"{attack_name(one['name'])} of "
-        + (f"{one['steps']} steps" if one.get("steps") else f"{one['queries']:,} queries")
+        + (plural(one["steps"], "step") if one.get("steps") else f"{one['queries']:,} queries")
         + (f" with {one['restarts']} restarts" if one["restarts"] > 1 else "")
         + (f" on the {one['loss']} loss" if one["loss"] != "cross-entropy" else "")
         for one in recipe["evaluation"]
@@ -112,32 +162,36 @@ def _attacked(results: Results) -> str:
     return f"{text} under {', then '.join(attacks)}, the worst for each image."
 
 
-def _published_apart(results: Results) -> list[Table]:
-    """Figures from papers, each with its source: they are of other nets and data, and stand beside no measured one."""
+def _published(results: Results) -> list[Table]:
+    """Figures from papers, each with source and setting, apart from the measured ones: other nets and data."""
     recipe = results["recipe"]
-    if not recipe["published"] or recipe["layout"] == "tradeoff":
+    if not recipe["published"]:
         return []
-    titles = {threat["name"]: threat["title"] for threat in results["threats"]}
+    title = "Published figures"
+    told = [[one.get(key) or recipe.get(f"published_{key}", "") for key in ("source", "setting")]
+            for one in recipe["published"]]  # fmt: skip
+    if recipe["layout"] == "tradeoff":
+        found = {(one["method"], one["threat"]): one for one in recipe["published"]}
+
+        def cell(method: str, threat: str, robust: bool) -> str:
+            one = found.get((method, threat), found.get((method, "")))
+            return BLANK if one is None else _printed(one["robust" if robust else "standard"])
+
+        sources = "; ".join(dict.fromkeys(": ".join(filter(None, one)) for one in told))
+        return [_by_radius(results, cell, title, f"In percent. {sources}.")]
+    kinds = {"standard": "standard accuracy", "robust": "robust accuracy", "error": "error, attacked",
+             "confidence": "mean confidence"}  # fmt: skip
+    shown = [kind for kind in kinds if any(one.get(kind) is not None for one in recipe["published"])]
     rows = tuple(
-        (
-            one["method"], titles.get(one["threat"], "all" if len(titles) > 1 else next(iter(titles.values()))),
-            *(BLANK if one[kind] is None else f"{one[kind]:.2f}" for kind in ("standard", "robust")),
-            one["source"] or recipe["published_source"],
-        )
-        for one in recipe["published"]
-    )  # fmt: skip
-    columns = ("like the method", "threat", "standard accuracy", "robust accuracy", "source")
-    return [Table(columns, rows, "Published figures", "In percent; each for the net and the data of its source.")]
+        (one.get("name") or one["method"], *(_printed(one.get(kind)) for kind in shown), setting, source)
+        for one, (source, setting) in zip(recipe["published"], told, strict=True)
+    )
+    columns = ("published for", *(kinds[kind] for kind in shown), "setting", "source")
+    return [Table(columns, rows, title, "In percent; each for the net, the data and the attack of its own setting.")]
 
 
-def _published(results: Results, method: str, threat: str) -> tuple[str, str]:
-    """The published standard and robust accuracy of a method, as text."""
-    found = [one for one in results["recipe"]["published"] if one["method"] == method and one["threat"] in ("", threat)]
-
-    def text(key: str) -> str:
-        return next((f"{one[key]:.2f}" for one in found if one[key] is not None), BLANK)
-
-    return text("standard"), text("robust")
+def _printed(value: float | None) -> str:
+    return BLANK if value is None else f"{value:.2f}"
 
 
 def _differences(results: Results) -> list[Table]:
@@ -170,7 +224,10 @@ def _costs(results: Results) -> Table:
         (
             run["name"],
             run["objective"],
+            run.get("architecture", results["recipe"]["architecture"]),
+            _images_of(run),
             f"{run['epochs_done']}",
+            f"{run['steps_done']:,}" if "steps_done" in run else BLANK,
             f"{run['training_seconds']:,.0f}",
             f"{seconds.get(run['name'], 0.0):,.0f}",
             "yes" if run["catastrophic_overfitting"] else "no",
@@ -178,7 +235,8 @@ def _costs(results: Results) -> Table:
         )
         for run in results["runs"]
     ]
-    columns = ("run", "objective", "epochs", "training, s", "attacks, s", "catastrophic overfitting", "weights")
+    columns = ("run", "objective", "net", "trained on", "epochs", "steps", "training, s", "attacks, s",
+               "catastrophic overfitting", "weights")  # fmt: skip
     device = results["machine"]
     note = f"On {device['device']}, {device['threads']} threads."
     return Table(columns, tuple(rows), "Trainings", note)

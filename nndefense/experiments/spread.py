@@ -62,6 +62,13 @@ def clean_of(results: Results, method: str, labels: int, threat: str) -> Spread 
     return _share(_measured(results, method, labels, threat, "standard"))
 
 
+def confidence_of(results: Results, method: str, labels: int, threat: str) -> float | None:
+    """A method's mean confidence in the wrong class, over its attacked images that are wrong and its seeds."""
+    found = [one.get("confidence_wrong") for one in _measured(results, method, labels, threat, "robust")]
+    known = [value for value in found if value is not None]
+    return float(np.mean(known)) if known else None
+
+
 def differences(results: Results) -> list[dict[str, Any]]:
     """The first method less the second of every pair of the recipe, paired by seed and image.
 

@@ -162,9 +162,8 @@ class Workshop:
             initial: the net to begin with; one with fresh weights by default.
             chosen: whether its weights are chosen on the validation images.
         """
-        classifier = build_classifier(
-            self.recipe.architecture, input_shape=labelled.shape, classes=labelled.classes, seed=run.seed
-        )
+        arch = run.method.architecture or self.recipe.architecture
+        classifier = build_classifier(arch, input_shape=labelled.shape, classes=labelled.classes, seed=run.seed)
         if initial is not None:
             classifier.load_state_dict(initial.state_dict())
         with warnings.catch_warnings():
@@ -213,11 +212,16 @@ class Workshop:
         history = info["history"]
         stages = [*(first.info["history"] if first is not None else []), *history]
         checks = [check for row in history for check in row.get("checks", [])]
+        labels = run.labels or len(self.images.train)
+        done = [(info["settings"], len(history))]
+        done += [] if first is None else [(first.info["settings"], len(first.info["history"]))]
         return {
             "name": run.name,
             "method": run.method.name,
+            "architecture": classifier.arch,
+            "parameters": sum(weights.numel() for weights in classifier.parameters()),
             "threat": None if run.threat is None else run.threat.name,
-            "labels": run.labels or len(self.images.train),
+            "labels": labels,
             "seed": run.seed,
             "folder": str(self.folder(run.name).relative_to(self.out)),
             "fingerprint": classifier.fingerprint,
@@ -228,6 +232,11 @@ class Workshop:
             "start": None if first is None else {key: first.info[key] for key in ("settings", "attack")},
             "pseudo_labels": pseudo,
             "epochs_done": len(history),
+            # Those of the first stage, too.
+            "steps_done": sum(
+                epochs * (settings["steps_per_epoch"] or -(-labels // settings["batch_size"]))
+                for settings, epochs in done
+            ),
             # Steps alone; checks and checkpoints come on top.
             "training_seconds": round(sum(row["seconds"] for row in stages), 1),
             "catastrophic_overfitting": any(check.get("catastrophic_overfitting") for check in checks),
