@@ -57,6 +57,9 @@ class TrainOptions(LoopOptions):
     unlabelled_per_batch: Annotated[
         int | None, typer.Option(help="Unlabelled images a step [default: as many as labelled ones].")
     ] = None
+    refresh_steps: Annotated[
+        int | None, typer.Option(help="Of retrieval: compute rows anew each so many steps [default: each epoch].")
+    ] = None
     momentum: Annotated[float, typer.Option(help="Momentum of sgd.")] = 0.9
     nesterov: Annotated[bool, typer.Option(help="Nesterov's momentum for sgd.")] = True
     warmup: Annotated[float, typer.Option(help="Epochs in which the learning rate rises.")] = 0.0
@@ -283,7 +286,8 @@ def train(
         str,
         typer.Option(
             help="standard, half-half, adversarial, trades, interpolated, ensemble-adversarial, alp, clp, worst-of-10, "
-            "random-augmentation, noise-augmentation, self-training, rst, rst-at, rst-trades or robust-consistency."
+            "random-augmentation, noise-augmentation, self-training, rst, rst-at, rst-trades, robust-consistency, "
+            "retrieval, retrieval-trades or retrieval-standard."
         ),
     ] = "standard",
     weight: Annotated[

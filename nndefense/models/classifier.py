@@ -94,8 +94,12 @@ class Classifier(nn.Module):
         if not isinstance(images, fx.Proxy):
             self.check_shape(images.shape)
             images = images.to(self.mean.dtype)
-        logits: Tensor = self.net((images - self.mean) / self.std)
+        logits: Tensor = self.net(self.normalised(images))
         return logits
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """What the net sees of images in [0, 1]: (image - mean) / std."""
+        return (images - self.mean) / self.std
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Raise :class:`InputError` unless the net takes a batch of this shape N x C x H x W."""

@@ -112,7 +112,7 @@ def attentive(classifier: Classifier) -> AttentiveNet:
 
 def features_of(classifier: Classifier, images: Tensor) -> Tensor:
     """``phi(x)`` of images N x C x H x W in [0, 1]: N x d, differentiable."""
-    return attentive(classifier).features((images - classifier.mean) / classifier.std)
+    return attentive(classifier).features(classifier.normalised(images))
 
 
 def shard_rows(dimension: int) -> int:

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from nndefense.attacks.door import labels_of
+
+
+@dataclass(frozen=True)
+class BankRows:
+    """The rows that images find their neighbours among.
+
+    Attributes:
+        vectors: M x d, float32, the rows' embeddings g_j when they were last computed, without a graph.
+        labels: M class numbers, int64; pseudo-labels where a row is an image of a pool.
+    """
+
+    vectors: Tensor
+    labels: Tensor
+
+    @functools.cached_property
+    def by_class(self) -> tuple[Tensor, ...]:
+        """The numbers of the rows of each class that has some."""
+        counts = torch.bincount(self.labels)
+        return torch.split(self.labels.argsort(stable=True), counts[counts > 0].tolist())
 
 
 @dataclass(frozen=True)
@@ -23,6 +44,8 @@ class Batch:
         others: gives, for the number of a static source of an :class:`nndefense.training.EnsembleAttack`, the
             batch's images as that source attacked them beforehand, shifted and mirrored like ``images``, which is why
             it is no tensor: one source of several is read. None where nothing was attacked beforehand.
+        bank: the rows to retrieve from, for objectives that do; else None.
+        own: n numbers of the rows that the images are themselves; None without a bank.
     """
 
     images: Tensor
@@ -30,6 +53,8 @@ class Batch:
     labelled: Tensor | None = None
     rows: Tensor | None = None
     others: Callable[[int], Tensor] | None = None
+    bank: BankRows | None = None
+    own: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", labels_of(self.labels))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError
-from nndefense.training.batch import Batch
+from nndefense.training.batch import BankRows, Batch
 from nndefense.training.ensemble_attack import AttackedImages
 from nndefense.training.launcher import Team
 from nndefense.training.random_state import generator, reseed
@@ -99,7 +99,9 @@ class EpochBatches:
         resident_bytes: as for :class:`DeviceImages`.
 
     Attributes:
+        sets, labels: the images and class numbers of the labelled set, and of the pool if there is one.
         others: the labelled images as static sources attacked them, for :attr:`Batch.others`; none at first.
+        bank: the rows to retrieve from, in the order of the sets; none at first.
 
     Raises:
         InputError: a batch would be larger than a set, or smaller than the number of processes.
@@ -133,12 +135,13 @@ class EpochBatches:
             )
         own = settings.batch_size * self.count if settings.steps_per_epoch else len(dataset)
         self.images_per_epoch = own + self.per_batch * self.count
-        self._sets = [DeviceImages(dataset, team.device, resident_bytes)]
-        self._labels = [labels.to(team.device)]
+        self.sets = [DeviceImages(dataset, team.device, resident_bytes)]
+        self.labels = [labels.to(team.device)]
         if unlabelled is not None and pseudo_labels is not None:
-            self._sets.append(DeviceImages(unlabelled, team.device, resident_bytes))
-            self._labels.append(pseudo_labels.to(team.device))
+            self.sets.append(DeviceImages(unlabelled, team.device, resident_bytes))
+            self.labels.append(pseudo_labels.to(team.device))
         self.others: Sequence[AttackedImages] = ()
+        self.bank: BankRows | None = None
         self._labelled = functools.lru_cache(maxsize=4)(self._mask)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[StepShare]:
@@ -168,11 +171,11 @@ class EpochBatches:
                 where = moved[place:end]
                 place = end
                 numbers.append(where)
-                labels.append(self._labels[kind][where])
-                found = self._sets[kind].at(where) if images[kind] is None else images[kind]
+                labels.append(self.labels[kind][where])
+                found = self.sets[kind].at(where) if images[kind] is None else images[kind]
                 assert found is not None
                 parts.append(found.to(self.team.device, non_blocking=True))
-            yield self._share(rows, shares, parts, labels, numbers[0])
+            yield self._share(rows, shares, parts, labels, numbers)
 
     def _share(
         self,
@@ -180,7 +183,7 @@ class EpochBatches:
         shares: tuple[Tensor, ...],
         parts: list[Tensor],
         labels: list[Tensor],
-        numbers: Tensor,
+        numbers: list[Tensor],
     ) -> StepShare:
         mixed = len(parts) > 1
         images = torch.cat(parts) if mixed else parts[0]
@@ -191,7 +194,11 @@ class EpochBatches:
         others = None
         if self.others and not mixed:
             others = functools.partial(self._attacked, shares[0], move)
-        batch = Batch(images, torch.cat(labels) if mixed else labels[0], mask, numbers, others)
+        itself = None
+        if self.bank is not None:
+            starts = (0, len(self.sets[0]))
+            itself = torch.cat([rows + start for rows, start in zip(numbers, starts, strict=False)])
+        batch = Batch(images, torch.cat(labels) if mixed else labels[0], mask, numbers[0], others, self.bank, itself)
         return StepShare(batch, sum(map(len, rows)), len(rows[0]), own)
 
     def _augmentation(self, images: Tensor) -> Move:
@@ -216,12 +223,12 @@ class EpochBatches:
     def _labelled_rows(self, number: int) -> list[Tensor]:
         if self.settings.steps_per_epoch:
             return self._stream(0, number, self.settings.batch_size)
-        order = torch.randperm(len(self._sets[0]), generator=generator(self.settings.seed, number, "order"))
+        order = torch.randperm(len(self.sets[0]), generator=generator(self.settings.seed, number, "order"))
         return list(torch.tensor_split(order, self.count))
 
     def _stream(self, kind: int, number: int, each: int) -> list[Tensor]:
         """The rows of an epoch's steps, ``each`` at a time, from an endless row of passes over a set."""
-        size = len(self._sets[kind])
+        size = len(self.sets[kind])
         begin, end = (number - 1) * self.count * each, number * self.count * each
         passes = range(begin // size, -(-end // size))
         orders = [
@@ -232,7 +239,7 @@ class EpochBatches:
 
     def _read(self, steps: list[tuple[Tensor, ...]]) -> Iterator[list[Tensor | None]]:
         """The images of each step that are not on the device already."""
-        if all(images.resident is not None for images in self._sets):
+        if all(images.resident is not None for images in self.sets):
             for step in steps:
                 yield [None] * len(step)
             return
@@ -240,7 +247,7 @@ class EpochBatches:
         def fetch(step: tuple[Tensor, ...]) -> list[Tensor | None]:
             return [
                 images.read(rows) if images.resident is None else None
-                for images, rows in zip(self._sets, step, strict=True)
+                for images, rows in zip(self.sets, step, strict=True)
             ]
 
         # One thread reads the next batch while the net works on this one.

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from nndefense.errors import InputError, ModelError, warn
 from nndefense.training.batches import EpochBatches
 from nndefense.training.display import LOOK_SECONDS, Curves, Display
 from nndefense.training.progress import BEST, HistoryRow, Standing, Sums, TrainingFolder, part_of
 from nndefense.training.random_state import kept
+from nndefense.training.row_bank import RowBank
 from nndefense.training.settings import check_whole, learning_rate
 from nndefense.training.step import Stepper
 from nndefense.training.validation import CatastrophicOverfitting, ValidationChecks, collapsed
@@ -57,6 +59,7 @@ class TrainingRun:
         folder: where checkpoints go, or None; given to the leading process alone.
         identity: what checkpoints record beside the state.
         shown: whether to show progress.
+        bank: the rows of a training by retrieval, or None.
     """
 
     stepper: Stepper
@@ -66,6 +69,7 @@ class TrainingRun:
     checkpoints: Checkpoints
     identity: dict[str, Any]
     shown: bool
+    bank: RowBank | None = None
 
     def __post_init__(self) -> None:
         self.settings, self.device = self.stepper.settings, self.stepper.team.device
@@ -84,6 +88,8 @@ class TrainingRun:
         with folder.fitting():
             self.stepper.load(tensors)
             self.stepper.precision.load(state["precision"])
+            if self.bank is not None:
+                self.bank.load(tensors)
             best = {name: tensor.to(self.device) for name, tensor in part_of(tensors, BEST).items()}
             self.standing = Standing.from_dict(state, best or None, self.device)
 
@@ -91,7 +97,10 @@ class TrainingRun:
         """Write a checkpoint, if there is a folder."""
         if self.folder is not None:
             extra = {**self.identity, "precision": self.stepper.precision.state()}
-            self.folder.save(self.stepper.tensors(), self.standing, extra)
+            tensors = self.stepper.tensors()
+            if self.bank is not None and not self._refreshes():
+                tensors |= self.bank.tensors()
+            self.folder.save(tensors, self.standing, extra)
 
     def finish(self, board: Curves | None, on_epoch: Callable[[HistoryRow], None] | None) -> None:
         """Train to the end; the classifier then has its final weights."""
@@ -114,6 +123,11 @@ class TrainingRun:
         """Steps of the whole training that are done."""
         return len(self.standing.history) * self.batches.count + self.standing.step
 
+    def _refreshes(self) -> bool:
+        """Whether the next step of the epoch begins with rows computed anew, and so needs no stored ones."""
+        each = self.settings.refresh_steps
+        return self.standing.step == 0 or (each is not None and self.standing.step % each == 0)
+
     def _ended(self) -> bool:
         """Whether the training ends before its last epoch."""
         patience = self.settings.patience
@@ -135,6 +149,8 @@ class TrainingRun:
         with display.bar(epoch, standing.sums.images) as bar, kept(self.device):
             for share in self.batches.epoch(epoch, standing.step):
                 rate = learning_rate(self.settings, self.done, steps)
+                if self.bank is not None and self._refreshes():
+                    self.bank.refresh(stepper.classifier)
                 stepper(share, rate, self.done + 1, standing.sums)
                 standing.step += 1
                 bar.update(share.images)
@@ -182,7 +198,7 @@ class TrainingRun:
                 row["catastrophic_overfitting"] = any(check["catastrophic_overfitting"] for check in standing.checks)
         if self.watch.held_out:
             with self._final_weights():
-                row["validation_accuracy"] = self.watch.validation_accuracy()
+                row["validation_accuracy"] = self.watch.validation_accuracy(self._answers())
                 if self.settings.keep_best and not self.watch.active:
                     standing.offer(row["validation_accuracy"], self.stepper.classifier)
         standing.history.append(row)
@@ -195,7 +211,7 @@ class TrainingRun:
         """Attack the images held out; keep the weights if they are the best so far, and tell of a collapse."""
         standing = self.standing
         with self._final_weights():
-            check = {"step": standing.step, **self.watch.check()}
+            check = {"step": standing.step, **self.watch.check(self._answers())}
             if self.settings.keep_best:
                 standing.offer(check["robust_accuracy"], self.stepper.classifier)
         if "single_step_accuracy" in check:
@@ -212,6 +228,11 @@ class TrainingRun:
             standing.collapsed |= found
         standing.top = max(standing.top, check["robust_accuracy"])
         standing.checks.append(check)
+
+    def _answers(self) -> nn.Module:
+        """What is checked: the retrieval where that is trained, else the classifier."""
+        classifier = self.stepper.classifier
+        return classifier if self.bank is None else self.bank.answers(classifier)
 
     def _final_weights(self) -> contextlib.AbstractContextManager[None]:
         """The weights that the classifier would have if the training ended here."""

@@ -23,9 +23,11 @@ from nndefense.training.display import Curves, tensorboard_module
 from nndefense.training.ensemble_attack import EnsembleAttack
 from nndefense.training.epochs import Checkpoints, TrainingRun, fastest_convolutions
 from nndefense.training.identity import check_same, described, described_attack, form
+from nndefense.training.kernel_retrieval import embedded
 from nndefense.training.launcher import Team, join
-from nndefense.training.objectives import find_spec, make_objective, objective_name
+from nndefense.training.objectives import find_spec, make_objective, objective_name, weights_of
 from nndefense.training.progress import HistoryRow, TrainingFolder
+from nndefense.training.row_bank import RowBank
 from nndefense.training.settings import SettingsOptions, TrainingSettings, make_settings
 from nndefense.training.step import Stepper
 from nndefense.training.validation import ValidationChecks, check_labels
@@ -114,7 +116,15 @@ def train_classifier(
     if unlabelled is not None:
         pseudo = classifier.label_map(unlabelled.classes)[torch.from_numpy(unlabelled.labels)]
     batches = EpochBatches(dataset, labels, chosen, team, unlabelled=unlabelled, pseudo_labels=pseudo)
-    watch = ValidationChecks(classifier, dataset, validation, attack, validation_attack, chosen, team)
+    spec, bank, weights = find_spec(loss), None, weights_of(loss)
+    if spec is not None and spec.rows:
+        bank = RowBank(
+            classifier, batches.sets, batches.labels, team, neighbors=weights["rows"], votes=weights["votes"]
+        )
+        batches.bank = bank.rows
+    watch = ValidationChecks(
+        classifier, dataset, validation, attack, validation_attack, chosen, team, retrieves=bank is not None
+    )
 
     held = None if validation is None else described(validation)
     # All that the final weights depend on, and, where they are not those of the last step, what they are chosen by.
@@ -148,7 +158,7 @@ def train_classifier(
         team.agree(classifier)
         stepper = Stepper(classifier, loss, attack, chosen, team)
         kept = folder if team.leads else None
-        run = TrainingRun(stepper, batches, watch, kept, checkpoints, identity, shown=progress and team.leads)
+        run = TrainingRun(stepper, batches, watch, kept, checkpoints, identity, progress and team.leads, bank)
         if folder is not None and state is not None:
             run.restore(folder, state)
             team.wait()
@@ -181,6 +191,9 @@ def train_classifier(
             # Of this process only, where the training was resumed.
             "seconds": round(time.perf_counter() - started, 3),
         }
+        if bank is not None:
+            retrieval = {"rows": len(bank.rows.labels), "neighbors": bank.neighbors, "votes": bank.votes}
+            classifier.info["retrieval"] = retrieval | {"temperature": embedded(classifier).temperature}
         if folder is not None:
             classifier.source = str(folder.folder)
             if team.leads:
@@ -209,7 +222,15 @@ def _check_parts(
             raise InputError(f"the objective {name} attacks its images: give an attack")
         if spec.unlabelled and unlabelled is None:
             raise InputError(f"the objective {name} learns from unlabelled images too: give a pool of them")
-        if not spec.unlabelled and unlabelled is not None:
+        if spec.rows:
+            embedded(classifier)
+            if len(dataset) < 2:
+                raise InputError(f"the objective {name} retrieves other images than the one itself: give at least 2")
+            if validation is None and settings.stop_on_collapse:
+                raise InputError("the collapse of a retrieval shows on images held out: give a validation set")
+        elif settings.refresh_steps is not None:
+            raise InputError(f"the objective {name} has no rows to refresh: leave the steps between refreshes out")
+        if not (spec.unlabelled or spec.rows) and unlabelled is not None:
             raise InputError(f"the objective {name} knows labelled images alone: leave the unlabelled ones out")
     if isinstance(attack, EnsembleAttack):
         attack.check(classifier, dataset)

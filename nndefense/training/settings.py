@@ -17,6 +17,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 _STEPS = 400
 _MOST_EPOCHS = 20
 _FEWEST_EPOCHS = 3
+_MAY_BE_NONE = ("steps_per_epoch", "unlabelled_per_batch", "refresh_steps", "patience")
 
 
 class SettingsOptions(TypedDict, total=False):
@@ -44,6 +45,7 @@ class SettingsOptions(TypedDict, total=False):
     compile: bool
     steps_per_epoch: int | None
     unlabelled_per_batch: int | None
+    refresh_steps: int | None
     keep_best: bool
     patience: int | None
     checks_per_epoch: int
@@ -86,6 +88,8 @@ class TrainingSettings:
             taken over and over, in a new order each time.
         unlabelled_per_batch: images of the unlabelled pool a step, beside the labelled ones; None: as many as those,
             but no more than the pool has.
+        refresh_steps: of a training by retrieval: after so many steps of an epoch, again and again, all rows are
+            computed anew, beside once at its begin; None: only then.
         keep_best: the final weights are those of the check with the highest accuracy on the validation set, under
             the validation attack where there is one.
         patience: end the training after so many epochs without a new best; implies ``keep_best``.
@@ -116,6 +120,7 @@ class TrainingSettings:
     compile: bool = False
     steps_per_epoch: int | None = None
     unlabelled_per_batch: int | None = None
+    refresh_steps: int | None = None
     keep_best: bool = False
     patience: int | None = None
     checks_per_epoch: int = 1
@@ -155,12 +160,13 @@ class TrainingSettings:
             ("batch_size", "batch size"),
             ("steps_per_epoch", "number of steps an epoch"),
             ("unlabelled_per_batch", "number of unlabelled images a batch"),
+            ("refresh_steps", "number of steps between refreshes of the rows"),
             ("patience", "patience in epochs"),
             ("checks_per_epoch", "number of checks an epoch"),
             ("check_images", "number of images of a check"),
         ):
             value = getattr(self, name)
-            if value is not None or name not in ("steps_per_epoch", "unlabelled_per_batch", "patience"):
+            if value is not None or name not in _MAY_BE_NONE:
                 check_whole(text, value)
         check_whole("seed", self.seed, least=0)
         _between("learning rate", self.lr, above=0)

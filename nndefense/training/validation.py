@@ -12,7 +12,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nndefense.attacks.wrappers import attacked_in
 from nndefense.datasets import ImageDataset
@@ -100,6 +100,7 @@ class ValidationChecks:
         validation_attack: for the checks, or None for :func:`stronger` than the training's.
         settings: of the training.
         team: the processes that share the work.
+        retrieves: whether it is a training by retrieval.
     """
 
     def __init__(
@@ -111,8 +112,9 @@ class ValidationChecks:
         validation_attack: BatchAttack | None,
         settings: TrainingSettings,
         team: Team,
+        *,
+        retrieves: bool = False,
     ) -> None:
-        self.classifier = classifier
         self.seed = settings.seed
         self.team = team
         self.held_out = validation is not None
@@ -122,6 +124,9 @@ class ValidationChecks:
             numbers = classifier.label_map(validation.classes)[torch.from_numpy(validation.labels)]
             self.validation_labels = numbers.to(team.device)
         self.single = attack if isinstance(attack, InnerAttack) and attack.steps == 1 and attack.eps > 0 else None
+        if retrieves and validation is None:
+            # Each image of the training set would find itself.
+            self.single = None
         self.attack = validation_attack if validation_attack is not None or attack is None else stronger(attack)
         # Without images held out, only a collapse is looked for.
         self.active = self.attack is not None and (self.held_out or self.single is not None)
@@ -135,19 +140,19 @@ class ValidationChecks:
             self.images = images[own].to(team.device)
             self.labels = classifier.label_map(source.classes)[labels[own]].to(team.device)
 
-    def validation_accuracy(self) -> float:
-        """The share of right answers on the whole validation set: that of :func:`nndefense.training.validation`."""
+    def validation_accuracy(self, net: nn.Module) -> float:
+        """The share of a net's right answers on the whole validation set, as :func:`accuracy` gives it."""
         assert self.validation is not None
         own = self.team.share(torch.arange(len(self.validation)))
         right = torch.zeros((), dtype=torch.int64, device=self.team.device)
-        with attacked_in(self.classifier), torch.inference_mode():
+        with attacked_in(net), torch.inference_mode():
             for rows in torch.split(own, _BATCH):
                 images = self.validation.fetch(rows)
-                right += (self.classifier(images).argmax(1) == self.validation_labels[rows.to(right.device)]).sum()
+                right += (net(images).argmax(1) == self.validation_labels[rows.to(right.device)]).sum()
         return int(self.team.sum(right)) / len(self.validation)
 
-    def check(self) -> dict[str, Any]:
-        """Attack the sample; return the shares of images that keep their right class, by name.
+    def check(self, net: nn.Module) -> dict[str, Any]:
+        """Attack the sample through a net; return the shares of images that keep their right class, by name.
 
         ``accuracy`` of the images as they are, ``robust_accuracy`` under the attack of the checks, and for a training
         with a single step ``single_step_accuracy`` under that. In evaluation mode and float32.
@@ -159,20 +164,20 @@ class ValidationChecks:
         right = torch.zeros(len(attacks), dtype=torch.float64 if self.team.device.type != "mps" else torch.float32)
         right = right.to(self.team.device)
         batches = list(zip(torch.split(self.images, _BATCH), torch.split(self.labels, _BATCH), strict=True))
-        with attacked_in(self.classifier), kept(self.team.device):
+        with attacked_in(net), kept(self.team.device):
             for number, attack in enumerate(attacks.values()):
                 reseed(self.seed, 0, f"check {number} {self.team.rank}", self.team.device)
                 for images, labels in batches:
-                    right[number] += self._right(images, labels, attack)
+                    right[number] += self._right(net, images, labels, attack)
         shares = (self.team.sum(right) / self.count).tolist()
         return dict(zip(attacks, shares, strict=True))
 
-    def _right(self, images: Tensor, labels: Tensor, attack: BatchAttack | None) -> Tensor:
+    def _right(self, net: nn.Module, images: Tensor, labels: Tensor, attack: BatchAttack | None) -> Tensor:
         if attack is not None:
             with torch.enable_grad():
-                images = attack(self.classifier, images, labels)
+                images = attack(net, images, labels)
         with torch.no_grad():
-            logits: Tensor = self.classifier(images)
+            logits: Tensor = net(images)
             return (logits.argmax(1) == labels).sum()
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from nndefense.models.architectures import embedded
 from nndefense.models.architectures.attentive import DIMENSION, AttentiveNet
 from nndefense.models.architectures.plain import MadryMNIST, SmallCNN, StridedCNN
 from nndefense.models.architectures.residual import CifarResNet18, WideResNet
@@ -57,6 +58,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 #: What an architecture with attention over retrieved neighbours is called: this before the name of its feature net.
 ATTENTIVE = "ra-"
+#: And one with an embedding to retrieve by.
+EMBEDDED = "nn-"
 
 
 def _attentive(name: str) -> Architecture:
@@ -70,4 +73,17 @@ def _attentive(name: str) -> Architecture:
     )
 
 
-ARCHITECTURES |= {f"{ATTENTIVE}{name}": _attentive(name) for name in tuple(ARCHITECTURES)}
+def _embedded(name: str) -> Architecture:
+    base = ARCHITECTURES[name]
+    return Architecture(
+        build=lambda shape, count: embedded.EmbeddedNet(base.build(shape, embedded.DIMENSION), count),
+        smallest=base.smallest,
+        fixed_size=base.fixed_size,
+        side=base.side,
+        summary=f"{name} with an embedding of length {embedded.DIMENSION} to retrieve by, for the objectives retrieval",
+    )
+
+
+_plain = tuple(ARCHITECTURES)
+ARCHITECTURES |= {f"{ATTENTIVE}{name}": _attentive(name) for name in _plain}
+ARCHITECTURES |= {f"{EMBEDDED}{name}": _embedded(name) for name in _plain}

@@ -7,7 +7,9 @@ from nndefense.training.objectives.registry import (
     find_spec,
     make_objective,
     objective_name,
+    weights_of,
 )
+from nndefense.training.objectives.retrieval import retrieval, retrieval_standard, retrieval_trades
 from nndefense.training.objectives.supervised import (
     adversarial,
     alp,
@@ -38,6 +40,9 @@ __all__ = [
     "noise_augmentation",
     "objective_name",
     "random_augmentation",
+    "retrieval",
+    "retrieval_standard",
+    "retrieval_trades",
     "robust_consistency",
     "rst",
     "rst_at",
@@ -45,5 +50,6 @@ __all__ = [
     "self_training",
     "standard",
     "trades",
+    "weights_of",
     "worst_of_10",
 ]

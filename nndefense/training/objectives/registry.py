@@ -29,7 +29,9 @@ class ObjectiveSpec:
         summary: one line for a list of choices.
         attack: whether it needs an attack.
         unlabelled: whether it takes unlabelled images; it then needs them.
-        limits: what each weight may be: the choices, or the least and the largest number.
+        limits: what each weight may be: the choices, or the least and the largest number (a whole one, where the
+            default is).
+        rows: whether it retrieves from rows of the training set, and of unlabelled images if there are some.
     """
 
     name: str
@@ -38,6 +40,7 @@ class ObjectiveSpec:
     attack: bool
     unlabelled: bool
     limits: Mapping[str, tuple[Any, ...]]
+    rows: bool = False
 
     @property
     def weights(self) -> dict[str, Any]:
@@ -57,11 +60,12 @@ def entered(
     *,
     attack: bool = True,
     unlabelled: bool = False,
+    rows: bool = False,
 ) -> Callable[[_F], _F]:
     """Enter the function that is decorated in :data:`OBJECTIVES`; arguments as for :class:`ObjectiveSpec`."""
 
     def enter(function: _F) -> _F:
-        OBJECTIVES[name] = ObjectiveSpec(name, function, summary, attack, unlabelled, limits)
+        OBJECTIVES[name] = ObjectiveSpec(name, function, summary, attack, unlabelled, limits, rows)
         return function
 
     return enter
@@ -87,7 +91,7 @@ def make_objective(name: str, **weights: Any) -> Objective:
         if weight not in spec.weights:
             known = f"it takes {', '.join(spec.weights)}" if spec.weights else "it takes none"
             raise InputError(f"the objective {name} has no weight {weight!r}: {known}")
-        _check_weight(name, weight, value, spec.limits[weight])
+        _check_weight(spec, weight, value)
     return functools.partial(spec.function, **weights)
 
 
@@ -97,24 +101,32 @@ def find_spec(objective: Objective) -> ObjectiveSpec | None:
     return next((spec for spec in OBJECTIVES.values() if spec.function is function), None)
 
 
+def weights_of(objective: Objective) -> dict[str, Any]:
+    """All weights of an objective by name: those that are bound, and the defaults of a known one."""
+    spec = find_spec(objective)
+    bound = dict(objective.keywords) if isinstance(objective, functools.partial) else {}
+    return (spec.weights if spec else {}) | bound
+
+
 def objective_name(objective: Objective) -> str:
     """The text that identifies an objective with all its weights, such as ``trades(beta=6.0)``.
 
     For a function of the user's own it is the attribute ``description``, else the name, else the ``repr``.
     """
-    bound = dict(objective.keywords) if isinstance(objective, functools.partial) else {}
+    bound = weights_of(objective)
     function = objective.func if isinstance(objective, functools.partial) else objective
     if described := getattr(objective, "description", None):
         return str(described)
     if spec := find_spec(objective):
         # An int and a float of the same value are the same weight.
-        shown = [f"{key}={float(v) if isinstance(v, int) else v}" for key, v in (spec.weights | bound).items()]
+        shown = [f"{key}={float(v) if isinstance(v, int) else v}" for key, v in bound.items()]
         return f"{spec.name}({', '.join(shown)})" if shown else spec.name
     named = str(getattr(function, "description", None) or getattr(function, "__qualname__", None) or repr(function))
     return f"{named}({', '.join(f'{key}={value!r}' for key, value in bound.items())})" if bound else named
 
 
-def _check_weight(name: str, weight: str, value: Any, limits: tuple[Any, ...]) -> None:
+def _check_weight(spec: ObjectiveSpec, weight: str, value: Any) -> None:
+    name, limits = spec.name, spec.limits[weight]
     low, high = limits[0], limits[-1]
     if isinstance(low, str):
         if value not in limits:
@@ -124,3 +136,5 @@ def _check_weight(name: str, weight: str, value: Any, limits: tuple[Any, ...]) -
     if not number or not low <= value <= high:
         wanted = f"between {low:g} and {high:g}" if math.isfinite(high) else f"finite and at least {low:g}"
         raise InputError(f"{weight} of the objective {name} is {value!r}, but must be {wanted}")
+    if isinstance(spec.weights[weight], int) and value != int(value):
+        raise InputError(f"{weight} of the objective {name} is {value!r}, but must be a whole number")
