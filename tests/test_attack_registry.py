@@ -102,6 +102,46 @@ def test_an_entry_says_what_its_function_takes(name: str) -> None:
         assert attack.standard == taken[attack.effort or "steps"].default
 
 
+def test_every_attack_that_can_be_sent_towards_a_class_is_and_the_others_say_so() -> None:
+    x, y = images("test", 8)
+    goals, generator = (y + 1) % 10, torch.Generator().manual_seed(0)
+    for name in registry.names("gray"):
+        norm = "l2" if "linf" not in registry.get(name).norms else "linf"
+        settings = AttackSettings(name, norm, (0.5 if norm == "linf" else 4.0,))
+        if name == "cw":
+            continue
+        if registry.get(name).effort:
+            settings = replace(settings, **{registry.get(name).effort: 400 if name == "square" else 20})
+        if registry.get(name).targeted:
+            found = run_attack(settings, trained(), x, goals, settings.eps[0], generator, targeted=True).images
+            with torch.no_grad():
+                before, after = (trained()(shown).softmax(1).gather(1, goals[:, None]) for shown in (x, found))
+            assert after.mean() > before.mean() + 0.1, name
+        else:
+            with pytest.raises(
+                InputError, match=rf"{name} cannot be sent towards a class: leave the target \(--target\)"
+            ):
+                run_attack(settings, trained(), x, goals, settings.eps[0], generator, targeted=True)
+    assert [name for name in registry.names() if registry.get(name).targeted] == ["fgsm", "pgd", "apgd", "square", "cw"]
+
+
+def test_an_own_attack_is_sent_towards_a_class_where_it_takes_that(toy: str) -> None:
+    def towards(model: Any, x: Tensor, y: Tensor, *, eps: float, norm: str, targeted: bool) -> Tensor:
+        assert targeted
+        return attacks.pgd(model, x, y, eps=eps, norm=norm, steps=5, targeted=targeted)
+
+    x, y = images("test", 4)
+    name = attacks.register(attacks.Attack("toy-towards", towards))
+    try:
+        generator = torch.Generator().manual_seed(0)
+        found = run_attack(AttackSettings(name, "linf", (0.3,)), trained(), x, y, 0.3, generator, targeted=True)
+        assert not torch.equal(found.images, x)
+        with pytest.raises(InputError, match="a function of your own has to take targeted="):
+            run_attack(AttackSettings(toy, "l2", (0.3,)), trained(), x, y, 0.3, generator, targeted=True)
+    finally:
+        registry.unregister(name)
+
+
 def test_the_documentation_has_the_table() -> None:
     assert registry.table() in (REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8")
     assert registry.table().count("\n") == len(registry.SHIPPED) + 1

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nndefense.attacks import LOSSES, NORMS, apgd, fgsm, norms, pgd, radius, registry
+from nndefense.attacks import LOSSES, NORMS, apgd, fgsm, norms, pgd, radius, registry, square
 from nndefense.attacks.norms import length, project, random_in_ball, steepest
 from nndefense.errors import InputError
 
@@ -343,12 +343,31 @@ class TestStrength:
         assert (fooled(1) <= fooled(5)).all()
         assert fooled(5).sum() > fooled(1).sum()
 
-    def test_targeted_reaches_the_target(self, net: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+    @pytest.mark.parametrize(
+        ("attack", "effort"),
+        [
+            (pgd, {"steps": 40}),
+            (pgd, {"steps": 20, "restarts": 3, "loss": "margin"}),
+            (apgd, {"steps": 20}),
+            (apgd, {"steps": 20, "loss": "margin", "restarts": 2}),
+            (square, {"queries": 300}),
+        ],
+    )
+    def test_targeted_reaches_the_target(
+        self, attack: Any, effort: dict[str, Any], net: nn.Module, digits: tuple[Tensor, Tensor]
+    ) -> None:
         x, y = digits[0][-100:], digits[1][-100:]
         target = (y + 1) % 10
-        attacked = pgd(net, x, target, eps=0.5, steps=40, targeted=True)
+        attacked = attack(net, x, target, eps=0.5, targeted=True, generator=torch.Generator().manual_seed(0), **effort)
+        assert bool((sizes(attacked - x, "linf") <= 0.5).all())
         with torch.no_grad():
             assert (net(attacked).argmax(1) == target).double().mean() > 0.9
+
+    def test_apgd_does_not_choose_classes_where_one_is_given(
+        self, net: nn.Module, digits: tuple[Tensor, Tensor]
+    ) -> None:
+        with pytest.raises(InputError, match="finds for itself"):
+            apgd(net, digits[0][:2], digits[1][:2], eps=0.1, targets=3, targeted=True)
 
 
 class TestLeavesTheModelAlone:

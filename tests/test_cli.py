@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from command import fails, nndefense
-from helpers import rewrite
+from helpers import digits, rewrite, trained
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -28,8 +29,10 @@ from nndefense.cli.app import build
 from nndefense.database import ImageDatabase
 from nndefense.datasets import open_dataset
 from nndefense.errors import DataError, NNDefenseError
+from nndefense.evaluation import AttackSettings
 from nndefense.guard import Guard
 from nndefense.models import build_classifier, load_classifier, save_classifier
+from nndefense.pipeline import write_attacked
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DIGITS = [str(digit) for digit in range(10)]
@@ -202,6 +205,59 @@ def test_attack_keeps_the_images(work: Work, tmp_path: Path) -> None:
     assert (said["n"], said["attack"]["eps"], said["attack"]["norm"]) == (40, [8 / 255], "linf")
     fails(2, "--overwrite", *words)
     assert nndefense(*words, "--overwrite").json == said
+
+
+@pytest.mark.parametrize("target", ["3", "least-likely", "random"])
+def test_an_attack_towards_a_class_says_how_often_and_how_surely_it_is_reached(target: str, tmp_path: Path) -> None:
+    data, net, settings = digits("test").subset(range(60)), trained(), AttackSettings("pgd", "linf", (0.4,), 20)
+    said = write_attacked(settings, net, data, tmp_path / "a.h5", target=target, batch_size=25, progress=False)
+    clean, labels = data.batch(range(60))
+    moved = open_dataset(f"hdf5:{tmp_path / 'a.h5'}").batch(range(60))[0]
+    with torch.no_grad():
+        before, after = net(clean), net(moved).softmax(1)
+    goals, aim = after.argmax(1), said["target"]
+    if target == "3":
+        goals = torch.full_like(labels, 3)
+        assert torch.equal(moved[labels == 3], clean[labels == 3])
+    if target == "least-likely":
+        goals = before.scatter(1, labels[:, None], torch.inf).argmin(1)
+    others = goals != labels
+    reached = (after.argmax(1) == goals) & others
+    if target != "random":
+        assert aim["n"] == int(others.sum())
+        assert aim["success"]["share"] == pytest.approx(float(reached.sum() / others.sum()))
+        assert aim["before"]["share"] == pytest.approx(float((before.argmax(1) == goals)[others].double().mean()))
+        assert aim["confidence"] == pytest.approx(float(after.amax(1)[reached].mean()), abs=1e-6)
+    assert aim["success"]["ci_low"] < aim["success"]["share"] < aim["success"]["ci_high"] or target == "3"
+    assert aim["success"]["share"] > 0.6
+    wrong = after.argmax(1) != labels
+    assert said["attacked"]["accuracy"] == pytest.approx(1 - float(wrong.double().mean()))
+    assert said["attacked"]["confidence_wrong"] == pytest.approx(float(after.amax(1)[wrong].mean()), abs=1e-6)
+    share = aim["success"]["share"] + aim["merely_wrong"]["share"]
+    assert share * aim["n"] == pytest.approx(int((wrong & others).sum()))
+    # Neither the targets nor who is attacked depend on the batch size.
+    once = write_attacked(settings, net, data, tmp_path / "b.h5", target=target, batch_size=60, progress=False)
+    assert once["target"]["n"] == aim["n"]
+    assert once["target"]["before"] == aim["before"]
+
+
+def test_the_command_attacks_towards_a_class_and_refuses_what_is_none(work: Work, tmp_path: Path) -> None:
+    words = ["attack", "--dataset", "digits:test[:20]", "--classifier", work.classifier, "--eps", "0.5", *SHORT]
+    done = nndefense(*words, "--out", tmp_path / "a.h5", "--target", "7")
+    assert re.search(
+        r"target 7: reached by [01]\.\d{3} \[.*\] of \d+ images of other classes \([01]\.\d{3} before\)", done.out
+    )
+    words += ["--out", tmp_path / "b.h5"]
+    fails(2, "'ten' is not one of the classifier's 10 classes", *words, "--target", "ten")
+    fails(2, "leave the target (--target) out, or take fgsm, pgd", *words, "--target", "7", "--attack", "fab")
+    assert not (tmp_path / "b.h5").exists()
+
+
+def test_a_target_that_all_images_have_is_refused(tmp_path: Path) -> None:
+    data = digits("test")
+    threes = data.subset(np.flatnonzero(data.labels == 3)[:5])
+    with pytest.raises(DataError, match=r"all images of .* are of the class '3': choose another target"):
+        write_attacked(AttackSettings(steps=1), trained(), threes, tmp_path / "a.h5", target="3", progress=False)
 
 
 @pytest.mark.slow

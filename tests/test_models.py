@@ -45,6 +45,25 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
     return text
 
 
+@pytest.mark.parametrize(
+    ("text", "number"), [("t-shirt", 0), ("T-SHIRT/Top", 0), ("ankle_boot", 2), ("7", 1), ("1", 1), ("n2", 2)]
+)
+def test_a_class_is_found_by_name_id_or_number(text: str, number: int) -> None:
+    net = Classifier(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), arch="x", input_shape=(1, 8, 8), source="test",
+        classes=["T-shirt/top", "7", "Ankle boot"], class_ids=["n0", "n1", "n2"],
+    )  # fmt: skip
+    assert net.class_number(text) == number
+    for wrong, words in (
+        ("3", "number from 0 to 2"),
+        ("-1", "is not one"),
+        ("", "is not one"),
+        ("Ankle bot", "did you"),
+    ):
+        with pytest.raises(InputError, match=words):
+            net.class_number(wrong)
+
+
 # --- architectures
 
 

@@ -32,6 +32,7 @@ def apgd(
     steps: int = 100,
     loss: str | Loss = "cross-entropy",
     targets: int | None = None,
+    targeted: bool = False,
     restarts: int = 1,
     rho: float = 0.75,
     exact_projection: bool = False,
@@ -44,14 +45,14 @@ def apgd(
     step moves by ``0.75 * (z - x_k) + 0.25 * (x_k - x_{k-1})``, z being the projected gradient step. Images leave the
     batch as soon as they fool the model, and only those that stand meet the next restart or target class.
 
-    ``model``, ``x``, ``y``, ``eps``, ``norm``, ``exact_projection``, ``generator`` and the errors are as for
-    :func:`nndefense.attacks.pgd`.
+    ``model``, ``x``, ``y``, ``eps``, ``norm``, ``targeted``, ``exact_projection``, ``generator`` and the errors are as
+    for :func:`nndefense.attacks.pgd`.
 
     Args:
         steps: gradient steps per run, at least 1; a run makes one forward pass and gradient more than that.
         loss: a name in :data:`nndefense.attacks.LOSSES` except ``kl``, or a callable; unused with ``targets``.
         targets: attack this many classes in turn, the likeliest wrong ones of the clean image first (9 in the paper;
-            at most K - 1 exist). K must be at least 4.
+            at most K - 1 exist). K must be at least 4. Not with ``targeted``, whose ``y`` is the one class to reach.
         restarts: independent runs (for each target), at least 1.
         rho: share of steps between checkpoints that must raise the loss, in (0, 1].
 
@@ -67,11 +68,14 @@ def apgd(
     rivals: Tensor | None = None
     objective = losses.find_loss(loss)
     if targets is not None:
+        if targeted:
+            raise InputError("targets are classes that apgd finds for itself: give it a target, or leave targeted out")
         at_least("targets", targets)
         rivals, objective = losses.likeliest_others(losses.checked_logits(model, x, y), y, targets), _towards
     elif objective is losses.kl:
         raise InputError("the KL divergence does not know the label: use pgd with it, or another loss")
 
+    objective = losses.negated(objective) if targeted else objective
     best, best_loss, standing = x.clone(), torch.full_like(radii, -torch.inf), torch.arange(len(x), device=x.device)
     first = objective if rivals is not None else losses.checking(objective)
     for column in range(1 if rivals is None else rivals.shape[1]):
@@ -79,7 +83,7 @@ def apgd(
             if len(standing) == 0:
                 return best
             goal = y if rivals is None else torch.stack([y, rivals[:, column]], dim=1)
-            run = _Run(objective, first, norm, steps, rho, exact_projection, generator)
+            run = _Run(objective, first, targeted, norm, steps, rho, exact_projection, generator)
             attacked, reached, fooled = run.ascend(model, x[standing], y[standing], goal[standing], radii[standing])
             better = fooled | (reached > best_loss[standing])
             kept = standing[better]
@@ -136,6 +140,7 @@ class _Run:
 
     loss: Loss
     first: Loss
+    targeted: bool
     norm: str
     steps: int
     rho: float
@@ -147,7 +152,7 @@ class _Run:
         inside = norms.projector(x, radii, self.norm, exact=self.exact)
         start = inside(x + norms.random_on_sphere(x, radii, self.norm, self.generator))
         value, logits, gradient = loss_and_gradient(model, start, goal, self.first)
-        found, loss, fooled = start.clone(), value.clone(), fooled_by(logits, y)
+        found, loss, fooled = start.clone(), value.clone(), fooled_by(logits, y, self.targeted)
         row, unset = torch.arange(len(x), device=x.device), torch.zeros_like(value)
         s = _State(
             row, x, y, goal, radii, _FIRST_STEP * radii, start, start, value, gradient, start, value, gradient,
@@ -171,7 +176,7 @@ class _Run:
             wide = norms.per_image(better, s.x)
             s.best, s.best_gradient = torch.where(wide, s.now, s.best), torch.where(wide, s.gradient, s.best_gradient)
             s.best_value = torch.where(better, s.value, s.best_value)
-            out = fooled_by(logits, s.y)
+            out = fooled_by(logits, s.y, self.targeted)
             if bool(out.any()):
                 gone = s.row[out]
                 found[gone], loss[gone], fooled[gone] = s.now[out], value[out], True

@@ -200,6 +200,11 @@ def fooled_by(logits: Tensor, y: Tensor, targeted: bool = False) -> Tensor:
     return hit if targeted else ~hit
 
 
+def least_likely_other(logits: Tensor, y: Tensor) -> Tensor:
+    """The class of the smallest logit but ``y``, what an attack that aims as far as it can heads for: N x K, N -> N."""
+    return logits.scatter(1, y[:, None], torch.inf).argmin(1)
+
+
 def likeliest_others(logits: Tensor, y: Tensor, count: int) -> Tensor:
     """The ``count`` largest logits' classes other than ``y``, largest first: N x K and N -> N x min(count, K - 1)."""
     others = logits.scatter(1, y[:, None], -torch.inf)

@@ -29,6 +29,7 @@ def square(
     norm: str = "linf",
     queries: int = 5000,
     p_init: float = 0.8,
+    targeted: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Square attack (Andriushchenko et al., ECCV 2020, Algorithms 1 to 3): random search, counted in queries.
@@ -38,7 +39,8 @@ def square(
     the label rises. No gradient is asked for, so it also attacks what has none. As in the authors' code a window is
     shared by the batch. An image leaves the batch as soon as it fools the model.
 
-    ``model``, ``x``, ``y``, ``eps``, ``norm``, ``generator`` and the errors are as for :func:`nndefense.attacks.pgd`.
+    ``model``, ``x``, ``y``, ``eps``, ``norm``, ``targeted``, ``generator`` and the errors are as for
+    :func:`nndefense.attacks.pgd`; towards a class, the margin of that class over the best other one is raised.
 
     Args:
         queries: forward passes per image, at least 1; the first looks at the clean image.
@@ -46,14 +48,15 @@ def square(
 
     Returns:
         The attacked images: same shape, dtype and device as ``x``, in [0, 1] and inside the ball; the clean image
-        where it is already misclassified.
+        where it is already misclassified, or said to be what the attack aims at.
     """
     radii = checked_inputs(model, x, y, eps, norm)
     at_least("queries", queries)
     fraction("p_init", p_init)
     x = x.detach()
     best = x.clone()
-    margin = losses.margin(checked_logits(model, x, y), y)
+    objective = losses.negated(losses.margin) if targeted else losses.margin
+    margin = objective(checked_logits(model, x, y), y)
     dice = _Dice(x, generator)
     for query in range(1, queries):
         here = (margin <= 0).nonzero()[:, 0]
@@ -66,7 +69,7 @@ def square(
             share = p_init / 2 ** sum(10_000 * (query - 2) / queries > limit for limit in _HALVINGS)
             tried = (_corners if norm == "linf" else _pyramid)(clean, now, radius, share, dice)
         tried = norms.projector(clean, radius, norm)(tried)
-        reached = losses.margin(model(tried), y[here])
+        reached = objective(model(tried), y[here])
         # The first proposal is the start of the search, better or not than the clean image.
         better = (reached > margin[here]) | (query == 1)
         best[here[better]], margin[here[better]] = tried[better], reached[better]

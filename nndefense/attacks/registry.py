@@ -6,6 +6,7 @@ here; :func:`register` adds an attack to all of them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -88,6 +89,11 @@ class Attack:
         """Whether it attacks the surface of a defence that retrieves, and not a model."""
         return "surface" in self.needs
 
+    @property
+    def targeted(self) -> bool:
+        """Whether it can be sent towards a class: it takes ``targeted``, and does not choose its classes itself."""
+        return "targets" not in self.settings and "targeted" in inspect.signature(self.load()).parameters
+
     def load(self) -> Callable[..., Any]:
         """The function."""
         if callable(self.function):
@@ -97,7 +103,8 @@ class Attack:
         return found
 
     def run(self, target: Any, x: Any, y: Any, *, effort: int, restarts: int, loss: str, **given: Any) -> Any:
-        """Call the function on a model or a surface with what it takes; ``given`` are eps, norm and generator.
+        """Call the function on a model or a surface with what it takes; ``given`` are eps, norm, generator, and
+        ``targeted`` where ``y`` are the classes to reach.
 
         Returns:
             The images, or a record that has them as ``images``, and perhaps what is ``certified`` to stand.
@@ -127,6 +134,15 @@ class Attack:
             raise InputError(f"{self.name} takes no restarts: leave them (--restarts) out{more}")
         if loss != "cross-entropy" and not self.loss:
             raise InputError(f"{self.name} has an objective of its own: leave the loss out")
+
+    def check_targeted(self) -> None:
+        """Raise :class:`InputError` where it cannot be sent towards a class."""
+        if not self.targeted:
+            can = ", ".join(name for name in _ATTACKS if name in SHIPPED and _ATTACKS[name].targeted)
+            own = "" if self.name in SHIPPED else "; a function of your own has to take targeted="
+            raise InputError(
+                f"{self.name} cannot be sent towards a class: leave the target (--target) out, or take {can}{own}"
+            )
 
 
 _HERE, _RETRIEVAL = "nndefense.attacks", "nndefense.attacks.retrieval"
@@ -263,6 +279,7 @@ def table() -> str:
     for attack in (_ATTACKS[name] for name in _ATTACKS if name in SHIPPED):
         effort = f"{attack.standard:,} {attack.effort}" if attack.effort else "fixed"
         takes = ", ".join(name for name in ("restarts", "loss") if getattr(attack, name))
+        takes += (", " if takes else "") + "a target" if attack.targeted else ""
         least = "; looks for the least change" if attack.least else ""
         norms = "all" if attack.norms == NORMS else ", ".join(attack.norms)
         cells = (f"`{attack.name}`", attack.about + least, ", ".join(attack.threat_models), norms,

@@ -155,7 +155,14 @@ class Attacked:
 
 
 def run_attack(
-    settings: AttackSettings, target: Any, images: Tensor, labels: Tensor, eps: float, generator: torch.Generator
+    settings: AttackSettings,
+    target: Any,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    generator: torch.Generator,
+    *,
+    targeted: bool = False,
 ) -> Attacked:
     """Attack a batch at one radius.
 
@@ -163,18 +170,20 @@ def run_attack(
         settings: which attack, and how strongly; its own radii are not looked at.
         target: images N x C x H x W -> logits N x K, or a :class:`RetrievalSurface`.
         images: clean images, N x C x H x W in [0, 1].
-        labels: class numbers N of the target.
+        labels: class numbers N of the target; with ``targeted`` those that the images are to be taken for.
         eps: the radius, in units of the settings' norm.
         generator: source of random starts.
 
     Raises:
-        InputError: an attack that does not fit the target or the norm.
+        InputError: an attack that does not fit the target or the norm, or cannot be sent towards a class.
     """
     attack, surface = settings.attack, isinstance(target, RetrievalSurface)
     if attack.on_retrieval and not surface:
         raise InputError(f"the attack {attack.name!r} is one on retrieval, not on a classifier")
     if surface and "gradient" in attack.needs:
         raise InputError(f"the attack {attack.name!r} needs a gradient of the defence: choose one on retrieval")
+    if targeted:
+        attack.check_targeted()
     if attack.on_retrieval:
         target.counts.reset()
         seen, counts = target, target.counts
@@ -192,6 +201,7 @@ def run_attack(
         eps=eps,
         norm=settings.norm,
         generator=generator,
+        **({"targeted": True} if targeted else {}),
     )
     # A sequence of attacks says more than the images, and a proof what no attack can break.
     made: Tensor = getattr(found, "images", found)

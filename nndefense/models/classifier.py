@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,25 @@ class Classifier(nn.Module):
             f"the data set's class {name!r} {why} of the classifier's {len(self.classes)} classes "
             f"({self.classes[0]!r} to {self.classes[-1]!r}): use data with the same class names or ids, or give the "
             "classifier's classes when it is loaded"
+        )
+
+    def class_number(self, name: str) -> int:
+        """The number of a class by its name or id, matched as by :meth:`label_map`, else by its number as text.
+
+        Raises:
+            InputError: no class, or several, have the name.
+        """
+        found = match_classes([name], self.classes, self.class_ids)
+        if found.numbers[0] is not None:
+            return found.numbers[0]
+        if re.fullmatch("[0-9]{1,9}", name) and int(name) < len(self.classes):
+            return int(name)
+        _, why = found.missing or ("", "is not one")
+        close = difflib.get_close_matches(name, self.classes, n=3)
+        raise InputError(
+            f"{name!r} {why} of the classifier's {len(self.classes)} classes ({self.classes[0]!r} to "
+            f"{self.classes[-1]!r}): give a name or a number from 0 to {len(self.classes) - 1}"
+            + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")
         )
 
     def extra_repr(self) -> str:
