@@ -68,8 +68,9 @@ def tiny(recipe: ExperimentRecipe, **changes: Any) -> ExperimentRecipe:
         "start": {**recipe.start, "settings": {"epochs": 1}} if recipe.start else {},
         "check_steps": 2,
         "evaluation": tuple(
-            replace(attack, steps=3, restarts=min(attack.restarts, 2)) for attack in recipe.evaluation
-            if attack.name == "pgd"
+            attack if attack.name == "fgsm" else replace(attack, steps=3, restarts=min(attack.restarts, 2))
+            for attack in recipe.evaluation
+            if attack.name in ("fgsm", "pgd")
         ),
         "grid": (3, 2),
         "images": 30,
@@ -637,6 +638,29 @@ def test_tables_and_page_say_what_was_trained(tmp_path: Path) -> None:
         assert record["parameters"] == sum(p.numel() for p in load_classifier(tmp_path / record["folder"]).parameters())
 
 
+def test_the_fgsm_table_has_error_and_confidence_of_every_image(tmp_path: Path) -> None:
+    from nndefense.attacks import fgsm
+
+    recipe = tiny(shipped_recipe("fgsm-table", "small"))
+    results = done(recipe, tmp_path)
+    table, published, *_ = tables_of(results)
+    assert [row[0] for row in table.rows] == ["softmax", "maxout"]
+    assert [record["architecture"] for record in results["runs"]] == ["softmax", "maxout"]
+    assert [row[1:3] for row in published.rows] == [("99.90", "79.30"), ("89.40", "97.60")]
+    images, labels = open_images(recipe).attacked.batch(np.arange(30))
+    for row, record in zip(table.rows, results["runs"], strict=True):
+        net = load_classifier(tmp_path / record["folder"], device="cpu")
+        with torch.no_grad():
+            clean = net(images).argmax(1) == labels
+        made = fgsm(net, images, labels, eps=0.25, norm="linf")
+        with torch.no_grad():
+            shares = net(made).softmax(1)
+        wrong = ~(clean & (shares.argmax(1) == labels))
+        sure = shares.scatter(1, labels[:, None], -1).amax(1)[wrong].mean()
+        assert float(row[3]) == pytest.approx(100 * float(wrong.float().mean()), abs=0.006)
+        assert float(row[4]) == pytest.approx(100 * float(sure), abs=0.06)
+
+
 def test_a_published_figure_needs_source_setting_and_somebody(tmp_path: Path) -> None:
     whole = {"method": "at", "standard": 1.0, "source": "S", "setting": "N"}
     for lack, text in (("source", "needs a source"), ("setting", "needs a source"), ("method", "method")):
@@ -686,5 +710,6 @@ def test_mistakes_at_the_command(tmp_path: Path) -> None:
     fails(2, "there is no recipe 'mnist'", "reproduce", "mnist")
     fails(2, "uses no unlabelled images", "reproduce", "madry-mnist", "--unlabelled", "digits", "--out", tmp_path)
     fails(2, "--attack is deepfool", "reproduce", "madry-mnist", "--attack", "deepfool", "--out", tmp_path)
+    fails(2, "leave --arch out", "reproduce", "fgsm-table", "--arch", "small-cnn", "--out", tmp_path)
     fails(2, "perceptron", "reproduce", "madry-mnist", "--arch", "perceptron", "--out", tmp_path)
     fails(3, "results.json is missing", "reproduce", "madry-mnist", "--report-only", "--out", tmp_path)

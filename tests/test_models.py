@@ -74,6 +74,11 @@ def test_a_class_is_found_by_name_id_or_number(text: str, number: int) -> None:
         ("madry-mnist", 4259274),
         ("cifar-resnet18", 11173962),
         ("wrn-40-2", 2243546),
+        # Stem, five units of 16, of 32 and of 64 filters with two shortcuts, normalisation, linear layer.
+        ("wrn-34-1", 432 + 23360 + 88672 + 353472 + 128 + 650),
+        ("softmax", 3072 * 10 + 10),
+        ("maxout", (3072 + 1) * 1200 + (240 + 1) * 1200 + (240 + 1) * 10),
+        ("maxout-cnn", 192 * (64 * 3 + 1) + 384 * (64 * 96 + 1) + 384 * (25 * 192 + 1) + 2500 * (192 * 16 + 1) + 5010),
         ("wrn-28-10", 36479194),
         ("wrn-34-10", 46160474),
     ],
@@ -90,7 +95,9 @@ def test_madry_mnist_is_the_published_size() -> None:
     assert sum(parameter.numel() for parameter in classifier.parameters()) == 3274634
 
 
-@pytest.mark.parametrize("arch", ["small-cnn", "madry-mnist", "cifar-resnet18", "wrn-40-2"])
+@pytest.mark.parametrize(
+    "arch", ["small-cnn", "madry-mnist", "cifar-resnet18", "wrn-40-2", "softmax", "maxout", "maxout-cnn-narrow"]
+)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 7, 9)])
 def test_every_input_shape(arch: str, shape: tuple[int, int, int]) -> None:
     classifier = build_classifier(arch, input_shape=shape, classes=["a", "b", "c"])
@@ -98,13 +105,23 @@ def test_every_input_shape(arch: str, shape: tuple[int, int, int]) -> None:
     assert classifier(torch.rand(2, *shape)).shape == (2, 3)
 
 
-@pytest.mark.parametrize("arch", ["small-cnn", "madry-mnist", "cifar-resnet18", "wrn-40-2"])
+@pytest.mark.parametrize(
+    "arch", ["small-cnn", "madry-mnist", "cifar-resnet18", "wrn-40-2", "softmax", "maxout-cnn-narrow"]
+)
 def test_fx_tracing(arch: str) -> None:
     classifier = build_classifier(arch, input_shape=(3, 16, 16), classes=TEN, mean=[0.5] * 3, std=[0.2] * 3)
     images = torch.rand(2, 3, 16, 16)
     traced = fx.symbolic_trace(classifier)
     assert torch.equal(traced(images), classifier(images))
     assert torch.equal(fx.symbolic_trace(classifier.net)(images), classifier.net(images))
+
+
+def test_a_maxout_unit_is_the_largest_of_its_pieces() -> None:
+    net = build_classifier("maxout", input_shape=(1, 4, 4), classes=TEN).net
+    images = torch.rand(3, 1, 4, 4)
+    pieces = images.flatten(1) @ net.fc1.weight.T + net.fc1.bias  # type: ignore[union-attr, operator]
+    by_hand = torch.stack([pieces[:, 5 * unit : 5 * unit + 5].max(1).values for unit in range(240)], 1)
+    torch.testing.assert_close(net.maxout1(net.fc1(images.flatten(1))), by_hand)  # type: ignore[operator]
 
 
 def test_compiling() -> None:

@@ -118,6 +118,8 @@ def changed(
     if seeds is not None:
         recipe = replace(recipe, seeds=seeds)
     if arch is not None:
+        if any(method.architecture for method in recipe.methods):
+            raise InputError(f"the methods of {recipe.name} name their own architectures: leave --arch out")
         recipe = replace(recipe, architecture=arch)
     if unlabelled is not None:
         if not any(method.unlabelled for method in recipe.methods):

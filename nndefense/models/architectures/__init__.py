@@ -9,7 +9,7 @@ from torch import nn
 
 from nndefense.models.architectures import embedded
 from nndefense.models.architectures.attentive import DIMENSION, AttentiveNet
-from nndefense.models.architectures.plain import MadryMNIST, SmallCNN, StridedCNN
+from nndefense.models.architectures.plain import MadryMNIST, MaxoutCNN, MaxoutNet, SmallCNN, Softmax, StridedCNN
 from nndefense.models.architectures.residual import CifarResNet18, WideResNet
 
 InputShape = tuple[int, int, int]
@@ -51,6 +51,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "cifar-resnet18": Architecture(
         CifarResNet18, 4, False, 32, "ResNet-18 with a 3x3 stem for CIFAR-10, 11.2 M weights"
     ),
+    "softmax": Architecture(Softmax, 1, True, 28, "softmax regression: one linear layer over the pixels"),
+    "maxout": Architecture(MaxoutNet, 1, True, 28, "two layers of 240 maxout units of 5 pieces, for MNIST"),
+    "maxout-cnn": Architecture(MaxoutCNN, 5, True, 32, "three maxout convolutions and a maxout layer, for CIFAR-10"),
+    "maxout-cnn-narrow": Architecture(
+        lambda shape, count: MaxoutCNN(shape, count, width=0.25), 5, True, 32, "maxout-cnn with a quarter of its units"
+    ),
+    # Five units of 16, 32 and 64 filters: the narrow net of Madry et al. (2018).
+    "wrn-34-1": _wide_resnet(34, 1, "0.5"),
     "wrn-40-2": _wide_resnet(40, 2, "2.2"),
     "wrn-28-10": _wide_resnet(28, 10, "36.5"),
     "wrn-34-10": _wide_resnet(34, 10, "46.2"),

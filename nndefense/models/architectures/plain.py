@@ -1,6 +1,8 @@
-"""Convolutional nets without shortcuts: a small one, and two that papers on robustness use on MNIST."""
+"""Nets without shortcuts: a small one, and those that papers on robustness use, linear and maxout nets among them."""
 
 from __future__ import annotations
+
+import math
 
 from torch import Tensor, nn
 
@@ -91,3 +93,103 @@ class StridedCNN(nn.Module):
         maps = self.relu2(self.conv2(self.relu1(self.conv1(images))))
         logits: Tensor = self.fc2(self.relu3(self.fc1(self.flatten(maps))))
         return logits
+
+
+class Softmax(nn.Module):
+    """Softmax regression: one linear layer over the pixels, the shallow net of Goodfellow et al. (ICLR 2015)."""
+
+    def __init__(self, input_shape: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(math.prod(input_shape), classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits N x K."""
+        logits: Tensor = self.fc(self.flatten(images))
+        return logits
+
+
+class Maxout(nn.Module):
+    """N x (units * pieces) x ... -> N x units x ...: the largest of a unit's pieces (Goodfellow et al., ICML 2013)."""
+
+    def __init__(self, units: int, pieces: int) -> None:
+        super().__init__()
+        self.units, self.pieces = units, pieces
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return the units."""
+        return values.unflatten(1, (self.units, self.pieces)).amax(2)
+
+
+class MaxoutNet(nn.Module):
+    """Two layers of 240 maxout units of 5 linear pieces, for MNIST (Goodfellow et al., ICML 2013), with dropout.
+
+    A fifth of the pixels and half of the units are dropped in training. The limits that the paper sets to the length of
+    the weights are left out.
+    """
+
+    def __init__(self, input_shape: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        self.flatten = nn.Flatten()
+        self.drop0 = nn.Dropout(0.2)
+        self.fc1 = nn.Linear(math.prod(input_shape), 240 * 5)
+        self.maxout1 = Maxout(240, 5)
+        self.drop1 = nn.Dropout(0.5)
+        self.fc2 = nn.Linear(240, 240 * 5)
+        self.maxout2 = Maxout(240, 5)
+        self.drop2 = nn.Dropout(0.5)
+        self.fc3 = nn.Linear(240, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits N x K."""
+        units = self.maxout1(self.fc1(self.drop0(self.flatten(images))))
+        logits: Tensor = self.fc3(self.drop2(self.maxout2(self.fc2(self.drop1(units)))))
+        return logits
+
+
+class MaxoutCNN(nn.Module):
+    """Three maxout convolutions and a maxout layer, as Goodfellow et al. (ICML 2013) have them for CIFAR-10.
+
+    8x8, 8x8 and 5x5 kernels of 96, 192 and 192 units with 2 pieces, each with max pooling that halves the map, then
+    500 units of 5 pieces; dropout of a fifth of the pixels and half of the units. ``width`` multiplies the numbers of
+    units. The linear layer fixes height and width. The limits that the paper sets to the length of the weights are left
+    out, and how maps are padded is not the paper's to the pixel.
+    """
+
+    def __init__(self, input_shape: tuple[int, int, int], classes: int, *, width: float = 1.0) -> None:
+        super().__init__()
+        channels, *sides = input_shape
+        first, second, hidden = (round(width * units) for units in (96, 192, 500))
+        self.drop0 = nn.Dropout(0.2)
+        self.conv1 = nn.Conv2d(channels, 2 * first, 8, padding=4)
+        self.maxout1 = Maxout(first, 2)
+        self.pool1 = nn.MaxPool2d(4, 2, padding=1)
+        self.drop1 = nn.Dropout(0.5)
+        self.conv2 = nn.Conv2d(first, 2 * second, 8, padding=3)
+        self.maxout2 = Maxout(second, 2)
+        self.pool2 = nn.MaxPool2d(4, 2, padding=1)
+        self.drop2 = nn.Dropout(0.5)
+        self.conv3 = nn.Conv2d(second, 2 * second, 5, padding=3)
+        self.maxout3 = Maxout(second, 2)
+        self.pool3 = nn.MaxPool2d(2)
+        self.drop3 = nn.Dropout(0.5)
+        self.flatten = nn.Flatten()
+        self.fc1 = nn.Linear(second * math.prod(map(_maxout_side, sides)), 5 * hidden)
+        self.maxout4 = Maxout(hidden, 5)
+        self.drop4 = nn.Dropout(0.5)
+        self.fc2 = nn.Linear(hidden, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits N x K."""
+        maps = self.pool1(self.maxout1(self.conv1(self.drop0(images))))
+        maps = self.pool2(self.maxout2(self.conv2(self.drop1(maps))))
+        maps = self.pool3(self.maxout3(self.conv3(self.drop2(maps))))
+        logits: Tensor = self.fc2(self.drop4(self.maxout4(self.fc1(self.flatten(self.drop3(maps))))))
+        return logits
+
+
+def _maxout_side(side: int) -> int:
+    """The side of the last map of :class:`MaxoutCNN`."""
+    for kernel, padding, pool, border in ((8, 4, 4, 1), (8, 3, 4, 1), (5, 3, 2, 0)):
+        side = (side + 2 * padding - kernel + 1 + 2 * border - pool) // 2 + 1
+    return side
