@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -161,6 +161,29 @@ def taken(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, A
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return dict(given)
     return {name: value for name, value in given.items() if name in parameters}
+
+
+def check_allowed(values: Any, path: Path, *, allow_code: bool) -> None:
+    """Raise :class:`InputError` where a file's values name Python code, which would be run, and that is not allowed.
+
+    A file may be a stranger's; what the user names himself runs without asking.
+    """
+    if not allow_code and (named := sorted({*_code_in(values)})):
+        raise InputError(
+            f"{path} names Python code ({', '.join(named)}), which would be run: give --allow-code once you have read "
+            "that code and trust it"
+        )
+
+
+def _code_in(value: Any) -> Iterator[str]:
+    """The Python code that values name, in keys, lists and tables at whatever depth."""
+    if isinstance(value, str) and value.strip().lower().startswith(PYTHON):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _code_in([*value, *value.values()])
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for one in value:
+            yield from _code_in(one)
 
 
 def _parts(source: str, error: type[NNDefenseError]) -> tuple[str, str, Path | None]:

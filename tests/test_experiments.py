@@ -705,6 +705,65 @@ def test_the_command_runs_resumes_and_writes(tmp_path: Path, monkeypatch: pytest
     assert all(fingerprints[record["name"]] == record["fingerprint"] for record in first["runs"])
 
 
+@pytest.mark.slow
+def test_one_row_after_another_is_the_whole_table(tmp_path: Path) -> None:
+    shipped = shipped_recipe("tsipras-mnist", "small")
+    recipe = tiny(shipped, threats=shipped.threats[1:4:2])
+    parts = ["standard/linf-0.2", "robust/linf-0.2", "robust/l2-0.5", "half-half"]
+    trained = []
+    for part in parts:
+        results = done(replace(recipe, only=(part,)), tmp_path)
+        trained += [record["name"] for record in results["runs"]]
+        assert {found["method"] for found in results["measurements"]} == {part.partition("/")[0]}
+        for threat in {found["threat"] for found in results["measurements"]} - {None}:
+            assert part in (f"{part.partition('/')[0]}/{threat}", "half-half")
+        # Cells that were not run are blank, and the page can be written.
+        assert any("–" in row[2:] for row in tables_of(results)[0].rows)
+        write_outputs(results, tmp_path)
+    assert sorted(trained) == sorted(one.name for one in runs_of(recipe))
+    whole = done(recipe, tmp_path)
+    fresh = done(recipe, tmp_path / "fresh")
+    assert [m["outcomes"] for m in whole["measurements"]] == [m["outcomes"] for m in fresh["measurements"]]
+
+
+def test_a_part_brings_the_teacher_that_it_needs() -> None:
+    recipe = replace(shipped_recipe("rst-mnist", "small"), only=("rst",), seeds=1)
+    assert [one.method.name for one in runs_of(recipe)] == ["standard", "rst"]
+    recipe = replace(recipe, only=("adversarial/linf-0.3",))
+    assert [one.name for one in runs_of(recipe)] == ["adversarial-linf-0.3-n1000-seed0"]
+
+
+def test_a_recipe_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = """
+        title = "T"
+        train = "digits:train[:100]"
+        test = "digits:test[:20]"
+        architecture = "softmax"
+        threat = [{ norm = "linf", eps = ["8/255", 0.1] }]
+        method = [{ name = "standard", objective = "standard" }, { name = "at", objective = "adversarial" }]
+        evaluation = [{ name = "fgsm" }]
+        settings = { epochs = 1 }
+        [small]
+    """
+    Path("mine.toml").write_text(own)
+    words = ["reproduce", "--recipe", "mine.toml", "--scale", "small", "--device", "cpu", "--quiet"]
+    found = nndefense(*words, "--only", "at/linf-8/255", "--json").json
+    assert [record["name"] for record in found["runs"]] == ["at-linf-8of255-seed0"]
+    assert Path("runs/reproduce/mine-small/report.html").exists()
+    fails(2, "leave its name out", *words, "madry-mnist")
+    fails(2, "only is 'at/linf-1'", *words, "--only", "at/linf-1")
+    fails(2, "only is 'robust'", *words, "--only", "at,robust")
+    fails(2, "--allow-code is for", "reproduce", "madry-mnist", "--allow-code")
+    fails(3, "there is no recipe at", "reproduce", "--recipe", "none.toml")
+    Path("mine.toml").write_text(own + "\nsteps = 3")
+    fails(2, "no entry steps", *words)
+    Path("mine.toml").write_text(own.replace('"fgsm"', '"python:evil.py:attack"'))
+    Path("evil.py").write_text("open('ran', 'w')")
+    fails(2, "give --allow-code", *words)
+    assert not Path("ran").exists()
+
+
 def test_mistakes_at_the_command(tmp_path: Path) -> None:
     fails(2, "name a recipe", "reproduce")
     fails(2, "there is no recipe 'mnist'", "reproduce", "mnist")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nndefense.cli.declare import OneOf, Only
-from nndefense.cli.options import SPEC_HELP, Common, command_line
+from nndefense.cli.declare import Commas, OneOf, Only
+from nndefense.cli.options import SPEC_HELP, Common, command_line, words
 from nndefense.errors import InputError
+from nndefense.own_code import check_allowed
+from nndefense.recipes import read_toml
 
 if TYPE_CHECKING:
     from nndefense.experiments import ExperimentRecipe
@@ -40,6 +43,16 @@ def reproduce(
     attack: Annotated[
         str | None, typer.Option(help="Add an attack to the report: apgd, apgd-t, apgd-square, square or autoattack.")
     ] = None,
+    only: Annotated[
+        str | None,
+        Commas("Only these, each METHOD or METHOD/THREAT, such as robust/linf-8/255 [default: all]."),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="TOML file of your own, in the place of a shipped recipe.")
+    ] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run the Python code that the recipe names (python:FILE:NAME).")
+    ] = False,
     listed: Annotated[bool, typer.Option("--list", help="Only list the recipes.")] = False,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Write table, figure and page again from OUT/results.json.")
@@ -55,17 +68,27 @@ def reproduce(
     if listed:
         _list_recipes(common)
         return
-    if name is None:
+    if name is not None and recipe is not None:
+        raise InputError("--recipe takes the place of a shipped recipe: leave its name out")
+    if allow_code and recipe is None:
+        raise InputError("--allow-code is for the code that a --recipe names: leave it out")
+    if recipe is not None:
+        name = recipe.stem
+        values = read_toml(recipe)
+        check_allowed(values, recipe, allow_code=allow_code)
+        found = experiments.recipe_from(values, name, scale)
+    elif name is not None:
+        found = experiments.shipped_recipe(name, scale)
+    else:
         raise InputError(f"name a recipe: {', '.join(experiments.recipe_names())} (--list says more)")
-    shipped = experiments.shipped_recipe(name, scale)
-    recipe = changed(shipped, seeds=seeds, arch=arch, unlabelled=unlabelled, attack=attack)
+    chosen = changed(found, seeds=seeds, arch=arch, unlabelled=unlabelled, attack=attack, only=words(only) or ())
     folder = Path("runs/reproduce") / f"{name}-{scale}" if out is None else out
     if report_only:
         results = experiments.read_results(folder / "results.json")
     else:
         results = experiments.run(
-            recipe,
-            experiments.open_images(recipe, common.data_dir, unlabelled),
+            chosen,
+            experiments.open_images(chosen, common.data_dir, unlabelled),
             folder,
             device=common.device,
             progress=common.progress,
@@ -107,6 +130,7 @@ def changed(
     arch: str | None = None,
     unlabelled: str | None = None,
     attack: str | None = None,
+    only: Sequence[str] = (),
 ) -> ExperimentRecipe:
     """The recipe with what the options change; the results say so.
 
@@ -115,6 +139,11 @@ def changed(
     """
     from nndefense.experiments.recipe import evaluation_attack
 
+    if only:
+        # A quotient has a slash of its own, which names of threats have not.
+        parts = (one.partition("/") for one in only)
+        named = tuple(f"{method}{slash}{threat.replace('/', 'of')}" for method, slash, threat in parts)
+        recipe = replace(recipe, only=named)
     if seeds is not None:
         recipe = replace(recipe, seeds=seeds)
     if arch is not None:

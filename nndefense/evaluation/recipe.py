@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from nndefense.attacks import registry
 from nndefense.errors import InputError, check_choice
 from nndefense.evaluation.ladder import DEFENDED, INFORMED
 from nndefense.evaluation.threats import AttackSettings
-from nndefense.own_code import PYTHON
+from nndefense.own_code import check_allowed
 
 
 @dataclass(frozen=True)
@@ -148,26 +148,11 @@ def read_recipe(path: Path, *, allow_code: bool = False) -> Recipe:
         InputError: an entry is missing, unknown or of the wrong kind; the message names it. Or it names Python code.
     """
     values = recipes.read_toml(path)
-    if not allow_code and (named := sorted({*_code_in(values)})):
-        raise InputError(
-            f"{path} names Python code ({', '.join(named)}), which would be run: give --allow-code once you have read "
-            "that code and trust it"
-        )
+    check_allowed(values, path, allow_code=allow_code)
     try:
         return recipe_from(values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-
-
-def _code_in(value: Any) -> Iterator[str]:
-    """The Python code that values name, in keys, lists and tables at whatever depth."""
-    if isinstance(value, str) and value.strip().lower().startswith(PYTHON):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _code_in([*value, *value.values()])
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for one in value:
-            yield from _code_in(one)
 
 
 def recipe_from(values: Mapping[str, Any]) -> Recipe:

@@ -185,6 +185,7 @@ class ExperimentRecipe:
         layout: shape of the table.
         figure: what is drawn.
         batch_size: images per forward pass of the evaluation.
+        only: what of it is done, each a METHOD or a METHOD/THREAT; all where it is empty.
     """
 
     name: str
@@ -217,6 +218,7 @@ class ExperimentRecipe:
     layout: Literal["tradeoff", "methods", "errors"] = "methods"
     figure: Literal["bars", "labels", "gap", "retrieval"] = "bars"
     batch_size: int = 250
+    only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise :class:`InputError` for parts that do not fit together."""
@@ -254,6 +256,8 @@ class ExperimentRecipe:
                     f"the published figure of {one.name or one.method!r} needs a source, and the setting (net, data, "
                     "attack) that it is of"
                 )
+        for one_part in self.only:
+            check_choice("only", one_part, [*names, *(f"{n}/{threat.name}" for n in names for threat in self.threats)])
         if any(method.unlabelled for method in self.methods) and TEACHER not in names:
             raise InputError(f"pseudo-labels come from the method {TEACHER!r}: add it, with the objective standard")
         if not self.evaluation and any(threat.norm != SPATIAL for threat in self.threats):
@@ -269,6 +273,10 @@ class ExperimentRecipe:
             if self.start:
                 make_settings(10**6, self.start_options_of(method))
                 self.attack_of(method, self.threats[0], start=True)
+
+    def wants(self, method: str, threat: str) -> bool:
+        """Whether a method is to be measured under a threat."""
+        return not self.only or method in self.only or f"{method}/{threat}" in self.only
 
     @property
     def subjects(self) -> tuple[str, ...]:

@@ -61,20 +61,28 @@ class Run:
 
 
 def runs_of(recipe: ExperimentRecipe) -> list[Run]:
-    """All runs of a recipe, every teacher before its pupils."""
+    """The runs of a recipe that are wanted, every teacher before its pupils."""
     methods = sorted(recipe.methods, key=lambda method: method.name != TEACHER)
+    wanted = {
+        (one.name, threat.name) for one in methods for threat in recipe.threats if recipe.wants(one.name, threat.name)
+    }
+    nets = {name for name, _ in wanted}
+    if any(method.unlabelled and method.name in nets for method in methods):
+        nets.add(TEACHER)
     return [
         Run(method, threat, labels, seed)
         for labels in recipe.labels
         for seed in range(recipe.seeds)
         for method in methods
         for threat in (recipe.threats if method.attacks else (None,))
+        if (method.name in nets if threat is None else (method.name, threat.name) in wanted)
     ]
 
 
 def threats_of(recipe: ExperimentRecipe, run: Run) -> tuple[Threat, ...]:
-    """What a run's net is measured under: what it was trained for, or everything."""
-    return recipe.threats if run.threat is None else (run.threat,)
+    """What a run's net is measured under: what it was trained for, or everything, as far as it is wanted."""
+    threats = recipe.threats if run.threat is None else (run.threat,)
+    return tuple(threat for threat in threats if recipe.wants(run.method.name, threat.name))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 
@@ -118,7 +119,7 @@ class Maxout(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Return the units."""
-        return values.unflatten(1, (self.units, self.pieces)).amax(2)
+        return torch.unflatten(values, 1, (self.units, self.pieces)).amax(2)
 
 
 class MaxoutNet(nn.Module):
