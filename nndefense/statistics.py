@@ -1,8 +1,9 @@
-"""Intervals for rates, and the paired test of two of them."""
+"""Intervals for rates, the paired test of two of them, and the threshold that a rate of rejection asks for."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from nndefense.errors import InputError
 
@@ -46,3 +47,24 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
     # Whole numbers throughout: neither the binomial coefficients nor the powers of two fit a float.
     tail = sum(math.comb(n, i) for i in range(fewer + 1))
     return min(1.0, float(2 * tail / 2**n))
+
+
+def conformal_threshold(values: Sequence[float], rate: float) -> float | None:
+    """The value beyond which to reject, so that at most ``rate`` of what comes from where the values do is rejected.
+
+    It is the ceil((n + 1)(1 - rate))-th smallest of the n values, ties included, in finite samples and for any
+    distribution (Vovk, Gammerman and Shafer 2005; Lei et al. 2018, section 2.2). None where n < 1 / rate - 1, when even
+    the largest of them would be rejected too often.
+
+    Args:
+        values: n of them, ascending.
+        rate: above 0 and below 1.
+    """
+    # Rounded first: 0.05 is not exactly a twentieth, and 100 * 0.95 must be 95.
+    place = math.ceil(round((len(values) + 1) * (1 - rate), 9))
+    return None if place > len(values) else values[max(place, 1) - 1]
+
+
+def values_needed(rate: float) -> int:
+    """How many values :func:`conformal_threshold` needs for a rate: 99 for 0.01."""
+    return max(math.ceil(round(1 / rate, 9)) - 1, 1)

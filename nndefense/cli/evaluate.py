@@ -53,6 +53,22 @@ class RungOptions(AttackOptions):
         bool,
         typer.Option("--exact/--no-exact", help="Also prove what no attack can lower, where the feature is affine."),
     ] = False
+    abstain: Annotated[
+        str | None,
+        Commas(
+            "Also measure what abstaining is worth at these rates of rejected clean images, such as 0.01,0.05,0.1: "
+            "by the margins of net and retrieval, their disagreement and the distance, also under an attack that must "
+            "be accepted."
+        ),
+    ] = None
+    abstain_on: Annotated[
+        str | None,
+        typer.Option(
+            help="Clean images that the thresholds of --abstain are set on [default: those of the database's source "
+            "that do not stand in it]."
+        ),
+    ] = None
+    abstain_steps: Annotated[int, typer.Option(min=1, help="Steps of the attack that must be accepted.")] = 40
     audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Also make the audit's own runs.")] = True
     gallery: Annotated[int, typer.Option(min=0, help="Images in the report's gallery.")] = 10
 
@@ -206,6 +222,9 @@ def evaluate(
             k=k,
             weighting=weighting,
             sizes=sizes,
+            abstain=numbers("--abstain", rungs.abstain) if rungs.abstain else (),
+            abstain_on=rungs.abstain_on,
+            abstain_steps=rungs.abstain_steps,
             audit=rungs.audit,
             gallery=rungs.gallery,
             batch_size=batch_size,

@@ -53,6 +53,9 @@ class Subject:
     also: tuple[str, ...] = ()
 
 
+# Takes a threat model, an attack, one of its radii and a batch of images that it made there.
+Seen = Callable[[ThreatModel, AttackSettings, float, Tensor], object]
+
 # What belongs to some attacks only.
 OWN = ("query_limit", "attack_sha256", "certified", "draw_seeds")
 
@@ -142,6 +145,7 @@ def evaluate(
     batch_size: int = 128,
     device: str | torch.device = "cpu",
     store: CellStore | None = None,
+    seen: Seen | None = None,
     progress: Callable[[int], object] = lambda images: None,
 ) -> list[Record]:
     """Measure every subject clean and under every threat model at every radius.
@@ -163,6 +167,7 @@ def evaluate(
         batch_size: images per forward pass.
         device: where the images are put.
         store: where finished cells are kept and found again; nowhere by default.
+        seen: called with every batch of attacked images; those of finished cells are made again for it.
         progress: called with the number of images after each batch of each cell.
 
     Raises:
@@ -176,7 +181,7 @@ def evaluate(
     for threat in threats:
         for settings in attacks_by(threat, attack):
             cells += [_Cell(threat, settings, eps) for eps in settings.eps]
-    run = _Run(dataset, classifier, label_maps, seed, batch_size, device, progress)
+    run = _Run(dataset, classifier, label_maps, seed, batch_size, device, progress, seen)
     records: list[Record] = []
     for cell in cells:
         headline = cell.at(headline_eps, headline_norm)
@@ -189,15 +194,16 @@ def evaluate(
         stored = store.get(cell.name, key) if store is not None else None
         if stored is not None:
             records += [Record(**record) for record in stored]
-            progress(len(dataset))
-            continue
+            if seen is None or cell.threat is None:
+                progress(len(dataset))
+                continue
         # What is random without a generator of its own (a defence's draws under attack) repeats with its cell.
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             measured = run.measure(cell, active, headline)
-        if store is not None:
+        if store is not None and stored is None:
             store.put(cell.name, key, [record.to_json() for record in measured])
-        records += measured
+        records += measured if stored is None else []
     return records
 
 
@@ -237,6 +243,7 @@ class _Run:
     batch_size: int
     device: str | torch.device
     progress: Callable[[int], object]
+    seen: Seen | None
 
     def measure(self, cell: _Cell, active: Sequence[Subject], headline: bool) -> list[Record]:
         """Attack the images once, and show them to every subject."""
@@ -260,6 +267,8 @@ class _Run:
                 images = made.images
                 forwards, backwards = forwards + made.forwards, backwards + made.backwards
                 queries += made.queries
+                if self.seen is not None:
+                    self.seen(cell.threat, cell.attack, cell.eps, images)
                 proven += [] if made.certified is None else [made.certified.cpu()]
                 excess = max(excess, float((_size(images - clean, cell.attack.norm) - radius.double()).max()))
             for subject in active:
@@ -330,7 +339,7 @@ class _Run:
         return {
             "data": [self.dataset.name, self.dataset.fingerprint],
             "classifier": self.classifier,
-            "subjects": [_identity(subject) for subject in active],
+            "subjects": [identity_of(subject) for subject in active],
             "threat": [threat.name, threat.surrogate, threat.knowledge, threat.subject, starts_at_images(threat)]
             if threat
             else None,
@@ -376,7 +385,8 @@ def _check(dataset: ImageDataset, subjects: Sequence[Subject], threats: Sequence
             raise InputError(f"no attack is given for the threat model {threat.name!r}")
 
 
-def _identity(subject: Subject) -> list[Any]:
+def identity_of(subject: Subject) -> list[Any]:
+    """What tells a subject apart from others, for finished cells to be found again."""
     # Two defences over the same database differ in these.
     rule = getattr(subject.model, "rule", subject.model)
     names = ("k", "weighting", "power", "terms")

@@ -65,6 +65,10 @@ class Recipe:
         limit: how many images, drawn at random under the seed; None for all.
         k, weighting: of the defence; None for the calibrated ones.
         sizes: whether smaller databases are measured too, at the headline budget.
+        abstain: rates of clean images that may be rejected, for each of which it is measured what abstaining is worth.
+        abstain_on: spec of the held-out images that its thresholds are set on; None: as
+            :func:`~nndefense.pipeline.opening.held_out` finds them.
+        abstain_steps: of the attack that must be accepted.
         audit: whether the checks that need runs of their own are made, on up to ``audit_images`` images.
         title: a line for people.
     """
@@ -85,6 +89,9 @@ class Recipe:
     k: int | None = field(default=None, metadata=recipes.at("defense.k"))
     weighting: str | None = field(default=None, metadata=recipes.at("defense.weighting"))
     sizes: bool = field(default=True, metadata=recipes.at("defense.sizes"))
+    abstain: tuple[float, ...] = field(default=(), metadata=recipes.at("abstain.rates"))
+    abstain_on: str | None = field(default=None, metadata=recipes.at("abstain.dataset"))
+    abstain_steps: int = field(default=40, metadata=recipes.at("abstain.steps"))
     audit: bool = field(default=True, metadata=recipes.at("report.audit"))
     audit_images: int = field(default=100, metadata=recipes.at("report.audit_images"))
     gallery: int = field(default=10, metadata=recipes.at("report.gallery"))
@@ -121,12 +128,21 @@ class Recipe:
             raise InputError(
                 f"k and weighting are settings of {DEFENDED}: name its database or the defence, or leave them out"
             )
-        recipes.check_least(self, 1, "audit_images", "batch_size", "limit", "k")
+        if not all(0 < rate < 1 for rate in self.abstain):
+            raise InputError(
+                "clean rejection rates (--abstain) are above 0 and below 1, such as 0.05, but are "
+                f"{', '.join(map(str, self.abstain))}"
+            )
+        if self.abstain_on is not None and not self.abstain:
+            raise InputError(
+                "--abstain-on is for the thresholds of --abstain: give rates (--abstain 0.05), or leave it out"
+            )
+        recipes.check_least(self, 1, "abstain_steps", "audit_images", "batch_size", "limit", "k")
         recipes.check_least(self, 0, "gallery", "seed")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, rungs included."""
-        lists = {"defenses": [*self.defenses], "train_set": [*self.train_set]}
+        lists = {"defenses": [*self.defenses], "train_set": [*self.train_set], "abstain": [*self.abstain]}
         return {**asdict(self), **lists, "rungs": [rung.to_json() for rung in self.rungs]}
 
     @property

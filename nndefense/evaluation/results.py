@@ -34,6 +34,7 @@ def assemble(
     calibration: dict[str, Any] | None,
     audit: Sequence[AuditLine],
     command: str,
+    abstention: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Put everything that a reader needs beside the records; plain values, ready for JSON.
 
@@ -71,6 +72,8 @@ def assemble(
         "comparisons": [comparison.to_json() for comparison in compare(plain)],
         "records": plain,
     }
+    if abstention is not None:
+        results["abstention"] = abstention
     return sealed(results)
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from nndefense.attacks.retrieval import check_exact
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
+from nndefense.errors import InputError
+from nndefense.evaluation.abstention import Abstention, abstainers
 from nndefense.evaluation.audit import UNDEFENDED, AuditLine, audit_records, strongest_on_bare
 from nndefense.evaluation.audit_runs import AuditSubject, audit_runs, undefended_run
 from nndefense.evaluation.cells import CellStore
@@ -28,11 +30,12 @@ from nndefense.models import Classifier
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The records of an evaluation, its self-audit, and the rows of its gallery."""
+    """The records of an evaluation, its self-audit, the rows of its gallery, and what abstaining is worth."""
 
     records: list[Record]
     audit: list[AuditLine]
     gallery: list[GalleryRow]
+    abstention: dict[str, Any] | None = None
 
 
 def run(
@@ -44,6 +47,7 @@ def run(
     *,
     others: Sequence[Subject] = (),
     pictures: ImageDataset | None = None,
+    held: ImageDataset | None = None,
     cells: Path | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Evaluated:
@@ -57,6 +61,7 @@ def run(
         surrogate: of the black-box attacker, or None.
         others: more defences to compare, with what attackers who know them are given.
         pictures: the images that the database was built from, to show neighbours and to start attacks from.
+        held: clean images for the thresholds of abstaining, where the recipe asks for that.
         cells: folder where finished cells are kept and found again; None for nowhere.
         progress: called with the images done and their total.
 
@@ -68,7 +73,7 @@ def run(
     models = list(dict.fromkeys(rung.threat_model for rung in recipe.rungs))
     subjects = [bare_subject(classifier)]
     if defense is not None:
-        informed = bool(set(INFORMED).intersection(models))
+        informed = bool(set(INFORMED).intersection(models)) or bool(recipe.abstain)
         subjects = subjects_of(defense, sizes=recipe.sizes, seed=recipe.seed, informed=informed, pictures=pictures)
     subjects += others
     threats = threats_of(models, subjects, classifier, surrogate)
@@ -83,6 +88,28 @@ def run(
     if surrogate is not None:
         maps["black"] = surrogate.label_map(dataset.classes)
     cells_in_all = 1 + sum(len(settings.eps) for threat in threats for settings in attacks_by(threat, plan))
+    store = CellStore(cells) if cells is not None else None
+    abstention = None
+    if recipe.abstain:
+        if held is None:
+            raise InputError("thresholds to abstain at are set on clean images that are held out: give held")
+        abstention = Abstention(
+            dataset.usable,
+            held,
+            abstainers(subjects, classifier, defense),
+            threats,
+            plan,
+            maps["clean"],
+            classifier.fingerprint,
+            recipe.abstain,
+            recipe.abstain_steps,
+            seed=recipe.seed,
+            batch_size=recipe.batch_size,
+            device=device,
+            store=store,
+            progress=lambda images: step(images),
+        )
+        cells_in_all += len(abstention.abstaining) * len(abstention.budgets)
     total, done = cells_in_all * len(dataset), 0
 
     def step(images: int) -> None:
@@ -90,7 +117,6 @@ def run(
         done += images
         progress(done, total)
 
-    store = CellStore(cells) if cells is not None else None
     records = evaluate(
         dataset,
         subjects,
@@ -104,13 +130,15 @@ def run(
         batch_size=recipe.batch_size,
         device=device,
         store=store,
+        seen=abstention.see if abstention is not None and not abstention.finished else None,
         progress=step,
     )
+    abstained = abstention.measure() if abstention is not None else None
     audit = audit_records(records, len(dataset.classes))
     ours = {threat.name: threat for threat in threats if threat.subject in (None, DEFENDED)}
     strongest = _strongest(recipe, ours)
     if strongest is None:
-        return Evaluated(records, audit, [])
+        return Evaluated(records, audit, [], abstained)
     if recipe.audit:
         auditor = _Auditor(recipe, dataset, classifier, maps["clean"], store)
         audit = [auditor.settled(line, records) for line in audit]
@@ -118,7 +146,7 @@ def run(
         threat = ours[strongest.threat_model] if strongest.threat_model != "black" else auditor.gray
         audit += auditor.runs(defense, threat, strongest.attack)
     if defense is None:
-        return Evaluated(records, audit, [])
+        return Evaluated(records, audit, [], abstained)
     gallery = illustrate(
         dataset,
         defense,
@@ -131,7 +159,7 @@ def run(
         seed=recipe.seed,
         device=device,
     )
-    return Evaluated(records, audit, gallery)
+    return Evaluated(records, audit, gallery, abstained)
 
 
 def _strongest(recipe: Recipe, threats: Mapping[str, ThreatModel]) -> Rung | None:

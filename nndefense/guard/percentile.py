@@ -18,6 +18,7 @@ from typing import Any
 from nndefense.database.manifest import GUARD, NAME, Manifest, keep_beside
 from nndefense.errors import DatabaseError, DataError, InputError
 from nndefense.files import DIGEST, read_json, sealed, sha256_of, tell_unsealed, unsealed, write_json
+from nndefense.statistics import conformal_threshold, values_needed
 
 FILE = GUARD
 FORMAT, VERSION = "nndefense-guard", 1
@@ -69,14 +70,13 @@ class Percentile:
                 farthest of them would not be far enough.
         """
         check_rate(rate)
-        # Rounded first: 0.05 is not exactly a twentieth, and 100 * 0.95 must be 95.
-        place = math.ceil(round((len(self) + 1) * (1 - rate), 9))
-        if place > len(self):
+        found = conformal_threshold(self.distances, rate)
+        if found is None:
             raise InputError(
-                f"a false-rejection rate of {rate:g} needs at least {math.ceil(round(1 / rate, 9)) - 1:,} calibration "
+                f"a false-rejection rate of {rate:g} needs at least {values_needed(rate):,} calibration "
                 f"images, but there are {len(self):,}: calibrate on more, or choose a higher rate"
             )
-        return self.distances[max(place, 1) - 1]
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """The values of the file, with their digest."""

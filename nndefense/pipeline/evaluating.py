@@ -15,6 +15,7 @@ from nndefense.defenses import NearestNeighborDefense
 from nndefense.defenses.stored import open_stored, stored_calibration
 from nndefense.errors import InputError
 from nndefense.evaluation import Recipe, Subject, assemble, run, write_report
+from nndefense.evaluation.abstention import check_rates
 from nndefense.evaluation.ladder import BARE, DEFENDED
 from nndefense.files import write_json
 from nndefense.locks import writes
@@ -28,7 +29,7 @@ from nndefense.pipeline.checks import (
 )
 from nndefense.pipeline.making import make_defense, subject_of, with_known_seed
 from nndefense.pipeline.materials import Materials, MaterialSettings
-from nndefense.pipeline.opening import drawn, neighbor_pictures, open_classifier, open_datasets
+from nndefense.pipeline.opening import drawn, held_out, neighbor_pictures, open_classifier, open_datasets
 
 # Folders in that of an evaluation: finished cells, and what its defences are made of.
 HOLDS = ("cells", "made")
@@ -46,6 +47,7 @@ class Opened:
         calibration: what the defence's setting was chosen from, or None.
         pictures: the images of the database, where they are at hand.
         others: more defences to compare.
+        held: clean images for the thresholds of abstaining, where the recipe asks for that.
     """
 
     dataset: ImageDataset
@@ -55,6 +57,7 @@ class Opened:
     calibration: dict[str, Any] | None = None
     pictures: ImageDataset | None = None
     others: Sequence[Subject] = ()
+    held: ImageDataset | None = None
 
 
 @writes("out", holds=HOLDS, lend=True)
@@ -157,7 +160,7 @@ def open_recipe(
         check_not_calibrated_on(dataset, stored_calibration(folder), folder)
         opened = replace(opened, defense=ours, calibration=stored.calibration, pictures=pictures)
     if not wanted:
-        return opened
+        return _with_held(opened, recipe, data_dir)
     train = open_datasets(recipe.train_set, data_dir=data_dir, like=classifier) if recipe.train_set else None
     if train is not None:
         check_disjoint(dataset, train)
@@ -172,7 +175,25 @@ def open_recipe(
         say=say,
         progress=progress,
     )
-    return _with_defenses(opened, wanted, materials, recipe)
+    return _with_held(_with_defenses(opened, wanted, materials, recipe), recipe, data_dir)
+
+
+def _with_held(opened: Opened, recipe: Recipe, data_dir: Path | None) -> Opened:
+    """With the images that thresholds of abstaining are set on, where the recipe asks for that."""
+    if not recipe.abstain:
+        return opened
+    held = held_out(
+        opened.dataset,
+        opened.defense,
+        opened.classifier,
+        recipe.abstain_on,
+        calibrated_on=(opened.calibration or {}).get("ids", ()),
+        named=(recipe.dataset, *recipe.train_set),
+        data_dir=data_dir,
+        seed=recipe.seed,
+    )
+    check_rates(recipe.abstain, len(held))
+    return replace(opened, held=held)
 
 
 def _with_defenses(opened: Opened, wanted: Sequence[defenses.Defense], materials: Materials, recipe: Recipe) -> Opened:
@@ -218,6 +239,7 @@ def measure(recipe: Recipe, opened: Opened, out: Path, *, progress: bool = True,
             opened.surrogate,
             others=opened.others,
             pictures=opened.pictures,
+            held=opened.held,
             cells=out / "cells",
             progress=step,
         )
@@ -233,6 +255,7 @@ def measure(recipe: Recipe, opened: Opened, out: Path, *, progress: bool = True,
         calibration={k: v for k, v in calibration.items() if k != "ids"} if calibration else None,
         audit=found.audit,
         command=command,
+        abstention=found.abstention,
     )
     write_json(out / "results.json", results)
     write_report(results, found.gallery, out / "report.html")

@@ -11,16 +11,20 @@ import numpy as np
 from nndefense.database import ImageDatabase, Manifest, classifier_of
 from nndefense.datasets import ImageDataset, concatenate, holdout, open_dataset, open_recorded, recorded_specs
 from nndefense.datasets.derived import Size
+from nndefense.datasets.recorded import specs_at_hand
 from nndefense.datasets.spec import MEASURED, VALIDATION, measured_spec, splits_of
+from nndefense.defenses import NearestNeighborDefense
 from nndefense.errors import DataError, InputError, NNDefenseError
 from nndefense.images import shape_text
 from nndefense.models import ARCHITECTURES, Classifier, load_classifier
-from nndefense.pipeline.checks import check_disjoint
+from nndefense.pipeline.checks import check_disjoint, check_not_in_database
 
 # Images that all have one size are trained on as they are, unless they are those of a camera.
 _LARGEST_SIDE = 256
 # Images held out to calibrate on, where the set has three times as many.
 _HOLDOUT = 300
+# And at most so many to set thresholds on.
+_HELD_OUT = 1000
 
 
 def open_classifier(
@@ -228,6 +232,60 @@ def neighbor_pictures(
             f"{' and '.join(named)}; give --images where they are"
         )
     return found
+
+
+def held_out(
+    dataset: ImageDataset,
+    defense: NearestNeighborDefense | None,
+    like: Classifier,
+    spec: str | None = None,
+    *,
+    calibrated_on: Sequence[str] = (),
+    named: Sequence[str] = (),
+    data_dir: Path | None = None,
+    seed: int = 0,
+) -> ImageDataset:
+    """Clean images to set thresholds on, neither reported nor in the database: at most 1,000, drawn at random.
+
+    Args:
+        dataset: the images that are reported.
+        defense: over the database, or None.
+        like: the classifier whose images they shall be.
+        spec: where they are. None: what the database was made from, as its manifest records it and as far as that may
+            be opened; of those the ones that were held out of it to calibrate on, where any are left.
+        calibrated_on: ids of the images that the database was calibrated on.
+        named: specs that the user has named.
+        data_dir: the folder of the data sets.
+        seed: of the draw.
+
+    Raises:
+        DataError: the images that ``spec`` names are reported or stand in the database, or none are at hand.
+    """
+    if spec is not None:
+        chosen = measured_spec(spec, data_dir=data_dir, among=VALIDATION)
+        found = open_datasets([chosen], data_dir=data_dir, like=like)
+        check_disjoint(dataset, found)
+        if defense is not None:
+            check_not_in_database(found, defense)
+        return drawn(found, _HELD_OUT, seed).usable
+    left: list[int] = []
+    if defense is not None:
+        data, database = defense.database.manifest.data, defense.database
+        specs = specs_at_hand(data, database.path, named)
+        if specs:
+            found = open_datasets(specs, data_dir=data_dir, like=like)
+            apart = {*database.ids(database.row_numbers)}
+            # Folders laid out alike give equal ids to different images: what may be a reported one is left out.
+            apart |= {*dataset.ids}
+            left = [place for place, item in enumerate(found.ids) if item not in apart]
+            calibrated = {*calibrated_on}
+            left = [place for place in left if found.ids[place] in calibrated] or left
+    if not left:
+        raise DataError(
+            "no clean images are at hand that are neither reported nor in the database, to set the thresholds of "
+            "--abstain on: name some by --abstain-on"
+        )
+    return drawn(found.subset(left), _HELD_OUT, seed).usable
 
 
 def reported_split(spec: str, remedy: str = "give --test", *, data_dir: Path | None = None) -> str:

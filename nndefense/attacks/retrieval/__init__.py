@@ -14,10 +14,10 @@ from nndefense.attacks.retrieval.objectives import (
     straight_through,
 )
 from nndefense.attacks.retrieval.ranks import rank_margin
-from nndefense.attacks.retrieval.surface import Counts, Knowledge, Nearest, RetrievalSurface, Rows
+from nndefense.attacks.retrieval.surface import Counts, Knowledge, Nearest, Rejection, RetrievalSurface, Rows
 
 __all__ = [
-    "AdaptiveResult", "Counts", "ExactResult", "Knowledge", "Nearest", "RetrievalSurface", "Rows",
+    "AdaptiveResult", "Counts", "ExactResult", "Knowledge", "Nearest", "Rejection", "RetrievalSurface", "Rows",
     "adaptive", "check_exact", "class_scores", "feature_drift", "gray", "pgd_fs", "pgd_pr", "push_pull",
     "push_pull_minimum", "rank_margin", "run_adaptive", "run_exact", "soft_top_k", "straight_through",
 ]  # fmt: skip

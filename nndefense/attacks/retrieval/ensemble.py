@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from nndefense.attacks.checks import at_least
 from nndefense.attacks.door import wide_types
 from nndefense.attacks.losses import margin
 from nndefense.attacks.retrieval import ascent
+from nndefense.attacks.retrieval.accepted import Accepted, Combine, Decision, hinged, selective
 from nndefense.attacks.retrieval.aims import Aims, from_rows, relinked
 from nndefense.attacks.retrieval.ascent import BATCH, Objective, Problem
 from nndefense.attacks.retrieval.objectives import ClassifierLoss, Drift, SoftTopK
@@ -50,6 +52,7 @@ SCHEDULE = (
 )
 RELINKING = Round("relinked", 0.4, 4, 0.05, 0.0005, 0.5)
 ROUNDS = 3
+ACCEPTED = Round("aims", 0.4, 3, 0.2, 0.002, 1.0)
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,10 @@ class AdaptiveResult:
 
     Attributes:
         images: N x C x H x W: the first image that the true pipeline misclassified, else the one on which the margin
-            of the true pipeline's log-probabilities was smallest.
+            of the true pipeline's log-probabilities was smallest. Where it may abstain, it must also accept the image.
         fooled: N, by the true pipeline, from one last prediction of ``images``.
-        margins: N, ``max_{c != y} log p_c - log p_y`` of the true pipeline on ``images``.
+        margins: N, ``max_{c != y} log p_c - log p_y`` of the true pipeline on ``images``; where it may abstain, the
+            smaller of that and of how far the score stays below the threshold.
         stages: N names: the stage that broke each image; ``clean`` where the clean image is misclassified already, ""
             where it stands.
         broken: for each stage that ran, in order, how many images it broke.
@@ -94,7 +98,7 @@ def run_adaptive(
     steps: int = 100,
     generator: torch.Generator | None = None,
     restarts: int = 1,
-    start: Tensor | None = None,
+    start: Tensor | Sequence[Tensor] | None = None,
     batch_size: int = BATCH,
 ) -> AdaptiveResult:
     """Attack with everything that the attacker's knowledge allows, and let the true pipeline judge each image.
@@ -109,12 +113,15 @@ def run_adaptive(
     5. the soft top-K from the worst point, which sees posteriors and weights as they are.
 
     What needs more than the surface has is left out: at L0 only 2 is left, at L1 without rows also feature drift.
+    Where the surface may reject, images must also be accepted, and in the place of 1 to 5 stands the answer's own
+    margin from a random draw and from the worst point, 1, and one round of 3: about 3 times ``steps`` gradients.
 
     Args:
         surface, x, y, eps, norm, generator, batch_size: as for :func:`~nndefense.attacks.retrieval.ascent.attack`.
         steps: what the shares of :data:`SCHEDULE` are of; an image that stands costs about 13 times as many gradients.
         restarts: at least 1; each more adds a round of path relinking and one of the classifier's, from other draws.
-        start: images of another attack inside the ball, such as the gray-box attack's: this one is then never weaker.
+        start: images of another attack inside the ball, such as the gray-box attack's, or of several: this one is then
+            never weaker.
 
     Raises:
         InputError: images, labels or settings that cannot be used.
@@ -129,8 +136,8 @@ def run_adaptive(
     for index in torch.split(torch.arange(len(x), device=x.device), batch_size):
         run = _Run(problem.take(index), steps, generator)
         run.offer("clean", run.problem.x)
-        if start is not None:
-            run.offer("start", run.problem.bring_in(start[index].to(x))[run.standing])
+        for one in [start] if isinstance(start, Tensor) else start or ():
+            run.offer("start", run.problem.bring_in(one[index].to(x))[run.standing])
         run.everything(restarts)
         best[index], margins[index] = run.best, run.margins
         for place, name in zip(index.tolist(), run.stages, strict=True):
@@ -138,11 +145,9 @@ def run_adaptive(
         for name, number in run.broken.items():
             broken[name] = broken.get(name, 0) + number
     # The last word: one prediction of the final images, in batches like any other user's.
-    log_p = torch.cat(
-        [problem.surface.predict(part).to(x.device) for part in torch.split(best, batch_size)] or [margins]
-    )
-    final = margin(log_p, problem.y) if len(x) else margins
-    fooled = log_p.argmax(1) != problem.y if len(x) else margins > 0
+    places = torch.split(torch.arange(len(x), device=x.device), batch_size)
+    judged = [_judged(problem.surface, best[place], problem.y[place]) for place in places if len(place)]
+    final, fooled = map(torch.cat, zip(*judged, strict=True)) if judged else (margins, margins > 0)
     spent = Counts(**{name: count - getattr(before, name) for name, count in vars(surface.counts).items()})
     return AdaptiveResult(best, fooled, final, tuple(stages), broken, spent, time.perf_counter() - begun)
 
@@ -168,9 +173,8 @@ class _Run:
         self.broken.setdefault(name, 0)
         if not len(index):
             return
-        log_p = self.problem.surface.predict(images).to(images.device)
         y = self.problem.y[index]
-        margins, fooled = margin(log_p, y), log_p.argmax(1) != y
+        margins, fooled = _judged(self.problem.surface, images, y)
         # Decided on the host, so that a GPU waits once and not for each image.
         scores = list(zip(fooled.tolist(), margins.tolist(), strict=True))
         worst: dict[int, int] = {}
@@ -193,6 +197,9 @@ class _Run:
     def everything(self, restarts: int) -> None:
         """All that the surface allows, while anything stands."""
         surface = self.problem.surface
+        if surface.rejection is not None:
+            self.everything_accepted(restarts)
+            return
         if surface.rows is not None:
             self.ascend("any class", RankMargin(surface), self.problem.x, 0.15)
         self.gray()
@@ -206,6 +213,18 @@ class _Run:
         for _ in range(restarts - 1):
             aims = self.relink(aims)
             self.gray()
+
+    def everything_accepted(self, restarts: int) -> None:
+        """A wrong answer that is accepted, too: the answer's margin, and the retrieval's aims in one round."""
+        surface = self.problem.surface
+        for _ in range(restarts):
+            self.ascend("answer", Decision(surface), self.problem.random_start(self.generator), 0.4)
+            self.ascend("answer, by hinges", Decision(surface), self.best, 0.4, hinged)
+        if surface.rows is not None and self.standing.any():
+            self.ascend("any class, from the worst", RankMargin(surface), self.best, 0.2)
+            aims = from_rows(self.problem, self.left(), classes=CLASSES, pool=POOL, keep=KEPT)
+            self.climb(aims.best(ACCEPTED.keep, self.standing), ACCEPTED)
+            self.ascend("answer, from the worst", Decision(surface), self.best, 0.4)
 
     def gray(self) -> None:
         """The classifier's own loss, from a random draw."""
@@ -241,7 +260,7 @@ class _Run:
             )
             images, _, scores = ascent.ascend(
                 self.problem.take(some.index),
-                objective,
+                self.accepted(objective),
                 some.points,
                 steps=self.part_of_steps(planned.steps),
                 stride=planned.stride,
@@ -251,18 +270,36 @@ class _Run:
         self.broken.setdefault(planned.name, 0)
         return Aims.together(ended) if ended else aims
 
-    def ascend(self, name: str, objective: Objective, begin: Tensor, share: float) -> None:
+    def accepted(self, objective: Objective, combine: Combine = selective) -> Objective:
+        """The objective, whose images must be accepted where any are rejected."""
+        surface = self.problem.surface
+        return objective if surface.rejection is None else Accepted(surface, objective, combine)
+
+    def ascend(
+        self, name: str, objective: Objective, begin: Tensor, share: float, combine: Combine = selective
+    ) -> None:
         """Raise an objective on what stands, from some of N images, and show the results."""
         self.broken.setdefault(name, 0)
         index = self.left()
         if len(index):
-            steps = self.part_of_steps(share)
+            steps, objective = self.part_of_steps(share), self.accepted(objective, combine)
             images, _, _ = ascent.ascend(self.problem.take(index), objective, begin[index], steps=steps)
             self.offer(name, images, index)
 
     def part_of_steps(self, share: float) -> int:
         """A share of the attack's steps, at least one."""
         return max(round(share * self.steps), 1)
+
+
+@torch.no_grad()
+def _judged(surface: RetrievalSurface, images: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Margins N of the true pipeline and whether it is fooled, N; with a rejection as :class:`AdaptiveResult` says."""
+    log_p = surface.predict(images).to(images.device)
+    margins, fooled = margin(log_p, y), log_p.argmax(1) != y
+    if surface.rejection is None:
+        return margins, fooled
+    accepted = surface.rejection.accepts(images).to(y.device)
+    return torch.minimum(margins, -surface.rejection.excess(images).to(margins)), fooled & accepted
 
 
 def _together(x: Tensor) -> int:

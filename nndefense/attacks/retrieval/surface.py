@@ -96,6 +96,22 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Rejection:
+    """What rejects images, and whose answer counts where it does not; the defence's side declares it.
+
+    Attributes:
+        answer: images N x C x H x W -> the answer's log-probabilities or logits N x classes, differentiable.
+        excess: images -> N, by how much each image's score passes the threshold, at most 0 where the image is accepted;
+            differentiable, with values as near to the true ones as the attacker can have them.
+        accepts: images -> N truth values of the TRUE score: the last word.
+    """
+
+    answer: Callable[[Tensor], Tensor]
+    excess: Callable[[Tensor], Tensor]
+    accepts: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class RetrievalSurface:
     """The attack surface of a retrieval defence at one level of knowledge.
 
@@ -109,6 +125,7 @@ class RetrievalSurface:
         rows: the attacker's rows; None for GRAY, and for FEATURES without images of his own.
         temperature: T of the defence's kernel ``exp(-d^2 / T)`` on the weights; None: it has none.
         alpha: the share of the classifier's own posterior in the defence's answer, 0 to 1.
+        rejection: None where every image is answered; else an image fools only if it is accepted, too.
         counts: what attacks on this surface have cost so far.
         counting: whether the callables count already.
     """
@@ -121,6 +138,7 @@ class RetrievalSurface:
     rows: Rows | None = None
     temperature: float | None = None
     alpha: float = 0.0
+    rejection: Rejection | None = None
     counts: Counts = field(default_factory=Counts)
     counting: bool = False
 
@@ -140,8 +158,9 @@ class RetrievalSurface:
 
     @torch.no_grad()
     def fooled(self, images: Tensor, y: Tensor) -> Tensor:
-        """Whether the true pipeline gives images N x C x H x W another class than y: N truth values."""
-        return self.predict(images).argmax(1).to(y.device) != y
+        """Whether the true pipeline gives N images another class than y, and accepts them: N truth values."""
+        wrong = self.predict(images).argmax(1).to(y.device) != y
+        return wrong if self.rejection is None else wrong & self.rejection.accepts(images).to(y.device)
 
     def need_features(self, attack: str) -> Callable[[Tensor], Tensor]:
         """The feature map, or an :class:`InputError` that says what the attack needs."""

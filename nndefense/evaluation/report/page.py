@@ -12,6 +12,7 @@ from typing import Any
 
 from nndefense.errors import InputError
 from nndefense.evaluation.ladder import BARE, DEFENDED
+from nndefense.evaluation.report.abstention import abstention_section
 from nndefense.evaluation.report.figures import figure_section
 from nndefense.evaluation.report.gallery import GalleryRow, gallery_section
 from nndefense.evaluation.report.records import Results, at_headline
@@ -63,6 +64,7 @@ def report_html(results: Results, gallery: Sequence[GalleryRow] = ()) -> str:
         facts.append(date_text(str(results["created"])))
     sections = (
         ladder_section(results),
+        *([said] if (said := abstention_section(results)) else []),
         table_section(results),
         figure_section(results),
         gallery_section(results, gallery),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nndefense.attacks.registry import attack_name
 from nndefense.evaluation.ladder import BARE, DEFENDED, INFORMED, RUNGS, WORST, paired
+from nndefense.evaluation.report.abstention import abstention_text
 from nndefense.evaluation.report.records import (
     Record,
     Results,
@@ -86,6 +87,7 @@ def summary(results: Results) -> str:
     told = [f"{label} under {name}: {_told(found)} %" for label, name, found in side_by_side(results)]
     told += [said] if (said := obscurity(results)) else []
     told += [f"self-audit: {line['name']} FAILS: {line['text']}" for line in failed]
+    told += [said] if (said := abstention_text(results)) else []
     return "\n".join([Table(("", *columns), tuple(rows), title).text(), *told])
 
 
