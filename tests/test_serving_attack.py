@@ -21,7 +21,7 @@ from helpers import digits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from served import Served, guard, open_guard, pictures, png, serving, until
+from served import Served, guard, open_guard, pictures, png, predicted, serving, until
 
 from nndefense.attacks import distance, radius
 from nndefense.guard import Guard
@@ -127,6 +127,30 @@ def test_each_attack_leaves_the_class_of_what_it_attacks(service: Served) -> Non
     assert said["bare"]["class"] != said["class"]
     assert ask(service, torn, attack="classifier").json()["away_from"] == said["bare"]["class"]
     assert ask(service, torn, attack="defense").json()["away_from"] == said["class"]
+
+
+def test_an_attack_on_the_classifier_reaches_the_class_that_is_chosen(service: Served) -> None:
+    said = predicted([pictures()[0]])[0].bare
+    last = int(np.argmin(said.probabilities))
+    other = str((said.class_index + 5) % 10)
+    for target, towards in ((other, other), ("least-likely", str(last))):
+        found = ask(service, pictures()[0], eps=0.5, target=target).json()
+        assert (found["towards"], found["away_from"]) == (towards, said.class_name)
+        assert found["attacked"]["prediction"]["bare"]["class"] == towards
+    assert ask(service, pictures()[0], eps=0.1).json()["towards"] is None
+
+
+def test_a_target_that_cannot_be_one_is_refused(service: Served) -> None:
+    own = predicted([pictures()[0]])[0].bare.class_name
+    for wanted, words in (
+        ({"target": own}, f"the picture is taken for {own} already"),
+        ({"target": "eleven"}, "'eleven' is not one of the classifier's 10 classes"),
+        ({"target": "3", "attack": "defense"}, "cannot be sent towards a class"),
+        ({"target": 3}, "target: Input should be a valid string"),
+    ):
+        answer = ask(service, pictures()[0], **wanted)
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_argument")
+        assert words in answer.json()["detail"]
 
 
 def test_the_defence_is_shown_pictures_as_people_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,6 +194,27 @@ def test_abstention_is_said_first(browser: Any) -> None:
 # -- the attack ---------------------------------------------------------------------------------------------------
 
 
+def test_a_target_is_chosen_and_reached(page: Any) -> None:
+    said = predicted([pictures()[0]])[0].bare
+    upload(page, pictures()[0])
+    answered(page)
+    # The class that the picture is taken for is none to reach.
+    assert page.evaluate(
+        "[...document.getElementById('target').options].filter((o) => o.disabled).map((o) => o.text)"
+    ) == [said.class_name]
+    towards = str((said.class_index + 5) % 10)
+    page.select_option("#target", label=towards)
+    assert "towards the class chosen" in page.inner_text("#eps-hint")
+    attack(page, 50)
+    assert page.inner_text("#bare-class") == towards
+    assert f"towards {towards}" in page.inner_text("#note")
+    # The attack on the defence has none.
+    page.check("input[value=defense]")
+    assert page.is_disabled("#target")
+    answered(page)
+    assert "away from" in page.inner_text("#note")
+
+
 def test_the_slider_flips_the_classifier_while_the_defence_holds(page: Any, service: Served) -> None:
     data = next(
         one for one in pictures() if moved(one, 0.2, "classifier", service) == {"bare": True, "defended": False}

@@ -140,10 +140,11 @@ class AttackWatch:
 
 @dataclass(frozen=True)
 class AttackJob:
-    """One attack: a clean image 1 x C x H x W with 8 bits, the class to leave, and how."""
+    """One attack: a clean image 1 x C x H x W with 8 bits, the class to leave (or to reach), and how."""
 
     clean: Tensor
     label: int
+    targeted: bool
     attack: AttackName
     norm: NormName
     eps: float
@@ -210,7 +211,7 @@ def attack_picture(target: AttackTarget, job: AttackJob, watch: AttackWatch) -> 
         return picture_within(images, x.expand_as(images), radii.expand(len(images)), job.norm)
 
     classify = watch.over(target.classifier)
-    first = pgd(classify, x, y, **ball, generator=torch.Generator().manual_seed(0))
+    first = pgd(classify, x, y, **ball, targeted=job.targeted, generator=torch.Generator().manual_seed(0))
     if job.attack == "classifier":
         return within(first).cpu()
     whole = target.surface

@@ -7,6 +7,7 @@ import time
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
@@ -14,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from nndefense.attacks import distance
-from nndefense.guard import Guard
+from nndefense.errors import InputError
+from nndefense.guard import Guard, Opinion
 from nndefense.serving.demo_attacks.attack import (
     AttackJob,
     AttackName,
@@ -47,6 +49,8 @@ MOST_ROW_BYTES = 2**30
 """The largest database, as float32 vectors and posteriors, that the adaptive attack takes into memory."""
 SECONDS = 20.0
 """The longest attack."""
+LEAST_LIKELY = "least-likely"
+"""As a target the class that the classifier holds for the least likely of the picture."""
 _LOOK = 0.1
 
 
@@ -75,6 +79,11 @@ class AttackRequest(BaseModel):
         "normalized-l2", description="normalized-l2: eps is a share of the image's length; linf: eps is per pixel."
     )
     eps: float = Field(0.1, ge=0, le=1, allow_inf_nan=False, description="At most 0.5, or 76/255 per pixel.")
+    target: str | None = Field(
+        None,
+        max_length=1000,
+        description="On the classifier: the class to reach, by name, id or number, or least-likely; null: any other.",
+    )
     steps: int = Field(
         STEPS, ge=1, le=MOST_STEPS, description="Gradient steps; of the adaptive attack, those of a whole round."
     )
@@ -111,6 +120,7 @@ class AttackAnswer(BaseModel):
     eps: float
     steps: int
     away_from: str = Field(description="The class that was predicted before; the true one is not known.")
+    towards: str | None = Field(description="The class to reach; null: any other.")
     bits: int
     size: dict[str, float] = Field(description="What the change measures after rounding: linf, l2 and normalized-l2.")
     clean: AttackedPicture
@@ -135,6 +145,23 @@ def _read(body: bytes, content_type: str, limits: Limits) -> AttackRequest:
 def _decode(image: str, limits: Limits, shape: tuple[int, int, int]) -> Tensor:
     """The image of a body, 1 x C x H x W with 8 bits a channel; in a worker thread."""
     return eight_bits(torch.stack(decode_images([from_base64(image, limits)], limits, shape)))
+
+
+def _aim(guard: Guard, wanted: AttackRequest, before: Opinion) -> int | None:
+    """The number of the class to reach, or None for any other than the one predicted before."""
+    if wanted.target is None:
+        return None
+    if wanted.attack == "defense":
+        raise refused("invalid_argument", "target: the attack on the defence cannot be sent towards a class")
+    if wanted.target == LEAST_LIKELY:
+        return int(np.argmin(before.probabilities))
+    try:
+        aim = guard.classifier.class_number(wanted.target)
+    except InputError as error:
+        raise refused("invalid_argument", f"target: {error}") from None
+    if aim == before.class_index:
+        raise refused("invalid_argument", f"target: the picture is taken for {before.class_name} already")
+    return aim
 
 
 def offer(guard: Guard) -> dict[str, Any]:
@@ -197,7 +224,9 @@ def router(state: ServingState) -> APIRouter:
         clean = (await state.small.run(_decode, wanted.image, limits, guard.input_shape))[0]
         before = (await state.submit([clean], wanted.top, wanted.neighbors, guard=guard))[0]
         leaving = before.bare if wanted.attack == "classifier" else before
-        job = AttackJob(clean[None], leaving.class_index, wanted.attack, wanted.norm, wanted.eps, wanted.steps)
+        aim = _aim(guard, wanted, before.bare)
+        label = leaving.class_index if aim is None else aim
+        job = AttackJob(clean[None], label, aim is not None, wanted.attack, wanted.norm, wanted.eps, wanted.steps)
         begun = time.monotonic()
         attacked = (await _while_awaited(request, state, guard, job))[0]
         seconds = time.monotonic() - begun
@@ -209,6 +238,7 @@ def router(state: ServingState) -> APIRouter:
             {
                 **wanted.model_dump(include={"attack", "norm", "eps", "steps"}),
                 "away_from": leaving.class_name,
+                "towards": None if aim is None else guard.classes[aim],
                 "bits": 8,
                 "size": {name: float(f"{value:.6g}") for name, value in sizes.items()},
                 "clean": {"image": png_text(clean), "prediction": before.to_json()},

@@ -25,18 +25,18 @@ export function say(element, parts, tag = "strong") {
   if (probe.textContent !== element.textContent) element.replaceChildren(...probe.childNodes);
 }
 
-/** Show a prediction; `before` is that of the picture before an attack, or null. */
-export function showAnswer(model, now, before, note) {
+/** Show a prediction; `before` is that of the picture before an attack, or null, and `towards` the class that it aimed at. */
+export function showAnswer(model, now, before, note, towards = null) {
   say($("verdict"), before ? words.attacked(before, now) : words.verdict(now));
   $("verdict").dataset.outcome = before ? words.outcome(before, now) : "";
   $("note").textContent = note;
   $("details").hidden = false;
-  showOpinions(model, now, before);
+  showOpinions(model, now, before, towards);
   showDistance(model, now);
   showNeighbors(now);
 }
 
-function showOpinions(model, now, before) {
+function showOpinions(model, now, before, towards) {
   const was = (old, current) => (before && old !== current ? `, was ${old}` : "");
   $("bare-class").textContent = now.bare.class;
   $("bare-sure").textContent = words.percent(now.bare.probability) + was(before?.bare.class, now.bare.class);
@@ -46,7 +46,7 @@ function showOpinions(model, now, before) {
     ? `would say ${now.class}, ${sure}`
     : sure + was(before?.abstained ? "abstained" : before?.class, now.class);
 
-  const names = likeliest(model, [now, ...(before ? [before] : [])]);
+  const names = likeliest(model, [now, ...(before ? [before] : [])], towards);
   const longest = Math.max(...names.map((name) => name.length));
   $("opinions").classList.toggle("long", longest > LONG_NAME);
   $("opinions").classList.toggle("short", longest <= SHORT_NAME);
@@ -61,14 +61,14 @@ function showOpinions(model, now, before) {
 }
 
 /** The classes that any of the opinions thinks likeliest, in the order of their numbers: rows then keep their place. */
-function likeliest(model, answers) {
+function likeliest(model, answers, towards) {
   const opinions = answers.flatMap((one) => [one, one.bare]);
   const best = new Map();
   for (const { shares } of opinions) {
     for (const [name, share] of shares) best.set(name, Math.max(share, best.get(name) ?? 0));
   }
   const order = [...best.keys()].sort((a, b) => best.get(b) - best.get(a));
-  const must = new Set(opinions.map((one) => one.class));
+  const must = new Set([...opinions.map((one) => one.class), ...(towards === null ? [] : [towards])]);
   const chosen = [...new Set([...must, ...order])].slice(0, Math.max(SHOWN_CLASSES, must.size));
   return chosen.sort((a, b) => model.classes.indexOf(a) - model.classes.indexOf(b));
 }

@@ -11,19 +11,23 @@ const REST = 250;
  * Make the panel work.
  *
  * offer: what the server allows: {attacks, norms: {name: {most, step, text}}, steps}.
- * neighbors: how many of them an answer shall have.
+ * model: what is served: {classes, k}; k neighbours are asked for.
  * shown(answer): called with the server's answer, or with null where there is no attack any more.
  * failed(error): called with what went wrong.
  */
-export function attackPanel(offer, neighbors, { shown, failed, busy }) {
+export function attackPanel(offer, model, { shown, failed, busy }) {
   const slider = $("eps");
   const norm = $("norm");
   const fields = $("attack-form").elements;
+  const target = $("target");
   let image = null;
+  let own = "";
   let timer = 0;
   let running = null;
-  let last = { eps: 0, norm: "", attack: "classifier" };
+  let last = { eps: 0, norm: "", attack: "classifier", target: null };
 
+  // By number: a name could be that of a choice.
+  target.append(...model.classes.map((name, number) => new Option(name, String(number))));
   for (const [name, { text }] of Object.entries(offer.norms)) norm.add(new Option(text, name));
   for (const radio of fields.attack) {
     const allowed = offer.attacks.includes(radio.value);
@@ -51,6 +55,18 @@ export function attackPanel(offer, neighbors, { shown, failed, busy }) {
     slider.style.setProperty("--at", `${(100 * slider.value) / slider.max}%`);
   }
 
+  /** Only the attack on the classifier has a target, and the class that the picture is taken for is none. */
+  function aim() {
+    target.disabled = fields.attack.value !== "classifier";
+    for (const [number, name] of model.classes.entries()) target.options[number + 2].disabled = name === own;
+    if (target.selectedOptions[0].disabled) target.value = "";
+    $("eps-hint").textContent = image === null
+      ? "Choose a picture first."
+      : words.attackHint(target.disabled || target.value === "");
+  }
+
+  const towards = () => (target.disabled || target.value === "" ? null : target.value);
+
   function progress(text) {
     $("attack-progress").hidden = !text;
     $("attack-status").textContent = text;
@@ -69,6 +85,8 @@ export function attackPanel(offer, neighbors, { shown, failed, busy }) {
   function revert() {
     norm.value = last.norm || norm.value;
     fields.attack.value = last.attack;
+    target.value = last.target ?? "";
+    aim();
     scale();
     slider.value = Math.round(last.eps / offer.norms[norm.value].step);
     label();
@@ -79,7 +97,7 @@ export function attackPanel(offer, neighbors, { shown, failed, busy }) {
     label();
     if (image === null) return;
     if (Number(slider.value) === 0) {
-      last = { eps: 0, norm: norm.value, attack: fields.attack.value };
+      last = { eps: 0, norm: norm.value, attack: fields.attack.value, target: towards() };
       shown(null);
       return;
     }
@@ -90,8 +108,8 @@ export function attackPanel(offer, neighbors, { shown, failed, busy }) {
     timer = 0;
     const mine = new AbortController();
     running = mine;
-    const how = { attack: fields.attack.value, norm: norm.value, eps: eps(), steps: offer.steps };
-    const wanted = { image, ...how, top: TOP, neighbors };
+    const how = { attack: fields.attack.value, norm: norm.value, eps: eps(), target: towards(), steps: offer.steps };
+    const wanted = { image, ...how, top: TOP, neighbors: model.k };
     progress(wanted.attack === "classifier" ? "Attacking the classifier …" : "Attacking the defence …");
     try {
       const answer = await ask("v1/demo/attack", { json: wanted, signal: mine.signal });
@@ -126,24 +144,26 @@ export function attackPanel(offer, neighbors, { shown, failed, busy }) {
     slider.value = Math.round(had * slider.max);
     later(0);
   });
-  $("attack-form").addEventListener("change", (event) => event.target.name === "attack" && later(0));
+  $("attack-form").addEventListener("change", (event) => {
+    if (!["attack", "target"].includes(event.target.name)) return;
+    aim();
+    later(0);
+  });
   $("attack-form").addEventListener("submit", (event) => event.preventDefault());
   $("stop").addEventListener("click", stop);
   document.addEventListener("keydown", (event) => event.key === "Escape" && stop());
 
   return {
     stop,
-    /** Attack this picture from now on (base64), or none; the slider goes back to 0. */
-    take(data) {
+    /** Attack this picture (base64) of this class from now on, or none; the slider goes back to 0. */
+    take(data, named = "") {
       cancel();
-      image = data;
-      last = { eps: 0, norm: norm.value, attack: fields.attack.value };
+      [image, own] = [data, named];
+      aim();
+      last = { eps: 0, norm: norm.value, attack: fields.attack.value, target: towards() };
       slider.value = 0;
       label();
       $("attack-fields").disabled = data === null;
-      $("eps-hint").textContent = data === null
-        ? "Choose a picture first."
-        : "Moves the picture away from the class predicted now; its true class is not known here.";
     },
   };
 }

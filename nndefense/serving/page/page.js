@@ -87,7 +87,7 @@ async function take(blob, name, button = null) {
     $("pair").hidden = true;
     showAnswer(model, clean, null, "");
     $("choose").textContent = "Choose another picture";
-    panel?.take(data);
+    panel?.take(data, clean.bare.class);
   } catch (error) {
     if (running !== mine) return;
     if (error.status === 401) waiting = [blob, name, button];
@@ -113,7 +113,7 @@ function attacked(answer) {
   const times = `Difference × ${words.count(answer.difference.magnification)}`;
   $("difference").alt = `${times}; grey is no change`;
   $("difference-caption").textContent = times;
-  showAnswer(model, prediction(answer.attacked.prediction), prediction(answer.clean.prediction), words.attackNote(answer));
+  showAnswer(model, prediction(answer.attacked.prediction), prediction(answer.clean.prediction), words.attackNote(answer), answer.towards);
 }
 
 function askForKey() {
@@ -131,7 +131,7 @@ async function begin() {
   document.documentElement.style.setProperty("--shape", `${width} / ${height}`);
   document.body.classList.toggle("small", Math.max(height, width) <= SMALL);
   if (settings.demo_attacks && panel === null) {
-    panel = attackPanel(settings.demo_attacks, model.k, { shown: attacked, failed: fail, busy });
+    panel = attackPanel(settings.demo_attacks, model, { shown: attacked, failed: fail, busy });
   }
   if (waiting) {
     const [blob, name, button] = waiting;

@@ -80,13 +80,20 @@ export function outcome(before, now) {
   return now.bare.index !== before.bare.index ? "held" : "still";
 }
 
+/** What an attack will do to the picture. */
+export const attackHint = (away) => (away
+  ? "Moves the picture away from the class predicted now; its true class is not known here."
+  : "Moves the picture towards the class chosen; its true class is not known here.");
+
 /** The small print under the verdict of an attack. */
 export function attackNote(answer) {
   const { size } = answer;
   const how = answer.attack === "classifier"
     ? `PGD on the classifier, ${plural(answer.steps, "step")}; it ignores the defence and leads`
     : `Adaptive attack on the defence, ${plural(answer.steps, "step")} a stage; it ignores abstention and leads`;
-  const away = `away from ${answer.away_from}, predicted before (the true class is not known here)`;
+  const away = answer.towards === null
+    ? `away from ${answer.away_from}, predicted before (the true class is not known here)`
+    : `from ${answer.away_from}, predicted before, towards ${answer.towards}`;
   const moved = `${percent(size["normalized-l2"])} of the picture’s length, at most ${Math.round(255 * size.linf)}/255 in a pixel`;
   return `${how} ${away}. The change measures ${moved}. Predicted as shown, with 8 bits a channel.`;
 }
