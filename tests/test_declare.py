@@ -254,7 +254,7 @@ def test_help_has_four_groups() -> None:
     use, measure, train, learn = (text[a:b] for a, b in zip(places, [*places[1:], None], strict=True))
     for panel, names in (
         (use, ("demo", "index", "calibrate", "classify", "guard", "serve")),
-        (measure, ("evaluate", "attack", "reproduce", "rp2")),
+        (measure, ("evaluate", "certify", "attack", "reproduce", "rp2")),
         (train, ("train", "pseudo-label", "racnn")),
         (learn, ("theory",)),
     ):

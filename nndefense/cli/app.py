@@ -9,6 +9,7 @@ import typer
 from nndefense import __version__
 from nndefense.cli.attack import attack
 from nndefense.cli.calibrate import calibrate
+from nndefense.cli.certify import certify
 from nndefense.cli.classify import classify
 from nndefense.cli.declare import Group, Helpful, Only, spread
 from nndefense.cli.demo import demo
@@ -28,7 +29,7 @@ from nndefense.cli.train import train
 
 _COMMANDS = {
     "Use it": (demo, index, calibrate, classify, guard, serve),
-    "Measure": (evaluate, attack, rp2, reproduce),
+    "Measure": (evaluate, certify, attack, rp2, reproduce),
     "Train": (train, pseudo_label, racnn),
     "Learn": (theory,),
 }
