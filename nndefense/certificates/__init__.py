@@ -14,18 +14,20 @@ if TYPE_CHECKING:
     from nndefense.certificates.affine import certify_exact
     from nndefense.certificates.record import Certified, CertifiedAccuracy
     from nndefense.certificates.registry import CertificateMethod
+    from nndefense.certificates.smoothed_features import SmoothedFeatures, certify_smoothed_features
     from nndefense.certificates.smoothing import SmoothedClassifier, certify, certify_smoothing, predict
 
 _NAMES = {
     "affine": "certify_exact",
     "record": "Certified CertifiedAccuracy",
     "registry": "CertificateMethod",
+    "smoothed_features": "SmoothedFeatures certify_smoothed_features",
     "smoothing": "SmoothedClassifier certify certify_smoothing predict",
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()}
 __getattr__ = importing(__name__, _HOMES | {"registry": f"{__name__}.registry"})
 
 __all__ = [
-    "CertificateMethod", "Certified", "CertifiedAccuracy", "SmoothedClassifier", "certify",
-    "certify_exact", "certify_smoothing", "predict", "registry",
+    "CertificateMethod", "Certified", "CertifiedAccuracy", "SmoothedClassifier", "SmoothedFeatures", "certify",
+    "certify_exact", "certify_smoothed_features", "certify_smoothing", "predict", "registry",
 ]  # fmt: skip

@@ -65,6 +65,9 @@ _METHODS: dict[str, CertificateMethod] = {
     for method in (
         CertificateMethod("smoothing", f"{_HERE}.smoothing:certify_smoothing", "the most frequent answer of any "
                           "pipeline under Gaussian noise (Cohen et al. 2019)", ("l2", "normalized-l2"), chance=True),
+        CertificateMethod("smoothed-features", f"{_HERE}.smoothed_features:certify_smoothed_features", "the vote of "
+                          "the rows nearest to the mean feature under Gaussian noise (after Pautov et al. 2022)",
+                          ("l2", "normalized-l2"), retrieval=True, chance=True),
         CertificateMethod("exact", f"{_HERE}.affine:certify_exact", "nearest neighbours on a feature that is affine in "
                           "the pixels, by branch and bound", NORMS, retrieval=True, at_eps=True),
     )
