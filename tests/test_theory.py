@@ -18,6 +18,7 @@ from nndefense.theory import (
     Population,
     RobustFeature,
     Staircase,
+    ThreePoints,
     boundaries,
     change,
     decompose,
@@ -25,6 +26,7 @@ from nndefense.theory import (
     estimators,
     harm_by_condition,
     harmless_share,
+    location,
     min_norm,
     random_populations,
     robust_error_in_ball,
@@ -350,7 +352,9 @@ def test_self_training_never_raises_the_standard_error(seed: int, scale: float) 
 def test_the_guarantees_of_self_training_in_thousands_of_draws() -> None:
     counts = {count.name: count.hits for count in rst_guarantees(3000, seed=7)}
     unconditional = counts.pop("L_rob(rst) > L_rob(aug)")
-    assert len(counts) == 3
+    assert counts.pop("L_rob(rst) > L_rob(aug), fitted to X_std and X_ext alone") > 300
+    assert counts.pop("the same, where augmentation hurts") > 10
+    assert len(counts) == 4
     assert set(counts.values()) == {0}
     # Said without its condition, the inequality on robust errors is false in general.
     assert unconditional > 300
@@ -561,3 +565,39 @@ def test_directions_agree_with_the_decomposition(seed: int) -> None:
     harmless = float(np.mean(change(grid, star, sigma) <= 0))
     assert harmless_share(star, sigma) == pytest.approx(harmless, abs=1e-3)
     assert len(boundaries(star, sigma)) <= 5
+
+
+# -- a class that is too small, and two things called robust
+
+
+def test_no_line_is_accurate_and_robust_but_an_interval_is() -> None:
+    points = ThreePoints()
+    errors = [points.line(*line) for line in points.lines()]
+    assert min(errors)[0] == 0
+    assert all(robust >= standard for standard, robust in errors)
+    # Whoever makes no standard error can be moved to err everywhere, and nobody is below the smaller side's share.
+    assert all(robust > 0.5 for standard, robust in errors if standard == 0)
+    assert min(robust for _, robust in errors) == pytest.approx(0.3)
+    assert points.interval(1.0) == (0, 0)
+    assert points.interval(3.0)[0] == pytest.approx(0.6)
+    for bad in ({"height": 1.0}, {"eps": 1.0}, {"height": 0.0}, {"middle": 1.0}, {"eps": float("nan")}):
+        with pytest.raises(InputError, match="0 < height < eps < 1"):
+            ThreePoints(**bad)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.4])
+def test_mean_and_median_of_spoilt_training_values_are_those_of_a_large_sample(share: float) -> None:
+    found, generator = location(share, 10.0), np.random.default_rng(0)
+    values = np.where(generator.random(400_000) < share, 10.0, generator.normal(size=400_000))
+    assert found["mean"]["predicted"] == pytest.approx(values.mean(), abs=0.03)
+    assert found["median"]["predicted"] == pytest.approx(float(np.median(values)), abs=0.03)
+    assert found["median"]["error"] == pytest.approx(1 + found["median"]["predicted"] ** 2)
+    with pytest.raises(InputError, match="share in"):
+        location(0.5)
+
+
+def test_fitted_to_the_given_points_alone_self_training_keeps_one_guarantee_and_breaks_the_other() -> None:
+    counts = {count.name: count for count in rst_guarantees(400, seed=0)}
+    assert counts["L_std(rst) > L_std(std), fitted to X_std and X_ext alone"].hits == 0
+    broken = counts["the same, where augmentation hurts"]
+    assert 0 < broken.hits < broken.draws < 400

@@ -98,6 +98,17 @@ def test_directions(tmp_path: Path) -> None:
     fails(2, "not positive semidefinite", "theory", "directions", "--variances=-1,1", "--out", tmp_path)
 
 
+def test_examples(tmp_path: Path) -> None:
+    done = nndefense("theory", "examples", "--out", tmp_path)
+    assert done.code == 0, done.err
+    assert "the median predicts 0.140: error 1.020" in done.out
+    figures(tmp_path, "too-small")
+    found = stored(tmp_path, "examples")
+    assert found["too_small"]["interval"] == [0, 0]
+    assert found["robust_optimisation"]["accuracy"]["first_feature"] == {"standard": 0.95, "robust": 0.95}
+    fails(2, "0 < height < eps < 1", "theory", "examples", "--eps", "2", "--out", tmp_path)
+
+
 @pytest.mark.slow
 def test_gap(tmp_path: Path) -> None:
     done = nndefense("theory", "gap", "--trials", 20, "--sizes", "40,200", "--unlabelled", 500, "--out", tmp_path)

@@ -19,7 +19,7 @@ theory = Group("theory", "Why robustness can cost accuracy, and how self-trainin
 OutOption = Annotated[Path, typer.Option(help="Folder for the figures (PNG and SVG) and the JSON.")]
 NoiseOption = Annotated[float, typer.Option(help="Weight of the half-points in the standard error.")]
 KnotsOption = Annotated[str, OneOf("Outer knots on the left; the sources differ.", ("-4..-2", "-3..-1"))]
-Drawn = Annotated[Common, Only("seed", "json", "debug")]
+Drawn = Annotated[Common, Only("seed", "json", "quiet", "debug")]
 OUT = Path("runs/theory")
 
 
@@ -51,7 +51,7 @@ def spline(
     left_knots: KnotsOption = "-4..-2",
     teacher: Annotated[str, OneOf("Whose predictions are the pseudo-labels.", ("std", "aug"))] = "std",
     out: OutOption = OUT,
-    common: Annotated[Common, Only("json", "debug")],
+    common: Annotated[Common, Only("json", "quiet", "debug")],
 ) -> None:
     """Fit the spline staircase by the three estimators, and try every single point that could be added."""
     from nndefense.theory import Staircase, studies
@@ -72,7 +72,7 @@ def directions(
         list[str] | None, typer.Option(help="Diagonal of Sigma, two numbers; repeat it [default: 1,1  1,4  1,25].")
     ] = None,
     out: OutOption = OUT,
-    common: Annotated[Common, Only("json", "debug")],
+    common: Annotated[Common, Only("json", "quiet", "debug")],
 ) -> None:
     """Draw which directions of one augmented point hurt, in two dimensions."""
     from nndefense.theory import studies
@@ -115,6 +115,21 @@ def gap(
         seed=common.seed,
     )
     _show(found, out, common)
+
+
+@theory.command("examples")
+@writes("out", lend=True)
+def examples(
+    *,
+    height: Annotated[float, typer.Option(help="Of the middle point of three, above 0 and below --eps.")] = 0.5,
+    eps: Annotated[float, typer.Option(help="How far each coordinate may be moved, below 1.")] = 0.9,
+    out: OutOption = OUT,
+    common: Annotated[Common, Only("json", "quiet", "debug")],
+) -> None:
+    """Show a class that is too small, and robust statistics beside robust optimisation."""
+    from nndefense.theory import RobustFeature, ThreePoints, studies
+
+    _show(studies.examples(ThreePoints(height, eps), RobustFeature()), out, common)
 
 
 def _show(found: Study, out: Path, common: Common) -> None:

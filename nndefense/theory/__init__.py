@@ -18,7 +18,7 @@ from nndefense.theory.estimators import (
 )
 from nndefense.theory.experiments import Count, harm_by_condition, random_populations, rst_guarantees
 from nndefense.theory.staircase import LEFT_KNOTS, SIZES, Curve, Staircase, error_against_size
-from nndefense.theory.toys import Intervals, RobustFeature
+from nndefense.theory.toys import Intervals, RobustFeature, ThreePoints, location
 
 __all__ = [
     "LEFT_KNOTS",
@@ -32,6 +32,7 @@ __all__ = [
     "Population",
     "RobustFeature",
     "Staircase",
+    "ThreePoints",
     "boundaries",
     "change",
     "decompose",
@@ -39,6 +40,7 @@ __all__ = [
     "estimators",
     "harm_by_condition",
     "harmless_share",
+    "location",
     "min_norm",
     "random_populations",
     "robust_error_in_ball",

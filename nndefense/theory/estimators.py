@@ -240,6 +240,7 @@ def estimators(
     *,
     norm: ArrayLike | None = None,
     teacher: str = "std",
+    everywhere: bool = True,
 ) -> Estimators:
     """Fit the three estimators of Raghunathan et al. (ICML 2020) to labelled points of the population.
 
@@ -252,12 +253,17 @@ def estimators(
     augmentation may have mended. With the teacher ``aug``, itself an interpolant of the labelled points, it always
     holds.
 
+    In the form ``min E[(x . theta - x . theta_std)^2]`` subject to ``X_std theta = y_std`` and ``X_ext theta = y_ext``
+    alone (``everywhere=False``), theta_rst is robust at the labelled points and nowhere else, and the second
+    inequality fails even where augmentation hurts.
+
     Args:
         population: the points.
         labelled: pairs (kind, version) n x 2 of the labelled points; their labels are those of ``theta_star``.
         theta_star: the true predictor, d; it must say the same of all versions of a point.
         norm: M of the norm that the estimators minimise; the identity by default.
         teacher: whose predictions are the pseudo-labels: ``std`` or ``aug``.
+        everywhere: whether theta_rst says the same of all versions of every point, or fits those of the labelled ones.
 
     Raises:
         InputError: indices outside the population, a theta* that is not consistent, an unknown teacher, or a norm that
@@ -276,7 +282,7 @@ def estimators(
     x_std = population.points[chosen[:, 0], chosen[:, 1]]  # n x d
     x_aug = population.points[chosen[:, 0]].reshape(-1, dimension)  # n * T x d
     std, aug = (min_norm(x, x @ star, norm=norm) for x in (x_std, x_aug))
-    constraints = np.concatenate([x_aug, apart])
-    values = np.concatenate([x_aug @ star, np.zeros(len(apart))])
+    constraints = np.concatenate([x_aug, apart]) if everywhere else x_aug
+    values = np.concatenate([x_aug @ star, np.zeros(len(constraints) - len(x_aug))])
     robust = rst(std if teacher == "std" else aug, constraints, values, sigma=population.sigma, norm=norm)
     return Estimators.on(population, star, std=std, aug=aug, rst=robust)

@@ -27,13 +27,13 @@ class Count:
 
     @property
     def share(self) -> float:
-        """hits / draws."""
-        return self.hits / self.draws
+        """hits / draws; 0 without draws."""
+        return self.hits / max(self.draws, 1)
 
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the share."""
-        return wilson_interval(self.hits, self.draws)
+        return wilson_interval(self.hits, self.draws) if self.draws else (0.0, 1.0)
 
     def to_json(self) -> dict[str, object]:
         """Plain values."""
@@ -75,8 +75,9 @@ def harm_by_condition(draws: int = 2000, *, dimension: int = 8, labelled: int = 
 def rst_guarantees(draws: int = 2000, *, seed: int = 0) -> list[Count]:
     """Count random populations in which each inequality about robust self-training fails, beyond rounding.
 
-    The first three cannot fail. The last, without a condition, does: see
-    :func:`nndefense.theory.estimators.estimators`.
+    The first three cannot fail. The fourth, without a condition, does. The last three are of the form without
+    invariance (``everywhere=False`` of :func:`nndefense.theory.estimators.estimators`): there the inequality on robust
+    errors fails even among the problems in which augmentation hurts, which are then the draws.
     """
     _check(draws, 1, 0)
     failed = dict.fromkeys(
@@ -85,20 +86,35 @@ def rst_guarantees(draws: int = 2000, *, seed: int = 0) -> list[Count]:
             "L_rob(rst) > L_rob(aug) although L_std(std) <= L_rob(aug)",
             "L_rob(rst) > L_rob(aug), teacher theta_aug",
             "L_rob(rst) > L_rob(aug)",
+            "L_std(rst) > L_std(std), fitted to X_std and X_ext alone",
+            "L_rob(rst) > L_rob(aug), fitted to X_std and X_ext alone",
+            "the same, where augmentation hurts",
         ),
         0,
     )
-    first, second, third, fourth = failed
+    *_, last = names = list(failed)
+    hurt = 0
     for population, labelled, star in random_populations(draws, seed=seed):
         by_std = estimators(population, labelled, star)
         by_aug = estimators(population, labelled, star, teacher="aug")
+        fitted = estimators(population, labelled, star, everywhere=False)
         size = max(*by_std.standard.values(), *by_std.robust.values())
         worse = _above(by_std.robust["rst"], by_std.robust["aug"], size)
-        failed[first] += _above(by_std.standard["rst"], by_std.standard["std"], size)
-        failed[second] += worse and by_std.standard["std"] <= by_std.robust["aug"]
-        failed[third] += _above(by_aug.robust["rst"], by_aug.robust["aug"], size)
-        failed[fourth] += worse
-    return [Count(name, hits, draws) for name, hits in failed.items()]
+        looser = _above(fitted.robust["rst"], fitted.robust["aug"], max(size, *fitted.robust.values()))
+        hurts = _above(by_std.standard["aug"], by_std.standard["std"], size)
+        hurt += hurts
+        outcomes = (
+            _above(by_std.standard["rst"], by_std.standard["std"], size),
+            worse and by_std.standard["std"] <= by_std.robust["aug"],
+            _above(by_aug.robust["rst"], by_aug.robust["aug"], size),
+            worse,
+            _above(fitted.standard["rst"], fitted.standard["std"], size),
+            looser,
+            looser and hurts,
+        )
+        for name, fails in zip(names, outcomes, strict=True):
+            failed[name] += fails
+    return [Count(name, hits, hurt if name == last else draws) for name, hits in failed.items()]
 
 
 def random_populations(draws: int, *, seed: int = 0) -> Iterator[tuple[Population, Array, Array]]:

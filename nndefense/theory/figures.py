@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from nndefense.theory.decomposition import Decomposition, boundaries, change, harmless_share
 from nndefense.theory.estimators import Estimators
 from nndefense.theory.experiments import Count
 from nndefense.theory.solve import Array
 from nndefense.theory.staircase import Curve, Staircase
-from nndefense.theory.toys import Intervals, RobustFeature
+from nndefense.theory.toys import Intervals, RobustFeature, ThreePoints
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito, 2008); markers and lines differ too.
 COLOURS = {"std": "#0072b2", "aug": "#d55e00", "rst": "#009e73"}
@@ -67,7 +68,8 @@ def gap(curve: Curve, shown_from: int = 33) -> Figure:
         style: dict[str, Any] = {"color": COLOURS[name], "linewidth": 1.8, "marker": _MARKERS[name], "markersize": 4}
         left.plot(sizes, mean.clip(floor), _LINES[name], label=NAMES[name], **style)
         left.fill_between(sizes, low, high, color=COLOURS[name], alpha=0.18, linewidth=0)
-    left.set(xscale="log", yscale="log", xlabel="labelled points n", ylabel="mean $L_{std}$", title="Standard error")
+    left.set(xscale="log", yscale="log", xlabel="labelled points n", title="Standard error")
+    left.set_ylabel("mean $L_{std}$ (what is below $10^{-6}$ is drawn there)")
     left.set_ylim(bottom=floor)
     left.legend()
     mean, error = curve.mean_and_error((curve.standard["aug"] - curve.standard["std"])[shown])
@@ -110,9 +112,31 @@ def toys(feature: RobustFeature, intervals: Intervals) -> Figure:
     return figure
 
 
+def too_small(points: ThreePoints) -> Figure:
+    """A class that is too small: what lines can do with three kinds of points, and what an interval can."""
+    figure, (left, right) = _figure(2)
+    for x, y, label, _ in points.kinds:
+        colour = COLOURS["aug"] if label > 0 else COLOURS["std"]
+        corner = (x - points.eps, y - points.eps)
+        left.add_patch(Rectangle(corner, 2 * points.eps, 2 * points.eps, color=colour, alpha=0.25, linewidth=0))
+        left.plot(x, y, "o" if label > 0 else "s", color=colour, markersize=8)
+    left.axhline(points.height / 2, color=_GREY, linestyle="--", label="a line without standard error")
+    left.axvline(1, color="black", linestyle=":", label="a line of least robust error")
+    left.axvspan(-1, 1, color=COLOURS["rst"], alpha=0.15, label="|x| < 1: neither error")
+    left.set(xlim=(-3.4, 3.4), ylim=(-2, 3.1), title="Three kinds of points, and where each may be moved")
+    left.legend(loc="upper center", ncols=1)
+    found = np.array([points.line(*line) for line in points.lines()])
+    right.plot(found[:, 0], found[:, 1], "o", color="#999999", label="lines")
+    right.plot(*points.interval(1.0), "^", color=COLOURS["rst"], markersize=9, label="|x| < 1", clip_on=False)
+    right.set(xlabel="standard error", ylabel="robust error", title="No line has both small, an interval has")
+    right.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    right.legend(loc="lower right")
+    return figure
+
+
 def directions(theta_star: Array, sigmas: Sequence[Array]) -> Figure:
     """Which directions of an augmented point hurt, on the unit circle, for several covariances."""
-    figure, panels = _figure(len(sigmas), width=3.4 * len(sigmas), height=3.6)
+    figure, panels = _figure(len(sigmas), width=3.4 * len(sigmas), height=4.0)
     for axes, sigma in zip(panels, sigmas, strict=True):
         edges = boundaries(theta_star, sigma)
         edges = np.append(edges, edges[0] + np.pi)
@@ -135,8 +159,9 @@ def directions(theta_star: Array, sigmas: Sequence[Array]) -> Figure:
         spread = ", ".join(f"{value:g}" for value in np.diag(sigma))
         share = harmless_share(theta_star, sigma)
         title = f"$\\Sigma$ = diag({spread})\n{100 * share:.1f} % of directions do not hurt"
-        axes.set_title(title, fontsize=10, pad=10)
-        axes.set(xlim=(-1.15, 1.65), ylim=(-1.1, 1.1), aspect="equal")
+        # Inside the axes, which a layout cannot cut.
+        axes.text(0.25, 1.22, title, fontsize=10, ha="center", va="bottom")
+        axes.set(xlim=(-1.15, 1.65), ylim=(-1.1, 1.8), aspect="equal")
         axes.set_axis_off()
     figure.set_layout_engine("constrained", h_pad=0.12)
     handles = [

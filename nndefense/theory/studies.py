@@ -1,4 +1,4 @@
-"""Four studies of the tradeoff, each as numbers, figures and a few lines of text: what ``nndefense theory`` shows."""
+"""Five studies of the tradeoff, each as numbers, figures and a few lines of text: what ``nndefense theory`` shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nndefense.theory import figures
 from nndefense.theory.decomposition import boundaries, decompose, harmless_share
 from nndefense.theory.experiments import harm_by_condition, rst_guarantees
 from nndefense.theory.staircase import SIZES, Staircase, error_against_size
-from nndefense.theory.toys import Intervals, RobustFeature
+from nndefense.theory.toys import Intervals, RobustFeature, ThreePoints, location
 from nndefense.versions import library_versions
 
 # Two axes that nobody has labelled and the labelled third; errors along the second are 25 times as expensive.
@@ -229,6 +229,48 @@ def gap(
         "toys": figures.toys(feature, intervals),
     }
     return _study("gap", value, drawn, "\n".join(lines))
+
+
+def examples(points: ThreePoints, feature: RobustFeature) -> Study:
+    """A class that is too small, and robust statistics beside robust optimisation.
+
+    Args:
+        points: on which no line is both accurate and robust, and an interval is.
+        feature: the toy of the robust optimisation: ordinary training data, hard test data.
+    """
+    lines = [points.line(*line) for line in points.lines()]
+    rules = {"most_accurate": feature.optimal_weights, "first_feature": (1.0, 0.0)}
+    accuracies = {
+        name: {"standard": feature.accuracy(*w), "robust": feature.accuracy(*w, eps=2 * feature.eta)}
+        for name, w in rules.items()
+    }
+    value = {
+        "too_small": {
+            **asdict(points),
+            "most_accurate_line": min(lines),
+            "most_robust_line": min(lines, key=lambda pair: pair[::-1]),
+            "interval": points.interval(1.0),
+        },
+        "robust_statistics": location(),
+        "robust_optimisation": {**asdict(feature), "eps": 2 * feature.eta, "accuracy": accuracies},
+    }
+    small, values = value["too_small"], value["robust_statistics"]
+    said = [f"{'a class that is too small':<44}  standard error  robust error"]
+    for title, name in (
+        ("the most accurate line", "most_accurate_line"),
+        ("the most robust line", "most_robust_line"),
+        ("an interval", "interval"),
+    ):
+        standard, robust = small[name]
+        said.append(f"  {title:<42}  {standard:>14.2f}  {robust:>12.2f}")
+    said.append("robust statistics: a tenth of the training values stands at 10, the test is ordinary")
+    said += [f"  the {name} predicts {one['predicted']:.3f}: error {one['error']:.3f}" for name, one in values.items()]
+    said.append(f"robust optimisation: the training is ordinary, the test moves each entry by {2 * feature.eta:g}")
+    said += [
+        f"  {name.replace('_', ' ')}: accuracy {100 * one['standard']:.2f} %, robust {100 * one['robust']:.2f} %"
+        for name, one in accuracies.items()
+    ]
+    return _study("examples", value, {"too-small": figures.too_small(points)}, "\n".join(said))
 
 
 def _read_problem(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Two distributions on which accuracy and robustness are at odds however many data there are.
+"""Distributions on which accuracy and robustness are at odds however many data there are, each worked out exactly.
 
 They are the other explanation of the tradeoff, which the finite-sample one of this room is set against: here the gap
 between standard and robust errors stays with infinite data, there it closes.
@@ -7,6 +7,7 @@ between standard and robust errors stays with infinite data, there it closes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,3 +154,73 @@ class Intervals:
         if self.count > 16:
             raise InputError(f"{self.count} intervals have 2^{self.count} rules: list them for at most 16")
         return (np.arange(2**self.count)[:, None] >> np.arange(self.count)) & 1
+
+
+@dataclass(frozen=True)
+class ThreePoints:
+    """A class of rules that is too small to be accurate and robust, after Nakkiran (2019).
+
+    Points (-2, 0) and (2, 0) have label -1, (0, height) has label 1; every coordinate may be moved by at most eps. A
+    line separates them, but comes nearer than eps to all three; an interval of the first coordinate is right about all,
+    wherever they are moved.
+
+    Attributes:
+        height: of the point in the middle, above 0 and below eps.
+        eps: below 1, so that no point can be moved to where another one may be.
+        middle: the middle point's probability, in (0, 1); the others share the rest.
+    """
+
+    height: float = 0.5
+    eps: float = 0.9
+    middle: float = 0.4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.height < self.eps < 1 or not 0 < self.middle < 1:
+            raise InputError(
+                f"give 0 < height < eps < 1 and middle between 0 and 1, not {self.height}, {self.eps} and {self.middle}"
+            )
+
+    @property
+    def kinds(self) -> tuple[tuple[float, float, int, float], ...]:
+        """The points: both coordinates, the label and the probability."""
+        side = (1 - self.middle) / 2
+        return (-2.0, 0.0, -1, side), (0.0, self.height, 1, self.middle), (2.0, 0.0, -1, side)
+
+    def line(self, first: float, second: float, offset: float) -> tuple[float, float]:
+        """Standard and robust error of ``sign(first x + second y + offset)``; a margin of 0 counts as wrong."""
+        standard = robust = 0.0
+        for x, y, label, share in self.kinds:
+            margin = label * (first * x + second * y + offset)
+            standard += share * (margin <= 0)
+            robust += share * (margin <= self.eps * (abs(first) + abs(second)))
+        return standard, robust
+
+    def lines(self, turns: int = 72, offsets: int = 81) -> Iterator[tuple[float, float, float]]:
+        """Lines of all directions and offsets, on a grid that has the horizontal and the vertical ones."""
+        for angle in 2 * np.pi * np.arange(turns) / turns:
+            for offset in np.linspace(-4, 4, offsets):
+                yield float(np.cos(angle)), float(np.sin(angle)), float(offset)
+
+    def interval(self, half: float) -> tuple[float, float]:
+        """Standard and robust error of the rule that says 1 where ``|x| < half``."""
+        inside = [(label * (half - abs(x)), share) for x, _, label, share in self.kinds]
+        standard, robust = (sum(share for margin, share in inside if margin <= reach) for reach in (0, self.eps))
+        return standard, robust
+
+
+def location(share: float = 0.1, place: float = 10.0) -> dict[str, dict[str, float]]:
+    """Robust statistics in its smallest example: hard training data, ordinary test data.
+
+    Training values are standard normal, but a share of them stands at ``place``; a new value is standard normal.
+
+    Returns:
+        For the ``mean`` and the ``median`` of the training law: ``predicted``, and the mean squared ``error`` of that.
+
+    Raises:
+        InputError: a share that is not from 0 up to, but without, one half.
+    """
+    if not 0 <= share < 0.5 or not 0 <= place < math.inf:
+        raise InputError(f"give a share in [0, 0.5) and a place of at least 0, not {share} and {place}")
+    clean = 0.5 / (1 - share)
+    found = {"mean": share * place, "median": min(float(normal.ppf(clean)), place)}
+    return {name: {"predicted": value, "error": 1 + value**2} for name, value in found.items()}
