@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from index_build import pieces
 from index_build.job import BuildJob, BuildTarget
 from index_build.mapper import Mapped, ShardTools
 from index_build.reader import ReadBatch, read
+from nndefense.bars import progress_bar
 from nndefense.database.manifest import FileEntry
 from nndefense.database.mapped_shards import DIGEST
 from nndefense.database.repeats import repeated_ids
@@ -355,7 +355,4 @@ def _write_lines(path: Path, entries: Iterable[Rejection]) -> None:
 
 def bar(total: int, what: str, progress: bool, done: int = 0, unit: str = " images") -> Any:
     """A progress bar, or a context that holds None."""
-    # disable=None hides the bar where standard error is a file or a pipe.
-    if not progress:
-        return nullcontext()
-    return tqdm(total=total, initial=done, desc=what, unit=unit, delay=1, disable=None)
+    return progress_bar(total=total, initial=done, desc=what, unit=unit) if progress else nullcontext()

@@ -275,8 +275,8 @@ def test_a_wrong_choice_is_told_in_one_line() -> None:
 
 
 def test_every_command_can_be_made() -> None:
-    # Each has a way to show an error's traceback, and none has an option twice.
+    # Each can be quiet, and has a way to show an error's traceback, and none has an option twice.
     for path, command in leaves(typer.main.get_command(build())):
         flags = [flag for option in command.params for flag in option.opts]
         assert len(flags) == len(set(flags)), path
-        assert "--debug" in flags, path
+        assert {"--debug", "--quiet"} <= set(flags), path

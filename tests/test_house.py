@@ -21,7 +21,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (REPOSITORY / package)
 
 # From the bottom up: a room imports only rooms of lower rows, never one beside it.
 FLOORS = (
-    ("nndefense.errors",),
+    ("nndefense.bars", "nndefense.errors"),
     ("nndefense.parts",),
     ("nndefense.files",),
     (

@@ -418,6 +418,8 @@ def test_the_bar_shows_how_it_goes(
     few: ImageDataset, held: ImageDataset, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nndefense.training.epochs.LOOK_SECONDS", 0.0)
+    # Without a terminal there is a line a minute.
+    monkeypatch.setattr("nndefense.bars.MINUTE", 0.0)
     options = QUICK | {"progress": True, "validation": held, "attack": ATTACK}
     train_classifier(fresh(few), few, **options, objective="trades")
     shown = capfd.readouterr().err

@@ -30,7 +30,7 @@ def classify(
         float | None, typer.Option(help="Mark images farther away than all but this share of clean ones.")
     ] = None,
     batch_size: BatchOption = 64,
-    common: Annotated[Common, Only("device", "json", "debug")],
+    common: Annotated[Common, Only("device", "json", "quiet", "debug")],
 ) -> None:
     """Classify image files from their nearest neighbours, beside what the bare classifier says.
 

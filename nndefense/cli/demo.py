@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +20,6 @@ from nndefense.cli.options import (
     number,
 )
 from nndefense.cli.options import size as sides
-from nndefense.cli.streams import visible
 
 # What stands at a small budget meets every round of the adaptive attack: fewer budgets than elsewhere.
 _SHORT = RungOptions(eps="0.1,0.2,0.3", exact=True)
@@ -82,5 +80,5 @@ def demo(
         command=command_line(),
         progress=common.progress,
     )
-    results = run_demo(settings, lambda text: print(visible(text), file=sys.stderr))
+    results = run_demo(settings, common.say)
     show_results(out, results, common)

@@ -29,7 +29,7 @@ def calibrate(
     overwrite: OverwriteOption = False,
     limit: LimitOption = None,
     batch_size: BatchOption = 64,
-    common: Annotated[Common, Only("data_dir", "device", "seed", "json", "debug")],
+    common: Annotated[Common, Only("data_dir", "device", "seed", "json", "quiet", "debug")],
 ) -> None:
     """Measure how far clean images lie from the database: those of --dataset, which must not stand in it."""
     from nndefense.datasets.spec import VALIDATION, measured_spec

@@ -244,7 +244,7 @@ def verify(
         ),
     ] = False,
     limit: Annotated[int, typer.Option(min=1, help="How many of them, drawn at random.")] = 1000,
-    common: Annotated[Common, Only("data_dir", "device", "json", "debug")],
+    common: Annotated[Common, Only("data_dir", "device", "json", "quiet", "debug")],
 ) -> None:
     """Check every file's sha256, the row counts, that ids are unique and that the index holds every row.
 

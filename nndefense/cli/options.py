@@ -92,7 +92,9 @@ class Common:
     device: Annotated[str, OneOf("Where to compute.", ("auto", "cpu", "cuda"))] = "auto"
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all random draws.")] = 0
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, and no lines that tell how far the work is.")] = (
+        False
+    )
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
 
     @property
@@ -110,7 +112,7 @@ class Common:
         print(json_of(value) if self.json else visible(text))
 
 
-Printing = Annotated[Common, Only("json", "debug")]
+Printing = Annotated[Common, Only("json", "quiet", "debug")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,7 @@ def select(
         OneOf("Where classes have too few: keep these, or take as few of all.", ("keep", "equalize")),
     ] = "keep",
     overwrite: OverwriteOption = False,
-    common: Annotated[Common, Only("seed", "json", "debug")],
+    common: Annotated[Common, Only("seed", "json", "quiet", "debug")],
 ) -> None:
     """Choose the most confident images of each class."""
     from nndefense.training.pseudo_labels import PseudoLabels
@@ -149,7 +149,7 @@ def check(
     *,
     dataset: DatasetsOption,
     labels: LabelsOption = None,
-    common: Annotated[Common, Only("data_dir", "seed", "json", "debug")],
+    common: Annotated[Common, Only("data_dir", "seed", "json", "quiet", "debug")],
 ) -> None:
     """Compare the labels with the true ones, where the pool has them; for experiments only."""
     import numpy as np

@@ -128,8 +128,7 @@ def evaluate(
     common: Common,
 ) -> None:
     """Clean accuracy, and accuracy under attacks that ignore, hold, follow or relax the retrieval, with intervals."""
-    from tqdm import tqdm
-
+    from nndefense.bars import progress_bar
     from nndefense.database import ImageDatabase
     from nndefense.datasets import measured_spec
     from nndefense.defenses.racnn import RaCnnDefense
@@ -148,8 +147,7 @@ def evaluate(
     measured = open_datasets([spec], data_dir=common.data_dir, like=net, limit=limit, seed=common.seed)
     check_not_in_database(measured, defense)
     with locked_file(out) if out is not None else nullcontext():
-        hidden = None if common.progress else True
-        with tqdm(total=len(measured), desc="attacking", unit=" images", disable=hidden) as bar:
+        with progress_bar(total=len(measured), desc="attacking", unit=" images", shown=common.progress) as bar:
             found = measure_racnn(
                 defense,
                 measured,

@@ -28,7 +28,10 @@ _ADDED: dict[str, dict[str, Any]] = {
 def reproduce(
     *,
     name: Annotated[str | None, typer.Argument(help="A shipped recipe; --list names them.", show_default=False)] = None,
-    scale: Annotated[str, OneOf("full: as the papers, for a GPU; small: for two cores.", ("full", "small"))] = "full",
+    scale: Annotated[
+        str | None,
+        OneOf("full: as the papers; small: for two cores [default: full with a GPU, else small].", ("full", "small")),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for everything [default: runs/reproduce/NAME-SCALE].")
     ] = None,
@@ -72,6 +75,7 @@ def reproduce(
         raise InputError("--recipe takes the place of a shipped recipe: leave its name out")
     if allow_code and recipe is None:
         raise InputError("--allow-code is for the code that a --recipe names: leave it out")
+    scale = scale or _scale(common)
     if recipe is not None:
         name = recipe.stem
         values = read_toml(recipe)
@@ -99,6 +103,16 @@ def reproduce(
     tables = "\n\n".join(f"{table.text()}\n{table.note}".rstrip() for table in experiments.tables_of(results)[:-1])
     files = ", ".join(str(path) for path in (folder / "results.json", *paths))
     common.show(results, f"{tables}\n\n{files}")
+
+
+def _scale(common: Common) -> str:
+    """The scale that fits the device: without a GPU the small one, which is said."""
+    from nndefense.models import resolve_device
+
+    if resolve_device(common.device).type != "cpu":
+        return "full"
+    common.say("there is no GPU here, so the small scale is taken; --scale full has the settings of the papers")
+    return "small"
 
 
 def _list_recipes(common: Common) -> None:

@@ -20,7 +20,7 @@ rp2 = Group(
     "rp2",
     "A sticker that makes a classifier take an object for another, from every view (RP2, Eykholt et al. 2018).",
 )
-Shown = Annotated[Common, Only("device", "seed", "json", "debug")]
+Shown = Annotated[Common, Only("device", "seed", "json", "quiet", "debug")]
 HoldOutOption = Annotated[
     float, typer.Option(min=0, max=0.95, help="Share of the photos set apart, drawn by the seed.")
 ]

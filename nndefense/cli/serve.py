@@ -70,7 +70,7 @@ def serve(
     ray_address: Annotated[
         str | None, typer.Option(help="With ray: HOST:PORT of a cluster [default: one on this machine is started].")
     ] = None,
-    common: Annotated[Common, Only("data_dir", "device", "debug")],
+    common: Annotated[Common, Only("data_dir", "device", "quiet", "debug")],
 ) -> None:
     """Serve defended predictions over HTTP, with a page for people at /. SIGHUP loads the database again."""
     missing = [name for name in _NEEDED if find_spec(name) is None]
@@ -116,7 +116,8 @@ def serve(
 
     def started(addresses: list[str]) -> None:
         where = f"{' and '.join(addresses)}; {f'Ray at {address()}; ' if engine == 'ray' else ''}Ctrl-C ends it"
-        print(one_line(f"nndefense: {data.database} on {where}"), flush=True)
+        if not common.quiet:
+            print(one_line(f"nndefense: {data.database} on {where}"), flush=True)
         if allow_open and api_key_file is None:
             print("nndefense: warning: no keys are asked for; whoever reaches the address may use it", file=sys.stderr)
 

@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from nndefense import pipeline
+from nndefense.bars import progress_bar
 from nndefense.comparison.published import CAVEATS, PUBLISHED, SETTING, TITLE
 from nndefense.comparison.recipe import ComparisonRecipe, RowSpec
 from nndefense.comparison.report import write_comparison
@@ -156,8 +155,8 @@ def _measure(recipe: ComparisonRecipe, materials: Materials, test: ImageDataset,
     threats = threats_of(list(plan), subjects, classifier, surrogate)
     cells = 1 + sum(len(settings.eps) for threat in threats for settings in attacks_by(threat, plan))
     materials.say(f"attacking and measuring: {len(subjects)} defences, {cells} cells of {len(test):,} images")
-    hidden = None if materials.progress else True
-    with tqdm(total=cells * len(test), desc="measuring", unit=" images", delay=1, disable=hidden) as bar:
+    shown = materials.progress
+    with progress_bar(total=cells * len(test), desc="measuring", unit=" images", shown=shown) as bar:
         return evaluate(
             test,
             subjects,

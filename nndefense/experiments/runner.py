@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from nndefense.bars import progress_bar
 from nndefense.errors import InputError
 from nndefense.evaluation import CellStore
 from nndefense.evaluation import results as evaluated
@@ -76,7 +76,7 @@ def run(
         records.append(record)
         threats, uses = threats_of(recipe, one), 1 + sum(len(form.rows) for form in recipe.forms_of(one.method))
         judged = uses * (len(images.test) + len(images.attacked) * len(threats))
-        with tqdm(total=judged, desc="measuring", unit=" images", delay=1, disable=None if progress else True) as bar:
+        with progress_bar(total=judged, desc="measuring", unit=" images", shown=progress) as bar:
             judge = Judge(recipe, images.test, images.attacked, CellStore(out / "cells", "experiments"), bar.update)
             whose = {"run": one.name, "trained_for": record["threat"], "labels": record["labels"], "seed": one.seed}
             found = {one.method.name: [judge.clean(trained), *(judge.robust(trained, threat) for threat in threats)]}

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nndefense.attacks.losses import least_likely_other
+from nndefense.bars import progress_bar
 from nndefense.datasets import ImageDataset, write_hdf5
 from nndefense.errors import DataError, InputError
 from nndefense.evaluation import AttackSettings, run_attack
@@ -75,13 +75,8 @@ def write_attacked(
     if aim and set(maps[dataset.labels].tolist()) == {aim.number}:
         raise DataError(f"all images of {dataset.name} are of the class {aim.name!r}: choose another target (--target)")
     attacked, answers = [], []
-    for images, labels, _ in tqdm(
-        dataset.batches(batch_size),
-        total=-(-n // batch_size),
-        desc="attacking",
-        unit=" batches",
-        delay=1,
-        disable=None if progress else True,
+    for images, labels, _ in progress_bar(
+        dataset.batches(batch_size), total=-(-n // batch_size), desc="attacking", unit=" batches", shown=progress
     ):
         images, truth = images.to(where), maps[labels].to(where)
         with torch.no_grad():

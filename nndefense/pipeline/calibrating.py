@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from index_build import build_database
 from index_build.job import NAME as JOB
+from nndefense.bars import progress_bar
 from nndefense.database import WEIGHTINGS, ImageDatabase, check_vacant
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import DEFAULT_KS, calibrate
@@ -117,8 +117,7 @@ def attacked_images(
     """Calibration images, which must fit in memory: N x C x H x W, attacked (gray box), and class numbers N."""
     labels_of, generator = classifier.label_map(held.classes), torch.Generator().manual_seed(seed)
     found = []
-    hidden = None if progress else True
-    with tqdm(total=len(held), desc="attacking calibration images", unit=" images", delay=1, disable=hidden) as bar:
+    with progress_bar(total=len(held), desc="attacking calibration images", unit=" images", shown=progress) as bar:
         for batch, labels, _ in held.batches(batch_size):
             images, aims = batch.to(classifier.device), labels_of[labels].to(classifier.device)
             found.append((images, run_attack(attack, classifier, images, aims, eps, generator).images, aims))
@@ -179,8 +178,7 @@ def choose(
         )
 
     def bar(found: Iterable[ImageDatabase]) -> Iterable[ImageDatabase]:
-        hidden = None if progress else True
-        yield from tqdm(found, desc="comparing settings", unit=" layers", delay=1, disable=hidden)
+        yield from progress_bar(found, desc="comparing settings", unit=" layers", shown=progress)
 
     with nullcontext(folder) if folder is not None else passing_folder(beside) as place:
         places = {place / f"candidate-{i:02d}": feature for i, feature in enumerate(features)}

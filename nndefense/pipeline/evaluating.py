@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from nndefense import recipes
+from nndefense.bars import progress_bar
 from nndefense.datasets import ImageDataset, measured_spec
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.defenses.stored import open_stored, stored_calibration
@@ -225,7 +224,7 @@ def measure(recipe: Recipe, opened: Opened, out: Path, *, progress: bool = True,
 
     Arguments, result and errors are those of :func:`evaluate`, which opens and checks, too.
     """
-    with tqdm(desc="evaluating", unit=" images", delay=1, disable=None if progress else True) as bar:
+    with progress_bar(desc="evaluating", unit=" images", shown=progress) as bar:
 
         def step(done: int, total: int) -> None:
             bar.total = total

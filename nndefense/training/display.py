@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nndefense import bars
 from nndefense.errors import InputError
 from nndefense.training.progress import HistoryRow
 
@@ -37,18 +38,18 @@ class Display:
     shown: bool
 
     def __post_init__(self) -> None:
-        self._started = time.perf_counter()
+        self._started, self._said = time.perf_counter(), -float("inf")
 
     def bar(self, epoch: int, done: int) -> Any:
         """A bar for an epoch of which ``done`` images are done."""
-        return tqdm(
+        return bars.progress_bar(
             total=self.images,
             initial=done,
             desc=f"epoch {epoch}/{self.epochs}",
             unit="img",
             leave=False,
-            file=sys.stderr,
-            disable=not self.shown,
+            delay=0,
+            shown=self.shown,
         )
 
     def left(self, done: int) -> str:
@@ -67,9 +68,11 @@ class Display:
         return ", ".join([*parts, f"{self.left(done)} left"])
 
     def line(self, row: HistoryRow) -> None:
-        """One line an epoch, which stays when the bar has gone."""
-        if not self.shown:
+        """One line an epoch, which stays; without a terminal at most one a minute, and the last."""
+        now, last = time.perf_counter(), row["epoch"] == self.epochs
+        if not self.shown or not (last or sys.stderr.isatty() or now - self._said >= bars.MINUTE):
             return
+        self._said = now
         parts = [f"epoch {row['epoch']}/{self.epochs}", f"loss {row['loss']:.4f}"]
         for name, key in (
             ("accuracy", "accuracy"),

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from nndefense.attacks import Model
+from nndefense.bars import progress_bar
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError
 from nndefense.files import (
@@ -145,10 +145,9 @@ def write_attacked_images(
             "choose another folder, or do without the cache"
         )
     device = source.device
-    with tqdm(
-        total=len(dataset), initial=len(dataset) - wanted,
-        desc="attacking by a static source", unit=" images", delay=1, disable=None if progress else True,
-    ) as bar:  # fmt: skip
+    done = len(dataset) - wanted
+    what = "attacking by a static source"
+    with progress_bar(total=len(dataset), initial=done, desc=what, unit=" images", shown=progress) as bar:
         for number in missing:
             parts = []
             rows = plan.rows(number)

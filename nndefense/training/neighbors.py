@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from nndefense.bars import progress_bar
 from nndefense.database import ImageDatabase
 from nndefense.database.exact_search import ExactSearch
 from nndefense.datasets import ImageDataset, concatenate, open_dataset, recorded_specs, specs_at_hand
@@ -100,8 +100,7 @@ def nearest_others(
     row_of = {item: row for row, item in enumerate(database.ids(database.row_numbers))}
     itself = np.array([row_of.get(item, -1) for item in dataset.ids], dtype=np.int64)
     found = []
-    shown = None if progress else True
-    with tqdm(total=len(dataset), desc="finding neighbours", unit=" images", delay=1, disable=shown) as bar:
+    with progress_bar(total=len(dataset), desc="finding neighbours", unit=" images", shown=progress) as bar:
         for images, _, numbers in dataset.batches(_BATCH):
             vectors = extractor(images.to(classifier.device))
             found.append(_others(vectors, search, len(database), itself[numbers], k))

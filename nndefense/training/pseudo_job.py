@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from nndefense.bars import progress_bar
 from nndefense.database.near_images import NearSearch
 from nndefense.datasets import ImageDataset
 from nndefense.datasets.base import pool_identity
@@ -97,7 +97,7 @@ def write_pseudo_labels(
         parts.clear()
         return PseudoLabels.open(out)
     parts.begin(job, overwrite=overwrite)
-    with tqdm(total=len(pool), desc="labelling", unit=" images", delay=1, disable=None if progress else True) as bar:
+    with progress_bar(total=len(pool), desc="labelling", unit=" images", shown=progress) as bar:
         for number in range(parts.count):
             rows = parts.rows(number)
             if not parts.holds(number):
