@@ -4,13 +4,15 @@ The first table: an epoch of PGD-k adversarial training by ``train_classifier`` 
 of history), against a bare loop with the same net, batches and precision: k passes with the gradient to the images, a
 sign step and a clamp each, and one training step. The other: the steps of an epoch of TRADES, whose attack computes
 the clean prediction once, against a version that computes it again at every step, as the authors' code does; both
-through the training's own step.
+through the training's own step. The last: a step of training by retrieval among 50,000 rows, against the same step of
+its control, the same net through its head. The rows' embeddings, one forward pass once an epoch, are not in it.
 
 Both sides are timed in one run, by turns. Printed are the ratio of the least times, since what else a machine does
 only ever adds to a time, and the median over rounds of each round's ratio with its quartiles, which tell how much the
 machine was shared. The first round warms up and is not counted.
 
-Usage: python benchmarks/training.py [--threads N] [--rounds N] [--device D] [--precision P] [--only WORD] [--out FILE]
+Usage: python benchmarks/training.py [--threads N] [--rounds N] [--device D] [--precision P] [--only WORD]
+    [--kind KIND] [--out FILE]
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from nndefense.attacks.wrappers import attacked_in
 from nndefense.datasets.arrays import ArrayDataset
 from nndefense.models import Classifier, build_classifier, resolve_device
 from nndefense.training import InnerAttack, Objective, Outcome, make_objective, train_classifier
-from nndefense.training.batch import Attack, Batch
+from nndefense.training.batch import BankRows, Batch, BatchAttack
 from nndefense.training.batches import EpochBatches
 from nndefense.training.launcher import join
 from nndefense.training.progress import Sums
@@ -45,6 +47,7 @@ from nndefense.training.step import Stepper
 
 CLASSES = tuple(str(number) for number in range(10))
 LR, MOMENTUM = 0.01, 0.9
+ROWS = 50_000
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,9 @@ class Case:
         pixels = chance.integers(0, 256, (self.images, *self.shape[1:], self.shape[0]), dtype=np.uint8)
         return ArrayDataset(pixels, chance.integers(0, 10, self.images), name="random", classes=CLASSES)
 
-    def classifier(self) -> Classifier:
-        """Fresh weights, the same every time."""
-        return build_classifier(self.arch, input_shape=self.shape, classes=CLASSES, seed=0)
+    def classifier(self, arch: str | None = None) -> Classifier:
+        """Fresh weights, the same every time, perhaps of another architecture."""
+        return build_classifier(arch or self.arch, input_shape=self.shape, classes=CLASSES, seed=0)
 
 
 def cases(scale: int) -> list[Case]:
@@ -109,6 +112,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--only", default="", help="cases whose title has this word")
+    parser.add_argument("--kind", default=None, choices=list(KINDS), help="one table alone")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -119,7 +123,8 @@ def main() -> None:
     rows = []
     for case in cases(options.scale):
         if options.only in case.title:
-            rows += [epoch_against_bare(bench, case), trades_against_recomputing(bench, case)]
+            kinds = KINDS if options.kind is None else {options.kind: KINDS[options.kind]}
+            rows += [row for measured in kinds.values() for row in measured(bench, case)]
     for row in rows:
         times = f"{row['ours_ms']:9.1f} ms against {row['other_ms']:9.1f} ms"
         print(f"{row['what']}\n  {times} a step at least  ratio {row['least']:.3f}")
@@ -138,7 +143,7 @@ def main() -> None:
         options.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def epoch_against_bare(bench: Bench, case: Case) -> dict[str, Any]:
+def epoch_against_bare(bench: Bench, case: Case) -> list[dict[str, Any]]:
     """An epoch of adversarial training, and after each one an epoch of the bare loop."""
     dataset, classifier = case.dataset(), case.classifier()
     steps = -(-case.images // case.batch_size)
@@ -171,7 +176,7 @@ def epoch_against_bare(bench: Bench, case: Case) -> dict[str, Any]:
         momentum=MOMENTUM,
         precision=bench.precision,
     )
-    return compared(f"{case.title}: an epoch of adversarial training against bare passes", ours, other, steps)
+    return [compared(f"{case.title}: an epoch of adversarial training against bare passes", ours, other, steps)]
 
 
 def bare_epoch(bench: Bench, case: Case, dataset: ArrayDataset) -> Callable[[], None]:
@@ -202,8 +207,41 @@ def bare_epoch(bench: Bench, case: Case, dataset: ArrayDataset) -> Callable[[], 
     return epoch
 
 
-def trades_against_recomputing(bench: Bench, case: Case) -> dict[str, Any]:
+def trades_against_recomputing(bench: Bench, case: Case) -> list[dict[str, Any]]:
     """The steps of an epoch of TRADES, with the clean prediction once or at every step of the attack."""
+    attack = InnerAttack(**{**vars(case.attack), "start": "gaussian"})
+    ours, other = by_turns(bench, case, case.arch, attack, make_objective("trades"), recomputing(attack))
+    what = f"{case.title}: TRADES with one clean prediction against one at every step"
+    return [compared(what, ours, other, -(-case.images // case.batch_size))]
+
+
+def retrieval_against_head(bench: Bench, case: Case) -> list[dict[str, Any]]:
+    """The steps of an epoch by retrieval among as many rows as CIFAR-10 has, and by the head of the same net."""
+    arch, found = f"nn-{case.arch}", []
+    vectors, labels = torch.randn(ROWS, 64), torch.arange(ROWS) % len(CLASSES)
+    bank = BankRows(vectors.to(bench.device), labels.to(bench.device))
+    for ours, other in (
+        ("retrieval", "adversarial"),
+        ("retrieval-trades", "trades"),
+        ("retrieval-standard", "standard"),
+    ):
+        attack = InnerAttack(**{**vars(case.attack), "start": "gaussian"})
+        times = by_turns(bench, case, arch, attack, make_objective(ours), make_objective(other), bank)
+        what = f"{case.title}: {ours} among {ROWS:,} rows against {other}"
+        found.append(compared(what, *times, -(-case.images // case.batch_size)))
+    return found
+
+
+def by_turns(
+    bench: Bench,
+    case: Case,
+    arch: str,
+    attack: InnerAttack,
+    ours: Objective,
+    other: Objective,
+    bank: BankRows | None = None,
+) -> tuple[list[float], list[float]]:
+    """The times of rounds of an epoch's steps with each of two objectives, through the training's own step."""
     dataset = case.dataset()
     settings = TrainingSettings(
         epochs=1,
@@ -215,28 +253,27 @@ def trades_against_recomputing(bench: Bench, case: Case) -> dict[str, Any]:
     )
     team = join(bench.device)
     batches = EpochBatches(dataset, torch.from_numpy(dataset.labels), settings, team)
-    attack = InnerAttack(**{**vars(case.attack), "start": "gaussian"})
-    steppers = {
-        name: Stepper(case.classifier().to(bench.device), objective, attack, settings, team)
-        for name, objective in (("once", make_objective("trades")), ("every step", recomputing(attack)))
-    }
-    times: dict[str, list[float]] = {name: [] for name in steppers}
+    batches.bank = bank
+    steppers = [
+        Stepper(case.classifier(arch).to(bench.device), objective, attack, settings, team)
+        for objective in (ours, other)
+    ]
+    times: tuple[list[float], list[float]] = ([], [])
     chance = random.Random(0)
     for _ in range(bench.rounds + 1):
-        for name in chance.sample(list(steppers), len(steppers)):
+        for turn in chance.sample(range(2), 2):
             sums, begun = Sums(bench.device), bench.now()
             for number, share in enumerate(batches.epoch(1), 1):
-                steppers[name](share, LR, number, sums)
-            times[name].append(bench.now() - begun)
-    what = f"{case.title}: TRADES with one clean prediction against one at every step"
-    return compared(what, times["once"], times["every step"], -(-case.images // case.batch_size))
+                steppers[turn](share, LR, number, sums)
+            times[turn].append(bench.now() - begun)
+    return times
 
 
 def recomputing(attack: InnerAttack) -> Objective:
     """TRADES whose inner loop computes the clean prediction anew at every step: 2K passes instead of K + 1."""
     size = attack.step_size or 0.0
 
-    def objective(model: nn.Module, batch: Batch, _: Attack | None) -> Outcome:
+    def objective(model: nn.Module, batch: Batch, _: BatchAttack | None) -> Outcome:
         low, high = (batch.images - attack.eps).clamp_(0, 1), (batch.images + attack.eps).clamp_(0, 1)
         moved = batch.images + attack.start_scale * torch.randn_like(batch.images)
         with attacked_in(model):
@@ -267,6 +304,14 @@ def compared(what: str, ours: list[float], other: list[float], steps: int) -> di
         "low": low,
         "high": high,
     }
+
+
+#: What is measured of each case, by name.
+KINDS = {
+    "epochs": epoch_against_bare,
+    "trades": trades_against_recomputing,
+    "retrieval": retrieval_against_head,
+}
 
 
 if __name__ == "__main__":

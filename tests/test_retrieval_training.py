@@ -14,7 +14,10 @@ import torch
 from helpers import digits
 from torch import Tensor, nn
 
+from index_build import build_database
+from nndefense.defenses import NearestNeighborDefense
 from nndefense.errors import InputError
+from nndefense.features import FeatureSpec
 from nndefense.models import ARCHITECTURES, Classifier, build_classifier, load_classifier
 from nndefense.models.architectures.embedded import EmbeddedNet
 from nndefense.training import Batch, InnerAttack, Outcome, kernel_retrieval, make_objective, train_classifier
@@ -333,9 +336,11 @@ def test_other_rows_are_another_training(tmp_path: Path) -> None:
 def test_the_bank_is_of_images_as_they_are_and_leaves_no_trace_in_the_weights(tmp_path: Path) -> None:
     """Each batch sees the rows of its epoch's begin: embeddings in evaluation mode, labelled images then the pool."""
     seen: list[Batch] = []
+    temperatures: list[float] = []
 
     def noting(model: nn.Module, images: Tensor, y: Tensor, **_: str) -> Tensor:
         assert isinstance(model, KernelRetrieval)
+        temperatures.append(model.net.temperature)
         seen.append(Batch(images, y, bank=BankRows(model.rows.vectors.clone(), model.rows.labels), own=model.own))
         return images
 
@@ -352,6 +357,10 @@ def test_the_bank_is_of_images_as_they_are_and_leaves_no_trace_in_the_weights(tm
         assert torch.equal(batch.bank.labels, labels)
         assert torch.equal(batch.images, images[batch.own])
         assert torch.equal(batch.labels, labels[batch.own])
+    # The temperature begins at the rows' own scale, whatever that of the net is.
+    assert seen[0].bank is not None
+    far = torch.cdist(seen[0].bank.vectors, seen[0].bank.vectors).square().mean()
+    assert temperatures[0] == pytest.approx(0.1 * float(far), rel=1e-3)
     assert not any("bank" in name or "vectors" in name for name in found.state_dict())
 
 
@@ -487,3 +496,23 @@ def test_the_outcome_is_one_of_the_batch() -> None:
     assert outcome.clean is not None
     assert outcome.clean.shape == (N, CLASSES)
     assert all(part.shape == () and not part.requires_grad for part in outcome.parts.values())
+
+
+def test_the_defence_answers_as_the_training_did(tmp_path: Path) -> None:
+    """The net's embeddings of its training set as a database, its labels and its temperature as the rule."""
+    rows, queries = digits("train").subset(range(200)), digits("test").batch(range(40))[0]
+    options: dict[str, Any] = {"epochs": 1, "batch_size": 50, "device": "cpu", "progress": False}
+    attack = InnerAttack(eps=0.1, steps=1)
+    net = train_classifier(fresh(), rows, objective="retrieval", attack=attack, **options)
+    database = build_database(rows, net, FeatureSpec("embedding", "flatten", 0), tmp_path / "rows", progress=False)
+    temperature = net.info["retrieval"]["temperature"]
+    defense = NearestNeighborDefense(net, database, 200, "uniform", votes="labels", temperature=temperature)
+    with torch.no_grad():
+        vectors = kernel_retrieval.embeddings(net, rows.batch(range(200))[0])
+        bank = BankRows(vectors, torch.from_numpy(rows.labels))
+        expected = KernelRetrieval(net, bank, ALL)(queries).softmax(1)
+        assert torch.allclose(defense(queries).exp(), expected, atol=1e-5)
+    assert float((expected - net(queries).softmax(1)).detach().abs().max()) > 0.1
+    # Trained further, it goes on with its temperature.
+    again = train_classifier(net, rows, objective="retrieval", attack=attack, lr=1e-9, **options)
+    assert again.info["retrieval"]["temperature"] == pytest.approx(temperature, rel=1e-4)

@@ -151,6 +151,8 @@ class TrainingRun:
                 rate = learning_rate(self.settings, self.done, steps)
                 if self.bank is not None and self._refreshes():
                     self.bank.refresh(stepper.classifier)
+                    if self.done == 0:
+                        self.bank.set_temperature(stepper.classifier)
                 stepper(share, rate, self.done + 1, standing.sums)
                 standing.step += 1
                 bar.update(share.images)
