@@ -84,7 +84,6 @@ def retrieval_surface(
         classify=defense.classifier,
         features=defense.extractor,
         rows=rows,
-        temperature=defense.rule.temperature,
         alpha=defense.rule.alpha,
     )
 
@@ -131,6 +130,7 @@ def _rows(
         weights=lambda rows: weights[rows],
         images=_row_images(defense, every, images, mine),
         overlap=known / len(database),
+        temperature=rule.temperature,
     )
 
 
@@ -224,6 +224,8 @@ class RelaxedDefense(EvaluationOnly):
             raise InputError("a relaxation needs a temperature above 0 and a refresh of at least 1")
         self.rows, self.features = surface.need_rows("the relaxation"), surface.need_features("the relaxation")
         self.predict, self.k, self.mode, self.temperature = surface.predict, surface.k, mode, temperature
+        self.alpha = surface.alpha
+        self.classify = surface.need_classifier("the relaxation") if surface.alpha else None
         self.m, self.others, self.refresh = max(4 * surface.k, 32) if m is None else m, others, refresh
         self._hood: relaxation.Neighborhood | None = None
         self._center, self._reach, self._calls = torch.zeros(0, 0), torch.zeros(0), 0
@@ -234,6 +236,9 @@ class RelaxedDefense(EvaluationOnly):
         features = self.features(images)
         hood = self._around(features.detach())
         soft = relaxation.soft_log_probabilities(hood, features, self.k, self.temperature)
+        if self.alpha:
+            assert self.classify is not None
+            soft = relaxation.mixed(soft, self.classify(images).log_softmax(1), self.alpha)
         if self.mode == "soft":
             return soft
         return relaxation.straight_through(self.predict(images.detach()).to(soft), soft)

@@ -134,15 +134,17 @@ def _ranked(
     # The rows that are to come nearer: of the class, or, where it is y itself, of any other.
     goals = torch.where((aims.target == own.y).unsqueeze(1), near[:, half:], near[:, :half])[:, :pool]
 
-    def score(vectors: Tensor) -> Tensor:
+    def score(points: Tensor, vectors: Tensor) -> Tensor:
+        if problem.surface.smooth:
+            return ranks.answer_margins(problem.surface, hood, points, vectors, aims.target, own.y)
         return ranks.margins(hood, hood.distances(vectors), aims.target, own.y, k)[0]
 
-    points, scores = ([aims.points], [score(here)]) if clean else ([], [])
+    points, scores = ([aims.points], [score(aims.points, here)]) if clean else ([], [])
     gap = scores[0].abs() if clean else aims.gap
     if rows.images is not None:
         for column in goals.unbind(1):
             points.append(own.bring_in(mix(aims.points, rows.images(column).to(own.x))))
-            scores.append(score(features(points[-1])))
+            scores.append(score(points[-1], features(points[-1])))
     ranked, order = torch.stack(scores).topk(min(keep, len(scores)), dim=0)
     best = torch.stack(points)[order, torch.arange(len(aims), device=order.device)]
     index, target, scale = (part.repeat(len(order)) for part in (aims.index, aims.target, gap))

@@ -18,7 +18,7 @@ from nndefense.attacks.retrieval.accepted import Accepted, Combine, Decision, hi
 from nndefense.attacks.retrieval.aims import Aims, from_rows, relinked
 from nndefense.attacks.retrieval.ascent import BATCH, Objective, Problem
 from nndefense.attacks.retrieval.objectives import ClassifierLoss, Drift, SoftTopK
-from nndefense.attacks.retrieval.ranks import RankMargin
+from nndefense.attacks.retrieval.ranks import AnswerMargin, RankMargin
 from nndefense.attacks.retrieval.surface import Counts, RetrievalSurface
 from nndefense.memory import reusing_memory
 
@@ -111,6 +111,10 @@ def run_adaptive(
        halving (:data:`SCHEDULE`): short ascents on all of them, long ones on the best;
     4. path relinking: the best points mixed with the images of the rows around them, with noise, and raised again;
     5. the soft top-K from the worst point, which sees posteriors and weights as they are.
+
+    Of a defence with a kernel or a share of the classifier, 3 and 4 raise the margin of its own answer
+    (:class:`~nndefense.attacks.retrieval.ranks.AnswerMargin`), which is raised for any class before them, too: from the
+    clean images and from the worst point.
 
     What needs more than the surface has is left out: at L0 only 2 is left, at L1 without rows also feature drift.
     Where the surface may reject, images must also be accepted, and in the place of 1 to 5 stands the answer's own
@@ -206,6 +210,9 @@ class _Run:
         aims = None
         if surface.rows is not None:
             self.ascend("any class, from the worst", RankMargin(surface), self.best, 0.15)
+            if surface.smooth:
+                self.ascend("answer", AnswerMargin(surface), self.problem.x, 0.4)
+                self.ascend("answer, from the worst", AnswerMargin(surface), self.best, 0.4)
             aims = self.halving()
             self.ascend("soft top-K", SoftTopK(surface), self.best, 0.4)
         elif surface.features is not None:
@@ -255,9 +262,7 @@ class _Run:
         ended = []
         for part in torch.split(torch.arange(len(aims), device=aims.index.device), _together(self.problem.x)):
             some = aims.take(part)
-            objective = RankMargin(
-                self.problem.surface, target=some.target, gap=some.gap, hot=planned.hot, cold=planned.cold
-            )
+            objective = self.aimed(some, planned)
             images, _, scores = ascent.ascend(
                 self.problem.take(some.index),
                 self.accepted(objective),
@@ -274,6 +279,13 @@ class _Run:
         """The objective, whose images must be accepted where any are rejected."""
         surface = self.problem.surface
         return objective if surface.rejection is None else Accepted(surface, objective, combine)
+
+    def aimed(self, some: Aims, planned: Round) -> Objective:
+        """What is raised from aims: the decisive neighbour's margin, or of a smooth defence the answer's own."""
+        surface = self.problem.surface
+        if surface.smooth:
+            return AnswerMargin(surface, target=some.target, hot=planned.hot, cold=planned.hot / 10)
+        return RankMargin(surface, target=some.target, gap=some.gap, hot=planned.hot, cold=planned.cold)
 
     def ascend(
         self, name: str, objective: Objective, begin: Tensor, share: float, combine: Combine = selective

@@ -187,6 +187,11 @@ class _Search:
             raise InputError("the exact accuracy needs at least one image")
         if surface.knowledge is not Knowledge.WHITE or rows.overlap < 1:
             raise InputError("the exact accuracy needs every row of the defence: make the surface at L3")
+        if surface.smooth:
+            raise InputError(
+                "the exact accuracy takes neither a kernel nor a share of the classifier: leave --exact out, or leave "
+                "them out (--temperature inf --alpha 0)"
+            )
         self.problem, self.limit, self.k = problem, limit, surface.k
         # The search itself is at home on the CPU, wherever the defence is.
         x, radii, self.y = problem.x, problem.radii.cpu().double(), problem.y.cpu()

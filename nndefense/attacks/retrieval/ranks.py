@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,7 +91,9 @@ def sides(rows: Rows, features: Tensor, target: Tensor, k: int, around: int = 30
     own, rest = rows.nearest(features, count, of=target), rows.nearest(features, count, but=target)
     near = torch.cat([torch.where(torch.isfinite(far), found, found[:, :1]) for far, found in (own, rest)], 1)
     filled = torch.isfinite(torch.cat([own[0], rest[0]], 1))
-    return Neighborhood.of(rows, near, filled, torch.ones_like(features[:, 0])), near
+    hood = Neighborhood.of(rows, near, filled, torch.ones_like(features[:, 0]))
+    hood.spread = _spread(torch.cat([own[0], rest[0]], 1), k)
+    return hood, near
 
 
 def margins(
@@ -106,7 +109,8 @@ def margins(
         temperature: N, squared distances; None: the second is the first.
     """
     half, swapped = distances.shape[1] // 2, (target == y).unsqueeze(1)
-    weights = hood.log_weights.exp()
+    logs = hood.log_votes(distances.detach())
+    weights = logs.exp() if hood.cooling is None else (logs - logs.amax(1, keepdim=True)).exp()
     sides = [(distances[:, part], weights[:, part]) for part in (slice(0, half), slice(half, None))]
     # Any class but y: the rows not of y are to come nearer, and those of y to go.
     pull, push = (
@@ -150,6 +154,122 @@ def _decisive(distances: Tensor, place: Tensor, temperature: Tensor | None) -> t
     closeness = -(fixed - there).abs() / temperature.unsqueeze(1)
     shares = closeness.masked_fill(~filled | (fixed > limit), -torch.inf).softmax(1)
     return there[:, 0], (shares * squared).sum(1)
+
+
+class AnswerMargin(Objective):
+    """``log p_t - log p_y`` of the defence's own answer, for one that a kernel or the classifier makes smooth.
+
+    The neighbours' part is the soft top-K of :mod:`~nndefense.attacks.retrieval.relaxation` over the rows of t and of
+    the other classes that are nearest, whose memberships sharpen from ``hot`` to ``cold`` times the neighbourhood's
+    spread; a kernel is no narrower than that either, since beyond it far rows would not pull. At first each row votes
+    for its own class alone, and the classifier's logarithm is averaged with the neighbours': the logarithm of a sum
+    follows whatever is ahead in it, and would be silent about the rest. More and more it becomes the true answer's.
+    Ours.
+
+    Args:
+        surface: L1 with rows, L2 or L3.
+        target: N classes to aim at; where it is y itself, any class but y; default y.
+        hot, cold: first and last temperature of the memberships, in spreads.
+        around: rows beyond K + 1 that are looked at on each side.
+        refresh: steps between two retrievals.
+        share: of the classifier; default the defence's.
+    """
+
+    state = ("hood", "y", "target", "shell")
+    hood: Neighborhood
+    shell: Tensor
+
+    def __init__(
+        self,
+        surface: RetrievalSurface,
+        *,
+        target: Tensor | None = None,
+        hot: float = 0.2,
+        cold: float = 0.02,
+        around: int = 30,
+        refresh: int = 10,
+        share: float | None = None,
+    ) -> None:
+        if not 0 < cold <= hot:
+            raise InputError(f"the temperatures go from {hot} to {cold}, but must fall and stay above 0")
+        self.rows, self.k, self.target = surface.need_rows("the answer's margin"), surface.k, target
+        self.alpha = surface.alpha if share is None else share
+        self.classify = surface.need_classifier("the answer's margin") if self.alpha else None
+        self.hot, self.cold, self.around, self.refresh = hot, cold, around, refresh
+
+    def renew(self, problem: Problem, features: Tensor) -> None:
+        """Retrieve both sides again."""
+        self.y = problem.y
+        self.target = problem.y if self.target is None else self.target
+        spread = self.hood.spread if hasattr(self, "hood") else None
+        self.hood, _ = sides(self.rows, features, self.target, self.k, self.around)
+        # One scale for the whole run, so that the annealing alone moves the temperature.
+        if spread is None:
+            self.shell = shell_of(self.hood, features)
+        else:
+            self.hood.spread = spread
+
+    def value(self, images: Tensor, features: Tensor, progress: float) -> Raised:
+        """The margin, its value at the coldest temperature as a score."""
+        assert self.target is not None
+        distances = self.hood.distances(features)
+        heat = self.hot * (self.cold / self.hot) ** progress
+        own = None if self.classify is None else self.classify(images).log_softmax(1)
+        near = distances.detach()
+        cold = _soft(self.hood, near, self.k, self.cold, self.shell)
+        answer = relaxation.hard_log_probabilities(self.hood, near, self.k)
+        if own is not None:
+            cold, answer = (relaxation.mixed(log_p, own.detach(), self.alpha) for log_p in (cold, answer))
+        raised = _lead(self._raised(distances, own, heat, min(2 * progress, 1.0)), self.y, self.target)
+        return Raised(raised, _lead(cold, self.y, self.target), margin(answer, self.y) > 0)
+
+    def _raised(self, distances: Tensor, own: Tensor | None, heat: float, truth: float) -> Tensor:
+        """Logarithms of the answer, N x C: as it is at ``truth`` 1; at 0 by rows' classes, the classifier apart."""
+        log_p = _soft(self.hood, distances, self.k, heat, self.shell)
+        found = log_p if own is None else relaxation.mixed(log_p, own, self.alpha)
+        if truth < 1:
+            each = torch.nn.functional.one_hot(self.hood.classes, log_p.shape[1]) > 0
+            crisp = replace(self.hood, log_posteriors=torch.where(each, 0.0, -1e4).to(log_p))
+            apart = _soft(crisp, distances, self.k, heat, self.shell)
+            apart = apart if own is None else (1 - self.alpha) * apart + self.alpha * own
+            found = torch.lerp(apart, found, truth)
+        return found
+
+
+def _soft(hood: Neighborhood, distances: Tensor, k: int, heat: float, shell: Tensor) -> Tensor:
+    """The soft top-K over distances N x m, with a kernel of at least ``heat`` shells: N x C."""
+    if hood.cooling is not None:
+        hood = replace(hood, cooling=torch.minimum(hood.cooling, 1 / (heat * shell)))
+    return relaxation.soft_log_probabilities(hood, distances, k, heat, distances=distances)
+
+
+def shell_of(hood: Neighborhood, features: Tensor) -> Tensor:
+    """By how much the nearest rows' squared distances differ, N: those of the shell that has ``hood.spread``."""
+    nearest = hood.distances(features).amin(1)
+    return ((nearest + hood.spread).square() - nearest.square()).clamp_min(1e-6)
+
+
+def answer_margins(
+    surface: RetrievalSurface, hood: Neighborhood, images: Tensor, features: Tensor, target: Tensor, y: Tensor
+) -> Tensor:
+    """The score of :class:`AnswerMargin` for N images with features N x d, around which ``hood`` lies: N."""
+    log_p = _soft(hood, hood.distances(features), surface.k, 0.02, shell_of(hood, features.detach()))
+    if surface.alpha:
+        own = surface.need_classifier("the answer's margin")(images).log_softmax(1)
+        log_p = relaxation.mixed(log_p, own, surface.alpha)
+    return _lead(log_p, y, target)
+
+
+def _lead(log_p: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """By how much the target leads y, or where they are equal the best other class: N."""
+    return torch.where(target == y, margin(log_p, y), relaxation.towards(log_p, y, target))
+
+
+def _spread(distances: Tensor, k: int) -> Tensor:
+    """The width of the shell that holds the nearest few of N x m rows, N: at least K + 1 of them, and 32."""
+    near = distances.topk(min(max(k + 1, 32), distances.shape[1]), dim=1, largest=False).values
+    last = torch.where(torch.isfinite(near), near, 0.0).amax(1)
+    return (last - near[:, 0]).clamp_min(1e-6)
 
 
 def rank_margin(surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | Tensor, **settings: Any) -> Tensor:

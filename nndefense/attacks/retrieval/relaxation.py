@@ -1,8 +1,9 @@
 """A retrieval that can be differentiated: the soft top-K of an image's neighbourhood, and losses on its logarithm.
 
 The defence answers ``p = sum_k w_k s_k / sum_k w_k`` over the K nearest rows; w_k and s_k are constants of the rows,
-so all of the gradient flows through who belongs to the K. Relaxation R1 (ours, after the advice of Tramer et al.,
-NeurIPS 2020, to attack the decisive part itself) gives every row near the image a membership
+so all of the gradient flows through who belongs to the K; where the defence has a kernel ``exp(-d_k^2 / T)`` on the
+weights, through that as well. Relaxation R1 (ours, after the advice of Tramer et al., NeurIPS 2020, to attack the
+decisive part itself) gives every row near the image a membership
 
     a_j = sigmoid((tau - d_j) / T),   tau = halfway between the K-th and the next distance, held fixed,
 
@@ -13,7 +14,8 @@ K-ball then still pulls, with slope 1/T, where its plain membership would be 0 a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from torch.nn import functional as F
 from nndefense.attacks.retrieval.surface import Rows
 
 _TINY = 1e-30
+# The logarithm of a weight of 0: any other outweighs it, whatever the kernel makes of it, and alone it counts.
+_SILENT = -1e4
 
 
 @dataclass
@@ -35,6 +39,7 @@ class Neighborhood:
         classes: N x m, the class that each row is predicted as.
         spread: N, the scale of the temperatures, a distance.
         lengths: N x m, the vectors' squared lengths.
+        cooling: N, 1/T of the defence's kernel; None where it has none.
     """
 
     vectors: Tensor
@@ -43,19 +48,27 @@ class Neighborhood:
     classes: Tensor
     spread: Tensor
     lengths: Tensor
+    cooling: Tensor | None = None
 
     @classmethod
     def of(cls, rows: Rows, near: Tensor, filled: Tensor, spread: Tensor) -> Neighborhood:
         """Row numbers N x m, those that ``filled`` (N x m) tells to be there."""
         posteriors = rows.posteriors(near)
         # The defence falls back on the plain mean only where all K weights are 0; a floor does the same in the limit.
-        log_weights = rows.weights(near).clamp_min(_TINY).log().masked_fill(~filled, -torch.inf)
+        weights = rows.weights(near)
+        log_weights = weights.clamp_min(_TINY).log().masked_fill(weights == 0, _SILENT).masked_fill(~filled, -torch.inf)
         vectors, logs = rows.vectors(near), posteriors.clamp_min(_TINY).log()
-        return cls(vectors, log_weights, logs, posteriors.argmax(2), spread, vectors.square().sum(2))
+        if rows.temperature is not None:
+            # A narrow kernel makes weights smaller than the floor, and where nobody else votes they count.
+            logs = logs.masked_fill(posteriors == 0, _SILENT)
+        # Large as 1/T may be, its products with squared distances stay finite.
+        cooling = None if rows.temperature is None else torch.full_like(spread, min(1 / rows.temperature, 1e28))
+        return cls(vectors, log_weights, logs, posteriors.argmax(2), spread, vectors.square().sum(2), cooling)
 
     def __getitem__(self, index: Tensor) -> Neighborhood:
         """The neighbourhoods of some of the images."""
-        return Neighborhood(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+        held = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return replace(self, **{name: part[index] for name, part in held.items() if part is not None})
 
     def distances(self, features: Tensor) -> Tensor:
         """Euclidean distances of features N x d to their own rows: N x m, infinite where no row is."""
@@ -67,6 +80,15 @@ class Neighborhood:
         # The root's slope is infinite at 0.
         distances = squared.clamp_min(1e-12).sqrt()
         return distances.masked_fill(torch.isneginf(self.log_weights), torch.inf)
+
+    def log_votes(self, distances: Tensor) -> Tensor:
+        """Logarithm of the weights times the kernel at distances N x m, up to a constant of each image: N x m."""
+        if self.cooling is None:
+            return self.log_weights
+        filled = torch.isfinite(distances)
+        squared = torch.where(filled, distances, 0.0).square()
+        nearest = squared.detach().masked_fill(~filled, torch.inf).amin(1, keepdim=True)
+        return self.log_weights - (squared - nearest) * self.cooling.unsqueeze(1)
 
 
 @torch.no_grad()
@@ -115,7 +137,7 @@ def soft_log_probabilities(
     width = (torch.as_tensor(temperature, dtype=features.dtype, device=features.device) * hood.spread).unsqueeze(1)
     # Unfilled places: their weight of 0 takes them out; a finite distance keeps NaN out of the gradient.
     finite = torch.where(torch.isfinite(distances), distances, tau)
-    membership = F.logsigmoid((tau - finite) / width) + hood.log_weights
+    membership = F.logsigmoid((tau - finite) / width) + hood.log_votes(distances)
     shares = membership - membership.logsumexp(1, keepdim=True)
     return torch.logsumexp(shares.unsqueeze(2) + hood.log_posteriors, 1)
 
@@ -124,7 +146,7 @@ def soft_log_probabilities(
 def hard_log_probabilities(hood: Neighborhood, distances: Tensor, k: int) -> Tensor:
     """The defence's own rule on the rows that are here: distances N x m -> log-probabilities N x C."""
     nearest = distances.topk(min(k, distances.shape[1]), dim=1, largest=False).indices
-    log_weights = hood.log_weights.gather(1, nearest)
+    log_weights = hood.log_votes(distances).gather(1, nearest)
     shares = log_weights - log_weights.logsumexp(1, keepdim=True)
     picked = hood.log_posteriors.gather(1, nearest.unsqueeze(2).expand(-1, -1, hood.log_posteriors.shape[2]))
     return torch.logsumexp(shares.unsqueeze(2) + picked, 1)
@@ -133,6 +155,13 @@ def hard_log_probabilities(hood: Neighborhood, distances: Tensor, k: int) -> Ten
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """R3: the hard log-probabilities' values with the soft ones' gradient, both N x C."""
     return hard.detach() + (soft - soft.detach())
+
+
+def mixed(log_p: Tensor, own: Tensor, alpha: float) -> Tensor:
+    """``log((1 - alpha) exp(log_p) + alpha exp(own))``, N x C each: the neighbours' answer and the classifier's."""
+    if not 0 < alpha < 1:
+        return own if alpha else log_p
+    return torch.logaddexp(log_p + math.log1p(-alpha), own + math.log(alpha))
 
 
 def towards(log_p: Tensor, y: Tensor, target: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ class Rows:
         weights: row numbers -> weights as the defence would give them, ``rows.shape``.
         images: row numbers M -> images M x C x H x W, or None where the attacker has only vectors.
         overlap: the share of the defender's rows that are among them, 0 to 1.
+        temperature: T of the defence's kernel ``exp(-d^2 / T)`` on the weights; None: it has none.
     """
 
     count: int
@@ -93,6 +94,7 @@ class Rows:
     weights: Callable[[Tensor], Tensor]
     images: Callable[[Tensor], Tensor] | None = None
     overlap: float = 1.0
+    temperature: float | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,6 @@ class RetrievalSurface:
         classify: images -> logits of the classifier, differentiable; None where the defence does not tell.
         features: images -> vectors N x d, differentiable; None for GRAY.
         rows: the attacker's rows; None for GRAY, and for FEATURES without images of his own.
-        temperature: T of the defence's kernel ``exp(-d^2 / T)`` on the weights; None: it has none.
         alpha: the share of the classifier's own posterior in the defence's answer, 0 to 1.
         rejection: None where every image is answered; else an image fools only if it is accepted, too.
         counts: what attacks on this surface have cost so far.
@@ -136,7 +137,6 @@ class RetrievalSurface:
     classify: Callable[[Tensor], Tensor] | None = None
     features: Callable[[Tensor], Tensor] | None = None
     rows: Rows | None = None
-    temperature: float | None = None
     alpha: float = 0.0
     rejection: Rejection | None = None
     counts: Counts = field(default_factory=Counts)
@@ -155,6 +155,11 @@ class RetrievalSurface:
             rows=None if rows is None else replace(rows, nearest=_count_searches(rows.nearest, self.counts)),
             counting=True,
         )
+
+    @property
+    def smooth(self) -> bool:
+        """Whether the answer moves while the same rows are the nearest: by a kernel, or by the classifier's share."""
+        return bool(self.alpha) or (self.rows is not None and self.rows.temperature is not None)
 
     @torch.no_grad()
     def fooled(self, images: Tensor, y: Tensor) -> Tensor:
