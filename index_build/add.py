@@ -206,13 +206,14 @@ def merge(folder: Path) -> Manifest:
         storage={"features": job.options.storage, "posteriors": f"top-{job.top}" if job.top else "dense"},
         rejected=found.rejected,
         build={
-            **asdict(job.options),
+            **{name: value for name, value in asdict(job.options).items() if name != "rule"},
             "job": key_of(settings),
             "images": job.images,
             "shard_rows": job.shard_rows,
             "precision": job.precision,
             "excluded": job.excluded,
         },
+        rule=dict(job.options.rule or {}),
         beside={CALIBRATION: [settings["calibration"]]} if settings["calibration"] else {},
     )
     with writing(folder):

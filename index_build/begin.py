@@ -73,6 +73,8 @@ def begin(
     if len(dataset) == 0:
         raise DataError(f"the data set {dataset.name} is empty: there is nothing to build a database from")
     rejection_limit(max_rejected, len(dataset))
+    if options.rule and options.rule["k"] > len(dataset):
+        raise InputError(f"the rule has k = {options.rule['k']:,}, but there are {len(dataset):,} images: lower k")
     data, made = identity_of(dataset, specs), made_by(classifier)
     excluded = _excluded(exclude, exclude_eps)
     kept = {Path(folder).expanduser(): json_text(value) for folder, value in (calibrations or {}).items()}

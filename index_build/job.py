@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nndefense.database import Rule
 from nndefense.database.writer import shard_name, writing
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DatabaseError, DataError, InputError, check_choice, make_plain
@@ -42,6 +43,7 @@ class Options:
         memory: bytes that the index may take in memory; None for no limit.
         recall: share of the K nearest rows that a search must find, for which an index's setting is chosen.
         k: K of that recall.
+        rule: how the rows are to decide, as values of :class:`~nndefense.database.Rule`; None: nobody says.
     """
 
     index: str = "Flat"
@@ -56,6 +58,7 @@ class Options:
     memory: int | None = None
     recall: float = 0.95
     k: int = 50
+    rule: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Raises:
@@ -73,6 +76,13 @@ class Options:
         if not 0 < self.recall <= 1 or self.k < 1:
             raise InputError(f"recall {self.recall} at {self.k}: recall must be above 0 and at most 1, K at least 1")
         self.top(2)
+        if self.rule is not None:
+            # Whole, so that a default that changes one day changes no database.
+            object.__setattr__(self, "rule", Rule.of(self.rule).to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; without a rule where there is none, as in jobs before there were any."""
+        return {name: value for name, value in asdict(self).items() if name != "rule" or value is not None}
 
     def top(self, classes: int) -> int:
         """How many posteriors a row keeps, given the number of classes; 0 for all."""
@@ -206,7 +216,7 @@ def settings_of(
         "images": data["fingerprint"],
         "classifier": classifier["fingerprint"],
         "feature": str(feature),
-        **asdict(options),
+        **options.to_json(),
         "exclude": f"{excluded['fingerprint']} within {excluded['eps']:g}" if excluded else None,
         "calibration": hashlib.sha256(calibration.encode()).hexdigest() if calibration else None,
     }
@@ -225,10 +235,12 @@ def check_same(folder: Path, asked: Mapping[str, Any]) -> None:
     """
     job = BuildJob.read(folder)
     begun = job.settings(job.targets[0])
-    differ = [name for name in asked if asked[name] != begun[name]]
+    differ = [name for name in {**begun, **asked} if asked.get(name) != begun.get(name)]
     if not differ:
         return
-    told = ", ".join(f"{name.replace('_', ' ')} {_short(begun[name])}, now {_short(asked[name])}" for name in differ)
+    told = ", ".join(
+        f"{name.replace('_', ' ')} {_short(begun.get(name))}, now {_short(asked.get(name))}" for name in differ
+    )
     raise DatabaseError(
         f"{folder} holds an unfinished build with other settings ({told}): continue it with the same ones, choose "
         "another folder, or begin again with --overwrite"

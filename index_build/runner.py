@@ -61,6 +61,7 @@ class BuildSettings(TypedDict, total=False):
     memory: int | None
     recall: float
     k: int
+    rule: Mapping[str, Any] | None
 
 
 def build_database(
@@ -117,7 +118,7 @@ def build_databases(
         progress: show bars.
         settings: what decides the result, by its names in :class:`~index_build.job.Options`: ``index``, ``batch_size``,
             ``pca_sample``, ``seed``, ``storage``, ``posteriors``, ``precision``, ``shard_rows``, ``dedupe``,
-            ``memory``, ``recall``, ``k``.
+            ``memory``, ``recall``, ``k``, ``rule``.
 
     Returns:
         The databases, opened, in the order of ``features``.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from index_build import build_database
-from nndefense.database import WEIGHTINGS, ImageDatabase, Rule, combine, weight_shares
+from nndefense.database import WEIGHTINGS, ImageDatabase, Manifest, Rule, combine, weight_shares
+from nndefense.database.manifest import keep_beside
 from nndefense.defenses import NearestNeighborDefense
-from nndefense.errors import InputError
+from nndefense.defenses.stored import open_stored
+from nndefense.errors import DatabaseError, InputError
+from nndefense.evaluation.evaluate import Subject, identity_of
+from nndefense.evaluation.recipe import recipe_from
 from nndefense.features import FeatureSpec
 from nndefense.guard import Guard
 
@@ -252,3 +258,91 @@ def test_rules_that_cannot_be_used(values, message):
 def test_more_neighbours_than_rows_are_refused(database):
     with pytest.raises(InputError, match="k is 301, but must be from 1 to the database's 300 rows"):
         NearestNeighborDefense(trained(), database, 301, votes="labels")
+
+
+# -- stored ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(tmp_path, database) -> Path:
+    """A copy of the database, beside the classifier that made it."""
+    copy = tmp_path / "db"
+    shutil.copytree(database.path, copy)
+    return copy
+
+
+def opened(folder: Path, **asked) -> Rule:
+    return open_stored(folder, trained(), **asked).rule
+
+
+def test_the_rule_of_a_build_is_stored_and_used_and_options_beat_it(tmp_path):
+    rule = {"k": 7, "votes": "labels", "temperature": 2.5, "alpha": 0.25}
+    data, feature = digits("train").subset(np.arange(60)), FeatureSpec("block2", "grid2", pca=8)
+    built = build_database(data, trained(), feature, tmp_path / "db", rule=rule, progress=False)
+    assert Rule.of(built.manifest.rule) == Rule.of(rule) == opened(built.path)
+    assert opened(built.path, k=3, temperature=math.inf) == Rule(3, votes="labels", alpha=0.25)
+    batch = images("test", 8)[0]
+    wanted = NearestNeighborDefense(trained(), built, **Rule.of(rule).to_json())(batch)
+    assert torch.equal(NearestNeighborDefense.open(built.path, trained())(batch), wanted)
+    guard = Guard.open(built.path, trained())
+    assert guard.rule == Rule.of(rule)
+    assert guard.describe()["rule"] == Rule.of(rule).to_json() | {"text": str(guard.rule)}
+    assert Guard.open(built.path, trained(), votes="posteriors").rule.votes == "posteriors"
+    with pytest.raises(InputError, match="the rule has k = 61, but there are 60 images"):
+        build_database(data, trained(), feature, tmp_path / "other", rule={"k": 61}, progress=False)
+    with pytest.raises(InputError, match="alpha is 2"):
+        build_database(data, trained(), feature, tmp_path / "other", rule={"k": 6, "alpha": 2}, progress=False)
+
+
+def test_manifests_without_a_rule_read_as_before(stored):
+    text = (stored / "manifest.json").read_text()
+    assert '"rule"' not in text
+    manifest = Manifest.read(stored)
+    assert opened(stored) == Rule(50)
+    manifest.write(stored)
+    assert (stored / "manifest.json").read_text() == text
+    # The guard's distances do not depend on the rule.
+    assert dataclasses.replace(manifest, rule=Rule(3).to_json()).identity == manifest.identity
+
+
+def test_a_calibrations_choice_goes_before_the_manifests_rule(stored):
+    manifest = Manifest.read(stored)
+    dataclasses.replace(manifest, rule=Rule(9, alpha=0.5, temperature=3.0).to_json()).write(stored)
+    assert opened(stored) == Rule(9, alpha=0.5, temperature=3.0)
+    chosen = {"layer": "block2", "pooling": "grid2", "k": 5, "weighting": "uniform"}
+    keep_beside(stored, "calibration.json", {"chosen": chosen})
+    assert opened(stored) == Rule(5, "uniform", alpha=0.5, temperature=3.0)
+    keep_beside(stored, "calibration.json", {"chosen": chosen | {"votes": "labels", "temperature": None, "alpha": 0.0}})
+    assert opened(stored) == Rule(5, "uniform", votes="labels")
+    for wrong in ({"votes": "hearts"}, {"temperature": -1.0}, {"alpha": "half"}):
+        keep_beside(stored, "calibration.json", {"chosen": chosen | wrong})
+        with pytest.raises(DatabaseError, match="is not a calibration of this database"):
+            opened(stored)
+
+
+@pytest.mark.parametrize("rule", [{"k": 0}, {"k": 301}, {"k": 5, "colour": 1}, {"alpha": 3}, {"k": "many"}])
+def test_a_manifests_rule_that_cannot_be_used_is_told(stored, rule):
+    dataclasses.replace(Manifest.read(stored), rule=rule).write(stored)
+    with pytest.raises(DatabaseError, match="has a rule that cannot be used"):
+        opened(stored)
+
+
+def test_cells_and_results_are_of_the_whole_rule(database):
+    def identity(**rule) -> str:
+        subject = Subject("defence", NearestNeighborDefense(trained(), database, 5, **rule), "calibrated")
+        return json.dumps(identity_of(subject))
+
+    rules = ({}, {"votes": "labels"}, {"temperature": 0.5}, {"alpha": 0.5}, {"temperature": 0.5, "alpha": 0.5})
+    assert len({identity(**rule) for rule in rules}) == len(rules)
+    assert json.loads(identity())[-1] == [5, "cbw-d", 3.0, 20]
+    recipe = {
+        "data": {"dataset": "digits"},
+        "models": {"classifier": "x"},
+        "defense": {"database": "db", "votes": "labels", "temperature": math.inf, "alpha": 0.5},
+        "attack": [{"threat_model": "gray", "name": "pgd", "norm": "linf", "eps": 0.1}],
+        "report": {"headline_norm": "linf", "headline_eps": 0.1},
+    }
+    assert recipe_from(recipe).rule == {"votes": "labels", "temperature": math.inf, "alpha": 0.5}
+    del recipe["defense"]["database"]
+    with pytest.raises(InputError, match="votes and temperature and alpha are settings of nearest-neighbor"):
+        recipe_from(recipe)

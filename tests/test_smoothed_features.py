@@ -27,6 +27,11 @@ def surface_of(seed: int, k: int = 3, rows: int = 12, classes: int = 3) -> Retri
     return vote_surface(vectors, votes / votes.sum(1, keepdim=True), matrix, torch.full((4,), 0.25), k, weights)
 
 
+def with_kernel(surface: RetrievalSurface, temperature: float | None) -> RetrievalSurface:
+    assert surface.rows is not None
+    return replace(surface, rows=replace(surface.rows, temperature=temperature))
+
+
 def test_the_lipschitz_constant_is_the_known_one_and_no_function_in_the_ball_moves_faster() -> None:
     sigma, ball = 0.3, 2.0
     move = torch.tensor([1e-6])
@@ -57,7 +62,7 @@ def test_the_error_of_a_mean_is_bounded_as_often_as_it_says_and_falls_with_the_d
 @pytest.mark.parametrize("temperature", [None, 0.5])
 @pytest.mark.parametrize("seed", range(4))
 def test_no_feature_within_the_margin_has_another_vote(seed: int, temperature: float | None) -> None:
-    smoothed = SmoothedFeatures(replace(surface_of(seed), temperature=temperature), 0.1, draws=8)
+    smoothed = SmoothedFeatures(with_kernel(surface_of(seed), temperature), 0.1, draws=8)
     features = torch.rand((5, 4), generator=torch.Generator().manual_seed(seed)).double()
     classes = smoothed._vote(features).argmax(1)
     margin = smoothed._margin(features, classes)

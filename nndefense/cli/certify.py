@@ -14,11 +14,10 @@ from nndefense.cli.options import (
     Common,
     EpsOption,
     ImagesOption,
-    KOption,
     LimitOption,
     MeasuredOption,
     OwnOptions,
-    WeightingOption,
+    RuleOptions,
     command_line,
     numbers,
 )
@@ -37,8 +36,7 @@ def certify(
         Path | None, typer.Option(help="Folder of the image database [default: the classifier alone].")
     ] = None,
     images: ImagesOption = None,
-    k: KOption = None,
-    weighting: WeightingOption = None,
+    rule: RuleOptions,
     norm: Annotated[str | None, OneOf("Of the radii [default: l2, or the method's own].", attacks.NORMS)] = None,
     eps: EpsOption = "0.05,0.1,0.15,0.2,0.25,0.3",
     sigma: Annotated[
@@ -78,8 +76,7 @@ def certify(
         out,
         classifier=classifier,
         database=database,
-        k=k,
-        weighting=weighting,
+        **rule.asked(),
         classes=own.classes,
         input_shape=own.shape,
         images=images or (),

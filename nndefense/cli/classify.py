@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nndefense.cli.declare import Only
-from nndefense.cli.options import BatchOption, Common, DatabaseOptions, KOption, WeightingOption
+from nndefense.cli.options import BatchOption, Common, DatabaseOptions, RuleOptions
 from nndefense.cli.streams import one_line
 from nndefense.errors import InputError, NNDefenseError
 
@@ -22,8 +22,7 @@ def classify(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     *,
     data: DatabaseOptions,
-    k: KOption = None,
-    weighting: WeightingOption = None,
+    rule: RuleOptions,
     top: Annotated[int, typer.Option(min=1, help="Classes and neighbours to show.")] = 5,
     convert: Annotated[bool, typer.Option("--convert", help="Turn grey images to colour, or colour to grey.")] = False,
     reject_rate: Annotated[
@@ -39,7 +38,7 @@ def classify(
     from nndefense.datasets import SourceError, image_channels, load_image
     from nndefense.guard import Guard
 
-    guard = Guard.open(**data.guard(common), k=k, weighting=weighting, reject_rate=reject_rate)
+    guard = Guard.open(**data.guard(common), **rule.asked(), reject_rate=reject_rate)
     channels, *size = guard.input_shape
     bad: dict[int, NNDefenseError] = {}
 
@@ -77,7 +76,7 @@ def classify(
             for n in said.neighbors
         ]
     if said_of or common.json:
-        common.show({"k": guard.k, "weighting": guard.weighting, "images": found}, "\n".join(lines))
+        common.show({**guard.rule.settings, "images": found}, "\n".join(lines))
     for error in bad.values():
         print(f"nndefense: error: {one_line(error)}", file=sys.stderr)
     if bad:

@@ -16,12 +16,11 @@ from nndefense.cli.options import (
     Common,
     EpsOption,
     ImagesOption,
-    KOption,
     LadderAttackOption,
     LimitOption,
     MaybeMeasuredOption,
     OwnOptions,
-    WeightingOption,
+    RuleOptions,
     command_line,
     number,
     numbers,
@@ -137,8 +136,7 @@ def evaluate(
     train: Annotated[
         bool, typer.Option("--train/--no-train", help="With table2: also the defences whose nets are to be trained.")
     ] = True,
-    k: KOption = None,
-    weighting: WeightingOption = None,
+    rule: RuleOptions,
     rungs: RungOptions,
     headline: Annotated[
         str | None, typer.Option(help="The budget of the table [default: calibrated, else the largest].")
@@ -219,8 +217,7 @@ def evaluate(
             classes=str(own.classes) if own.classes else None,
             input_shape=own.shape,
             limit=limit,
-            k=k,
-            weighting=weighting,
+            **rule.asked(),
             sizes=sizes,
             abstain=numbers("--abstain", rungs.abstain) if rungs.abstain else (),
             abstain_on=rungs.abstain_on,

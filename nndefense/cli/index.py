@@ -20,6 +20,7 @@ from nndefense.cli.options import (
     PcaOption,
     Printing,
     RayAddressOption,
+    RuleOptions,
 )
 from nndefense.errors import InputError
 
@@ -59,7 +60,7 @@ class BuildOptions:
     recall: Annotated[float, typer.Option(help="Share of the nearest rows to find, for which the search is set.")] = (
         0.95
     )
-    k: Annotated[int, typer.Option("--recall-k", min=1, help="How many nearest rows that share is of.")] = 50
+    recall_k: Annotated[int, typer.Option(min=1, help="How many nearest rows that share is of.")] = 50
     pca_sample: Annotated[int, typer.Option(min=2, help="Images that PCA is fitted on.")] = 4096
     storage: Annotated[str, OneOf("How features are stored.", ("float32", "float16"))] = "float32"
     posteriors: Annotated[str, typer.Option(help="dense, top-M, or auto: dense up to 64 classes, else top-20.")] = (
@@ -111,6 +112,7 @@ def build(
     exclude: Annotated[str | None, typer.Option(help="Data set whose images, and all near them, are kept out.")] = None,
     limit: LimitOption = None,
     building: BuildOptions,
+    rule: RuleOptions,
     device: Annotated[
         str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:N, or all-gpus (for the index).")
     ] = "auto",
@@ -118,14 +120,19 @@ def build(
 ) -> None:
     """Run all stages, or the first."""
     from index_build import build_database, stages
+    from nndefense.database import Rule
+    from nndefense.defenses.stored import default_k
     from nndefense.features import FeatureSpec
     from nndefense.pipeline import open_datasets
 
     feature = FeatureSpec(layer, pooling, pca, whiten, normalize)
-    settings = vars(building) | {"memory": size("--memory", building.memory)}
+    settings = vars(building) | {"memory": size("--memory", building.memory), "k": building.recall_k}
+    del settings["recall_k"]
     common = replace(common, device="cuda" if device == "all-gpus" else device)
     net = model.open(common, specs=dataset)
     images = open_datasets(dataset, data_dir=common.data_dir, like=net, limit=limit, seed=common.seed)
+    if asked := rule.asked():
+        settings["rule"] = Rule(default_k(len(images))).changed(**asked).to_json()
     settings |= {
         "specs": dataset,
         "seed": common.seed,
@@ -272,8 +279,7 @@ def verify(
     text = f"{database} is whole: {found['rows']:,} rows, {found['files']} files with the right sha256, no id twice"
     if "search" in found:
         text += f"\n{_search_text(found['search'])}"
-    if parts["calibrated"]:
-        text += "\ncalibrated k {k}, weighting {weighting}".format(**parts["calibrated"])
+    text += f"\n{_rule_text(parts)}"
     if parts["guard"]:
         text += f"\nguard      {parts['guard']:,} distances of this database"
     text += "\nclassifier " + ("as given" if net is not None else "not compared: --classifier names one")
@@ -289,12 +295,13 @@ def _sealed_text(paths: list[str]) -> str:
 
 def _describe(database: ImageDatabase, common: Common) -> None:
     """Print what a database is."""
-    from nndefense.defenses.stored import stored_calibration
+    from nndefense.defenses.stored import chosen_values, stored_calibration, stored_rule
 
     manifest = database.manifest
     size = sum(entry.bytes for entry in manifest.files.values())
     calibration = stored_calibration(database.path, manifest)
-    chosen = {name: calibration["chosen"][name] for name in ("k", "weighting")} if calibration else None
+    rule = stored_rule(database.path, manifest, calibration)
+    parts = {"calibrated": chosen_values(calibration) or None, "rule": rule.to_json() | {"text": str(rule)}}
     found = {
         "database": str(database.path),
         "rows": len(database),
@@ -310,7 +317,7 @@ def _describe(database: ImageDatabase, common: Common) -> None:
         "bytes": size,
         "created": manifest.created,
         "versions": manifest.versions,
-        "calibrated": chosen,
+        **parts,
     }
     text = (
         f"{database.path}: {len(database):,} rows x {database.dimension} dimensions, {len(database.classes)} classes\n"
@@ -325,9 +332,12 @@ def _describe(database: ImageDatabase, common: Common) -> None:
     if manifest.rejected:
         told = ", ".join(f"{count:,} {kind}" for kind, count in manifest.rejected.items())
         text += f"\nleft out   {told}"
-    if chosen:
-        text += f"\ncalibrated k {chosen['k']}, weighting {chosen['weighting']}"
-    common.show(found, text)
+    common.show(found, f"{text}\n{_rule_text(parts)}")
+
+
+def _rule_text(parts: dict[str, Any]) -> str:
+    """The rule that a database is to be used with, as one line."""
+    return f"rule       {parts['rule']['text']}" + (" (calibrated)" if parts["calibrated"] else "")
 
 
 def _search_text(search: dict[str, Any]) -> str:

@@ -64,10 +64,6 @@ QueriesOption = Annotated[
 ]
 RestartsOption = Annotated[int, typer.Option(min=1, help="Random starts, where the attack has any; the worst counts.")]
 EpsOption = Annotated[str, Commas("Budgets, with commas, in units of the norm; 8/255 is fine.")]
-KOption = Annotated[int | None, typer.Option(min=1, help="Neighbours [default: as calibrated, else 50].")]
-WeightingOption = Annotated[
-    str | None, OneOf("Weighting [default: as calibrated, else cbw-d].", ("uniform", "cbw-e", "cbw-d"))
-]
 ImagesOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -130,6 +126,32 @@ class AttackOptions:
         from nndefense.evaluation import AttackSettings
 
         return AttackSettings(self.attack, self.norm, budgets, self.steps, self.restarts, queries=self.queries)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleOptions:
+    """How the neighbours decide, where that is not as the database has it."""
+
+    k: Annotated[int | None, typer.Option(min=1, help="Neighbours [default: as stored, else 50].")] = None
+    weighting: Annotated[
+        str | None, OneOf("Weighting [default: as stored, else cbw-d].", ("uniform", "cbw-e", "cbw-d"))
+    ] = None
+    votes: Annotated[
+        str | None,
+        OneOf("Stored posteriors or true labels vote [default: as stored, else posteriors].", ("posteriors", "labels")),
+    ] = None
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="T of a kernel exp(-d^2/T) on the weights; inf: none [default: as stored, else none]."),
+    ] = None
+    alpha: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of the classifier's own posterior [default: as stored, else 0]."),
+    ] = None
+
+    def asked(self) -> dict[str, Any]:
+        """What was given."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from nndefense.cli.declare import OneOf, Only
-from nndefense.cli.options import Common, DatabaseOptions, ImagesOption, KOption, WeightingOption
+from nndefense.cli.options import Common, DatabaseOptions, ImagesOption, RuleOptions
 from nndefense.cli.streams import one_line
 from nndefense.errors import InputError
 
@@ -45,8 +45,7 @@ def serve(
     calibration_file: Annotated[
         Path | None, typer.Option(help="The calibration [default: guard.json of the database, where there is one].")
     ] = None,
-    k: KOption = None,
-    weighting: WeightingOption = None,
+    rule: RuleOptions,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Images in one batch [default: 32].")] = None,
     max_wait_ms: Annotated[float, typer.Option(min=0, help="How long a batch waits to be filled.")] = 5.0,
     queue: Annotated[int, typer.Option(min=1, help="Images that may wait; further ones get 503.")] = 256,
@@ -83,8 +82,7 @@ def serve(
     from nndefense.serving.pictures.limits import Limits
 
     guard = data.guard(common) | {
-        "k": k,
-        "weighting": weighting,
+        **rule.asked(),
         "reject_rate": reject_rate,
         "calibration": True if calibration_file is None else calibration_file,
         "images": images,

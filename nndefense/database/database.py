@@ -184,7 +184,7 @@ class ImageDatabase:
         old = [name for name in self.manifest.files if name.startswith("index") or name == VIRTUAL]
         files = {name: entry for name, entry in self.manifest.files.items() if name not in old} | added
         manifest = self.manifest
-        kept = ("classes", "feature", "classifier", "data", "storage", "rejected", "beside")
+        kept = ("classes", "feature", "classifier", "data", "storage", "rejected", "rule", "beside")
         identity = {name: getattr(manifest, name) for name in kept}
         new_index = f"index-{len(files):05d}.faiss"
         seal(self.path, files, manifest.index["factory"], new_index, identity)

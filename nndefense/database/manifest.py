@@ -136,6 +136,7 @@ class Manifest:
         storage: how the rows are stored: ``features`` (float32 or float16) and ``posteriors`` (``dense`` or ``top-M``).
             Empty, as in older databases: float32 and dense.
         rejected: how many images of the source are not in the database: ``unreadable``, ``excluded``, ``duplicate``.
+        rule: how its rows are to decide, as values of :class:`~nndefense.database.Rule`; empty where nobody said.
         build: the settings of the job that made it, and ``job``, their sha256; empty where rows came from elsewhere.
         beside: for each file of :data:`BESIDE` the sha256 that it may have. There are two of them while it is being
             replaced, and the empty one says that the file may be missing.
@@ -155,13 +156,14 @@ class Manifest:
     storage: dict[str, Any] = field(default_factory=dict)
     rejected: dict[str, int] = field(default_factory=dict)
     build: dict[str, Any] = field(default_factory=dict)
+    rule: dict[str, Any] = field(default_factory=dict)
     beside: dict[str, list[str]] = field(default_factory=dict)
     sealed: bool = True
 
     @property
     def identity(self) -> str:
-        """A sha256 of all entries but ``beside``: of everything that the guard's distances depend on."""
-        return digest_of({name: value for name, value in self._record().items() if name != "beside"})
+        """A sha256 of all entries but ``rule`` and ``beside``: of everything that the guard's distances depend on."""
+        return digest_of({name: value for name, value in self._record().items() if name not in ("rule", "beside")})
 
     @property
     def fingerprint(self) -> str:
@@ -191,6 +193,9 @@ class Manifest:
     def _record(self) -> dict[str, Any]:
         values = {"format": FORMAT, "version": VERSION, **asdict(self)}
         del values["sealed"]
+        if not self.rule:
+            # Older versions of the library read it, too.
+            del values["rule"]
         return values
 
     @classmethod
@@ -215,8 +220,9 @@ class Manifest:
     def _check_entries(self) -> None:
         """Raise one of Python's lookup or type errors, or :class:`InputError`, for entries that cannot be used."""
         FeatureSpec(**self.feature)
-        if self.top < 0 or not all(isinstance(part, dict) for part in (self.storage, self.rejected, self.build)):
-            raise TypeError("storage, rejected and build must be objects")
+        objects = (self.storage, self.rejected, self.build, self.rule)
+        if self.top < 0 or not all(isinstance(part, dict) for part in objects):
+            raise TypeError("storage, rejected, build and rule must be objects")
         if not isinstance(self.index.get("search", {}).get("setting", {}), dict):
             raise TypeError("a search's setting must be an object")
         for entries, names in (

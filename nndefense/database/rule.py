@@ -86,6 +86,16 @@ class Rule:
             raise InputError(f"a rule has a k and may have {', '.join(names[1:])}, but was given {value!r}")
         return cls(**value)
 
+    def changed(self, **asked: Any) -> Rule:
+        """The same rule but for what is asked for: values by name, None for one that stays.
+
+        An infinite ``temperature`` asks for no kernel.
+        """
+        values = {name: value for name, value in asked.items() if value is not None}
+        if values.get("temperature") == math.inf:
+            values["temperature"] = None
+        return Rule.of({**self.to_json(), **values})
+
     def __str__(self) -> str:
         """In plain words, such as ``k = 50, CBW-D, votes of labels, kernel exp(-d²/3.2), alpha 0.5``."""
         return ", ".join(rule_words(self.to_json()))

@@ -107,17 +107,18 @@ class NearestNeighborDefense(EvaluationOnly):
     def open(
         cls, folder: str | Path, classifier: str | Path | Classifier | None = None, **options: Any
     ) -> NearestNeighborDefense:
-        """The defence of a database's folder, with its classifier and its calibrated setting.
+        """The defence of a database's folder, with its classifier and the rule that is stored there.
 
         Args:
             folder: of the database.
             classifier: the classifier or where it comes from. None: the one that the database names, unless that is
                 Python code, which runs only if you name it.
-            **options: ``k``, ``weighting``, ``device``, ``classes``, ``input_shape`` and ``verify``, and errors, as for
+            **options: ``k``, ``weighting``, ``votes``, ``temperature``, ``alpha``, ``device``, ``classes``,
+                ``input_shape`` and ``verify``, and errors, as for
                 :func:`~nndefense.defenses.stored.open_stored`.
         """
         found = open_stored(folder, classifier, **options)
-        return cls(found.classifier, found.database, found.k, found.weighting)
+        return cls(found.classifier, found.database, **found.rule.to_json())
 
     @classmethod
     def calibrate(

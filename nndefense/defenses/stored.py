@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from nndefense.database import WEIGHTINGS, ImageDatabase, Manifest, classifier_of
+from nndefense.database import WEIGHTINGS, ImageDatabase, Manifest, Rule, classifier_of
 from nndefense.database.manifest import CALIBRATION
-from nndefense.database.rule import DEFAULT_WEIGHTING
-from nndefense.errors import DatabaseError
+from nndefense.errors import DatabaseError, InputError
 from nndefense.models import Classifier
 from nndefense.unwrapping import unwrapped
 
@@ -28,14 +28,13 @@ class StoredDefense:
     Attributes:
         classifier: the one that the database was made with.
         database: opened.
-        k, weighting: as asked for, else as calibrated, else :func:`default_k` and ``cbw-d``.
-        calibration: what they were chosen from; None where they were not, or others were asked for.
+        rule: as asked for, else as calibrated, else as the manifest has it, else :func:`default_k` and ``cbw-d``.
+        calibration: what it was chosen from; None where it was not, or another was asked for.
     """
 
     classifier: Classifier
     database: ImageDatabase
-    k: int
-    weighting: str
+    rule: Rule
     calibration: dict[str, Any] | None
 
 
@@ -45,6 +44,9 @@ def open_stored(
     *,
     k: int | None = None,
     weighting: str | None = None,
+    votes: str | None = None,
+    temperature: float | None = None,
+    alpha: float | None = None,
     device: str = "auto",
     classes: str | Path | None = None,
     input_shape: tuple[int, int, int] | None = None,
@@ -55,13 +57,15 @@ def open_stored(
     Args:
         database: its folder, or a database that is open.
         classifier: the classifier or where it comes from. None: as for :func:`~nndefense.database.classifier_of`.
-        k, weighting: in the place of the calibrated ones.
+        k, weighting, votes, temperature, alpha: of the rule, in the place of the stored ones; an infinite temperature
+            asks for no kernel.
         device, classes, input_shape: of a classifier that is not open yet.
         verify: as for :meth:`~nndefense.database.ImageDatabase.open`.
 
     Raises:
         DatabaseError: a database that is missing, damaged or made with another classifier, or whose calibration is.
         ModelError: the classifier cannot be found or read.
+        InputError: a rule is asked for that cannot be used.
     """
     opened = database if isinstance(database, ImageDatabase) else None
     folder = Path(database).expanduser() if not isinstance(database, ImageDatabase) else database.path
@@ -74,15 +78,42 @@ def open_stored(
         )
     if opened is None:
         opened = ImageDatabase.open(folder, classifier=classifier, verify=verify)
-    calibration = stored_calibration(folder, opened.manifest) if k is None or weighting is None else None
+    calibration = stored_calibration(folder, opened.manifest)
+    asked = {"k": k, "weighting": weighting, "votes": votes, "temperature": temperature, "alpha": alpha}
+    rule = stored_rule(folder, opened.manifest, calibration, rows=len(opened)).changed(**asked)
+    return StoredDefense(classifier, opened, rule, calibration if set(asked.values()) == {None} else None)
+
+
+def stored_rule(
+    folder: Path, manifest: Manifest, calibration: Mapping[str, Any] | None, *, rows: int | None = None
+) -> Rule:
+    """The rule that a database is to be used with: as calibrated, else as its manifest has it, else the usual one.
+
+    Args:
+        folder: the database's.
+        manifest: its manifest.
+        calibration: :func:`stored_calibration` of it.
+        rows: how many are searched, where not all.
+
+    Raises:
+        DatabaseError: the manifest has one that cannot be used.
+    """
+    rows = manifest.rows if rows is None else rows
+    try:
+        rule = Rule.of({"k": default_k(rows), **manifest.rule, **chosen_values(calibration)})
+        if rule.k > manifest.rows:
+            raise InputError(f"k is {rule.k:,}, but it has {manifest.rows:,} rows")
+    except (InputError, TypeError) as error:
+        raise DatabaseError(
+            f"the manifest of {folder} has a rule that cannot be used ({error}): build it again"
+        ) from error
+    return rule
+
+
+def chosen_values(calibration: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a calibration chose of a rule, as :meth:`nndefense.database.Rule.of` takes it."""
     chosen = calibration["chosen"] if calibration else {}
-    return StoredDefense(
-        classifier,
-        opened,
-        chosen.get("k", default_k(len(opened))) if k is None else k,
-        chosen.get("weighting", DEFAULT_WEIGHTING) if weighting is None else weighting,
-        calibration if k is None and weighting is None else None,
-    )
+    return {item.name: chosen[item.name] for item in fields(Rule) if item.name in chosen}
 
 
 def stored_calibration(folder: Path, manifest: Manifest | None = None) -> dict[str, Any] | None:
@@ -105,9 +136,18 @@ def stored_calibration(folder: Path, manifest: Manifest | None = None) -> dict[s
         or type(chosen.get("k")) is not int
         or not 1 <= chosen["k"] <= manifest.rows
         or chosen.get("weighting") not in WEIGHTINGS
+        or not _usable(value)
     ):
         raise DatabaseError(f"{path} is not a calibration of this database: remove it, or calibrate again")
     feature = {name: chosen[name] for name in ("layer", "pooling") if name in chosen}
     if feature != {name: manifest.feature[name] for name in feature}:
         raise DatabaseError(f"{path} was chosen for another layer or pooling than the database has: calibrate again")
     return value
+
+
+def _usable(calibration: dict[str, Any]) -> bool:
+    try:
+        Rule.of(chosen_values(calibration))
+    except InputError:
+        return False
+    return True

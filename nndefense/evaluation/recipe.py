@@ -48,6 +48,9 @@ def _rungs(values: Any) -> tuple[Rung, ...]:
     return tuple(found)
 
 
+_RULE = ("k", "weighting", "votes", "temperature", "alpha")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that an evaluation's numbers depend on, as names: nothing is opened here.
@@ -63,7 +66,8 @@ class Recipe:
         train_set: specs of the images that they are made of, where they need some.
         materials: how they are made: entries of :class:`~nndefense.pipeline.MaterialSettings`.
         limit: how many images, drawn at random under the seed; None for all.
-        k, weighting: of the defence; None for the calibrated ones.
+        k, weighting, votes, temperature, alpha: of the defence's rule; None for the stored ones. An infinite
+            temperature is no kernel.
         sizes: whether smaller databases are measured too, at the headline budget.
         abstain: rates of clean images that may be rejected, for each of which it is measured what abstaining is worth.
         abstain_on: spec of the held-out images that its thresholds are set on; None: as
@@ -88,6 +92,9 @@ class Recipe:
     limit: int | None = field(default=None, metadata=recipes.at("data.limit"))
     k: int | None = field(default=None, metadata=recipes.at("defense.k"))
     weighting: str | None = field(default=None, metadata=recipes.at("defense.weighting"))
+    votes: str | None = field(default=None, metadata=recipes.at("defense.votes"))
+    temperature: float | None = field(default=None, metadata=recipes.at("defense.temperature"))
+    alpha: float | None = field(default=None, metadata=recipes.at("defense.alpha"))
     sizes: bool = field(default=True, metadata=recipes.at("defense.sizes"))
     abstain: tuple[float, ...] = field(default=(), metadata=recipes.at("abstain.rates"))
     abstain_on: str | None = field(default=None, metadata=recipes.at("abstain.dataset"))
@@ -124,10 +131,9 @@ class Recipe:
             )
         if self.train_set and not self.defenses:
             raise InputError("a training set is what other defences are made of: name defences, or leave it out")
-        if (self.k, self.weighting) != (None, None) and self.database is None and DEFENDED not in self.defenses:
-            raise InputError(
-                f"k and weighting are settings of {DEFENDED}: name its database or the defence, or leave them out"
-            )
+        if self.rule and self.database is None and DEFENDED not in self.defenses:
+            what = f"{' and '.join(self.rule)} {'are settings' if len(self.rule) > 1 else 'is a setting'}"
+            raise InputError(f"{what} of {DEFENDED}: name its database or the defence, or leave them out")
         if not all(0 < rate < 1 for rate in self.abstain):
             raise InputError(
                 "clean rejection rates (--abstain) are above 0 and below 1, such as 0.05, but are "
@@ -140,10 +146,16 @@ class Recipe:
         recipes.check_least(self, 1, "abstain_steps", "audit_images", "batch_size", "limit", "k")
         recipes.check_least(self, 0, "gallery", "seed")
 
+    @property
+    def rule(self) -> dict[str, Any]:
+        """What is asked of the defence's rule, by name."""
+        return {name: value for name in _RULE if (value := getattr(self, name)) is not None}
+
     def to_json(self) -> dict[str, Any]:
-        """Plain values, rungs included."""
+        """Plain values, rungs included; of the rule's newer settings those that are asked for."""
         lists = {"defenses": [*self.defenses], "train_set": [*self.train_set], "abstain": [*self.abstain]}
-        return {**asdict(self), **lists, "rungs": [rung.to_json() for rung in self.rungs]}
+        values = {**asdict(self), **lists, "rungs": [rung.to_json() for rung in self.rungs]}
+        return {name: value for name, value in values.items() if name not in _RULE[2:] or value is not None}
 
     @property
     def sha256(self) -> str:

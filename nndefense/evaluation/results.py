@@ -60,7 +60,7 @@ def assemble(
         "classifier": identity(classifier),
         "surrogate": identity(surrogate) if surrogate else None,
         "database": _described(defense.database) if defense is not None else None,
-        "defense": {"k": defense.k, "weighting": defense.weighting} if defense is not None else None,
+        "defense": {**defense.rule.settings, "text": str(defense.rule)} if defense is not None else None,
         "calibration": calibration,
         "headline": {
             "attack": (gray or [rung.attack.name for rung in recipe.rungs])[0],

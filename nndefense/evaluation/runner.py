@@ -197,6 +197,8 @@ class _Auditor:
         """The runs on the strongest attack on the defence, or on the classifier alone."""
         key: list[Any] = [starts_at_images(threat)]
         key += [defense.database.fingerprint, defense.k, defense.weighting] if defense is not None else []
+        # The rest of the rule where it is not the usual: older runs are found again.
+        key += [] if defense is None else [*map(list, defense.rule.settings.items())][2:]
         model = self.classifier if defense is None else defense
         return self._kept("audit", key, lambda: audit_runs(self._subject(model, threat, attack)))
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nndefense.attacks.retrieval import Knowledge, RetrievalSurface
-from nndefense.database import WEIGHTINGS
+from nndefense.database import WEIGHTINGS, ImageDatabase
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense, RelaxedDefense
 from nndefense.errors import InputError
@@ -148,7 +148,7 @@ def _weightings(defense: NearestNeighborDefense) -> list[Subject]:
         _subject(
             f"{DEFENDED} ({weighting})",
             "weighting",
-            NearestNeighborDefense(defense.classifier, defense.database, defense.k, weighting),
+            _ruled(defense, defense.database, weighting=weighting),
         )
         for weighting in WEIGHTINGS
         if weighting != defense.weighting
@@ -163,13 +163,16 @@ def _sizes(defense: NearestNeighborDefense, seed: int, sizes: int = 4) -> list[S
         _subject(
             f"{DEFENDED} (rows={count})",
             "rows",
-            NearestNeighborDefense(
-                defense.classifier, database.subset(order[:count]), min(defense.k, count), defense.weighting
-            ),
+            _ruled(defense, database.subset(order[:count]), k=min(defense.k, count)),
         )
         for count in counts
         if count >= 10
     ]
+
+
+def _ruled(defense: NearestNeighborDefense, database: ImageDatabase, **changed: Any) -> NearestNeighborDefense:
+    """The defence over another database, or with another rule."""
+    return NearestNeighborDefense(defense.classifier, database, **defense.rule.changed(**changed).to_json())
 
 
 def _subject(name: str, variant: str, defense: NearestNeighborDefense) -> Subject:

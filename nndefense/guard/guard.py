@@ -123,6 +123,9 @@ class Guard:
         *,
         k: int | None = None,
         weighting: str | None = None,
+        votes: str | None = None,
+        temperature: float | None = None,
+        alpha: float | None = None,
         device: str = "auto",
         reject_rate: float | None = None,
         calibration: str | Path | bool = True,
@@ -138,7 +141,8 @@ class Guard:
             database: the folder, or a database that is open.
             classifier: the classifier or where it comes from. None: the one that the manifest names, or the folder
                 ``classifier`` beside the database; one that is Python code must be named, since naming it runs it.
-            k, weighting: None: as calibrated, else 50 and ``cbw-d``.
+            k, weighting, votes, temperature, alpha: of the rule; None: as calibrated, else as the manifest has it, else
+                50, ``cbw-d`` and no more. An infinite temperature asks for no kernel.
             device: where the net runs.
             reject_rate: abstain on images that are farther away than all but this share of clean ones, above 0 and
                 below 1. None: the rate that was stored with the calibration, if any.
@@ -166,6 +170,9 @@ class Guard:
             classifier,
             k=k,
             weighting=weighting,
+            votes=votes,
+            temperature=temperature,
+            alpha=alpha,
             device=device,
             classes=classes,
             input_shape=input_shape,
@@ -178,8 +185,7 @@ class Guard:
         return cls(
             found.classifier,
             found.database,
-            found.k,
-            found.weighting,
+            **found.rule.to_json(),
             calibration=_calibration(found.database, calibration),
             reject_rate=reject_rate,
             data_dir=None if data_dir is None else Path(data_dir).expanduser(),
@@ -336,6 +342,7 @@ class Guard:
             "input_shape": list(self.input_shape),
             "k": self.k,
             "weighting": self.weighting,
+            "rule": self.rule.to_json() | {"text": str(self.rule)},
             "feature": dict(manifest.feature),
             "rows": len(self.database),
             "dimension": self.database.dimension,

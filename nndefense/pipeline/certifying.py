@@ -111,6 +111,9 @@ def certify(
     database: str | Path | None = None,
     k: int | None = None,
     weighting: str | None = None,
+    votes: str | None = None,
+    temperature: float | None = None,
+    alpha: float | None = None,
     classes: Path | None = None,
     input_shape: tuple[int, int, int] | None = None,
     images: Sequence[str] = (),
@@ -130,7 +133,7 @@ def certify(
         out: folder for ``certificates.json`` and finished cells.
         classifier: where it comes from; None: the one that the database names.
         database: folder of a database, whose defence is certified; None: the classifier alone.
-        k, weighting: of the defence; None for the calibrated ones.
+        k, weighting, votes, temperature, alpha: of the defence's rule; None for the stored ones.
         classes, input_shape: of a classifier of one's own.
         images: specs of the images that the database was built from, as for :func:`nndefense.pipeline.evaluate`.
         data_dir: the folder of the data sets.
@@ -148,7 +151,8 @@ def certify(
     method = registry.get(settings.method)
     if method.retrieval and database is None:
         raise InputError(f"{method.name} certifies nearest neighbours: give a database (--database)")
-    if database is None and (k, weighting) != (None, None):
+    asked: dict[str, Any] = {"k": k, "weighting": weighting, "votes": votes, "temperature": temperature, "alpha": alpha}
+    if database is None and set(asked.values()) != {None}:
         raise InputError("k and weighting are settings of nearest neighbours: give a database, or leave them out")
     settings = replace(settings, dataset=measured_spec(settings.dataset, data_dir=data_dir))
     folder = Path(database).expanduser() if database is not None else None
@@ -165,8 +169,8 @@ def certify(
     whole = open_datasets([settings.dataset], data_dir=data_dir, like=net)
     target: Classifier | NearestNeighborDefense = net
     if folder is not None:
-        stored = open_stored(folder, net, k=k, weighting=weighting)
-        target = NearestNeighborDefense(net, stored.database, stored.k, stored.weighting)
+        stored = open_stored(folder, net, **asked)
+        target = NearestNeighborDefense(net, stored.database, **stored.rule.to_json())
         pictures = neighbor_pictures(stored.database, data_dir, net, images, (settings.dataset,), say)
         check_not_in_database(whole, target, pictures)
         check_not_calibrated_on(whole, stored_calibration(folder), folder)

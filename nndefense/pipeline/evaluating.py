@@ -150,12 +150,12 @@ def open_recipe(
     check_surrogate(surrogate, classifier)
     opened = Opened(drawn(dataset, recipe.limit, recipe.seed).usable, classifier, surrogate=surrogate)
     if folder is not None:
-        stored = open_stored(folder, classifier, k=recipe.k, weighting=recipe.weighting)
-        ours = NearestNeighborDefense(classifier, stored.database, stored.k, stored.weighting)
+        stored = open_stored(folder, classifier, **recipe.rule)
+        ours = NearestNeighborDefense(classifier, stored.database, **stored.rule.to_json())
         named = (recipe.dataset, *recipe.train_set)
         pictures = neighbor_pictures(stored.database, data_dir, classifier, images, named, say)
         check_not_in_database(dataset, ours, pictures)
-        # Also where K and weighting are given: layer and pooling were chosen on these images, too.
+        # Also where the rule is given: layer and pooling were chosen on these images, too.
         check_not_calibrated_on(dataset, stored_calibration(folder), folder)
         opened = replace(opened, defense=ours, calibration=stored.calibration, pictures=pictures)
     if not wanted:
@@ -198,7 +198,7 @@ def _with_held(opened: Opened, recipe: Recipe, data_dir: Path | None) -> Opened:
 def _with_defenses(opened: Opened, wanted: Sequence[defenses.Defense], materials: Materials, recipe: Recipe) -> Opened:
     """Make the defences; a nearest-neighbour defence takes the place of the one over a database."""
     models = {rung.threat_model for rung in recipe.rungs}
-    asked = {name: value for name in ("k", "weighting") if (value := getattr(recipe, name)) is not None}
+    asked = recipe.rule
     others = []
     for defense in wanted:
         made = make_defense(defense, materials, asked if defense.name == DEFENDED else None)

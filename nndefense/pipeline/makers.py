@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from index_build.patches import SIDE, build_patches
 from nndefense import recipes
+from nndefense.database import Rule
 from nndefense.defenses import NearestNeighborDefense, RaCnnDefense
 from nndefense.defenses.quilting import PatchDatabase, quilting
 from nndefense.defenses.transforms import crop_ensemble
@@ -88,6 +89,9 @@ def nearest(
     share: float = 1.0,
     k: int | None = None,
     weighting: str | None = None,
+    votes: str | None = None,
+    temperature: float | None = None,
+    alpha: float | None = None,
 ) -> Made:
     """The nearest-neighbour defence over a ``share`` of the training images, calibrated but for what is given."""
     chosen = materials.chosen(pooling)
@@ -96,18 +100,20 @@ def nearest(
         count = max(round(share * len(whole)), 1)
         # One order for all sizes, so that a smaller database is a part of every larger one.
         database = whole.subset(np.random.default_rng(materials.seed).permutation(len(whole))[:count])
-    neighbors, weights = min(k or chosen.k, len(database)), weighting or chosen.weighting
+    rule = Rule(chosen.k, chosen.weighting).changed(
+        k=k, weighting=weighting, votes=votes, temperature=temperature, alpha=alpha
+    )
+    rule = rule.changed(k=min(rule.k, len(database)))
     facts = {
         "layer": chosen.feature.layer,
         "pooling": chosen.feature.pooling,
         "dimensions": database.dimension,
         "rows": len(database),
-        "k": neighbors,
-        "weighting": weights,
+        **rule.settings,
         "calibrated on": chosen.calibration["n"],
         "within the bound on clean accuracy": chosen.calibration["within_bound"],
     }
-    model = NearestNeighborDefense(classifier, database, neighbors, weights)
+    model = NearestNeighborDefense(classifier, database, **rule.to_json())
     return Made(model, facts, database.fingerprint, len(database))
 
 

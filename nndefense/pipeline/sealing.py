@@ -12,7 +12,7 @@ from nndefense.database.database import check_classifier
 from nndefense.database.manifest import FORMAT, NAME, standing_beside
 from nndefense.database.writer import writing
 from nndefense.defenses.quilting.patches import PatchManifest
-from nndefense.defenses.stored import stored_calibration
+from nndefense.defenses.stored import chosen_values, stored_calibration, stored_rule
 from nndefense.errors import InputError, ModelError
 from nndefense.files import read_json, write_json
 from nndefense.guard.percentile import FILE, Percentile
@@ -25,8 +25,8 @@ def check_parts(database: ImageDatabase, classifier: Classifier | None = None) -
     """Check that calibration, guard and, where it is given, classifier belong to a database.
 
     Returns:
-        ``calibrated``: K and weighting, or None. ``guard``: the number of its distances, or None. ``classifier``: its
-        fingerprint where it was compared, or None.
+        ``calibrated``: what was chosen of the rule, or None. ``rule``: the whole of it, and in words as ``text``.
+        ``guard``: the number of its distances, or None. ``classifier``: its fingerprint where it was compared, or None.
 
     Raises:
         DatabaseError, DataError: naming the part that does not.
@@ -37,9 +37,10 @@ def check_parts(database: ImageDatabase, classifier: Classifier | None = None) -
         guard.check_database(folder, manifest)
     if classifier is not None:
         database.check_classifier(classifier)
-    chosen = calibration["chosen"] if calibration else {}
+    rule = stored_rule(folder, manifest, calibration)
     return {
-        "calibrated": {name: chosen[name] for name in ("k", "weighting")} if chosen else None,
+        "calibrated": chosen_values(calibration) or None,
+        "rule": rule.to_json() | {"text": str(rule)},
         "guard": None if guard is None else len(guard),
         "classifier": None if classifier is None else classifier.fingerprint,
     }

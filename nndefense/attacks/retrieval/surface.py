@@ -157,9 +157,14 @@ class RetrievalSurface:
         )
 
     @property
+    def temperature(self) -> float | None:
+        """T of the kernel that is known with the rows; None without."""
+        return None if self.rows is None else self.rows.temperature
+
+    @property
     def smooth(self) -> bool:
         """Whether the answer moves while the same rows are the nearest: by a kernel, or by the classifier's share."""
-        return bool(self.alpha) or (self.rows is not None and self.rows.temperature is not None)
+        return bool(self.alpha) or self.temperature is not None
 
     @torch.no_grad()
     def fooled(self, images: Tensor, y: Tensor) -> Tensor:

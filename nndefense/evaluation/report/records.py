@@ -8,7 +8,7 @@ from typing import Any
 
 from nndefense.evaluation.ladder import WORST, bits, from_hex
 from nndefense.reporting import Cell
-from nndefense.reporting.wording import interval, number, percent, raw_budget, weighting_name
+from nndefense.reporting.wording import interval, number, percent, raw_budget, rule_words
 
 Results = Mapping[str, Any]  # results.json as a dict
 Record = Mapping[str, Any]  # one of its records
@@ -92,10 +92,7 @@ def settings_text(results: Results) -> str:
     """The settings of the calibrated defence in a few words: layer, pooling, k, weighting, database size."""
     database, defense = results.get("database") or {}, results.get("defense") or {}
     parts = [str(database[key]) for key in ("layer", "pooling") if database.get(key)]
-    if defense.get("k") is not None:
-        parts.append(f"k = {defense['k']}")
-    if defense.get("weighting"):
-        parts.append(weighting_name(str(defense["weighting"])))
+    parts += rule_words(defense)
     if database.get("rows") is not None:
         parts.append(f"{number(database['rows'])} images")
     return ", ".join(parts)

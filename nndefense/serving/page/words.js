@@ -41,7 +41,12 @@ export function caption(name, width, height, shape) {
 /** What the page says of itself, from GET /v1/model: facts separated by points. */
 export function facts(model) {
   const parts = [`${plural(model.rows, "picture")} in the database`, `${count(model.classes.length)} classes`];
-  parts.push(`K${SPACE}=${SPACE}${model.k}, ${model.weighting} weights`);
+  const { votes, temperature, alpha } = model.rule;
+  const rule = [`K${SPACE}=${SPACE}${model.k}`, `${model.weighting} weights`];
+  if (votes === "labels") rule.push("true labels vote");
+  if (temperature !== null) rule.push(`kernel exp(−d²/${Number(temperature.toPrecision(4))})`);
+  if (alpha) rule.push(`${Number((100 * alpha).toPrecision(3))}${SPACE}% the classifier’s own answer`);
+  parts.push(rule.join(", "));
   parts.push(`reads ${form(model.input_shape)}`);
   return parts.join(" · ");
 }
