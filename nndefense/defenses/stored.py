@@ -37,6 +37,16 @@ class StoredDefense:
     rule: Rule
     calibration: dict[str, Any] | None
 
+    @property
+    def k(self) -> int:
+        """K of the rule."""
+        return self.rule.k
+
+    @property
+    def weighting(self) -> str:
+        """The name of the rule's weights."""
+        return self.rule.weighting
+
 
 def open_stored(
     database: str | Path | ImageDatabase,

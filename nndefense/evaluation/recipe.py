@@ -132,8 +132,10 @@ class Recipe:
         if self.train_set and not self.defenses:
             raise InputError("a training set is what other defences are made of: name defences, or leave it out")
         if self.rule and self.database is None and DEFENDED not in self.defenses:
-            what = f"{' and '.join(self.rule)} {'are settings' if len(self.rule) > 1 else 'is a setting'}"
-            raise InputError(f"{what} of {DEFENDED}: name its database or the defence, or leave them out")
+            raise InputError(
+                f"{', '.join(_RULE[:-1])} and {_RULE[-1]} are settings of {DEFENDED}: name its database or the "
+                f"defence, or leave out {' and '.join(self.rule)}"
+            )
         if not all(0 < rate < 1 for rate in self.abstain):
             raise InputError(
                 "clean rejection rates (--abstain) are above 0 and below 1, such as 0.05, but are "
