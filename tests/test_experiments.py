@@ -261,8 +261,17 @@ def test_overlapping_or_too_few_images_are_refused() -> None:
 # -- running -------------------------------------------------------------------------------------------------------
 
 
-# At full scale that one has methods which it leaves out at the small one.
-@pytest.mark.parametrize(("name", "scale"), [*((name, "small") for name in recipe_names()), ("rst-cifar10", "full")])
+# At full scale that one has methods which it leaves out at the small one. Recipes with forms have many to measure.
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        *(
+            pytest.param(name, "small", marks=[pytest.mark.slow] if shipped_recipe(name).forms else [])
+            for name in recipe_names()
+        ),
+        ("rst-cifar10", "full"),
+    ],
+)
 def test_every_shipped_recipe_runs(name: str, scale: str, tmp_path: Path) -> None:
     recipe = tiny(shipped_recipe(name, scale), **({"seeds": 2} if name == "gap-vs-labels" else {}))
     results = done(recipe, tmp_path, command="nndefense reproduce")
