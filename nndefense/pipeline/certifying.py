@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from nndefense.attacks.norms import check_eps
 from nndefense.attacks.registry import NORMS
 from nndefense.attacks.retrieval import RetrievalSurface
+from nndefense.bars import progress_bar
 from nndefense.certificates import Certified, registry
 from nndefense.datasets import ImageDataset, measured_spec
 from nndefense.defenses import NearestNeighborDefense
@@ -218,7 +218,7 @@ def certify_images(
         whose += [target.database.fingerprint, target.rule.to_json()]
     parts, told = [], not method.chance
     cells = range(0, len(dataset), _CELL)
-    for first in tqdm(cells, desc="certifying", unit=" cells", delay=1, disable=None if progress else True):
+    for first in progress_bar(cells, desc="certifying", unit=" cells", shown=progress):
         part = dataset.subset(list(range(first, min(first + _CELL, len(dataset)))))
         asked = [settings.method, key, part.fingerprint, list(part.ids), whose]
         kept = store.get(f"{settings.method} {first}", asked) if store is not None else None
