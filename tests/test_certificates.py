@@ -36,6 +36,14 @@ def test_an_image_stands_where_it_is_right_and_its_radius_reaches_the_budget() -
     assert found.accuracy(labels, 0).accuracy == 0.6
 
 
+@pytest.mark.parametrize("eps", [0.05, 0.1, 8 / 255, 1 / 3])
+def test_a_budget_that_is_proven_stands_to_the_last_bit_and_a_larger_one_does_not(eps: float) -> None:
+    for found in (certified(eps), Certified.from_json(certified(eps).to_json())):
+        assert found.radius.tolist() == [eps]
+        assert found.stands(torch.zeros(1), eps).tolist() == [True]
+        assert found.stands(torch.zeros(1), math.nextafter(eps, 1)).tolist() == [False]
+
+
 @given(st.integers(0, 2**31), st.sampled_from(norms.NORMS), st.sampled_from(norms.NORMS))
 def test_a_ball_of_another_norm_lies_within_the_certified_one(seed: int, norm: str, other: str) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -75,7 +75,7 @@ class Certified:
 
     def stands(self, labels: Tensor, eps: float | Tensor) -> Tensor:
         """N: right, and proven to stay so within ``eps`` (one number or N) of the certificate's norm."""
-        return self.correct(labels) & (self.radius >= torch.as_tensor(eps).cpu().double())
+        return self.correct(labels) & (self.radius >= torch.as_tensor(eps, dtype=torch.float64).cpu())
 
     def accuracy(self, labels: Tensor, eps: float) -> CertifiedAccuracy:
         """The certified accuracy at a budget: over all images, also those that are wrong or abstained on."""
@@ -114,7 +114,12 @@ class Certified:
     def from_json(cls, values: dict[str, Any]) -> Certified:
         """The certificate that :meth:`to_json` wrote."""
         radii = [math.inf if radius is None else radius for radius in values["radius"]]
-        return cls(torch.tensor(values["prediction"]), torch.tensor(radii).double(), values["norm"], values["alpha"])
+        return cls(
+            torch.tensor(values["prediction"]),
+            torch.tensor(radii, dtype=torch.float64),
+            values["norm"],
+            values["alpha"],
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[Certified]) -> Certified:
