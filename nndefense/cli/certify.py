@@ -18,6 +18,7 @@ from nndefense.cli.options import (
     MeasuredOption,
     OwnOptions,
     RuleOptions,
+    SigmaOption,
     command_line,
     numbers,
 )
@@ -39,9 +40,7 @@ def certify(
     rule: RuleOptions,
     norm: Annotated[str | None, OneOf("Of the radii [default: l2, or the method's own].", attacks.NORMS)] = None,
     eps: EpsOption = "0.05,0.1,0.15,0.2,0.25,0.3",
-    sigma: Annotated[
-        float | None, typer.Option(help="Standard deviation of the noise, in pixels of [0, 1], for methods that draw.")
-    ] = None,
+    sigma: SigmaOption = None,
     draws_select: Annotated[int, typer.Option(min=1, help="Draws that choose an image's class.")] = 100,
     draws: Annotated[int, typer.Option(min=1, help="Draws that bound its chance.")] = 10_000,
     confidence: Annotated[

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nndefense.certificates import registry as certificates
 from nndefense.cli.declare import Commas, OneOf
 from nndefense.cli.options import (
     AttackOptions,
@@ -21,6 +22,7 @@ from nndefense.cli.options import (
     MaybeMeasuredOption,
     OwnOptions,
     RuleOptions,
+    SigmaOption,
     command_line,
     number,
     numbers,
@@ -68,6 +70,11 @@ class RungOptions(AttackOptions):
         ),
     ] = None
     abstain_steps: Annotated[int, typer.Option(min=1, help="Steps of the attack that must be accepted.")] = 40
+    certify: Annotated[
+        str | None, OneOf("Also certify, so that a floor stands beside the attacks.", certificates.names)
+    ] = None
+    sigma: SigmaOption = None
+    draws: Annotated[int, typer.Option(min=1, help="Draws of noise for each image.")] = 1000
     audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Also make the audit's own runs.")] = True
     gallery: Annotated[int, typer.Option(min=0, help="Images in the report's gallery.")] = 10
 
@@ -222,6 +229,9 @@ def evaluate(
             abstain=numbers("--abstain", rungs.abstain) if rungs.abstain else (),
             abstain_on=rungs.abstain_on,
             abstain_steps=rungs.abstain_steps,
+            certify=rungs.certify,
+            sigma=rungs.sigma,
+            draws=rungs.draws,
             audit=rungs.audit,
             gallery=rungs.gallery,
             batch_size=batch_size,

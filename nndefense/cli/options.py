@@ -71,6 +71,9 @@ ImagesOption = Annotated[
         "in the folder of the data sets or of the database]. " + SPEC_HELP,
     ),
 ]
+SigmaOption = Annotated[
+    float | None, typer.Option(help="Standard deviation of the noise, in pixels of [0, 1], for methods that draw.")
+]
 PcaOption = Annotated[int, typer.Option(min=0, help="Dimensions kept by PCA; 0 for no PCA.")]
 RayAddressOption = Annotated[
     str | None,

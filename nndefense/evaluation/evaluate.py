@@ -16,7 +16,7 @@ from nndefense.database import Rule
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DataError, InputError, plain
 from nndefense.evaluation.cells import CellStore
-from nndefense.evaluation.judging import FRESH_DRAWS, confident, draw_seeds, is_random, judges_of
+from nndefense.evaluation.judging import FRESH_DRAWS, confident, draw_seeds, is_random, judges_of, refuted_among
 from nndefense.evaluation.ladder import to_hex
 from nndefense.evaluation.threats import AttackSettings, Plan, ThreatModel, attacks_by, peak_memory_mb, run_attack
 from nndefense.memory import reused_memory
@@ -57,7 +57,7 @@ class Subject:
 Seen = Callable[[ThreatModel, AttackSettings, float, Tensor], object]
 
 # What belongs to some attacks only.
-OWN = ("query_limit", "attack_sha256", "certified", "draw_seeds")
+OWN = ("query_limit", "attack_sha256", "certified", "draw_seeds", "refuted")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class Record:
     stand: the other right ones are open, and the interval begins at that of the certified ones.
 
     A defence that draws at random is judged over fresh draws, each from one of the ``draw_seeds`` and none of them an
-    attacker's: ``accuracy`` is the mean over them, and ``correct`` says which images are right on most.
+    attacker's: ``accuracy`` is the mean over them, and ``correct`` says which images are right on most. Of a smoothed
+    one ``refuted`` says, like ``correct``, of which images another class is beyond doubt.
     """
 
     dataset: str
@@ -123,6 +124,7 @@ class Record:
     attack_version: int = 1
     certified: str = ""
     draw_seeds: list[int] = field(default_factory=list)
+    refuted: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a results file; some only where there is something to say."""
@@ -249,6 +251,7 @@ class _Run:
         """Attack the images once, and show them to every subject."""
         answers: dict[str, list[Tensor]] = {subject.name: [] for subject in active}
         proven: list[Tensor] = []
+        refuted: dict[str, list[Tensor]] = {subject.name: [] for subject in active}
         judges = {subject.name: judges_of(subject.model, self.seed) for subject in active}
         rounded = dict.fromkeys(answers, 0.0)
         seconds = dict.fromkeys(answers, 0.0)
@@ -270,11 +273,13 @@ class _Run:
                 if self.seen is not None:
                     self.seen(cell.threat, cell.attack, cell.eps, images)
                 proven += [] if made.certified is None else [made.certified.cpu()]
-                excess = max(excess, float((_size(images - clean, cell.attack.norm) - radius.double()).max()))
+                moved = attacks.distance(clean.double(), images.double(), cell.attack.norm)
+                excess = max(excess, float((moved - radius.double()).max()))
             for subject in active:
                 begun = time.perf_counter()
                 answers[subject.name].append(_answers(judges[subject.name], images, truth))
                 seconds[subject.name] += time.perf_counter() - begun
+                refuted[subject.name] += refuted_among(subject.model, answers[subject.name][-1][0], images, truth)
                 if headline and subject.every_eps:
                     again = _answers(judges[subject.name], (images * 255).round() / 255, truth)[0]
                     rounded[subject.name] += float(again.mean(0).sum())
@@ -329,6 +334,7 @@ class _Run:
                     attack_version=plain.get("version", 1),
                     certified=to_hex(certified) if proven else "",
                     draw_seeds=draw_seeds(self.seed) if is_random(subject.model) else [],
+                    refuted=to_hex(torch.cat(refuted[subject.name]).numpy()) if refuted[subject.name] else "",
                 )
             )
         return records
@@ -361,13 +367,6 @@ def _answers(judges: Sequence[nn.Module], images: Tensor, truth: Tensor) -> Tens
     with torch.no_grad():
         said, sure = zip(*(confident(judge(images)) for judge in judges), strict=True)
     return torch.stack([(torch.stack(said) == truth).double(), torch.stack(sure).double()]).cpu()
-
-
-def _size(change: Tensor, norm: str) -> Tensor:
-    """The length of each change in raw units, float64: N x C x H x W -> N."""
-    flat = change.flatten(1).double()
-    found: Tensor = flat.abs().amax(1) if norm == "linf" else torch.linalg.vector_norm(flat, dim=1)
-    return found
 
 
 def _check(dataset: ImageDataset, subjects: Sequence[Subject], threats: Sequence[ThreatModel], attack: Plan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import torch
 from torch import Tensor, nn
 
 FRESH_DRAWS = 20
@@ -38,3 +39,17 @@ def confident(scores: Tensor) -> tuple[Tensor, Tensor]:
     """
     said = scores.argmax(1)
     return said, scores.softmax(1).gather(1, said[:, None])[:, 0].nan_to_num()
+
+
+def refuted_among(model: nn.Module, right: Tensor, images: Tensor, truth: Tensor) -> list[Tensor]:
+    """Of images that most judges (judges x N) get wrong, those whose class is another one beyond doubt: N, on the CPU.
+
+    A model says so by ``refutes(images, classes)``; of others there is nothing to say.
+    """
+    if not callable(refutes := getattr(model, "refutes", None)):
+        return []
+    found, wrong = torch.zeros(len(images), dtype=torch.bool), (right.mean(0) <= 0.5).cpu()
+    if wrong.any():
+        here = wrong.to(images.device)
+        found[wrong] = refutes(images[here], truth[here]).cpu()
+    return [found]

@@ -41,10 +41,12 @@ _OF_ONE_ATTACK = (
     "query_limit", "attack_sha256", "attack_version", "certified", "confidence", "confidence_wrong",
 )  # fmt: skip
 # From the attacker who knows nothing to the one who knows all.
-RUNGS = ("clean", "black", "gray", "white", "adaptive", "exact", "worst")
+RUNGS = ("clean", "black", "gray", "white", "adaptive", "exact", "worst", "certified")
 # Those of attackers who know a defence, and are sent against it alone.
 INFORMED = ("white", "adaptive", "exact")
 WORST = "worst"
+# No attack, but what is proven to stand.
+CERTIFIED = "certified"
 # What the bare classifier and the defence under test are called in every record.
 BARE, DEFENDED = "none", "nearest-neighbor"
 
@@ -120,7 +122,7 @@ def worst_cases(records: Sequence[PlainRecord]) -> list[dict[str, Any]]:
             continue
         own = [record for record in records if record["defense"] == defense and record.get("correct")]
         clean = [record for record in own if record["threat_model"] == "clean"]
-        attacked = [record for record in own if record["threat_model"] not in ("clean", WORST)]
+        attacked = [record for record in own if record["threat_model"] not in ("clean", WORST, CERTIFIED)]
         for norm in dict.fromkeys(record["norm"] for record in attacked):
             cells = [record for record in attacked if record["norm"] == norm]
             for eps in sorted({record["eps"] for record in cells}):

@@ -9,6 +9,7 @@ from typing import Any
 
 from nndefense import recipes
 from nndefense.attacks import registry
+from nndefense.certificates import registry as certificates
 from nndefense.errors import InputError, check_choice
 from nndefense.evaluation.ladder import DEFENDED, INFORMED
 from nndefense.evaluation.threats import AttackSettings
@@ -73,6 +74,8 @@ class Recipe:
         abstain_on: spec of the held-out images that its thresholds are set on; None: as
             :func:`~nndefense.pipeline.opening.held_out` finds them.
         abstain_steps: of the attack that must be accepted.
+        certify: a method of :mod:`nndefense.certificates.registry`, whose floor stands beside the attacks.
+        sigma, draws: of a method that draws noise, for each image.
         audit: whether the checks that need runs of their own are made, on up to ``audit_images`` images.
         title: a line for people.
     """
@@ -99,6 +102,9 @@ class Recipe:
     abstain: tuple[float, ...] = field(default=(), metadata=recipes.at("abstain.rates"))
     abstain_on: str | None = field(default=None, metadata=recipes.at("abstain.dataset"))
     abstain_steps: int = field(default=40, metadata=recipes.at("abstain.steps"))
+    certify: str | None = field(default=None, metadata=recipes.at("certify.method"))
+    sigma: float | None = field(default=None, metadata=recipes.at("certify.sigma"))
+    draws: int = field(default=1000, metadata=recipes.at("certify.draws"))
     audit: bool = field(default=True, metadata=recipes.at("report.audit"))
     audit_images: int = field(default=100, metadata=recipes.at("report.audit_images"))
     gallery: int = field(default=10, metadata=recipes.at("report.gallery"))
@@ -145,7 +151,11 @@ class Recipe:
             raise InputError(
                 "--abstain-on is for the thresholds of --abstain: give rates (--abstain 0.05), or leave it out"
             )
-        recipes.check_least(self, 1, "abstain_steps", "audit_images", "batch_size", "limit", "k")
+        if self.certify is not None and certificates.get(self.certify).chance != (self.sigma is not None):
+            raise InputError(f"sigma (--sigma) is for certificates that draw noise, and needed there: {self.certify}")
+        if self.sigma is not None and not (self.certify and 0 < self.sigma < float("inf")):
+            raise InputError(f"sigma (--sigma) is {self.sigma}, but must be above 0, beside a certificate (--certify)")
+        recipes.check_least(self, 1, "draws", "abstain_steps", "audit_images", "batch_size", "limit", "k")
         recipes.check_least(self, 0, "gallery", "seed")
 
     @property
@@ -157,7 +167,13 @@ class Recipe:
         """Plain values, rungs included; of the rule's newer settings those that are asked for."""
         lists = {"defenses": [*self.defenses], "train_set": [*self.train_set], "abstain": [*self.abstain]}
         values = {**asdict(self), **lists, "rungs": [rung.to_json() for rung in self.rungs]}
-        return {name: value for name, value in values.items() if name not in _RULE[2:] or value is not None}
+        # A recipe without certificates is the one that it was before there were any.
+        unsaid = {*_RULE[2:], "sigma", "certify"} | (set() if self.certify else {"draws"})
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in unsaid or (value is not None and name != "draws")
+        }
 
     @property
     def sha256(self) -> str:

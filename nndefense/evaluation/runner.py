@@ -20,6 +20,7 @@ from nndefense.evaluation.audit import UNDEFENDED, AuditLine, audit_records, str
 from nndefense.evaluation.audit_runs import AuditSubject, audit_runs, undefended_run
 from nndefense.evaluation.cells import CellStore
 from nndefense.evaluation.evaluate import Record, Subject, evaluate, starts_at_images
+from nndefense.evaluation.floor import Floor, floor_line
 from nndefense.evaluation.ladder import DEFENDED, INFORMED
 from nndefense.evaluation.recipe import Recipe, Rung
 from nndefense.evaluation.report import GalleryNeighbor, GalleryRow
@@ -76,6 +77,11 @@ def run(
         informed = bool(set(INFORMED).intersection(models)) or bool(recipe.abstain)
         subjects = subjects_of(defense, sizes=recipe.sizes, seed=recipe.seed, informed=informed, pictures=pictures)
     subjects += others
+    floor = None
+    if recipe.certify is not None:
+        how = {"sigma": recipe.sigma, "draws": recipe.draws, "alpha": 0.001, "seed": recipe.seed}
+        floor = Floor.of(recipe.certify, subjects, classifier, how, bool(set(INFORMED).intersection(models)))
+        subjects += [] if floor.subject in subjects else [floor.subject]
     threats = threats_of(models, subjects, classifier, surrogate)
     for threat in threats:
         if threat.name == "exact":
@@ -135,6 +141,11 @@ def run(
     )
     abstained = abstention.measure() if abstention is not None else None
     audit = audit_records(records, len(dataset.classes))
+    if floor is not None:
+        clean = next(one for one in records if (one.defense, one.threat_model) == (floor.subject.name, "clean"))
+        budgets = [(rung.attack.norm, eps) for rung in recipe.rungs for eps in rung.attack.eps]
+        records += floor.records(dataset.usable, maps["clean"], clean, [*dict.fromkeys(budgets)], store, device)
+        audit.append(floor_line(records, floor.alpha))
     ours = {threat.name: threat for threat in threats if threat.subject in (None, DEFENDED)}
     strongest = _strongest(recipe, ours)
     if strongest is None:

@@ -29,7 +29,7 @@ from nndefense.reporting.wording import BLANK, count_text, norm_name, number, pe
 _COLORS = {"bare": charts.BARE, "defended": charts.DEFENDED}
 _DASHES: dict[str, Any] = {
     "gray": "-", "black": (0, (3, 2)), "clean": (0, (0.75, 2)), "white": (0, (5, 1.5, 1, 1.5)),
-    "adaptive": (0, (1.5, 1.25)), "exact": (0, (8, 1)), "worst": "-",
+    "adaptive": (0, (1.5, 1.25)), "exact": (0, (8, 1)), "worst": "-", "certified": (0, (1, 1)),
 }  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def eps_lines(results: Results) -> list[Line]:
     Without the defence white box is gray box, so that only its gray and black lines are drawn.
     """
     lines: list[Line] = []
-    models = {DEFENDED: ("gray", "black", "white", "adaptive", "exact", "worst"), BARE: ("gray", "black")}
+    models = {DEFENDED: ("gray", "black", "white", "adaptive", "exact", "worst", "certified"), BARE: ("gray", "black")}
     attacked = {record["threat_model"] for record in records_of(results)}
     for defense, label in ((DEFENDED, "defended"), (BARE, "bare")):
         for threat_model in models[defense]:

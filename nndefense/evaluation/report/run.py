@@ -178,7 +178,7 @@ def _attack_texts(results: Results) -> list[str]:
     """Each attack that was run, with its settings and all its budgets."""
     attacks: dict[tuple[Any, ...], set[float]] = {}
     for record in records_of(results):
-        if record["threat_model"] != "clean":
+        if record["threat_model"] not in ("clean", "certified"):
             counts = record.get("steps"), record.get("query_limit"), record.get("restarts")
             key = (record["attack"], record["norm"], *counts)
             attacks.setdefault(key, set()).add(float(record["eps"]))

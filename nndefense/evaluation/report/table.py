@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from nndefense.attacks.registry import attack_name
-from nndefense.evaluation.ladder import BARE, DEFENDED, INFORMED, RUNGS, WORST, paired
+from nndefense.evaluation.ladder import BARE, CERTIFIED, DEFENDED, INFORMED, RUNGS, WORST, paired
 from nndefense.evaluation.report.abstention import abstention_text
 from nndefense.evaluation.report.records import (
     Record,
@@ -43,10 +43,16 @@ KNOWS = {
     "adaptive": "the defence, its database and its settings; attacks made for retrieval",
     "exact": "all of that; what any attack within the budget can do, by proof",
     "worst": "all of the above, image by image",
+    "certified": "whatever there is to know: what is proven to stand",
 }
 
 
-_BARE = {"white": "as gray box", "adaptive": "as gray box", "exact": "no proof of it"}
+_BARE = {
+    "white": "as gray box",
+    "adaptive": "as gray box",
+    "exact": "no proof of it",
+    "certified": "no certificate of it",
+}
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def side_by_side(results: Results) -> list[tuple[str, str, Record]]:
     On the net that is one of those who have the net, such as AutoAttack, and on a defence as a rule one of those who
     know it. None where nobody who knows a defence was sent against any.
     """
-    attacks = [name for name in RUNGS if name not in ("clean", "exact", WORST)]
+    attacks = [name for name in RUNGS if name not in ("clean", "exact", WORST, CERTIFIED)]
     found = []
     for name, label in _labels(results).items():
         tried = (at_headline(results, name, rung, any_attack=True) for rung in attacks)
@@ -173,7 +179,7 @@ def _costs(rungs: list[LadderRow]) -> str:
     rows: list[tuple[str | Cell, ...]] = []
     for rung in rungs:
         record = rung.defended or rung.bare
-        if rung.name in ("clean", WORST) or record is None:
+        if rung.name in ("clean", WORST, CERTIFIED) or record is None:
             continue
         passes = (record.get("forwards") or 0) + (record.get("backwards") or 0) + (record.get("queries") or 0)
         rows.append(
