@@ -15,6 +15,7 @@ from torch import nn
 from nndefense.errors import InputError, ModelError, warn
 from nndefense.training.batches import EpochBatches
 from nndefense.training.display import LOOK_SECONDS, Curves, Display
+from nndefense.training.kernel_retrieval import Unsaturated
 from nndefense.training.progress import BEST, HistoryRow, Standing, Sums, TrainingFolder, part_of
 from nndefense.training.random_state import kept
 from nndefense.training.row_bank import RowBank
@@ -151,8 +152,6 @@ class TrainingRun:
                 rate = learning_rate(self.settings, self.done, steps)
                 if self.bank is not None and self._refreshes():
                     self.bank.refresh(stepper.classifier)
-                    if self.done == 0:
-                        self.bank.set_temperature(stepper.classifier)
                 stepper(share, rate, self.done + 1, standing.sums)
                 standing.step += 1
                 bar.update(share.images)
@@ -234,7 +233,7 @@ class TrainingRun:
     def _answers(self) -> nn.Module:
         """What is checked: the retrieval where that is trained, else the classifier."""
         classifier = self.stepper.classifier
-        return classifier if self.bank is None else self.bank.answers(classifier)
+        return classifier if self.bank is None else Unsaturated(self.bank.answers(classifier))
 
     def _final_weights(self) -> contextlib.AbstractContextManager[None]:
         """The weights that the classifier would have if the training ended here."""

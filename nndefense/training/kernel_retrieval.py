@@ -16,6 +16,8 @@ VOTES = ("labels", "posteriors")
 MOST_ROWS = 4096
 # Log of the share of the votes that a class is given at most of which no row was found.
 _NONE_FOUND = -27.6
+# How far apart the two likeliest classes may be in what an attack is shown, in nats.
+_GAP = 5.0
 # Distances that a search holds at a time.
 _BLOCK = 2**23
 
@@ -175,3 +177,27 @@ class KernelRetrieval(nn.Module):
         if self.votes == "labels":
             return vectors, found, self.rows.labels[numbers]
         return vectors, found, self.net.head(vectors).to(queries.dtype).log_softmax(2)
+
+
+class Unsaturated(nn.Module):
+    """The answers of a retrieval on a scale that leaves an attack a gradient: the same order of the classes.
+
+    Log-probabilities are divided, image by image, so that the two likeliest classes are at most 5 nats apart. With a
+    small T the nearest rows' class has all of the votes but for less than float32 resolves; the gradient of the
+    cross-entropy is then 0, the attack stands still, and the training learns to hide from it by a smaller T.
+    """
+
+    def __init__(self, retrieval: nn.Module) -> None:
+        """
+        Args:
+            retrieval: images N x C x H x W -> log-probabilities N x classes.
+        """
+        super().__init__()
+        self.retrieval = retrieval
+        adopt_mode(self, retrieval)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits N x classes."""
+        log_p: Tensor = self.retrieval(images)
+        first, second = log_p.detach().topk(2, dim=1).values.unbind(1)
+        return log_p / ((first - second) / _GAP).clamp_min(1)[:, None]

@@ -17,8 +17,6 @@ from nndefense.training.random_state import kept
 
 _BATCH = 256
 _VECTORS = "bank.vectors"
-# T at first, in mean squared distances of two rows; and where all are equal.
-_BEGIN, _LEAST = 0.1, 1e-12
 
 
 class RowBank:
@@ -55,17 +53,6 @@ class RowBank:
     def refresh(self, classifier: Classifier) -> None:
         """Compute all rows anew."""
         self.rows.vectors.copy_(self._embedded(classifier))
-
-    @torch.no_grad()
-    def set_temperature(self, classifier: Classifier) -> None:
-        """Begin with a T that suits the rows' distances, unless the net was trained by retrieval before.
-
-        A tenth of the mean squared distance of two rows: with a T far above their distances all rows would weigh alike,
-        and with one far below only the nearest would be seen.
-        """
-        if "retrieval" not in classifier.info:
-            squared = 2 * self.rows.vectors.var(0, correction=0).sum()
-            embedded(classifier).log_temperature.copy_((_BEGIN * squared).clamp_min(_LEAST).log())
 
     def answers(self, classifier: Classifier) -> KernelRetrieval:
         """What the retrieval with these weights answers to images that are no rows; rows are computed anew for it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,8 @@ class EmbeddedNet(nn.Module):
         base: the net without its last linear layer.
         embedding: that layer: -> g(x), N x d.
         head: g(x) -> logits N x classes.
-        log_temperature: log T, a scalar. Nothing but a training by retrieval changes it, which begins by setting it.
+        log_temperature: log T, a scalar; T begins at the root of d, far above the distances of fresh embeddings, which
+            then grow until classes are told apart. Nothing but a training by retrieval changes it.
     """
 
     def __init__(self, base: nn.Module, classes: int) -> None:
@@ -30,7 +33,7 @@ class EmbeddedNet(nn.Module):
         self.base = base
         self.embedding = last
         self.head = nn.Linear(last.out_features, classes)
-        self.log_temperature = nn.Parameter(torch.zeros(()))
+        self.log_temperature = nn.Parameter(torch.tensor(0.5 * math.log(last.out_features)))
 
     @property
     def temperature(self) -> float:

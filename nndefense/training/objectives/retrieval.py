@@ -21,12 +21,12 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nndefense.errors import InputError
 from nndefense.training.batch import Batch, BatchAttack, Objective, Outcome
-from nndefense.training.kernel_retrieval import MOST_ROWS, VOTES, KernelRetrieval
+from nndefense.training.kernel_retrieval import MOST_ROWS, VOTES, KernelRetrieval, Unsaturated
 from nndefense.training.objectives.registry import WEIGHT, entered
 from nndefense.training.objectives.supervised import adversarial, standard, trades
 from nndefense.training.objectives.terms import needed
@@ -117,8 +117,19 @@ def _retrieved(
             "training set, or give the batch a bank"
         )
     retrieved = KernelRetrieval(model, batch.bank, rows, votes, batch.own)
-    found = objective(retrieved, replace(batch, labelled=None), attack)
+    found = objective(retrieved, replace(batch, labelled=None), None if attack is None else _shown(attack))
     assert retrieved.queries is not None
     own = F.cross_entropy(retrieved.net.head(retrieved.queries.detach()), batch.labels)
     parts = {**found.parts, "retrieval_loss": found.loss.detach(), "head_loss": own.detach()}
     return replace(found, loss=found.loss + head * own, parts=parts)
+
+
+def _shown(attack: BatchAttack) -> BatchAttack:
+    """The attack, on answers that leave it a gradient."""
+
+    def attacked(model: nn.Module, images: Tensor, y: Tensor, *, loss: str = "cross-entropy") -> Tensor:
+        found: Tensor = attack(Unsaturated(model), images, y, loss=loss)
+        return found
+
+    attacked.mode = getattr(attack, "mode", "eval")  # type: ignore[attr-defined]
+    return attacked
