@@ -138,7 +138,7 @@ def test_calibrate_then_classify_and_evaluate(work: Work, photos: Path, tmp_path
     said = nndefense(
         "calibrate", "--dataset", "digits:train[:300]", "--classifier", work.classifier, "--out", database,
         "--holdout", 40, "--layers", "block2,block3", "--poolings", "avg", "--ks", "1,5", "--eps", "0.1",
-        *SHORT, "--json",
+        "--objective", "gray", "--build-anyway", *SHORT, "--json",
     ).json  # fmt: skip
     calibration = said["calibration"]
     assert (said["rows"], calibration["n"], calibration["candidate_rows"]) == (300, 40, 260)
@@ -489,7 +489,7 @@ def test_images_that_would_find_themselves(work: Work, tmp_path: Path) -> None:
 
 def test_calibrate_on_few_images_lowers_holdout_and_pca(work: Work, tmp_path: Path) -> None:
     words = ["calibrate", "--classifier", work.classifier, "--layers", "block1", "--poolings", "flatten", "--ks", "1"]
-    words += ["--eps", "0.1", "--steps", "1"]
+    words += ["--eps", "0.1", "--steps", "1", "--objective", "gray", "--build-anyway"]
     done = nndefense(*words, "--dataset", "digits:train[:61]", "--out", tmp_path / "few")
     assert done.code == 0, done.err
     assert "digits:train[:61] has 61 images: 20 of them are held out to calibrate on" in done.err

@@ -171,7 +171,9 @@ def test_the_demo(tmp_path):
             exact=True,
             headline_eps=0.2,
             audit=False,
-            candidates=Candidates(layers=("block1.0",), poolings=("grid8",), ks=(3,), weightings=("uniform",)),
+            candidates=Candidates(
+                layers=("block1.0",), poolings=("grid8",), ks=(3,), weightings=("uniform",), objective="gray"
+            ),
             gallery=0,
             device="cpu",
             progress=False,

@@ -218,7 +218,8 @@ class Job:
         return [*filled, *(() if {"theory", "--quiet", "--device"} & set(filled) else _QUICK)]
 
 
-_CALIBRATE = "--holdout 20 --layers block2 --poolings avg --ks 1,2 --eps 0.1 --steps 1"
+_GRAY = "--objective gray --build-anyway"
+_CALIBRATE = f"{_GRAY} --holdout 20 --layers block2 --poolings avg --ks 1,2 --eps 0.1 --steps 1"
 JOBS = {
     "train": Job("train --dataset digits:train[:60] --epochs 2 --out {out}", again=("--resume",)),
     "calibrate": Job(f"calibrate --dataset digits:train[:80] --classifier {{net}} {_CALIBRATE} --out {{out}}",

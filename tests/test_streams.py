@@ -137,6 +137,7 @@ def test_other_commands_take_such_names(classified: tuple[Path, list[str]], tmp_
         net, images = options[2:], ("--dataset", f"imagefolder:{root}", "--eps", "0.1", "--steps", 1)
         assert nndefense("attack", *images, *net, "--out", tmp_path / LATIN.upper()).code == 0
         few = ("--holdout", 2, "--ks", 1, "--layers", 0, "--poolings", "avg", "--pca", 0, "--candidate-rows", 4)
+        few += ("--objective", "gray", "--build-anyway")
         done = nndefense("calibrate", *images, *net, *few, "--out", tmp_path / "db", "--quiet")
         assert done.code == 0, done.err
         assert LATIN in json.loads(nndefense("index", "info", tmp_path / "db", "--json").out)["data"]["name"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nndefense.cli.declare import Commas
+from nndefense.cli.declare import Commas, OneOf
 from nndefense.cli.options import (
     AttackOptions,
     BatchOption,
@@ -46,6 +46,13 @@ class CalibrationOptions:
     max_clean_loss: Annotated[
         float, typer.Option(min=0, max=1, help="Clean accuracy that may be lost, as a fraction.")
     ] = 0.02
+    objective: Annotated[
+        str,
+        OneOf(
+            "What counts: the worst of the attack and one that knows the retrieval, or the attack alone.",
+            ("informed", "gray"),
+        ),
+    ] = "informed"
     candidate_rows: Annotated[
         int, typer.Option(min=1, help="Database images, drawn at random, to compare settings on.")
     ] = 20_000
@@ -62,6 +69,7 @@ class CalibrationOptions:
             pca=self.pca,
             max_clean_loss=self.max_clean_loss,
             rows=self.candidate_rows,
+            objective=self.objective,
         )
 
 
@@ -73,13 +81,19 @@ def calibrate(
     by: AttackOptions,
     eps: Annotated[str, typer.Option(help="Budget of the attack to calibrate for.")] = "0.2",
     choice: CalibrationOptions,
+    build_anyway: Annotated[
+        bool, typer.Option("--build-anyway", help="Build the best setting also where it is no better than none.")
+    ] = False,
     overwrite: OverwriteOption = False,
     batch_size: BatchOption = 128,
     common: Common,
 ) -> None:
-    """Choose layer, pooling, K and weighting on held-out images, and build the database with them."""
+    """Choose layer, pooling, K and weighting on held-out images, and build the database with them.
+
+    Where no setting is better than the classifier alone, it says so, builds nothing and ends with exit code 1.
+    """
     from nndefense.evaluation import calibration_text
-    from nndefense.pipeline import build_calibrated, split
+    from nndefense.pipeline import NothingBetterError, build_calibrated, split
 
     settings, candidates = by.settings((number("--eps", eps),)), choice.candidates
     net = model.open(common, specs=dataset)
@@ -92,19 +106,25 @@ def calibrate(
         seed=common.seed,
         say=common.say,
     )
-    database, chosen = build_calibrated(
-        net,
-        sets,
-        out,
-        settings,
-        candidates,
-        specs=dataset,
-        overwrite=overwrite,
-        batch_size=batch_size,
-        seed=common.seed,
-        progress=common.progress,
-        say=common.say,
-    )
+    try:
+        database, chosen = build_calibrated(
+            net,
+            sets,
+            out,
+            settings,
+            candidates,
+            build_anyway=build_anyway,
+            specs=dataset,
+            overwrite=overwrite,
+            batch_size=batch_size,
+            seed=common.seed,
+            progress=common.progress,
+            say=common.say,
+        )
+    except NothingBetterError as error:
+        found = error.chosen.calibration
+        common.show({"database": None, "rows": 0, "calibration": found}, calibration_text(found))
+        raise
     common.show(
         {"database": str(out), "rows": len(database), "calibration": chosen.calibration},
         f"{calibration_text(chosen.calibration)}\nbuilt {out}: {len(database):,} rows of {chosen.feature}",

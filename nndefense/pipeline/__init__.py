@@ -12,7 +12,7 @@ from nndefense.faces import importing
 if TYPE_CHECKING:
     from nndefense.pipeline import defenses
     from nndefense.pipeline.attacking import write_attacked
-    from nndefense.pipeline.calibrating import Candidates, Chosen, build_calibrated, choose
+    from nndefense.pipeline.calibrating import Candidates, Chosen, NothingBetterError, build_calibrated, choose
     from nndefense.pipeline.certifying import CertifySettings, certified_text, certify, certify_images
     from nndefense.pipeline.checks import (
         check_disjoint,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "attacking": "write_attacked",
-    "calibrating": "Candidates Chosen build_calibrated choose",
+    "calibrating": "Candidates Chosen NothingBetterError build_calibrated choose",
     "certifying": "CertifySettings certified_text certify certify_images",
     "checks": "check_disjoint check_not_calibrated_on check_not_in_database check_surrogate",
     "demo": "DemoSettings run_demo",
@@ -51,8 +51,8 @@ __getattr__ = importing(__name__, _HOMES | {"defenses": f"{__name__}.defenses"})
 
 __all__ = [
     "Candidates", "CertifySettings", "Chosen", "DemoSettings", "Made", "MaterialSettings", "Materials",
-    "build_calibrated", "certified_text", "certify", "certify_images", "check_disjoint", "check_not_calibrated_on",
-    "check_not_in_database", "check_parts", "check_surrogate", "choose", "defenses", "drawn", "evaluate",
-    "headline_of", "make_defense", "open_classifier", "open_datasets", "reported_split", "run_demo", "seal_records",
-    "split", "subject_of", "training_shape", "with_known_seed", "write_attacked",
+    "NothingBetterError", "build_calibrated", "certified_text", "certify", "certify_images", "check_disjoint",
+    "check_not_calibrated_on", "check_not_in_database", "check_parts", "check_surrogate", "choose", "defenses",
+    "drawn", "evaluate", "headline_of", "make_defense", "open_classifier", "open_datasets", "reported_split",
+    "run_demo", "seal_records", "split", "subject_of", "training_shape", "with_known_seed", "write_attacked",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +16,9 @@ from index_build.job import NAME as JOB
 from nndefense.bars import progress_bar
 from nndefense.database import WEIGHTINGS, ImageDatabase, check_vacant
 from nndefense.datasets import ImageDataset
-from nndefense.defenses import DEFAULT_KS, calibrate
-from nndefense.errors import InputError
+from nndefense.defenses import DEFAULT_KS, OBJECTIVES, RUNGS, AdaptiveAttacker, HalvingRung, calibrate
+from nndefense.defenses.informed import EFFORT
+from nndefense.errors import InputError, NNDefenseError, check_choice
 from nndefense.evaluation import AttackSettings, run_attack
 from nndefense.features import WIDEST, FeatureSpec, raw_vectors, spatial_layers, spread
 from nndefense.locks import passing_folder, writes
@@ -25,6 +26,7 @@ from nndefense.models import Classifier
 from nndefense.pipeline.checks import check_disjoint
 from nndefense.pipeline.finished import find_or_build
 from nndefense.pipeline.opening import drawn
+from nndefense.reporting.wording import plural, rough
 
 DEFAULT_POOLINGS = ("avg", "rmac", "grid4", "grid8", "cls")
 # Candidates are compared, not kept: half of a database's own sample serves their PCA.
@@ -42,6 +44,12 @@ class Candidates:
         max_clean_loss: clean accuracy that may be lost, as a fraction.
         rows: how many database images, drawn at random, they are compared on.
         count: of the layers.
+        objective: ``informed``: the best is who keeps most images in the worst case of the gray-box attack and one by
+            who knows the retrieval; ``gray``: under the gray-box attack alone.
+        rungs: how he who knows it is sent against them.
+
+    Raises:
+        InputError: another objective.
     """
 
     layers: Sequence[str] | None = None
@@ -52,9 +60,18 @@ class Candidates:
     max_clean_loss: float = 0.02
     rows: int = 20_000
     count: int = 6
+    objective: str = "informed"
+    rungs: Sequence[HalvingRung] = RUNGS
+
+    def __post_init__(self) -> None:
+        check_choice("the objective", self.objective, OBJECTIVES)
 
     def features(self, classifier: Classifier) -> list[FeatureSpec]:
-        """The layers and poolings worth trying.
+        """The layers and poolings worth trying; errors as for :meth:`widths`."""
+        return list(self.widths(classifier))
+
+    def widths(self, classifier: Classifier) -> dict[FeatureSpec, int]:
+        """The layers and poolings worth trying, and how long the vectors of each are before their PCA.
 
         Left out: those whose vectors equal those of one before them, but for the order of their entries (a finer grid
         than the layer's map, any pooling of a map of 1 x 1 or of vectors, a layer that passes on what it is given), raw
@@ -67,14 +84,14 @@ class Candidates:
         generator = torch.Generator().manual_seed(0)
         example = torch.rand((1, *classifier.input_shape), generator=generator).to(classifier.device)
         names = list(self.layers) if self.layers else spread(spatial_layers(classifier.net, example), self.count)
-        features, entries = [], list[Tensor]()
+        features, entries = dict[FeatureSpec, int](), list[Tensor]()
         for name, vectors in zip(names, raw_vectors(classifier, names, self.poolings, example), strict=True):
             for pooling, vector in zip(self.poolings, vectors, strict=True):
                 if vector is None or not 0 < vector.numel() <= WIDEST:
                     continue
                 found = vector.flatten().sort().values
                 if not any(_same(found, other) for other in entries):
-                    features.append(FeatureSpec(name, pooling, pca=self.pca))
+                    features[FeatureSpec(name, pooling, pca=self.pca)] = len(found)
                     entries.append(found)
         if not features:
             raise InputError("no layer gives vectors of a usable length: name layers and poolings yourself")
@@ -84,6 +101,22 @@ class Candidates:
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two layers' sorted entries are the same, and say something: dead ones are not all alike."""
     return one.shape == other.shape and bool(one.any()) and torch.allclose(one, other, rtol=1e-5, atol=0)
+
+
+def _cost(wanted: Candidates, widths: Mapping[FeatureSpec, int], classifier: Classifier, rows: int, held: int) -> str:
+    """What the comparison takes, for people, before any of it is taken."""
+    numbers = sum(min(width, wanted.pca or width) for width in widths.values())
+    # Each vector stands in its shard and in the index; beside it posteriors, weights, label and id.
+    size = 4 * rows * (2 * numbers + len(widths) * (len(classifier.classes) + 24))
+    count = plural(len(widths), "candidate")
+    text = f"comparing {count} over {rows:,} rows: {rough(size / 1e6)} MB until they are compared"
+    if wanted.objective == "gray":
+        return text
+    gradients = sum(
+        min(rung.settings, rung.each * len(widths)) * min(rung.images or held, held) * rung.steps
+        for rung in wanted.rungs
+    )
+    return f"{text}, and at most {EFFORT * gradients:,} gradients of who knows them"
 
 
 @dataclass(frozen=True)
@@ -102,6 +135,21 @@ class Chosen:
     weighting: str
     calibration: dict[str, Any]
     features: Sequence[FeatureSpec]
+
+
+class NothingBetterError(NNDefenseError):
+    """No setting is better than the bare classifier, and nothing was built.
+
+    Attributes:
+        chosen: the best setting, and what it was chosen from.
+    """
+
+    def __init__(self, out: Path, chosen: Chosen) -> None:
+        super().__init__(
+            f"nothing was built in {out}, since no setting is better than the bare classifier: build the best one all "
+            "the same with --build-anyway (build_anyway=True), or look for a classifier that is robust by itself"
+        )
+        self.chosen = chosen
 
 
 def attacked_images(
@@ -157,8 +205,8 @@ def choose(
         batch_size: images per forward pass.
         seed: of the rows; one more is that of the attack and of the databases.
         progress: whether to show bars.
-        say: called with a line for people where there are too few candidate rows for the PCA that is wanted: half
-            as many dimensions are kept then.
+        say: called with a line for people on what the comparison will take, and before it where there are too few
+            candidate rows for the PCA that is wanted: half as many dimensions are kept then.
 
     Raises:
         DataError: held-out images stand among the candidate rows.
@@ -171,11 +219,17 @@ def choose(
         # Half, so that images that turn out to be unreadable do not matter.
         say(f"{len(rows):,} images are too few for a PCA to {wanted.pca} dimensions: {len(rows) // 2} are kept")
         wanted = replace(wanted, pca=len(rows) // 2)
-    features = wanted.features(classifier)
+    widths = wanted.widths(classifier)
+    features = list(widths)
+    say(_cost(wanted, widths, classifier, len(rows), len(held)))
     if attacked is None:
         attacked = attacked_images(
             classifier, held, attack, eps, batch_size=batch_size, seed=seed + 1, progress=progress
         )
+
+    informed = None
+    if wanted.objective == "informed":
+        informed = AdaptiveAttacker(classifier, attack.norm, eps, seed + 1, batch_size)
 
     def bar(found: Iterable[ImageDatabase]) -> Iterable[ImageDatabase]:
         yield from progress_bar(found, desc="comparing settings", unit=" layers", shown=progress)
@@ -194,6 +248,9 @@ def choose(
                 progress=progress,
             ),
             *attacked,
+            informed=informed,
+            rungs=wanted.rungs,
+            seed=seed + 1,
             ks=wanted.ks,
             weightings=wanted.weightings,
             max_clean_loss=wanted.max_clean_loss,
@@ -219,6 +276,7 @@ def build_calibrated(
     attack: AttackSettings,
     candidates: Candidates | None = None,
     *,
+    build_anyway: bool = False,
     specs: Sequence[str] = (),
     overwrite: bool = False,
     batch_size: int = 128,
@@ -234,17 +292,21 @@ def build_calibrated(
             :func:`~nndefense.pipeline.split` gives them.
         out: the database's folder; the calibration is stored with it. A build that was killed there goes on.
         attack: what the setting is chosen for, at the first of its budgets.
+        build_anyway: build the best setting even where it is not better than the bare classifier.
         specs: of the database images, so that they can be opened again.
         overwrite: replace what is there.
 
     Raises:
         DataError, InputError: as for :func:`choose`.
         DatabaseError: the folder cannot be used.
+        NothingBetterError: no setting is better than the bare classifier; nothing was built.
     """
     rows, rest, held = sets
     # A build that was killed after its manifest is finished, not refused.
     check_vacant(out, overwrite=overwrite or (out / JOB).exists())
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
     chosen = choose(classifier, rest, held, attack, attack.eps[0], candidates, beside=out, say=say, **options)
+    if not build_anyway and chosen.calibration.get("paired", {}).get("better") is False:
+        raise NothingBetterError(out, chosen)
     options |= {"specs": specs, "overwrite": overwrite, "calibrations": {out: chosen.calibration}}
     return build_database(rows, classifier, chosen.feature, out, **options), chosen

@@ -46,7 +46,8 @@ class DemoSettings:
         input_shape: C, H, W for classifiers that do not say it, or None for that of the images.
         size: height and width of the images where nets are trained, or None as for
             :func:`~nndefense.pipeline.training_shape`.
-        candidates: the settings that are compared.
+        candidates: the settings that are compared, by default under the gray-box attack alone. The best one is built
+            even where it is no better than the bare classifier, and the report says so.
         limit: how many test images, drawn at random, or None for all.
         adaptive: the adaptive attack; None for neither that nor the white box.
         exact: whether the exact accuracy is found, where the chosen feature is affine in the pixels.
@@ -69,7 +70,7 @@ class DemoSettings:
     classes: Path | None = None
     input_shape: tuple[int, int, int] | None = None
     size: tuple[int, int] | None = None
-    candidates: Candidates = field(default_factory=Candidates)
+    candidates: Candidates = field(default_factory=lambda: Candidates(objective="gray"))
     epochs: int | None = None
     limit: int | None = None
     batch_size: int = 128

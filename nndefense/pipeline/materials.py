@@ -190,7 +190,9 @@ class Materials:
                 self.held,
                 self._attack,
                 scope.headline,
-                Candidates(poolings=(pooling,), pca=scope.pca, rows=scope.candidate_rows, count=scope.layers),
+                Candidates(
+                    poolings=(pooling,), pca=scope.pca, rows=scope.candidate_rows, count=scope.layers, objective="gray"
+                ),
                 attacked=self.attacked,
                 folder=self.out / "candidates" / pooling,
                 batch_size=scope.batch_size,

@@ -11,7 +11,8 @@ from typing import Any
 
 BLANK = "–"
 _NOT_PRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-_ACCURACIES = {"accuracy", "ci_low", "ci_high", "clean", "attacked", "bare_clean", "bare_attacked"}
+_MEASURED = ("clean", "attacked", "worst")
+_ACCURACIES = {"accuracy", "ci_low", "ci_high", *_MEASURED, *(f"bare_{name}" for name in _MEASURED)}
 
 
 def escape(value: object) -> str:
@@ -141,6 +142,7 @@ def words(key: str) -> str:
         "database_rows": "database images",
         "bare_clean": "clean without defence",
         "bare_attacked": "attacked without defence",
+        "bare_worst": "worst without defence",
     }
     return names.get(key, key.replace("_", " "))
 

@@ -14,6 +14,7 @@ from nndefense.reporting.wording import (
     escape,
     norm_name,
     number,
+    p_text,
     percent,
     plural,
     short,
@@ -23,6 +24,9 @@ from nndefense.reporting.wording import (
 )
 
 SHOWN_CANDIDATES = 12
+_BARE_ROW = "no defence"
+_ACCURACIES = ("clean", "attacked", "worst")
+_MEASURED = (*_ACCURACIES, "images")
 _TITLE = "How the settings were chosen"
 
 
@@ -35,67 +39,96 @@ def calibration_section(results: Results) -> str:
             f"They are {settings_text(results) or 'not recorded'}."
         )
         return section(_TITLE, f"<p>{escape(given)}</p>", "calibration")
-    chosen = calibration["chosen"]
-    table: list[Mapping[str, Any]] = list(calibration.get("table") or [chosen])
-    if not any(_same_candidate(row, chosen) for row in table):
-        table.insert(0, chosen)
-    table.sort(key=lambda row: not _same_candidate(row, chosen))
-    keys = ["layer", "pooling", "k", "weighting", "dimension", "clean", "attacked"]
-    extra = [key for key in dict.fromkeys(key for row in table for key in row) if key not in keys]
-    constant = [key for key in [*keys, *extra] if len(table) > 1 and len({str(row.get(key)) for row in table}) == 1]
-    columns = [key for key in [*keys, *extra] if key not in constant and any(row.get(key) is not None for row in table)]
-    shared = [f"{words(key)} {value_text(key, table[0][key])}" for key in constant if table[0].get(key) is not None]
+    rows = _calibrated_rows(calibration)
+    keys = ["layer", "pooling", "k", "weighting", "dimension", *_MEASURED]
+    keys += [key for key in dict.fromkeys(key for row in rows for key in row) if key not in keys]
+    settings = [row for row in rows if row.get("layer") != _BARE_ROW]
+    # The bare classifier's row has its name among the layers.
+    apart = _MEASURED if settings == rows else ("layer", *_MEASURED)
+    several = len(settings) > 1
+    constant = [key for key in keys if several and key not in apart and len({str(r.get(key)) for r in settings}) == 1]
+    columns = [key for key in keys if key not in constant and any(row.get(key) is not None for row in rows)]
+    shared = [f"{words(key)} {value_text(key, rows[0][key])}" for key in constant if rows[0].get(key) is not None]
     shared_text = f"The same for all: {', '.join(shared)}. " if shared else ""
     if calibration.get("bare_clean") is not None and calibration.get("bare_attacked") is not None:
-        bare = [percent(float(calibration[key])) for key in ("bare_clean", "bare_attacked")]
-        shared_text += f"Without defence: clean {bare[0]}, attacked {bare[1]}. "
+        bare = [f"{name} {percent(value)}" for name, value in _bare(calibration).items() if name in _ACCURACIES]
+        shared_text += f"Without defence: {', '.join(bare)}. "
     if calibration.get("within_bound") is False:
         shared_text += "No candidate met the bound on lost clean accuracy, so the one that loses least was taken. "
     attack = _attack_text(calibration.get("attack") or {})
     candidates = Table(
         (*(Cell(words(key), unit(key)) for key in columns), ""),
         tuple(
-            (*(value_text(key, row.get(key)) for key in columns), "chosen" if _same_candidate(row, chosen) else "")
-            for row in table
+            (*(value_text(key, row.get(key)) for key in columns), "" if number else "chosen")
+            for number, row in enumerate(rows)
         ),
-        kinds=tuple("chosen" if _same_candidate(row, chosen) else "" for row in table),
+        kinds=tuple("" if number else "chosen" for number in range(len(rows))),
     )
     rest = candidates.after(SHOWN_CANDIDATES)
     more = folded(f"The other {len(rest.rows)} candidates", rest.html()) if rest.rows else ""
     objective = calibration.get("objective") or "an objective not recorded"
     source = calibration.get("dataset") or "a data set not recorded"
     under = f"; the attack: {attack}" if attack else ""
-    about = f"""<p>Out of {number(len(table))} candidates, by <em>{escape(objective)}</em>
+    verdict = f"<p><strong>{escape(verdict_text(calibration))}</strong></p>\n" if verdict_text(calibration) else ""
+    about = f"""{verdict}<p>Out of {number(len(settings))} candidates, by <em>{escape(objective)}</em>
 over {number(calibration.get("n") or 0)} images of {escape(source)}{escape(under)}. {escape(shared_text)}The chosen one
 comes first, the others in the order of the calibration; accuracies in %.</p>"""
     return section(_TITLE, f"{about}\n{candidates.first(SHOWN_CANDIDATES).html()}\n{more}", "calibration")
 
 
 def calibration_text(calibration: Mapping[str, Any], rows: int = SHOWN_CANDIDATES) -> str:
-    """The table that a setting was chosen from, for a terminal."""
-    head = (
-        f"calibrated on {calibration['n']} images of {calibration['dataset']}: {calibration['objective']}\n"
-        f"bare classifier: clean {percent(calibration['bare_clean'])} %, attacked "
-        f"{percent(calibration['bare_attacked'])} %"
-    )
+    """The table that a setting was chosen from, for a terminal; where nothing helps, the first line says so."""
+    head = [verdict_text(calibration)] if verdict_text(calibration) else []
+    head += [f"calibrated on {calibration['n']} images of {calibration['dataset']}: {calibration['objective']}"]
     if not calibration["within_bound"]:
-        head += "\nno setting keeps that bound; the one that loses least was chosen"
-    found = calibration["table"]
-    keys = ("layer", "pooling", "dimension", "k", "weighting", "clean", "attacked")
+        head += ["no setting keeps that bound; the one that loses least was chosen"]
+    found = _calibrated_rows(calibration)
+    keys = ["layer", "pooling", "dimension", "k", "weighting"]
+    keys += [key for key in dict.fromkeys(key for row in found for key in row) if key not in (*keys, *_MEASURED)]
+    keys += [key for key in _MEASURED if any(row.get(key) is not None for row in found)]
     table = Table(
-        ("", "layer", "pooling", "dims", "k", "weighting", "clean", "attacked"),
+        ("", *("dims" if key == "dimension" else words(key) for key in keys)),
         tuple(
-            (">" if row == calibration["chosen"] else "", *(value_text(key, row[key]) for key in keys))
-            for row in found[:rows]
+            ("" if number else ">", *(value_text(key, row.get(key)) if key in row else "" for key in keys))
+            for number, row in enumerate(found[:rows])
         ),
         left=3,
     )
     rest = [f"... and {len(found) - rows} more"] if len(found) > rows else []
-    return "\n".join([head, table.text(), *rest])
+    return "\n".join([*head, table.text(), *rest])
 
 
-def _same_candidate(row: Mapping[str, Any], chosen: Mapping[str, Any]) -> bool:
-    return all(row.get(key) == chosen.get(key) for key in ("layer", "pooling", "k", "weighting", "dimension"))
+def verdict_text(calibration: Mapping[str, Any]) -> str:
+    """That no setting is better than the bare classifier, in plain words; empty where one is, or it was not tested."""
+    paired = calibration.get("paired")
+    if not paired or paired["better"]:
+        return ""
+    informed = calibration.get("bare_worst") is not None
+    key, attack = ("worst", "the strongest attack on each") if informed else ("attacked", "the gray-box attack")
+    none = f"none of {plural(len(calibration['table']), 'setting')} is"
+    if not calibration["within_bound"]:
+        none = "no setting keeps the bound on clean accuracy, and the one that loses least is not"
+    kept = [percent(value) for value in (calibration["chosen"][key], calibration[f"bare_{key}"])]
+    return (
+        f"Nothing helps: {none} shown to keep more images than the bare classifier under {attack} (the best one keeps "
+        f"{kept[0]} %, the bare classifier {kept[1]} % of {number(calibration['n'])}; paired test, p = "
+        f"{p_text(paired['p'])})."
+    )
+
+
+def _calibrated_rows(calibration: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table of a calibration: the chosen setting, the bare classifier where it was measured, and the others."""
+    chosen = calibration["chosen"]
+    setting = [key for key in chosen if key not in _MEASURED]
+    others = [row for row in calibration.get("table") or () if any(row.get(key) != chosen.get(key) for key in setting)]
+    bare = [_bare(calibration)] if calibration.get("bare_clean") is not None else []
+    return [dict(chosen), *bare, *map(dict, others)]
+
+
+def _bare(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: calibration.get(f"bare_{name}") for name in _ACCURACIES}
+    found = {name: value for name, value in found.items() if value is not None}
+    return {"layer": _BARE_ROW, **found, **({"images": calibration["n"]} if "worst" in found else {})}
 
 
 def _attack_text(attack: Mapping[str, Any]) -> str:
