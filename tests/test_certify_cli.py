@@ -105,6 +105,7 @@ def test_exact_certificates_by_the_command(work: dict[str, Path], tmp_path: Path
         ({"sigma": 0}, 2, "(--sigma) is 0"),
         ({"method": "exact"}, 2, "leave sigma (--sigma) out"),
         ({"method": "exact", "sigma": None, "database": None, "classifier": "net"}, 2, "--database"),
+        ({"method": "bounds-net", "sigma": None}, 2, "leave the database (--database) out"),
         ({"confidence": 0.001}, 2, "--confidence"),
         ({"eps": "0"}, 2, "--eps"),
         ({"eps": "8", "norm": "linf"}, 2, "8/255"),

@@ -12,6 +12,7 @@ from nndefense.faces import importing
 if TYPE_CHECKING:
     from nndefense.certificates import registry
     from nndefense.certificates.affine import certify_exact
+    from nndefense.certificates.bounds import certify_bounds
     from nndefense.certificates.record import Certified, CertifiedAccuracy
     from nndefense.certificates.registry import CertificateMethod
     from nndefense.certificates.smoothed_features import SmoothedFeatures, certify_smoothed_features
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "affine": "certify_exact",
+    "bounds": "certify_bounds",
     "record": "Certified CertifiedAccuracy",
     "registry": "CertificateMethod",
     "smoothed_features": "SmoothedFeatures certify_smoothed_features",
@@ -29,5 +31,5 @@ __getattr__ = importing(__name__, _HOMES | {"registry": f"{__name__}.registry"})
 
 __all__ = [
     "CertificateMethod", "Certified", "CertifiedAccuracy", "SmoothedClassifier", "SmoothedFeatures", "certify",
-    "certify_exact", "certify_smoothed_features", "certify_smoothing", "predict", "registry",
+    "certify_bounds", "certify_exact", "certify_smoothed_features", "certify_smoothing", "predict", "registry",
 ]  # fmt: skip

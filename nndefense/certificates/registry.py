@@ -35,6 +35,7 @@ class CertificateMethod:
         chance: it draws noise: what it says holds but for a chance alpha, and of the pipeline under noise, which is a
             defence of its own.
         at_eps: it decides at given budgets, and has no radius of its own.
+        bare: it is of a classifier alone.
     """
 
     name: str
@@ -44,6 +45,7 @@ class CertificateMethod:
     retrieval: bool = False
     chance: bool = False
     at_eps: bool = False
+    bare: bool = False
 
     def load(self) -> Callable[..., Certified]:
         """The function."""
@@ -52,6 +54,17 @@ class CertificateMethod:
         module, _, name = self.function.partition(":")
         found: Callable[..., Certified] = getattr(import_module(module), name)
         return found
+
+    def check_target(self, *, retrieves: bool) -> None:
+        """Refuse a defence that retrieves, or a classifier alone, where the method is of the other.
+
+        Raises:
+            InputError: it is.
+        """
+        if self.retrieval and not retrieves:
+            raise InputError(f"{self.name} certifies nearest neighbours: give a database (--database)")
+        if self.bare and retrieves:
+            raise InputError(f"{self.name} certifies the classifier alone: leave the database (--database) out")
 
     def run(self, target: Any, images: Any, **settings: Any) -> Certified:
         """Certify images N x C x H x W; the function is given those settings that it takes."""
@@ -70,6 +83,10 @@ _METHODS: dict[str, CertificateMethod] = {
                           ("l2", "normalized-l2"), retrieval=True, chance=True),
         CertificateMethod("exact", f"{_HERE}.affine:certify_exact", "nearest neighbours on a feature that is affine in "
                           "the pixels, by branch and bound", NORMS, retrieval=True, at_eps=True),
+        CertificateMethod("bounds", f"{_HERE}.bounds:certify_bounds", "nearest neighbours on the feature of a net of "
+                          "ReLUs, by linear bounds", NORMS[:2], retrieval=True, at_eps=True),
+        CertificateMethod("bounds-net", f"{_HERE}.bounds:certify_bounds", "the bare classifier, a net of ReLUs, by "
+                          "linear bounds", NORMS[:2], at_eps=True, bare=True),
     )
 }  # fmt: skip
 

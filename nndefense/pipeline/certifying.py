@@ -149,8 +149,7 @@ def certify(
         NNDefenseError: something cannot be opened, does not fit together, or cannot be certified.
     """
     method = registry.get(settings.method)
-    if method.retrieval and database is None:
-        raise InputError(f"{method.name} certifies nearest neighbours: give a database (--database)")
+    method.check_target(retrieves=database is not None)
     asked: dict[str, Any] = {"k": k, "weighting": weighting, "votes": votes, "temperature": temperature, "alpha": alpha}
     if database is None and set(asked.values()) != {None}:
         raise InputError("k and weighting are settings of nearest neighbours: give a database, or leave them out")
@@ -207,6 +206,7 @@ def certify_images(
         The certificates, in the settings' norm.
     """
     method, norm = registry.get(settings.method), settings.norm or ""
+    method.check_target(retrieves=isinstance(target, NearestNeighborDefense))
     net = target.classifier if isinstance(target, NearestNeighborDefense) else target
     seen: nn.Module | RetrievalSurface = target
     if method.retrieval and isinstance(target, NearestNeighborDefense):
