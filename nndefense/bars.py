@@ -33,6 +33,4 @@ def progress_bar(*given: Any, shown: bool = True, **options: Any) -> Any:
     if sys.stderr.isatty():
         return tqdm(*given, **{"delay": 1, "file": sys.stderr} | options)
     # The first line after a minute, too, so that a short job prints none.
-    return tqdm(
-        *given, **options | {"delay": MINUTE, "mininterval": MINUTE, "maxinterval": MINUTE, "ncols": 100}, file=_Lines()
-    )
+    return tqdm(*given, **options | {"delay": MINUTE, "mininterval": MINUTE, "maxinterval": MINUTE, "file": _Lines()})

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from nndefense import bars
+from nndefense import bars, experiments
 from nndefense.cli.options import Common
-from nndefense.cli.reproduce import _scale
+from nndefense.cli.reproduce import reproduce
+from nndefense.experiments import ExperimentRecipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -43,8 +44,22 @@ def test_every_bar_is_one_of_these() -> None:
     assert makers == {"bars.py"}
 
 
-def test_without_a_gpu_the_small_scale_is_taken_and_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _scale(Common(device="cpu")) == "small"
-    assert "no GPU here, so the small scale is taken; --scale full" in capsys.readouterr().err
-    assert _scale(Common(device="cpu", quiet=True)) == "small"
+def test_without_a_gpu_the_small_scale_is_taken_and_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Taken(Exception):
+        pass
+
+    def taken(recipe: ExperimentRecipe, *_: object, **__: object) -> None:
+        raise Taken(recipe.scale)
+
+    monkeypatch.setattr(experiments, "open_images", lambda *_: None)
+    monkeypatch.setattr(experiments, "run", taken)
+    for quiet, said in ((False, "there is no GPU here, so the small scale is taken; --scale full has"), (True, "")):
+        with pytest.raises(Taken, match="small"):
+            reproduce(name="madry-mnist", common=Common(device="cpu", quiet=quiet))
+        shown = capsys.readouterr().err
+        assert shown.startswith(said) if said else not shown
+    with pytest.raises(Taken, match="full"):
+        reproduce(name="madry-mnist", scale="full", common=Common(device="cpu"))
     assert capsys.readouterr().err == ""

@@ -90,7 +90,7 @@ def test_plain_values_and_parts_give_the_same_record() -> None:
         (lambda: Certified(torch.zeros(2), torch.zeros(2), "l2", alpha=1.0), "alpha is 1.0"),
         (lambda: Certified.joined([]), "at least one"),
         (lambda: Certified.joined([certified(0.1), certified(0.1, norm="linf")]), "all in one norm"),
-        (lambda: registry.get("magic"), "must be one of exact"),
+        (lambda: registry.get("magic"), "must be one of smoothing, smoothed-features, exact"),
     ],
 )
 def test_records_that_say_nothing_sensible_are_refused(make: object, says: str) -> None:

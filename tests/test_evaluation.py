@@ -290,7 +290,7 @@ def test_records_are_complete(
     assert {field.name for field in fields(Record)} == REQUIRED | {
         "variant", "steps", "restarts", "attack_seconds", "database_rows", "surrogate", "loss", "knowledge",
         "budget_excess", "correct", "accuracy_8bit", "forwards", "backwards", "queries", "peak_memory_mb",
-        "query_limit", "attack_sha256", "attack_version", "certified", "draw_seeds",
+        "query_limit", "attack_sha256", "attack_version", "certified", "draw_seeds", "refuted",
         "confidence", "confidence_wrong",
     }  # fmt: skip
     assert len(records) == 2 * (1 + 2 * 2)

@@ -75,7 +75,7 @@ def test_every_setting_tells_a_defence_apart(tmp_path: Path) -> None:
 
 
 def test_where_attacks_start_is_part_of_a_cell() -> None:
-    run = _Run(open_dataset("digits:test[:5]"), "net", {}, 0, 5, "cpu", lambda images: None)
+    run = _Run(open_dataset("digits:test[:5]"), "net", {}, 0, 5, "cpu", lambda images: None, None)
 
     def key(images: Any) -> dict[str, Any]:
         target = SimpleNamespace(rows=SimpleNamespace(images=images))

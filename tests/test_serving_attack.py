@@ -164,7 +164,7 @@ def test_the_defence_is_shown_pictures_as_people_are(monkeypatch: pytest.MonkeyP
     target._surface = replace(whole, predict=predict)
     clean = eight_bits(digits("test").batch([0])[0])
     label = int(whole.predict(clean).argmax())
-    made = attack_picture(target, AttackJob(clean, label, "defense", "normalized-l2", 0.3, 20), AttackWatch(60))
+    made = attack_picture(target, AttackJob(clean, label, False, "defense", "normalized-l2", 0.3, 20), AttackWatch(60))
     assert len(shown) >= 3
     radii = radius(clean, 0.3, "normalized-l2")
     for images in shown:
@@ -393,7 +393,7 @@ def test_a_long_attack_is_ended(service: Served, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("attack", ["classifier", "defense"])
 def test_the_watch_is_looked_at_in_every_step(attack: Any) -> None:
     clean = eight_bits(digits("test").batch([0])[0])
-    job = AttackJob(clean, 3, attack, "normalized-l2", 0.05, 10)
+    job = AttackJob(clean, 3, False, attack, "normalized-l2", 0.05, 10)
     target, watch = AttackTarget(guard()), AttackWatch(60)
     looks = 0
     look = AttackWatch.look

@@ -45,7 +45,7 @@ def test_an_adversarial_training(tmp_path: Path) -> None:
         "momentum": 0.8, "nesterov": False, "schedule": "step", "milestones": [1.0, 1.5], "gamma": 0.2, "warmup": 0.25,
         "ema": 0.9, "clip_norm": 5.0, "augment": True, "flip": True, "precision": "bfloat16", "channels_last": True,
         "compile": False, "keep_best": True, "patience": None, "checks_per_epoch": 2, "check_images": 30, "seed": 3,
-        "peak": 0.4, "unlabelled_per_batch": None, "stop_on_collapse": False,
+        "peak": 0.4, "unlabelled_per_batch": None, "refresh_steps": None, "stop_on_collapse": False,
     }  # fmt: skip
     assert settings == expected
     attack = InnerAttack(eps=16 / 255, steps=3, step_size=0.02, start="gaussian").as_dict()

@@ -75,24 +75,26 @@ def reproduce(
         raise InputError("--recipe takes the place of a shipped recipe: leave its name out")
     if allow_code and recipe is None:
         raise InputError("--allow-code is for the code that a --recipe names: leave it out")
-    scale = scale or _scale(common)
+    fitting = scale or _scale(common)
     if recipe is not None:
-        name = recipe.stem
-        values = read_toml(recipe)
+        name, values = recipe.stem, read_toml(recipe)
         check_allowed(values, recipe, allow_code=allow_code)
-        found = experiments.recipe_from(values, name, scale)
+        found = experiments.recipe_from(values, name, fitting)
     elif name is not None:
-        found = experiments.shipped_recipe(name, scale)
+        found = experiments.shipped_recipe(name, fitting)
     else:
         raise InputError(f"name a recipe: {', '.join(experiments.recipe_names())} (--list says more)")
     chosen = changed(found, seeds=seeds, arch=arch, unlabelled=unlabelled, attack=attack, only=words(only) or ())
-    folder = Path("runs/reproduce") / f"{name}-{scale}" if out is None else out
+    folder = Path("runs/reproduce") / f"{name}-{fitting}" if out is None else out
     if report_only:
         results = experiments.read_results(folder / "results.json")
     else:
+        images = experiments.open_images(chosen, common.data_dir, unlabelled)
+        if scale is None and fitting == "small":
+            common.say("there is no GPU here, so the small scale is taken; --scale full has the settings of the papers")
         results = experiments.run(
             chosen,
-            experiments.open_images(chosen, common.data_dir, unlabelled),
+            images,
             folder,
             device=common.device,
             progress=common.progress,
@@ -106,13 +108,10 @@ def reproduce(
 
 
 def _scale(common: Common) -> str:
-    """The scale that fits the device: without a GPU the small one, which is said."""
+    """The scale that fits the device: without a GPU the small one."""
     from nndefense.models import resolve_device
 
-    if resolve_device(common.device).type != "cpu":
-        return "full"
-    common.say("there is no GPU here, so the small scale is taken; --scale full has the settings of the papers")
-    return "small"
+    return "small" if resolve_device(common.device).type == "cpu" else "full"
 
 
 def _list_recipes(common: Common) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nndefense.errors import InputError, ModelError, one_line
 from nndefense.files import MOST_CLASSES, make_folder, tell_unsealed
 from nndefense.images import shape_text
-from nndefense.models.architectures import ARCHITECTURES
+from nndefense.models.architectures import ARCHITECTURES, KNOWN
 from nndefense.models.classifier import Classifier
 from nndefense.models.files import read_json, read_tensors, write_json, write_tensors
 from nndefense.models.named_sources import HF, TIMM
@@ -152,7 +152,7 @@ def _net(description: dict[str, Any], source: str) -> nn.Module:
     if arch not in ARCHITECTURES:
         raise ModelError(
             f"{Path(source, DESCRIPTION_FILE)} names the architecture {arch!r}, which is unknown here "
-            f"({', '.join(ARCHITECTURES)} are known): use the version of nndefense that wrote it"
+            f"(known are {KNOWN}): use the version of nndefense that wrote it"
         )
     return ARCHITECTURES[arch].build(tuple(description["input_shape"]), count)
 

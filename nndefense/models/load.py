@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nndefense.errors import InputError, ModelError, one_line
 from nndefense.images import shape_text
-from nndefense.models.architectures import ARCHITECTURES
+from nndefense.models.architectures import ARCHITECTURES, KNOWN
 from nndefense.models.checkpoint import load_folder
 from nndefense.models.classifier import Classes, Classifier, check_input_shape, given_classes
 from nndefense.models.named_sources import HF, TIMM, load_hf, load_timm
@@ -125,7 +125,7 @@ def build_classifier(
     """
     if arch not in ARCHITECTURES:
         close = difflib.get_close_matches(arch, ARCHITECTURES, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(ARCHITECTURES)}"
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {KNOWN}"
         raise InputError(f"there is no architecture {arch!r}: {hint}")
     architecture = ARCHITECTURES[arch]
     shape = check_input_shape(input_shape)

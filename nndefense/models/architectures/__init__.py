@@ -95,3 +95,5 @@ def _embedded(name: str) -> Architecture:
 _plain = tuple(ARCHITECTURES)
 ARCHITECTURES |= {f"{ATTENTIVE}{name}": _attentive(name) for name in _plain}
 ARCHITECTURES |= {f"{EMBEDDED}{name}": _embedded(name) for name in _plain}
+#: All names in a few words, for messages.
+KNOWN = f"{', '.join(_plain)}, or one of them after {ATTENTIVE} or {EMBEDDED}"
