@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import sys
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -123,6 +124,50 @@ def converted(kind: Any, value: Any, place: str) -> Any:
     if wanted:
         raise InputError(f"{place} is {value!r}, but must be {wanted}")
     return value
+
+
+def options_of(
+    functions: Sequence[Callable[..., Any]], given: Any, whose: str, leave: Collection[str]
+) -> dict[str, Any]:
+    """The options that a table gives to a function, checked by the names and types of its arguments.
+
+    Args:
+        functions: the function, and those that it passes options on to.
+        given: the table.
+        whose: the options are, for the message.
+        leave: arguments of the first that are no options.
+
+    Raises:
+        InputError: there is no such option, or the value is of another kind.
+    """
+    kinds: dict[str, Any] = {}
+    anything = False
+    for function in functions:
+        made = vars(function)["__init__"] if isinstance(function, type) else function
+        parameters = inspect.signature(made).parameters.values()
+        # Annotations of a user's function may name what is imported for type checkers alone.
+        try:
+            hints = get_type_hints(made)
+        except NameError:
+            hints = {}
+        anything = any(one.kind is one.VAR_KEYWORD for one in parameters)
+        # What must be given in its place is no option.
+        named = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY or one.default is not one.empty]
+        kinds |= {name: hints.get(name) for name in named if function is not functions[0] or name not in leave}
+    values = mapping(given, f"options of {whose}")
+    if not anything and (unknown := [name for name in values if name not in kinds]):
+        raise InputError(f"{whose} has no option {', '.join(unknown)}: it takes {', '.join(kinds) or 'none'}")
+    # Other types than TOML's are checked where they are used.
+    return {
+        name: converted(kinds[name], value, f"{name} of {whose}") if _is_plain(kinds.get(name)) else value
+        for name, value in values.items()
+    }
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether a type is text, a number or a truth value, or one of these or None."""
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    return kind in (*_KINDS, float) or (len(parts) == 1 and len(get_args(kind)) == 2 and parts[0] in (*_KINDS, float))
 
 
 def mapping(value: Any, place: str) -> dict[str, Any]:

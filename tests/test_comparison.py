@@ -27,6 +27,7 @@ from nndefense.comparison import (
     write_comparison,
 )
 from nndefense.comparison.report import page_of, weaker_than_ignorant
+from nndefense.comparison.runner import make_rows
 from nndefense.datasets import open_dataset
 from nndefense.errors import DataError, InputError, NNDefenseError
 from nndefense.pipeline import Materials, defenses
@@ -112,11 +113,104 @@ def test_published_figures_are_those_of_the_slides() -> None:
         ({"scope": {"default": {"limit": "all"}}}, "scope.limit is 'all', but must be a whole number"),
         ({"scope": {"default": {"training": 3}}}, "scope.training is 3, but must be a table"),
         ({"title": None}, "title is None, but must be text"),
+        *(
+            ({"row": [SMALL["row"][0], {"name": "x", "kind": kind, "options": options}]}, words)
+            for kind, options, words in [
+                (
+                    "nearest-neighbor",
+                    {"layerr": "block1"},
+                    "the row 'x' has no option layerr: it takes layer, pooling, pca",
+                ),
+                ("nearest-neighbor", {"k": "many"}, "k of the row 'x' is 'many', but must be a whole number"),
+                ("nearest-neighbor", {"pca": 2.5}, "pca of the row 'x' is 2.5"),
+                ("crop-ensemble", {"weight": 1}, "no option weight: it takes crops, size"),
+                ("tv-minimization", {"wieght": 1}, "no option wieght"),
+                ("quilting", {"patches": 3}, "no option patches"),
+                ("jpeg", {"quality": "high"}, "quality of the row 'x' is 'high'"),
+                ("alp", {"eps": 1}, "no option eps: it takes none"),
+            ]
+        ),
+        ({"scope": {"default": {"weighting": "cbw"}}}, "weighting is 'cbw'"),
+        ({"scope": {"default": {"k": 0}}}, "k is 0"),
+        ({"scope": {"default": {"layer": "x", "k": 3, "holdout": 0}}}, "holdout is 0, but must be at least 20"),
+        ({"scope": {"default": 3}}, "scope.default is 3, but must be a table"),
     ],
 )
 def test_bad_recipes_are_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         comparison_from({**SMALL, **change}, "small", "digits")
+
+
+def test_every_shipped_rows_options_are_taken() -> None:
+    for row in (
+        {"name": "x", "kind": "crop-ensemble", "options": {"crops": 3, "size": 0.5}},
+        {"name": "x", "kind": "tv-minimization", "options": {"weight": 0.015, "data": "norm", "draws": 2}},
+        {"name": "x", "kind": "quilting", "options": {"k": 5, "overlap": 1}},
+        {"name": "x", "kind": "ra-cnn", "options": {"k": 3}},
+        {"name": "x", "kind": "nearest-neighbor", "options": {
+            "layer": "block2", "pooling": "rmac", "k": 5, "weighting": "uniform", "pca": 8, "share": "1/3"}},
+        {"name": "x", "kind": "nearest-neighbor", "options": {"database": "runs/database"}},
+    ):  # fmt: skip
+        values: dict[str, Any] = {**SMALL, "row": [SMALL["row"][0], row]}  # type: ignore[index]
+        found = comparison_from(values, "small", "digits").rows[1]
+        assert set(found.options) == set(row["options"])  # type: ignore[arg-type]
+
+
+def test_a_users_own_defence_takes_what_it_says() -> None:
+    def blurred(classifier: nn.Module, *, sigma: NowhereDefined = 1, **more: Any) -> nn.Module:  # type: ignore[name-defined]  # noqa: F821
+        return classifier
+
+    name = defenses.register(blurred)
+    try:
+        assert RowSpec("x", name, {"sigma": [1, 2], "other": "y"}).options == {"sigma": [1, 2], "other": "y"}
+    finally:
+        defenses.unregister(name)
+
+
+def test_the_scope_imagenet_pins_what_the_paper_used() -> None:
+    recipe = shipped_comparison("table2", "imagefolder:photos", scope="imagenet")
+    scope = recipe.scope
+    assert (scope.layer, scope.k, scope.weighting, scope.pca) == ("conv_5_1", 50, "cbw-d", 256)
+    assert (scope.norm, scope.headline, scope.steps) == ("normalized-l2", 0.06, 10)
+    assert scope.net == "torchvision:resnet50:IMAGENET1K_V1"
+    ours = [row for row in recipe.rows if row.kind == "nearest-neighbor"]
+    assert [(row.options["pooling"], row.published) for row in ours][:2] == [("avg", "in-1.3m"), ("rmac", None)]
+    # Where all is named nothing is held out, and the database is all of the training set.
+    found = Materials(scope, open_dataset("digits:train[:60]"), Path("unused"), torch.device("cpu"))
+    assert len(found.rows) == 60
+    assert found.chosen("rmac").feature.layer == "conv_5_1"
+    assert not found.chosen("rmac").calibration
+
+
+def test_rows_name_their_feature_and_a_few_rows_are_all_neighbours(tmp_path: Path) -> None:
+    pinned = {"pooling": "avg", "layer": "block2", "k": 30, "weighting": "cbw-e", "pca": 6}
+    values: dict[str, Any] = {
+        **SMALL,
+        "row": [
+            SMALL["row"][0],  # type: ignore[index]
+            {"name": "named", "kind": "nearest-neighbor", "options": pinned},
+            {"name": "few", "kind": "nearest-neighbor", "options": {**pinned, "share": 0.05}},
+        ],
+    }
+    found = materials(tmp_path, values)
+    recipe = comparison_from(values, "small", "digits")
+    (named,), (few,) = (make_rows(found, spec) for spec in recipe.rows[1:])
+    wanted = {"layer": "block2", "pooling": "avg", "dimensions": 6, "rows": 560, "k": 30, "weighting": "cbw-e"}
+    assert {key: named.facts[key] for key in wanted} == wanted
+    assert named.spec.name == "named"
+    assert few.spec.name == "few, K = all rows"
+    assert few.facts["rows"] == few.facts["k"] == 28
+    # The same database by its folder, with another K.
+    folder = str(next((tmp_path / "databases").iterdir()))
+    again = RowSpec("again", "nearest-neighbor", {"database": folder, "k": 7, "weighting": "uniform"})
+    (opened,) = make_rows(found, again)
+    assert {key: opened.facts[key] for key in ("layer", "rows", "k", "weighting")} == {
+        "layer": "block2", "rows": 560, "k": 7, "weighting": "uniform"
+    }  # fmt: skip
+    with pytest.raises(InputError, match="has its own layer: leave that out"):
+        make_rows(found, RowSpec("again", "nearest-neighbor", {"database": folder, "layer": "block2"}))
+    with pytest.raises(InputError, match="no layer 'conv_5_1'"):
+        make_rows(found, RowSpec("x", "nearest-neighbor", {**pinned, "layer": "conv_5_1"}))
 
 
 def test_an_unknown_comparison_is_refused() -> None:
@@ -259,7 +353,12 @@ def test_kinds_are_named_in_errors() -> None:
     [
         (["table2"], "give --dataset"),
         (["table3", "--dataset", "digits"], "choose one of table2"),
-        (["table2", "--dataset", "digits", "--k", "5"], "--k is not for a comparison"),
+        (["table2", "--dataset", "digits", "--database", "x"], "--database is not for a comparison"),
+        (["table2", "--dataset", "digits", "--k", "5", "--only", "jpeg"], "k is for rows of the kind nearest-neighbor"),
+        (["table2", "--dataset", "digits", "--weighting", "cbw"], "cbw"),
+        (["table2", "--dataset", "digits", "--scope", "imagnet"], "the scope is 'imagnet', but must be one of default"),
+        (["table2", "--dataset", "digits", "--allow-code"], "--allow-code is for"),
+        (["--dataset", "digits", "--classifier", "x", "--scope", "imagenet", "--out", "o"], "--scope belongs to"),
         (["table2", "--dataset", "digits", "--only", "magic"], "--only names magic"),
         (["table2", "--dataset", "imagefolder:nowhere"], "cannot be guessed"),
         (["--dataset", "digits", "--classifier", "x", "--only", "alp", "--out", "o"], "--only belongs to a comparison"),

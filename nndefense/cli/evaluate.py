@@ -29,7 +29,9 @@ from nndefense.cli.options import (
     words,
 )
 from nndefense.errors import InputError
+from nndefense.own_code import check_allowed
 from nndefense.pipeline import defenses
+from nndefense.recipes import read_toml
 
 if TYPE_CHECKING:
     from nndefense.comparison import ComparisonRecipe
@@ -93,11 +95,12 @@ class RungOptions(AttackOptions):
 
 # What a comparison of defences takes; the rest of the options is for one defence over one database.
 _COMPARES = {
-    "comparison", "out", "dataset", "train_set", "only", "train", "classifier", "surrogate", "limit", "norm", "eps",
-    "headline", "steps", "restarts", "adaptive_steps", "batch_size", "classes", "input_shape", "data_dir", "device",
-    "seed", "json", "quiet", "debug",
+    "comparison", "out", "recipe", "allow_code", "dataset", "train_set", "only", "train", "scope", "layer", "k",
+    "weighting", "votes", "temperature", "alpha", "classifier", "surrogate", "limit", "norm", "eps", "headline",
+    "steps", "restarts", "adaptive_steps", "batch_size", "classes", "input_shape", "data_dir", "device", "seed",
+    "json", "quiet", "debug",
 }  # fmt: skip
-_ONLY_COMPARES = {"only", "train"}
+_ONLY_COMPARES = {"only", "train", "scope", "layer"}
 # What a recipe does not say.
 _BESIDE_A_RECIPE = {"recipe", "allow_code", "images", "out", "data_dir", "device", "json", "quiet", "debug"}
 
@@ -114,7 +117,8 @@ def evaluate(
         typer.Option(help="Folder for results.json, report.html and finished cells [a comparison has one]."),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="TOML file that names all of it, instead of the options below.")
+        Path | None,
+        typer.Option(help="TOML file that names all of it, instead of the options below; with table2 rows and scopes."),
     ] = None,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Run the Python code that the recipe names (python:FILE:NAME).")
@@ -143,6 +147,13 @@ def evaluate(
     train: Annotated[
         bool, typer.Option("--train/--no-train", help="With table2: also the defences whose nets are to be trained.")
     ] = True,
+    scope: Annotated[
+        str | None,
+        typer.Option(help="With table2: its settings, such as imagenet, the paper's own [default: by --dataset]."),
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="With table2: layer of the nearest-neighbour rows [default: calibrated].")
+    ] = None,
     rule: RuleOptions,
     rungs: RungOptions,
     headline: Annotated[
@@ -165,12 +176,17 @@ def evaluate(
             raise InputError(f"{_flags(wrong)} is not for a comparison, whose recipe says it: leave it out")
         if dataset is None:
             raise InputError("give --dataset, such as digits, mnist or cifar10")
-        from nndefense.comparison import compare, summary_of
+        from nndefense.comparison import compare, comparison_from, retrieved_by, summary_of
 
-        scope = _scope(rungs, {"limit": limit, "batch_size": batch_size, "headline": headline}, given)
+        values = _values(comparison, recipe, allow_code)
+        compared = comparison_from(values, comparison, dataset, seed=common.seed, scope=scope)
+        if recipe is not None and classifier is None and compared.scope.net:
+            raise InputError(f"the recipe names the net {compared.scope.net}: to open it, give it by --classifier")
+        limits = _scope(rungs, {"limit": limit, "batch_size": batch_size, "headline": headline}, given)
+        compared = retrieved_by(_rows(compared, words(only), train, limits), layer=layer, **rule.asked())
         place = Path("runs") / f"{comparison}-{dataset.partition(':')[0]}" if out is None else out
         results, files = compare(
-            _rows(comparison, dataset, words(only), train, scope, common.seed),
+            compared,
             dataset,
             place,
             train_sets=train_set or (),
@@ -275,13 +291,26 @@ def _scope(rungs: RungOptions, values: dict[str, Any], given: set[str]) -> dict[
     return scope
 
 
-def _rows(
-    name: str, dataset: str, kinds: Sequence[str] | None, train: bool, scope: Mapping[str, Any], seed: int
-) -> ComparisonRecipe:
-    """The shipped recipe, cut down to some kinds of rows."""
-    from nndefense.comparison import changed, shipped_comparison
+def _values(name: str, recipe: Path | None, allow_code: bool) -> dict[str, Any]:
+    """The values of the comparison's own TOML file, or of the user's."""
+    from nndefense.comparison import comparison_values
 
-    recipe = shipped_comparison(name, dataset, seed=seed)
+    shipped = comparison_values(name)
+    if recipe is None:
+        if allow_code:
+            raise InputError("--allow-code is for the code that a --recipe names: leave it out")
+        return shipped
+    values = read_toml(recipe)
+    check_allowed(values, recipe, allow_code=allow_code)
+    return values
+
+
+def _rows(
+    recipe: ComparisonRecipe, kinds: Sequence[str] | None, train: bool, scope: Mapping[str, Any]
+) -> ComparisonRecipe:
+    """The recipe, cut down to some kinds of rows."""
+    from nndefense.comparison import changed
+
     known = defenses.names()
     if unknown := sorted(set(kinds or ()) - set(known)):
         raise InputError(f"--only names {', '.join(unknown)}, but must name some of {', '.join(known)}")

@@ -7,7 +7,9 @@ from nndefense.comparison.recipe import (
     changed,
     comparison_from,
     comparison_names,
+    comparison_values,
     material_settings,
+    retrieved_by,
     shipped_comparison,
 )
 from nndefense.comparison.report import markdown_of, summary_of, table_of, write_comparison
@@ -22,9 +24,11 @@ __all__ = [
     "compare",
     "comparison_from",
     "comparison_names",
+    "comparison_values",
     "markdown_of",
     "material_settings",
     "read_comparison",
+    "retrieved_by",
     "run_comparison",
     "shipped_comparison",
     "summary_of",

@@ -10,7 +10,8 @@ from typing import Any
 from nndefense import recipes
 from nndefense.attacks import norms
 from nndefense.comparison.published import PUBLISHED
-from nndefense.errors import InputError
+from nndefense.errors import InputError, check_choice
+from nndefense.evaluation.ladder import DEFENDED
 from nndefense.own_code import PYTHON
 from nndefense.pipeline import defenses
 from nndefense.pipeline.materials import MaterialSettings
@@ -38,6 +39,10 @@ class RowSpec:
         if self.kind not in defenses.names() and not self.kind.startswith(PYTHON):
             known = ", ".join(defenses.names())
             raise InputError(f"the row {self.name!r} is of the kind {self.kind!r}, but must be {known}")
+        # A user's code is not run to ask what it takes.
+        if self.kind in defenses.names():
+            checked = defenses.get(self.kind).checked(self.options, f"the row {self.name!r}")
+            object.__setattr__(self, "options", checked)
         if self.published is not None and self.published not in PUBLISHED:
             raise InputError(f"the row {self.name!r} stands beside {self.published!r}: choose {', '.join(PUBLISHED)}")
 
@@ -53,6 +58,7 @@ class Scope(MaterialSettings):
         white_steps: of PGD on a defence itself.
         adaptive_steps: of the attacks on retrieval.
         informed_eps: budgets of these two; None for all.
+        net: source of the classifier, where none is given.
     """
 
     eps: tuple[float, ...] = (0.03, 0.06)
@@ -61,6 +67,7 @@ class Scope(MaterialSettings):
     white_steps: int = 20
     adaptive_steps: int = 100
     informed_eps: tuple[float, ...] | None = None
+    net: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,14 +122,18 @@ def comparison_names() -> tuple[str, ...]:
     return recipes.shipped(__package__)
 
 
-def shipped_comparison(name: str, dataset: str, *, seed: int = 0) -> ComparisonRecipe:
-    """A shipped recipe, with the scope that it has for a data set: ``digits`` of ``digits:train``.
+def shipped_comparison(name: str, dataset: str, *, seed: int = 0, scope: str | None = None) -> ComparisonRecipe:
+    """A shipped recipe, with the scope that it has for a data set, ``digits`` of ``digits:train``, or the one named.
 
     Raises:
-        InputError: there is no such recipe.
+        InputError: there is no such recipe, or no such scope.
     """
-    values = recipes.read_shipped(__package__, name, "comparison")
-    return comparison_from(values, name, dataset.partition(":")[0].partition("[")[0], seed=seed)
+    return comparison_from(comparison_values(name), name, dataset, seed=seed, scope=scope)
+
+
+def comparison_values(name: str) -> dict[str, Any]:
+    """The values of a shipped recipe, as its TOML file has them; errors as for :func:`shipped_comparison`."""
+    return recipes.read_shipped(__package__, name, "comparison")
 
 
 def material_settings(dataset: str, name: str = "table2") -> dict[str, Any]:
@@ -136,18 +147,42 @@ def material_settings(dataset: str, name: str = "table2") -> dict[str, Any]:
     return {entry: getattr(scope, entry) for entry in told}
 
 
-def comparison_from(values: Mapping[str, Any], name: str, dataset: str, *, seed: int = 0) -> ComparisonRecipe:
+def comparison_from(
+    values: Mapping[str, Any], name: str, dataset: str, *, seed: int = 0, scope: str | None = None
+) -> ComparisonRecipe:
     """Make a recipe from the values of a TOML file: ``title``, ``about``, ``[[row]]``, ``[scope.default]`` and, for
-    data sets that have one, ``[scope.NAME]``, whose entries take the place of the default's.
+    data sets that have one, ``[scope.NAME]``, whose entries take the place of the default's; ``scope`` names one
+    whatever the data set. A scope can have rows of its own, ``[[scope.NAME.row]]``.
 
     Raises:
         InputError: an entry is missing, unknown or cannot be used; the message names it.
     """
     scopes = recipes.mapping(values.get("scope", {}), "scope")
-    own = {key: entry for one in ("default", dataset) for key, entry in scopes.get(one, {}).items()}
-    about = str(values.get("about", "")).strip()
-    given = {"name": name, "seed": seed}
-    return recipes.build(ComparisonRecipe, {**values, "about": about, "scope": own}, given=given)
+    if scope is not None:
+        check_choice("the scope", scope, scopes)
+    chosen = scope or dataset.partition(":")[0].partition("[")[0]
+    own = {
+        key: entry
+        for one in ("default", chosen)
+        for key, entry in recipes.mapping(scopes.get(one, {}), f"scope.{one}").items()
+    }
+    whole = {**values, "about": str(values.get("about", "")).strip()}
+    if "row" in own:
+        whole["row"] = own.pop("row")
+    return recipes.build(ComparisonRecipe, {**whole, "scope": own}, given={"name": name, "seed": seed})
+
+
+def retrieved_by(recipe: ComparisonRecipe, **options: Any) -> ComparisonRecipe:
+    """The recipe with these options in every nearest-neighbour row; those that are None stay as they are.
+
+    Raises:
+        InputError: it has no such row, or options cannot be used.
+    """
+    asked = {name: value for name, value in options.items() if value is not None}
+    if asked and not any(row.kind == DEFENDED for row in recipe.rows):
+        raise InputError(f"{', '.join(asked)} is for rows of the kind {DEFENDED}, and there is none: leave it out")
+    rows = (replace(row, options={**row.options, **asked}) if row.kind == DEFENDED else row for row in recipe.rows)
+    return replace(recipe, rows=tuple(rows))
 
 
 def changed(scope: Scope, values: Mapping[str, Any]) -> Scope:

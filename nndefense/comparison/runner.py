@@ -15,8 +15,9 @@ from nndefense.comparison.published import CAVEATS, PUBLISHED, SETTING, TITLE
 from nndefense.comparison.recipe import ComparisonRecipe, RowSpec
 from nndefense.comparison.report import write_comparison
 from nndefense.datasets import ImageDataset, measured_spec
+from nndefense.defenses.stored import stored_calibration
 from nndefense.evaluation import AttackSettings, CellStore, Subject, evaluate, threats_of, worst_cases
-from nndefense.evaluation.ladder import BARE
+from nndefense.evaluation.ladder import BARE, DEFENDED
 from nndefense.evaluation.results import identity, read_results
 from nndefense.evaluation.threats import attacks_by
 from nndefense.files import sealed, write_json
@@ -61,6 +62,10 @@ def make_rows(materials: Materials, spec: RowSpec) -> list[Row]:
         specs.append((replace(spec, name=f"{spec.name}, seed known", published=None), known))
     rows = []
     for one, each in specs:
+        rows_in, k = each.facts.get("rows"), each.facts.get("k")
+        if one.kind == DEFENDED and rows_in == k:
+            # Every row is a neighbour of every image: its size says nothing.
+            one = replace(one, name=f"{one.name}, K = all rows")
         subject = subject_of(each, Row(one).name, one.kind, materials, informed=one.informed)
         # The time tells no defence from another.
         rows.append(Row(one, subject, {**each.facts, "seconds to make": seconds}))
@@ -96,6 +101,11 @@ def run_comparison(
     """
     begun = time.perf_counter()
     rows = [row for spec in recipe.rows for row in make_rows(materials, spec)]
+    for row in rows:
+        # A database that was made elsewhere may hold what is reported, or have been calibrated on it.
+        if row.subject is not None and (path := row.spec.options.get("database")):
+            pipeline.check_not_in_database(test, row.subject.model)  # type: ignore[arg-type]
+            pipeline.check_not_calibrated_on(test, stored_calibration(Path(path)), Path(path))
     records = _measure(recipe, materials, test, rows)
     plain = [record.to_json() for record in records]
     plain += worst_cases(plain)
@@ -238,6 +248,7 @@ def compare(
     else:
         reported = pipeline.reported_split(dataset, "give the others by --train-set", data_dir=data_dir)
     target = resolve_device(device)
+    classifier = classifier or recipe.scope.net or None
 
     def opened(source: str | None) -> Classifier | None:
         if source is None:

@@ -156,17 +156,20 @@ def _weightings(defense: NearestNeighborDefense) -> list[Subject]:
 
 
 def _sizes(defense: NearestNeighborDefense, seed: int, sizes: int = 4) -> list[Subject]:
-    """The same defence on smaller databases, each a random third of the next; K is lowered where it must be."""
+    """The same defence on smaller databases, each a random third of the next.
+
+    Those with at most K rows are left out: there every row is a neighbour of every image, whatever its size.
+    """
     database, order = defense.database, np.random.default_rng(seed).permutation(len(defense.database))
     counts = [len(database) // 3**power for power in range(sizes, 0, -1)]
     return [
         _subject(
             f"{DEFENDED} (rows={count})",
             "rows",
-            _ruled(defense, database.subset(order[:count]), k=min(defense.k, count)),
+            _ruled(defense, database.subset(order[:count])),
         )
         for count in counts
-        if count >= 10
+        if count >= 10 and count > defense.k
     ]
 
 

@@ -6,12 +6,13 @@ all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from nndefense import recipes
 from nndefense.errors import InputError
 from nndefense.own_code import PYTHON, own_function, sha256_of_function, sha256_of_source
 
@@ -30,6 +31,7 @@ class Defense:
         images: it is made of training images, too.
         trained: a net is trained for it.
         random: it draws, so that two calls of it differ.
+        more: where the options that it passes on go, each as ``module:function``.
         sha256: of the code of a defence that is not the library's, so that a changed one is measured again.
     """
 
@@ -40,14 +42,26 @@ class Defense:
     trained: bool = False
     random: bool = False
     sha256: str = ""
+    more: tuple[str, ...] = ()
 
     def load(self) -> Callable[..., Any]:
         """The function."""
-        if callable(self.make):
-            return self.make
-        module, _, name = self.make.partition(":")
-        found: Callable[..., Any] = getattr(import_module(module), name)
-        return found
+        return self.make if callable(self.make) else _found(self.make)
+
+    def checked(self, options: Mapping[str, Any], whose: str) -> dict[str, Any]:
+        """The options of a table, if it takes them; ``whose`` they are is for the message.
+
+        Raises:
+            InputError: it takes no such option, or a value is of another kind.
+        """
+        functions = [self.load(), *map(_found, self.more)]
+        return recipes.options_of(functions, options, whose, ("materials", "data"))
+
+
+def _found(place: str) -> Callable[..., Any]:
+    module, _, name = place.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), name)
+    return found
 
 
 _MAKERS = "nndefense.pipeline.makers"
@@ -56,10 +70,13 @@ _DEFENSES: dict[str, Defense] = {
     defense.name: defense
     for defense in (
         Defense("none", f"{_MAKERS}:bare", "the bare net"),
-        Defense("crop-ensemble", f"{_MAKERS}:cropped", "30 random crops, averaged", random=True),
+        Defense("crop-ensemble", f"{_MAKERS}:cropped", "30 random crops, averaged", random=True,
+                more=(f"{_TRANSFORMS}:crop_ensemble",)),
         Defense("tv-minimization", f"{_TRANSFORMS}:tv_minimization",
-                "half of the pixels kept at random, isotropic, weight 0.03", random=True),
-        Defense("quilting", f"{_MAKERS}:quilted", "the nearest patch of 5 x 5 pixels, overlap 2", images=True),
+                "half of the pixels kept at random, isotropic, weight 0.03", random=True,
+                more=(f"{_TRANSFORMS}:TotalVariation",)),
+        Defense("quilting", f"{_MAKERS}:quilted", "the nearest patch of 5 x 5 pixels, overlap 2", images=True,
+                more=("nndefense.defenses.quilting:quilting",)),
         Defense("jpeg", f"{_TRANSFORMS}:jpeg_compression", "quality 75"),
         Defense("bit-depth", f"{_TRANSFORMS}:bit_depth_reduction", "3 bits"),
         Defense("ensemble-adversarial", f"{_MAKERS}:ensemble_adversarial",

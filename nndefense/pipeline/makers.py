@@ -14,6 +14,7 @@ from nndefense import recipes
 from nndefense.database import Rule
 from nndefense.defenses import NearestNeighborDefense, RaCnnDefense
 from nndefense.defenses.quilting import PatchDatabase, quilting
+from nndefense.defenses.stored import open_stored
 from nndefense.defenses.transforms import crop_ensemble
 from nndefense.errors import DatabaseError, InputError
 from nndefense.files import make_folder, read_json, write_json
@@ -85,36 +86,56 @@ def nearest(
     classifier: Classifier,
     materials: Materials,
     *,
-    pooling: str = "avg",
-    share: float = 1.0,
+    layer: str | None = None,
+    pooling: str | None = None,
+    pca: int | None = None,
     k: int | None = None,
     weighting: str | None = None,
     votes: str | None = None,
     temperature: float | None = None,
     alpha: float | None = None,
+    database: str | None = None,
+    share: float = 1.0,
 ) -> Made:
-    """The nearest-neighbour defence over a ``share`` of the training images, calibrated but for what is given."""
-    chosen = materials.chosen(pooling)
-    database = whole = materials.database(chosen.feature, pooling)
+    """The nearest-neighbour defence over a ``share`` of the training images, or of a finished database.
+
+    What is not given is as the materials' settings say, else calibrated; a finished database brings its feature, and
+    what it was calibrated to.
+    """
+    more = {"votes": votes, "temperature": temperature, "alpha": alpha}
+    if database is None:
+        chosen = materials.chosen(pooling or "avg", layer=layer or "", pca=pca, k=k, weighting=weighting or "")
+        feature, calibration = chosen.feature, chosen.calibration
+        rule = Rule(chosen.k, chosen.weighting).changed(**more)
+        # A calibrated layer can be the one that another row names.
+        named = [part for part, value in ((layer, layer), (f"pca{pca}", pca)) if value is not None]
+        whole = materials.database(feature, "-".join([feature.pooling, *map(str, named)]))
+    else:
+        wrong = [name for name, value in (("layer", layer), ("pooling", pooling), ("pca", pca)) if value is not None]
+        if wrong:
+            raise InputError(f"the database {database} has its own {', '.join(wrong)}: leave that out of its row")
+        scope = materials.scope
+        asked = {"k": k or scope.k, "weighting": weighting or scope.weighting or None}
+        stored = open_stored(database, classifier, **asked, **more)  # type: ignore[arg-type]
+        whole, rule, calibration = stored.database, stored.rule, stored.calibration or {}
+        feature = whole.feature
+    rows = whole
     if share < 1:
         count = max(round(share * len(whole)), 1)
         # One order for all sizes, so that a smaller database is a part of every larger one.
-        database = whole.subset(np.random.default_rng(materials.seed).permutation(len(whole))[:count])
-    rule = Rule(chosen.k, chosen.weighting).changed(
-        k=k, weighting=weighting, votes=votes, temperature=temperature, alpha=alpha
-    )
-    rule = rule.changed(k=min(rule.k, len(database)))
+        rows = whole.subset(np.random.default_rng(materials.seed).permutation(len(whole))[:count])
+    rule = rule.changed(k=min(rule.k, len(rows)))
     facts = {
-        "layer": chosen.feature.layer,
-        "pooling": chosen.feature.pooling,
-        "dimensions": database.dimension,
-        "rows": len(database),
+        "layer": feature.layer,
+        "pooling": feature.pooling,
+        "dimensions": rows.dimension,
+        "rows": len(rows),
         **rule.settings,
-        "calibrated on": chosen.calibration["n"],
-        "within the bound on clean accuracy": chosen.calibration["within_bound"],
     }
-    model = NearestNeighborDefense(classifier, database, **rule.to_json())
-    return Made(model, facts, database.fingerprint, len(database))
+    if calibration:
+        facts |= {"calibrated on": calibration["n"], "within the bound on clean accuracy": calibration["within_bound"]}
+    model = NearestNeighborDefense(classifier, rows, **rule.to_json())
+    return Made(model, facts, rows.fingerprint, len(rows))
 
 
 def ensemble_adversarial(classifier: Classifier, materials: Materials, sources: int = _SOURCES) -> Made:

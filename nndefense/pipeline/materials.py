@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nndefense import recipes
 from nndefense.attacks import NORMS
-from nndefense.database import ImageDatabase
+from nndefense.database import WEIGHTINGS, ImageDatabase
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError, check_choice
 from nndefense.evaluation import AttackSettings
@@ -25,6 +25,10 @@ from nndefense.pipeline.finished import find_or_build, find_or_train
 from nndefense.training.progress import TrainingFolder
 
 Say = Callable[[str], object]
+
+
+# Stands for the layer where that is calibrated.
+_CALIBRATED = "calibrated"
 
 
 def _silent(text: str) -> None:
@@ -42,8 +46,9 @@ class MaterialSettings:
             :func:`~nndefense.training.train_classifier`.
         training: settings of the trained defences: ``eps`` and ``norm`` of their attacks, ``steps``, ``epochs``, ...;
             empty: they are not trained.
+        layer, k, weighting: of every nearest-neighbour defence that names none; empty and None: calibrated.
         layers: candidate layers of the nearest-neighbour defence, spread over the net.
-        holdout: images to calibrate on, held out of the training set.
+        holdout: images to calibrate on, held out of the training set; 0 where nothing is calibrated.
         candidate_rows: rows that settings are compared on.
         pca: dimensions of stored features.
         crop: side of the crop ensemble's crops as a share of the image's; nets for small images that were not trained
@@ -59,6 +64,9 @@ class MaterialSettings:
     classifier: Mapping[str, Any] = field(default_factory=dict)
     surrogate: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    layer: str = ""
+    k: int | None = None
+    weighting: str = ""
     layers: int = 4
     holdout: int = 300
     candidate_rows: int = 5000
@@ -69,8 +77,13 @@ class MaterialSettings:
 
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, NORMS)
-        recipes.check_least(self, 1, "steps", "draws", "layers", "batch_size", "patches")
-        recipes.check_least(self, 20, "holdout", "candidate_rows")
+        if self.weighting:
+            check_choice("weighting", self.weighting, WEIGHTINGS)
+        recipes.check_least(self, 1, "steps", "draws", "layers", "batch_size", "patches", "k")
+        recipes.check_least(self, 0, "pca")
+        calibrated = not (self.layer and self.k and self.weighting)
+        recipes.check_least(self, 20, "candidate_rows", *(["holdout"] if calibrated else []))
+        recipes.check_least(self, 0, "holdout")
 
 
 @dataclass
@@ -101,7 +114,7 @@ class Materials:
     specs: tuple[str, ...] = ()
     say: Say = field(default_factory=lambda: _silent)
     progress: bool = True
-    _choices: dict[str, Chosen] = field(default_factory=dict)
+    _choices: dict[FeatureSpec, Chosen] = field(default_factory=dict)
 
     @property
     def held(self) -> ImageDataset:
@@ -179,28 +192,52 @@ class Materials:
     def _attack(self) -> AttackSettings:
         return AttackSettings("pgd", self.scope.norm, (self.scope.headline,), self.scope.steps)
 
-    def chosen(self, pooling: str) -> Chosen:
-        """Layer, K and weighting for a pooling, chosen once on the held-out images."""
-        if pooling not in self._choices:
-            scope = self.scope
-            self.say(f"calibrating nearest neighbours, {pooling}: {scope.layers} layers")
-            self._choices[pooling] = choose(
+    def chosen(
+        self, pooling: str, *, layer: str = "", pca: int | None = None, k: int | None = None, weighting: str = ""
+    ) -> Chosen:
+        """Layer, K and weighting for a pooling: those that are named here or in the settings, and the others chosen
+        once on the held-out images. Where all are named nothing is calibrated, and ``calibration`` is empty.
+        """
+        scope = self.scope
+        layer, k, weighting = layer or scope.layer, k or scope.k, weighting or scope.weighting
+        wanted = FeatureSpec(layer or _CALIBRATED, pooling, pca=scope.pca if pca is None else pca)
+        if layer and k and weighting:
+            return Chosen(wanted, k, weighting, {}, (wanted,))
+        if wanted not in self._choices:
+            if scope.holdout == 0:
+                raise InputError(
+                    "no images are held out to calibrate on: raise holdout, or name layer, k and weighting"
+                )
+            self.say(f"calibrating nearest neighbours, {pooling}: {layer or f'{scope.layers} layers'}")
+            self._choices[wanted] = choose(
                 self.classifier,
                 self.rows,
                 self.held,
                 self._attack,
                 scope.headline,
                 Candidates(
-                    poolings=(pooling,), pca=scope.pca, rows=scope.candidate_rows, count=scope.layers, objective="gray"
+                    (layer,) if layer else None,
+                    (pooling,),
+                    pca=wanted.pca,
+                    rows=scope.candidate_rows,
+                    count=scope.layers,
+                    objective="gray",
                 ),
                 attacked=self.attacked,
-                folder=self.out / "candidates" / pooling,
+                folder=self.out / "candidates" / self._place(wanted),
                 batch_size=scope.batch_size,
                 seed=self.seed,
                 progress=self.progress,
                 say=self.say,
             )
-        return self._choices[pooling]
+        found = self._choices[wanted]
+        return replace(found, k=k or found.k, weighting=weighting or found.weighting)
+
+    def _place(self, feature: FeatureSpec) -> str:
+        """Names a folder: the pooling, with layer and dimensions where they were named."""
+        own = [] if feature.layer == _CALIBRATED else [feature.layer]
+        own += [] if feature.pca == self.scope.pca else [f"pca{feature.pca}"]
+        return "-".join([feature.pooling, *own])
 
     def database(self, feature: FeatureSpec, name: str) -> ImageDatabase:
         """The database of all rows for one feature."""
