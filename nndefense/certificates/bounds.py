@@ -194,7 +194,7 @@ class _Retrieval:
         rows, features = surface.need_rows("the certificate"), surface.need_features("the certificate")
         if rows.overlap < 1:
             raise InputError("the certificate needs every row of the defence: make the surface at L3")
-        if surface.temperature is not None or surface.alpha:
+        if surface.smooth:
             raise InputError(
                 "linear bounds certify a rule without a kernel and without a share of the classifier: use a defence "
                 "without temperature and alpha, or certify by smoothing (--method smoothing)"

@@ -47,14 +47,14 @@ class Floor:
     def of(
         method: str, subjects: Sequence[Subject], classifier: Classifier, how: dict[str, Any], informed: bool
     ) -> Floor:
-        """The floor of nearest neighbours where they are measured, else of the classifier alone.
+        """The floor of nearest neighbours where measured and the method takes them, else of the classifier alone.
 
         Raises:
             InputError: a method for defences that retrieve, where there is none.
         """
         chosen = registry.get(method)
         by_name = {subject.name: subject for subject in subjects}
-        base = by_name.get(DEFENDED, by_name[BARE])
+        base = by_name[BARE] if chosen.bare else by_name.get(DEFENDED, by_name[BARE])
         surface = base.model.surface() if chosen.retrieval and base.name == DEFENDED else None  # type: ignore[operator]
         if chosen.retrieval and surface is None:
             raise InputError(f"{method} certifies nearest neighbours: name their database (--database)")
