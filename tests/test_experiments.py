@@ -14,8 +14,9 @@ import pytest
 import torch
 from command import fails, nndefense
 
+from nndefense.certificates.record import Certified
 from nndefense.cli import reproduce as reproduce_command
-from nndefense.errors import DataError, InputError
+from nndefense.errors import DataError, InputError, ModelError
 from nndefense.evaluation.ladder import from_hex
 from nndefense.evaluation.threats import AttackSettings
 from nndefense.experiments import (
@@ -432,6 +433,7 @@ FORMED: dict[str, Any] = {
     "threat": [{"norm": "linf", "eps": 0.1}],
     "settings": {"epochs": 2, "batch_size": 40},
     "adaptive_steps": 2,
+    "certified": 3,
     "form": [
         {"name": "neighbours", "layer": "fc1", "k": 3, "votes": "posteriors"},
         {"name": "kernel", "of": ["standard"], "layer": "fc1", "temperature": "held-out", "rows": [30, 0]},
@@ -441,6 +443,7 @@ FORMED: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_nets_forms_are_measured_beside_it(tmp_path: Path) -> None:
     recipe = recipe_from(FORMED, "formed", "small")
     forms = ["standard + neighbours", "standard + kernel (30 rows)", "standard + kernel", "standard + net"]
@@ -453,6 +456,12 @@ def test_a_nets_forms_are_measured_beside_it(tmp_path: Path) -> None:
         # Who knows everything begins with the gray box's images.
         assert not (from_hex(worst["outcomes"], 20) & ~from_hex(gray["outcomes"], 20)).any()
         assert worst["largest_change"] <= 0.1 + 1e-6
+    # What is proven stands: of nets, and of votes that depend on the nearest rows alone.
+    proven = {name for name, kind in found if kind == "certified"}
+    assert proven == {"standard", "standard + neighbours", "at", "at + neighbours"}
+    for name in proven:
+        floor, ceiling = (from_hex(found[name, kind]["outcomes"], n) for kind, n in (("certified", 3), ("robust", 20)))
+        assert not (floor & ~ceiling[:3]).any()
     # Alpha 1 is the net: right on the same images, and its own attacked images break it as they break the net.
     assert found["standard + net", "clean"]["outcomes"] == found["standard", "clean"]["outcomes"]
     assert found["standard + net", "gray"]["outcomes"] == found["standard", "robust"]["outcomes"]
@@ -466,6 +475,16 @@ def test_a_nets_forms_are_measured_beside_it(tmp_path: Path) -> None:
     shown: list[str] = []
     again = done(recipe, tmp_path, say=shown.append)
     assert again["measurements"] == results["measurements"]
+
+
+def test_a_proof_that_an_attack_refutes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def everything(target: Any, images: torch.Tensor, *, eps: list[float], norm: str) -> Certified:
+        return Certified(target(images).argmax(1), torch.full((len(images),), eps[-1], dtype=torch.float64), norm)
+
+    monkeypatch.setattr("nndefense.certificates.bounds.certify_bounds", everything)
+    recipe = recipe_from({**FORMED, "certified": 20, "threat": [{"norm": "linf", "eps": 0.9}]}, "formed", "small")
+    with pytest.raises(ModelError, match="proven to stand and have fallen"):
+        done(recipe, tmp_path)
 
 
 @pytest.mark.parametrize(

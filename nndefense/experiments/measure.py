@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,17 @@ from torch import Tensor, nn
 from nndefense import attacks
 from nndefense.attacks.retrieval import run_adaptive
 from nndefense.attacks.spatial import spatial_grid
+from nndefense.certificates import registry as certificates
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
+from nndefense.errors import ModelError
 from nndefense.evaluation import CellStore, run_attack, wilson_interval
 from nndefense.evaluation.ladder import Bits, from_hex, to_hex
 from nndefense.experiments.recipe import SPATIAL, ExperimentRecipe, Threat
 from nndefense.models import Classifier
+
+Used = Classifier | NearestNeighborDefense
+"""How a net is used: on its own, or with a database."""
 
 # Test images a cell: some seconds to minutes of work that a kill can cost.
 BLOCK = 500
@@ -45,12 +50,23 @@ class Judge:
     # Of the last net and threat, by the first image of each block: its forms are shown the same ones.
     _made: dict[tuple[str, str], dict[int, Tensor]] = field(default_factory=dict)
 
-    def clean(self, classifier: Classifier, defense: NearestNeighborDefense | None = None) -> dict[str, Any]:
-        """Accuracy on the test images as they are, of a net or of a defence with it."""
+    def measured(self, used: Used, threats: Sequence[Threat]) -> list[dict[str, Any]]:
+        """All measurements of a net or of a defence with it: clean, and under each threat."""
+        found = [self.clean(used)]
+        for threat in threats:
+            found += [self.robust(used, threat)] if isinstance(used, Classifier) else self.retrieved(used, threat)
+            plain = isinstance(used, Classifier) or used.rule.plain_vote
+            if self.recipe.certified and plain and threat.norm != SPATIAL:
+                found.append(self.certified(used, threat, from_hex(found[-1]["outcomes"], found[-1]["n"])))
+        return found
+
+    def clean(self, used: Used) -> dict[str, Any]:
+        """Accuracy on the test images as they are."""
+        classifier = _net(used)
         labels_of = classifier.label_map(self.test.classes)
         right = []
         for images, labels, _ in self.test.batches(self.recipe.batch_size):
-            right.append(_right(defense or classifier, images.to(classifier.device), labels_of[labels]).cpu().numpy())
+            right.append(_right(used, images.to(classifier.device), labels_of[labels]).cpu().numpy())
             self.step(len(labels))
         return {"kind": "clean", "threat": None, **rate(np.concatenate(right))}
 
@@ -101,13 +117,52 @@ class Judge:
             },
         ]  # fmt: skip
 
+    def certified(self, used: Used, threat: Threat, standing: Bits) -> dict[str, Any]:
+        """The share of the first attacked images that linear bounds prove to stand: a floor below the attacks' ceiling.
+
+        Args:
+            used: a net, or a defence whose rule is a plain vote.
+            threat: within which no image may be answered otherwise.
+            standing: N, which attacked images stand after all attacks.
+
+        Raises:
+            ModelError: an image that is proven to stand has fallen to an attack, so that one of the two is wrong.
+        """
+        classifier = _net(used)
+        target: Any = used
+        method, key = "bounds-net", list[Any]()
+        if isinstance(used, NearestNeighborDefense):
+            method, target = "bounds", used.surface()
+            key = [used.database.fingerprint, len(used.database), used.rule.to_json()]
+        n = min(self.recipe.certified, len(self.attacked))
+
+        def proven(rows: np.ndarray[Any, Any]) -> dict[str, Any]:
+            started = time.perf_counter()
+            images, labels = self.attacked.batch(rows)
+            moved = images.to(classifier.device)
+            found = certificates.get(method).run(target, moved, eps=[threat.eps], norm=threat.norm)
+            stands = found.stands(classifier.label_map(self.attacked.classes)[labels], threat.eps).numpy()
+            return {"right": to_hex(stands), "seconds": round(time.perf_counter() - started, 3)}
+
+        key = [classifier.fingerprint, *key, threat.norm, threat.eps]
+        (found,) = self._blocks(f"certified {threat.name}", key, proven, n)
+        right = from_hex(found["right"], n)
+        if broken := int((right & ~standing[:n]).sum()):
+            raise ModelError(f"{broken} images are proven to stand and have fallen: the attack or the proof is wrong")
+        shared = {"threat": threat.name, "norm": threat.norm, "eps": threat.eps}
+        return {"kind": "certified", **shared, **rate(right), "by": "linear bounds", "seconds": found["seconds"]}
+
     def _blocks(
-        self, name: str, key: list[Any], made: Callable[[np.ndarray[Any, Any]], dict[str, Any]]
+        self,
+        name: str,
+        key: list[Any],
+        made: Callable[[np.ndarray[Any, Any]], dict[str, Any]],
+        count: int | None = None,
     ) -> list[dict[str, Any]]:
-        """What was found on every block of the attacked images, now or at an earlier time."""
-        blocks = []
-        for first in range(0, len(self.attacked), BLOCK):
-            rows = np.arange(first, min(first + BLOCK, len(self.attacked)))
+        """What was found on every block of the attacked images, or of the first ones, now or at an earlier time."""
+        blocks, count = [], len(self.attacked) if count is None else count
+        for first in range(0, count, BLOCK):
+            rows = np.arange(first, min(first + BLOCK, count))
             own = [*key, self.attacked.fingerprint, first, len(rows)]
             found = self.store.get(f"{name} {first}", own)
             if found is None:
@@ -240,6 +295,10 @@ class Judge:
             "backwards": surface.counts.backwards,
             "seconds": round(time.perf_counter() - started, 3),
         }
+
+
+def _net(used: Used) -> Classifier:
+    return used if isinstance(used, Classifier) else used.classifier
 
 
 def _bits(blocks: list[dict[str, Any]], name: str) -> Bits:

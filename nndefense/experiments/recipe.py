@@ -176,10 +176,9 @@ class ExperimentRecipe:
         labels: numbers of labelled images; 0 for all. The rest are the pool of unlabelled ones.
         seeds: how many; each gives initial weights, order, and the draw of the labelled images.
         forms: how the nets are used beside on their own.
-        adaptive_steps, adaptive_restarts: of the attack on the forms,
-            :func:`~nndefense.attacks.retrieval.run_adaptive`.
-        compare: pairs of methods, or of methods with a form, whose difference is reported, image by image and seed by
-            seed.
+        certified: how many attacked images linear bounds are tried on, of nets and of forms whose rule is a plain vote.
+        adaptive_steps, adaptive_restarts: of :func:`~nndefense.attacks.retrieval.run_adaptive` on the forms.
+        compare: pairs of methods, or of methods with a form, whose paired difference is reported.
         published: figures of papers, which stand in a table of their own.
         published_source, published_setting: of those that name none.
         layout: shape of the table.
@@ -198,6 +197,7 @@ class ExperimentRecipe:
     methods: tuple[Method, ...] = field(metadata=recipes.at("method"))
     evaluation: tuple[AttackSettings, ...] = field(metadata=recipes.at("evaluation", _evaluation))
     forms: tuple[Form, ...] = field(default=(), metadata=recipes.at("form"))
+    certified: int = 0
     adaptive_steps: int = 100
     adaptive_restarts: int = 1
     about: str = ""
@@ -234,7 +234,7 @@ class ExperimentRecipe:
         recipes.check_least(
             self, 1, "seeds", "check_steps", "batch_size", "images", "adaptive_steps", "adaptive_restarts"
         )
-        recipes.check_least(self, 0, "validation")
+        recipes.check_least(self, 0, "validation", "certified")
         if min(self.grid) < 1:
             raise InputError("both numbers of grid must be at least 1")
         if not self.labels or min(self.labels) < 0 or len(set(self.labels)) < len(self.labels):
@@ -245,7 +245,7 @@ class ExperimentRecipe:
         for where, name, known in used:
             if name not in known:
                 raise InputError(f"{where} names the method {name!r}, which is none of {', '.join(known)}")
-        if self.validation == 0 and any(form.temperature == "held-out" for form in self.forms):
+        if not self.validation and any(form.temperature == "held-out" for form in self.forms):
             raise InputError("a temperature held-out is chosen on validation images: split some off with validation")
         threats = {"", *(threat.name for threat in self.threats)}
         for one in self.published:
@@ -342,10 +342,9 @@ class ExperimentRecipe:
             del attack["norm"], attack["eps"]  # they are the threat's
             if attack["queries"] is None:
                 del attack["queries"]
-        if not self.forms:
-            for name in ("forms", "adaptive_steps", "adaptive_restarts"):
-                del plain[name]
-        return plain
+        # They say nothing where no net is used in a form.
+        own = () if self.forms else ("forms", "certified", "adaptive_steps", "adaptive_restarts")
+        return {name: value for name, value in plain.items() if name not in own}
 
     @property
     def sha256(self) -> str:

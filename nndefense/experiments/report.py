@@ -19,6 +19,7 @@ from nndefense.experiments.spread import (
     Results,
     Spread,
     accuracy_of,
+    certified_of,
     clean_of,
     confidence_of,
     gray_of,
@@ -131,6 +132,9 @@ def _methods(results: Results) -> Table:
     if recipe.get("forms"):
         columns.insert(-1, "gray box")
         kinds.insert(1, gray_of)
+    if recipe.get("certified"):
+        columns.append("certified")
+        kinds.append(certified_of)
     rows = []
     for threat in results["threats"]:
         for count in labels:
@@ -141,6 +145,8 @@ def _methods(results: Results) -> Table:
                     rows.append((*row, *map(_within, found)))
     over = f"over {recipe['seeds']} seeds (Student)" if recipe["seeds"] > 1 else "over the images (Wilson)"
     note = f"In percent, with 95 % intervals {over}. {_attacked(results)}"
+    if recipe.get("certified"):
+        note += f" Certified: proven by linear bounds, of the first {recipe['certified']} of these images."
     return Table(tuple(columns), tuple(rows), "Accuracies with intervals", note)
 
 

@@ -79,11 +79,9 @@ def run(
         with progress_bar(total=judged, desc="measuring", unit=" images", shown=progress) as bar:
             judge = Judge(recipe, images.test, images.attacked, CellStore(out / "cells", "experiments"), bar.update)
             whose = {"run": one.name, "trained_for": record["threat"], "labels": record["labels"], "seed": one.seed}
-            found = {one.method.name: [judge.clean(trained), *(judge.robust(trained, threat) for threat in threats)]}
+            found = {one.method.name: judge.measured(trained, threats)}
             for name, defense in workshop.defenses(one, trained):
-                found[name] = [judge.clean(trained, defense)]
-                for threat in threats:
-                    found[name] += judge.retrieved(defense, threat)
+                found[name] = judge.measured(defense, threats)
         for name, entries in found.items():
             measured += [{**whose, "method": name, **entry} for entry in entries]
             shares = ", ".join(

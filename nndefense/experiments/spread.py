@@ -52,6 +52,11 @@ def accuracy_of(results: Results, method: str, labels: int, threat: str) -> Spre
     return _share(_measured(results, method, labels, threat, "robust"))
 
 
+def certified_of(results: Results, method: str, labels: int, threat: str) -> Spread | None:
+    """The share of images that is proven to stand; None where no proof was tried."""
+    return _share(_measured(results, method, labels, threat, "certified"))
+
+
 def gray_of(results: Results, method: str, labels: int, threat: str) -> Spread | None:
     """A form's accuracy on the images that are attacked on its net alone; None where it was not measured."""
     return _share(_measured(results, method, labels, threat, "gray"))
