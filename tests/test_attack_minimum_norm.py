@@ -222,6 +222,7 @@ def foolbox() -> Any:
         return pytest.importorskip("foolbox", reason="foolbox is not installed: pip install '.[dev]'")
 
 
+@pytest.mark.slow
 class TestAgainstFoolbox:
     """foolbox 3 (Rauber et al. 2020) as oracle."""
 

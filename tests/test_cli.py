@@ -268,6 +268,8 @@ def test_demo_and_again_in_the_same_folder(tmp_path: Path) -> None:
         "--eps", "0.1,8/40", "--headline", "8/40", "--limit", 20, "--gallery", 2, *SHORT, "--adaptive-steps", 2,
         "--no-audit", "--json",
     ]  # fmt: skip
+    # What is said is what is looked at.
+    words.remove("--quiet")
     done = nndefense(*words)
     results = done.json
     assert "calibrating: 2 layers" in done.err

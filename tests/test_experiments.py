@@ -477,6 +477,7 @@ def test_a_nets_forms_are_measured_beside_it(tmp_path: Path) -> None:
     assert again["measurements"] == results["measurements"]
 
 
+@pytest.mark.slow
 def test_a_proof_that_an_attack_refutes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def everything(target: Any, images: torch.Tensor, *, eps: list[float], norm: str) -> Certified:
         return Certified(target(images).argmax(1), torch.full((len(images),), eps[-1], dtype=torch.float64), norm)

@@ -826,7 +826,8 @@ def flipping(count: int) -> Callable[[Path], None]:
                 read_all(HDF5, folder)
             except NNDefenseError as error:
                 said.append(str(error))
-        assert len(said) > count // 4
+        # Most bytes of a header can be anything.
+        assert len(said) > count // 5, len(said)
         assert not any("\n" in one for one in said)
 
     return use
