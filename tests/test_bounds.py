@@ -169,9 +169,9 @@ def test_the_bound_of_a_pair_of_rows_is_the_exact_searchs_limit_where_the_featur
     low, high = 0.0, 1.0
     for _ in range(16):
         low, high = (low, (low + high) / 2) if least((low + high) / 2) < 0 else ((low + high) / 2, high)
-    exact = [run_exact(surface, x, y, eps=eps, norm="linf") for eps in (max(low - 1e-4, 0), min(low + 1e-4, 1))]
-    assert bool(exact[0].certified) or low < 1e-3
-    assert bool(exact[1].broken) == (low < 1 - 1e-6)
+    exact = [run_exact(surface, x, y, eps=eps, norm="linf") for eps in (max(low - 1e-3, 0), min(low + 1e-3, 1))]
+    assert bool(exact[0].certified) or low < 1e-2
+    assert bool(exact[1].broken) == (low < 1 - 1e-3)
 
 
 def drawn_surface(seed: int, kind: str, k: int, count: int = 12) -> tuple[RetrievalSurface, Tensor]:
