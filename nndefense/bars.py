@@ -22,6 +22,13 @@ class _Lines:
         sys.stderr.flush()
 
 
+class _MinuteBar(tqdm):  # type: ignore[misc]
+    """Its own clock says when it is shown: a new figure is no reason for a line."""
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        super().set_postfix_str(s, refresh=False)
+
+
 def progress_bar(*given: Any, shown: bool = True, **options: Any) -> Any:
     """A bar of tqdm's, with its arguments: by default from the first second on, and as lines where no terminal is.
 
@@ -33,4 +40,6 @@ def progress_bar(*given: Any, shown: bool = True, **options: Any) -> Any:
     if sys.stderr.isatty():
         return tqdm(*given, **{"delay": 1, "file": sys.stderr} | options)
     # The first line after a minute, too, so that a short job prints none.
-    return tqdm(*given, **options | {"delay": MINUTE, "mininterval": MINUTE, "maxinterval": MINUTE, "file": _Lines()})
+    return _MinuteBar(
+        *given, **options | {"delay": MINUTE, "mininterval": MINUTE, "maxinterval": MINUTE, "file": _Lines()}
+    )

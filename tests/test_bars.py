@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,20 @@ def test_without_a_terminal_a_long_job_prints_whole_lines(
     assert capsys.readouterr().err == ""
 
 
+def test_without_a_terminal_a_new_figure_is_no_new_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bars, "MINUTE", 0.05)
+    with bars.progress_bar(total=100, desc="working") as bar:
+        for number in range(100):
+            bar.update()
+            bar.set_postfix_str(f"loss {number}")
+            time.sleep(0.002)
+    shown = capsys.readouterr().err.splitlines()
+    assert 1 <= len(shown) <= 10
+    assert "loss" in shown[-1]
+
+
 def test_on_a_terminal_it_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     list(bars.progress_bar(range(3), desc="working", delay=0))
@@ -40,7 +55,7 @@ def test_on_a_terminal_it_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypat
 
 def test_every_bar_is_one_of_these() -> None:
     sources = [*(REPOSITORY / "nndefense").rglob("*.py"), *(REPOSITORY / "index_build").rglob("*.py")]
-    makers = {path.name for path in sources if " tqdm(" in path.read_text(encoding="utf-8")}
+    makers = {path.name for path in sources if "tqdm(" in path.read_text(encoding="utf-8")}
     assert makers == {"bars.py"}
 
 
