@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -586,3 +588,18 @@ def test_settings_that_cannot_be_used(defense, surface, batch):
     bare = RetrievalSurface(Knowledge.GRAY, defense, 5)
     with pytest.raises(InputError, match="give the surface its classify"):
         retrieval.gray(bare, x, y, eps=0.1)
+
+
+def test_rows_that_vote_for_one_class_alone_answer_as_their_posteriors_do():
+    hood, features, _, _ = made_up_hood(c=4)
+    votes = torch.nn.functional.one_hot(hood.classes.clamp_max(2), 4).double()
+    slow = replace(hood, classes=votes.argmax(2), log_posteriors=votes.clamp_min(1e-30).log())
+    leaf = features.requires_grad_()
+    answers = [relaxation.soft_log_probabilities(h, leaf, 5, 0.3) for h in (slow, replace(slow, sole=True))]
+    gradients = [torch.autograd.grad(log_p[:, :3].sum(), leaf)[0] for log_p in answers]
+    assert torch.allclose(*answers)
+    assert torch.allclose(*gradients)
+    distances = hood.distances(features)
+    hard = [relaxation.hard_log_probabilities(h, distances, 5) for h in (slow, replace(slow, sole=True))]
+    assert torch.allclose(*hard)
+    assert bool((hard[0] < -60).any()), "no class is without a vote"

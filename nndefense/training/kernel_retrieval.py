@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nndefense.attacks.retrieval.relaxation import log_sums
 from nndefense.attacks.wrappers import adopt_mode
 from nndefense.errors import InputError, check_choice
 from nndefense.models import Classifier
@@ -98,15 +99,10 @@ def log_shares(weights: Tensor, labels: Tensor, classes: int) -> Tensor:
         n x C. A class without a vote has the share of the weakest vote or 1e-12, whichever is less, as a constant: its
         logarithm is finite, and no gradient leads away from it or to it.
     """
-    total = weights.logsumexp(1, keepdim=True)
-    top = weights.new_full((len(weights), classes), -torch.inf).scatter_reduce(1, labels, weights.detach(), "amax")
-    none = top == -torch.inf
-    top = top.masked_fill(none, 0)
-    sums = torch.zeros_like(top).scatter_add(1, labels, (weights - top.gather(1, labels)).exp())
-    shares = sums.masked_fill(none, 1).log() + top - total
-    voting = weights.detach() - total.detach()
+    shares = log_sums(weights, labels, classes) - weights.logsumexp(1, keepdim=True)
+    voting = weights.detach() - weights.detach().logsumexp(1, keepdim=True)
     least = voting.masked_fill(voting == -torch.inf, torch.inf).amin(1, keepdim=True).clamp_max(_NONE_FOUND)
-    return torch.where(none, least, shares)
+    return torch.where(torch.isneginf(shares), least, shares)
 
 
 class KernelRetrieval(nn.Module):
@@ -155,15 +151,17 @@ class KernelRetrieval(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities N x classes."""
         queries = self.queries = self.embed(_bare(self.model), images)
-        vectors, found, votes = self._near(queries)
-        far = (queries[:, None] - vectors).square().sum(2)
+        vectors, lengths, found, votes = self._near(queries)
+        # Products instead of differences: no n x m x d array has to be made and kept for the gradient.
+        near = torch.bmm(vectors, queries[:, :, None])[:, :, 0]
+        far = queries.square().sum(1, keepdim=True) - 2 * near + lengths
         weights = (-far * torch.exp(-self.net.log_temperature)).masked_fill(~found, -torch.inf)
         if self.votes == "labels":
             return log_shares(weights, votes, self.net.head.out_features)
         return (weights[:, :, None] + votes).logsumexp(1) - weights.logsumexp(1, keepdim=True)
 
     def _near(self, queries: Tensor) -> tuple[Tensor, ...]:
-        """Vectors n x m x d of the rows, which of them are rows, and their labels or log posteriors."""
+        """Vectors n x m x d of the rows, their squared lengths, which are rows, and their labels or log posteriors."""
         if self.training or self.own is None:
             return self._found(queries.detach())
         if self._kept is None:
@@ -174,9 +172,10 @@ class KernelRetrieval(nn.Module):
     def _found(self, queries: Tensor) -> tuple[Tensor, ...]:
         numbers, found = nearest_rows(queries, self.rows, self.neighbors, self.own)
         vectors = self.rows.vectors[numbers].to(queries.dtype)
+        lengths = vectors.square().sum(2)
         if self.votes == "labels":
-            return vectors, found, self.rows.labels[numbers]
-        return vectors, found, self.net.head(vectors).to(queries.dtype).log_softmax(2)
+            return vectors, lengths, found, self.rows.labels[numbers]
+        return vectors, lengths, found, self.net.head(vectors).to(queries.dtype).log_softmax(2)
 
 
 class Unsaturated(nn.Module):

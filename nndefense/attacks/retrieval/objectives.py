@@ -149,6 +149,8 @@ def guides(rows: Rows, features: Tensor, y: Tensor, target: Tensor, half: int, k
     near = torch.cat([found, around[1]], 1)
     hood = Neighborhood.of(rows, near, filled, torch.ones_like(features[:, 0]))
     hood.classes[:, found.shape[1] :] = -1
+    # Their votes are no longer told by their classes.
+    hood.sole = False
     return hood
 
 

@@ -228,9 +228,7 @@ class AnswerMargin(Objective):
         log_p = _soft(self.hood, distances, self.k, heat, self.shell)
         found = log_p if own is None else relaxation.mixed(log_p, own, self.alpha)
         if truth < 1:
-            each = torch.nn.functional.one_hot(self.hood.classes, log_p.shape[1]) > 0
-            crisp = replace(self.hood, log_posteriors=torch.where(each, 0.0, -1e4).to(log_p))
-            apart = _soft(crisp, distances, self.k, heat, self.shell)
+            apart = _soft(replace(self.hood, sole=True), distances, self.k, heat, self.shell)
             apart = apart if own is None else (1 - self.alpha) * apart + self.alpha * own
             found = torch.lerp(apart, found, truth)
         return found

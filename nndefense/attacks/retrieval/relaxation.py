@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class Neighborhood:
         spread: N, the scale of the temperatures, a distance.
         lengths: N x m, the vectors' squared lengths.
         cooling: N, 1/T of the defence's kernel; None where it has none.
+        sole: whether each row votes for its class alone.
     """
 
     vectors: Tensor
@@ -49,6 +51,7 @@ class Neighborhood:
     spread: Tensor
     lengths: Tensor
     cooling: Tensor | None = None
+    sole: bool = False
 
     @classmethod
     def of(cls, rows: Rows, near: Tensor, filled: Tensor, spread: Tensor) -> Neighborhood:
@@ -63,12 +66,14 @@ class Neighborhood:
             logs = logs.masked_fill(posteriors == 0, _SILENT)
         # Large as 1/T may be, its products with squared distances stay finite.
         cooling = None if rows.temperature is None else torch.full_like(spread, min(1 / rows.temperature, 1e28))
-        return cls(vectors, log_weights, logs, posteriors.argmax(2), spread, vectors.square().sum(2), cooling)
+        sole = bool((posteriors.count_nonzero(2) == 1).all())
+        return cls(vectors, log_weights, logs, posteriors.argmax(2), spread, vectors.square().sum(2), cooling, sole)
 
     def __getitem__(self, index: Tensor) -> Neighborhood:
         """The neighbourhoods of some of the images."""
-        held = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return replace(self, **{name: part[index] for name, part in held.items() if part is not None})
+        held = {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
+        parts: dict[str, Any] = {name: part[index] for name, part in held.items()}
+        return replace(self, **parts)
 
     def distances(self, features: Tensor) -> Tensor:
         """Euclidean distances of features N x d to their own rows: N x m, infinite where no row is."""
@@ -89,6 +94,29 @@ class Neighborhood:
         squared = torch.where(filled, distances, 0.0).square()
         nearest = squared.detach().masked_fill(~filled, torch.inf).amin(1, keepdim=True)
         return self.log_weights - (squared - nearest) * self.cooling.unsqueeze(1)
+
+    def log_answer(self, log_weights: Tensor, places: Tensor | None = None) -> Tensor:
+        """Log-probabilities N x C of the rows at ``places`` (N x p; None: all), with log weights N x p or N x m."""
+        shares = log_weights - log_weights.logsumexp(1, keepdim=True)
+        if self.sole:
+            classes = self.classes if places is None else self.classes.gather(1, places)
+            found = log_sums(shares, classes, self.log_posteriors.shape[2])
+            # No gradient leads away from a class without a vote or to it.
+            return found.masked_fill(torch.isneginf(found), math.log(_TINY) if self.cooling is None else _SILENT)
+        logs = self.log_posteriors
+        if places is not None:
+            logs = logs.gather(1, places.unsqueeze(2).expand(-1, -1, logs.shape[2]))
+        return torch.logsumexp(shares.unsqueeze(2) + logs, 1)
+
+
+def log_sums(log_weights: Tensor, classes: Tensor, count: int) -> Tensor:
+    """Logarithm of the summed weights of each class: N x m and class numbers N x m -> N x ``count``; -inf for none."""
+    top = log_weights.new_full((len(log_weights), count), -torch.inf)
+    top = top.scatter_reduce(1, classes, log_weights.detach(), "amax")
+    none = torch.isneginf(top)
+    top = top.masked_fill(none, 0)
+    sums = torch.zeros_like(top).scatter_add(1, classes, (log_weights - top.gather(1, classes)).exp())
+    return (sums.masked_fill(none, 1).log() + top).masked_fill(none, -torch.inf)
 
 
 @torch.no_grad()
@@ -137,19 +165,14 @@ def soft_log_probabilities(
     width = (torch.as_tensor(temperature, dtype=features.dtype, device=features.device) * hood.spread).unsqueeze(1)
     # Unfilled places: their weight of 0 takes them out; a finite distance keeps NaN out of the gradient.
     finite = torch.where(torch.isfinite(distances), distances, tau)
-    membership = F.logsigmoid((tau - finite) / width) + hood.log_votes(distances)
-    shares = membership - membership.logsumexp(1, keepdim=True)
-    return torch.logsumexp(shares.unsqueeze(2) + hood.log_posteriors, 1)
+    return hood.log_answer(F.logsigmoid((tau - finite) / width) + hood.log_votes(distances))
 
 
 @torch.no_grad()
 def hard_log_probabilities(hood: Neighborhood, distances: Tensor, k: int) -> Tensor:
     """The defence's own rule on the rows that are here: distances N x m -> log-probabilities N x C."""
     nearest = distances.topk(min(k, distances.shape[1]), dim=1, largest=False).indices
-    log_weights = hood.log_votes(distances).gather(1, nearest)
-    shares = log_weights - log_weights.logsumexp(1, keepdim=True)
-    picked = hood.log_posteriors.gather(1, nearest.unsqueeze(2).expand(-1, -1, hood.log_posteriors.shape[2]))
-    return torch.logsumexp(shares.unsqueeze(2) + picked, 1)
+    return hood.log_answer(hood.log_votes(distances).gather(1, nearest), nearest)
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
