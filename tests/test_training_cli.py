@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,22 @@ def test_the_attack_that_is_made() -> None:
     assert choice(check_steps=50).checking(InnerAttack(eps=0.2, steps=1)) == InnerAttack(eps=0.2, steps=50)
     with pytest.raises(InputError, match="--check-steps"):
         choice(check_steps=50).checking(spatial)
+
+
+@pytest.mark.slow
+def test_a_net_to_retrieve_by_says_how_it_becomes_a_defence_and_its_database_takes_the_kernel(tmp_path: Path) -> None:
+    net = tmp_path / "net with a blank"
+    words = ("--arch", "nn-small-cnn", "--objective", "retrieval", "--eps", 0.1, "--steps", 1, "--out", net)
+    told = [line for line in nndefense(*QUICK, *words).out.splitlines() if line.startswith("  nndefense ")]
+    build, evaluate = ([*shlex.split(line)[1:], "--device", "cpu"] for line in told)
+    learned = load_classifier(net).info["retrieval"]
+    shown = nndefense(*build, "--json", "--quiet").json["rule"]
+    expected = {"k": 200, "weighting": "uniform", "votes": "labels", "temperature": learned["temperature"], "alpha": 0}
+    assert {name: shown[name] for name in expected} == expected
+    small = ("--limit", 4, "--steps", 2, "--adaptive-steps", 2, "--quiet", "--out", tmp_path / "found")
+    nndefense(*[word if word != "TEST" else "digits:test" for word in evaluate], *small)
+    # Other distances are none that a kernel was learned for; what is asked for goes first.
+    other = nndefense(*build[:-3], tmp_path / "scaled", "--device", "cpu", "--normalize", "--json", "--quiet").json
+    assert other["rule"]["temperature"] is None
+    asked = nndefense(*build[:-3], tmp_path / "few", "--device", "cpu", "--k", 9, "--json", "--quiet").json["rule"]
+    assert (asked["k"], asked["temperature"]) == (9, learned["temperature"])

@@ -121,7 +121,7 @@ def build(
     """Run all stages, or the first."""
     from index_build import build_database, stages
     from nndefense.database import Rule
-    from nndefense.defenses.stored import default_k
+    from nndefense.defenses.stored import default_k, learned_rule
     from nndefense.features import FeatureSpec
     from nndefense.pipeline import open_datasets
 
@@ -131,8 +131,9 @@ def build(
     common = replace(common, device="cuda" if device == "all-gpus" else device)
     net = model.open(common, specs=dataset)
     images = open_datasets(dataset, data_dir=common.data_dir, like=net, limit=limit, seed=common.seed)
-    if asked := rule.asked():
-        settings["rule"] = Rule(default_k(len(images))).changed(**asked).to_json()
+    asked, learned = rule.asked(), learned_rule(net, feature, len(images))
+    if asked or learned:
+        settings["rule"] = (learned or Rule(default_k(len(images)))).changed(**asked).to_json()
     settings |= {
         "specs": dataset,
         "seed": common.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -343,7 +344,22 @@ def train(
             text += f", {robust:.4f} under attack (on {min(len(held), loop.check_images)} of them)"
     if collapsed:
         text += "; catastrophic overfitting was found"
+    if "retrieval" in classifier.info:
+        text += _next_commands(dataset, out, attack)
     common.show(found, text)
+
+
+def _next_commands(dataset: str, net: Path, attack: InnerAttackOptions) -> str:
+    """What makes a defence of a net to retrieve by, and what attacks it."""
+    database = shlex.quote(str(net.with_name(f"{net.name}-database")))
+    images, folder = shlex.quote(dataset), shlex.quote(str(net))
+    budget = f" --norm {attack.norm}" + (f" --eps {attack.eps}" if attack.eps else "")
+    return (
+        "\nthe defence is a database of its training images, which takes the kernel that was learned:\n"
+        f"  nndefense index build --dataset {images} --classifier {folder} --layer embedding --pooling flatten "
+        f"--out {database}\n"
+        f"  nndefense evaluate --database {database} --dataset TEST{budget}"
+    )
 
 
 def _number(name: str, text: str | None) -> float | None:

@@ -12,13 +12,31 @@ from torch import nn
 from nndefense.database import WEIGHTINGS, ImageDatabase, Manifest, Rule, classifier_of
 from nndefense.database.manifest import CALIBRATION
 from nndefense.errors import DatabaseError, InputError
+from nndefense.features import FeatureSpec
 from nndefense.models import Classifier
+from nndefense.models.architectures.embedded import DIMENSION
 from nndefense.unwrapping import unwrapped
 
 
 def default_k(rows: int) -> int:
     """K where nothing was calibrated or asked for: 50, or all rows of a smaller database."""
     return min(50, rows)
+
+
+def learned_rule(classifier: Classifier, feature: FeatureSpec, rows: int) -> Rule | None:
+    """The rule that a net was trained by, for a database of its embeddings with the distances that they have.
+
+    Args:
+        classifier: trained by an objective ``retrieval``; None is given for any other.
+        feature: of the database; None is given for one of another layer, or with other distances.
+        rows: of the database.
+    """
+    learned = classifier.info.get("retrieval")
+    kept = feature.layer == "embedding" and feature.pooling == "flatten" and not (feature.whiten or feature.normalize)
+    if not learned or not kept or 0 < feature.pca < DIMENSION:
+        return None
+    k, votes, temperature = min(learned["neighbors"], rows), learned["votes"], learned["temperature"]
+    return Rule(k, "uniform", votes=votes, temperature=temperature)
 
 
 @dataclass(frozen=True)
