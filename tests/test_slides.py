@@ -46,5 +46,6 @@ def test_the_short_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     text = "\n".join(said.values())
     assert "target least-likely: reached by" in text
     assert "mean confidence in wrong answers" in text
+    assert "those that most excite a random direction" in text
     assert re.search(r"Sigma = I\n", text)
     assert "the median predicts 0.140: error 1.020" in text

@@ -24,6 +24,7 @@ from nndefense.theory import (
     decompose,
     error_against_size,
     estimators,
+    exciting,
     harm_by_condition,
     harmless_share,
     location,
@@ -601,3 +602,33 @@ def test_fitted_to_the_given_points_alone_self_training_keeps_one_guarantee_and_
     assert counts["L_std(rst) > L_std(std), fitted to X_std and X_ext alone"].hits == 0
     broken = counts["the same, where augmentation hurts"]
     assert 0 < broken.hits < broken.draws < 400
+
+
+def test_what_excites_a_unit_or_a_direction_is_its_largest_entries() -> None:
+    generator = np.random.default_rng(3)
+    labels = np.repeat(np.arange(4), 25)
+    activations = np.concatenate([np.eye(4)[labels] * 9, np.ones((100, 1))], 1) + 0.0
+    activations[:, :4] += generator.random((100, 4))
+    found = exciting(activations, labels, count=5, draws=200, seed=1)
+    # The fifth unit is the same for all images.
+    assert found["units"].names == ("unit 0", "unit 1", "unit 2", "unit 3")
+    for unit, chosen in enumerate(found["units"].chosen):
+        assert chosen.tolist() == sorted(range(100), key=lambda n: -activations[n, unit])[:5]
+    assert found["units"].to_json() == {"directions": 4, "share": 1, "low": 1, "high": 1}
+    # A random direction has a largest class, too; images drawn at random have none.
+    assert found["directions"].shares.mean() > 0.9
+    assert found["chance"].shares.mean() < 0.6
+    again = exciting(activations, labels, count=5, draws=200, seed=1)
+    assert all(np.array_equal(found[kind].chosen, again[kind].chosen) for kind in found)
+    turned = exciting(activations * -1, labels, count=5, draws=200, seed=1)
+    assert not np.array_equal(turned["directions"].chosen, found["directions"].chosen)
+
+
+def test_what_cannot_excite_is_refused() -> None:
+    labels = np.zeros(4, dtype=np.int64)
+    with pytest.raises(InputError, match="4 of 4 images cannot be the most exciting"):
+        exciting(np.eye(4), labels, count=4)
+    with pytest.raises(InputError, match="the same for all images"):
+        exciting(np.ones((4, 3)), labels, count=2)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        exciting(np.full((4, 3), np.nan), labels, count=2)

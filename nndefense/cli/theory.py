@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nndefense.cli.declare import Commas, Group, OneOf, Only
-from nndefense.cli.options import Common, numbers
+from nndefense.cli.options import BatchOption, ClassifierOptions, Common, LimitOption, MeasuredOption, numbers
 from nndefense.locks import writes
 
 if TYPE_CHECKING:
@@ -130,6 +130,36 @@ def examples(
     from nndefense.theory import RobustFeature, ThreePoints, studies
 
     _show(studies.examples(ThreePoints(height, eps), RobustFeature()), out, common)
+
+
+@theory.command("units")
+@writes("out", lend=True)
+def units(
+    *,
+    dataset: MeasuredOption,
+    model: ClassifierOptions,
+    layer: Annotated[str, typer.Option(help="Module of the net, such as pool3, or conv_5_1.")],
+    pooling: Annotated[
+        str, typer.Option(help="flatten: a unit for each place; avg, max: one for each channel.")
+    ] = "flatten",
+    count: Annotated[int, typer.Option(min=1, help="Images for each unit and direction.")] = 8,
+    draws: Annotated[int, typer.Option(min=1, help="Random directions, and random sets of images.")] = 1000,
+    limit: LimitOption = None,
+    out: OutOption = OUT,
+    batch_size: BatchOption = 128,
+    common: Common,
+) -> None:
+    """Show that what excites a unit of a net looks no other than what excites a random direction."""
+    from nndefense.datasets import measured_spec
+    from nndefense.features import FeatureSpec
+    from nndefense.pipeline import open_datasets, study_units
+
+    feature = FeatureSpec(layer, pooling, pca=0)
+    dataset = measured_spec(dataset, data_dir=common.data_dir)
+    net = model.open(common, specs=[dataset])
+    images = open_datasets([dataset], data_dir=common.data_dir, like=net, limit=limit, seed=common.seed)
+    settings = {"count": count, "draws": draws, "batch_size": batch_size, "seed": common.seed}
+    _show(study_units(net, images, feature, **settings, progress=common.progress), out, common)
 
 
 def _show(found: Study, out: Path, common: Common) -> None:

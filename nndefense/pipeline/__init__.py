@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         training_shape,
     )
     from nndefense.pipeline.sealing import check_parts, seal_records
+    from nndefense.pipeline.units import study_units
 
 _NAMES = {
     "attacking": "write_attacked",
@@ -45,6 +46,7 @@ _NAMES = {
     "materials": "MaterialSettings Materials",
     "opening": "drawn open_classifier open_datasets reported_split split training_shape",
     "sealing": "check_parts seal_records",
+    "units": "study_units",
 }
 _HOMES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()}
 __getattr__ = importing(__name__, _HOMES | {"defenses": f"{__name__}.defenses"})
@@ -54,5 +56,6 @@ __all__ = [
     "NothingBetterError", "build_calibrated", "certified_text", "certify", "certify_images", "check_disjoint",
     "check_not_calibrated_on", "check_not_in_database", "check_parts", "check_surrogate", "choose", "defenses",
     "drawn", "evaluate", "headline_of", "make_defense", "open_classifier", "open_datasets", "reported_split",
-    "run_demo", "seal_records", "split", "subject_of", "training_shape", "with_known_seed", "write_attacked",
+    "run_demo", "seal_records", "split", "study_units", "subject_of", "training_shape", "with_known_seed",
+    "write_attacked",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ Accuracy* (ICML 2020), with the toy distributions of Tsipras et al. (ICLR 2019) 
 SciPy in float64; of the house only the errors and the intervals are imported.
 """
 
+from nndefense.theory.activations import Exciting, exciting
 from nndefense.theory.decomposition import Decomposition, NoHarm, boundaries, change, decompose, harmless_share
 from nndefense.theory.estimators import (
     Estimators,
@@ -27,6 +28,7 @@ __all__ = [
     "Curve",
     "Decomposition",
     "Estimators",
+    "Exciting",
     "Intervals",
     "NoHarm",
     "Population",
@@ -38,6 +40,7 @@ __all__ = [
     "decompose",
     "error_against_size",
     "estimators",
+    "exciting",
     "harm_by_condition",
     "harmless_share",
     "location",

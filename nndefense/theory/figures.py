@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from nndefense.theory.activations import Exciting
 from nndefense.theory.decomposition import Decomposition, boundaries, change, harmless_share
 from nndefense.theory.estimators import Estimators
 from nndefense.theory.experiments import Count
@@ -194,6 +195,24 @@ def decomposition(found: Decomposition, counts: Sequence[Count] = ()) -> Figure:
         reach = np.abs(ends.T - shares) * 100
         right.errorbar(100 * shares, range(len(names)), xerr=reach, fmt="none", color="black", capsize=2, linewidth=1)
         right.set(xlabel=f"% of {counts[0].draws:,} random problems", title="How often augmentation hurts")
+    return figure
+
+
+def excited(images: Array, found: Mapping[str, Exciting], *, shown: int = 5, seed: int = 0) -> Figure:
+    """The images that most excite some units (left), and some random directions (right), drawn by the seed."""
+    sides = [(found["units"], "Units"), (found["directions"], "Random directions")]
+    figure = Figure(figsize=(9.6, 0.55 * shown + 0.9), layout="constrained")
+    panels = figure.subfigures(1, 2, wspace=0.04, squeeze=False)[0]
+    for panel, (side, title) in zip(panels, sides, strict=True):
+        panel.suptitle(f"{title}: on average {100 * side.shares.mean():.0f} % of a row have one label", fontsize=10)
+        drawn = np.random.default_rng(seed).permutation(len(side.names))[:shown]
+        grid = panel.subplots(len(drawn), side.chosen.shape[1], squeeze=False)
+        for row, number in zip(grid, drawn, strict=True):
+            for axes, image in zip(row, images[side.chosen[number]], strict=True):
+                axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
+                axes.set(xticks=[], yticks=[])
+            name = side.names[number].replace("direction ", "v")
+            row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     return figure
 
 

@@ -1,9 +1,9 @@
-"""Five studies of the tradeoff, each as numbers, figures and a few lines of text: what ``nndefense theory`` shows."""
+"""Six studies, each as numbers, figures and a few lines of text: what ``nndefense theory`` shows."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from nndefense.errors import InputError
 from nndefense.files import read_json, sealed, write_atomically, write_json
 from nndefense.locks import writes
 from nndefense.theory import figures
+from nndefense.theory.activations import Numbers, exciting
 from nndefense.theory.decomposition import boundaries, decompose, harmless_share
 from nndefense.theory.experiments import harm_by_condition, rst_guarantees
+from nndefense.theory.solve import Array
 from nndefense.theory.staircase import SIZES, Staircase, error_against_size
 from nndefense.theory.toys import Intervals, RobustFeature, ThreePoints, location
 from nndefense.versions import library_versions
@@ -271,6 +273,48 @@ def examples(points: ThreePoints, feature: RobustFeature) -> Study:
         for name, one in accuracies.items()
     ]
     return _study("examples", value, {"too-small": figures.too_small(points)}, "\n".join(said))
+
+
+def units(
+    activations: Array,
+    images: Array,
+    labels: Numbers,
+    *,
+    facts: Mapping[str, Any],
+    count: int = 8,
+    draws: int = 1000,
+    shown: int = 5,
+    seed: int = 0,
+) -> Study:
+    """Compare the images that most excite single units with those that excite random directions.
+
+    Args:
+        activations: of a layer, N x D.
+        images: N x H x W x 1 or 3, in [0, 1].
+        labels: N.
+        facts: where they come from, for the file.
+        count, draws, seed: as :func:`nndefense.theory.exciting` takes them.
+        shown: units and directions in the figure, drawn by the seed.
+
+    Raises:
+        InputError: too few images, or activations without a difference.
+    """
+    found = exciting(activations, labels, count=count, draws=draws, seed=seed)
+    value = {**facts, "images": len(images), "count": count, "seed": seed}
+    value |= {name: kind.to_json() for name, kind in found.items()}
+    said = [f"{count} images, and how many of them have the most frequent label: mean (5 % to 95 %)"]
+    for name, title in (
+        ("units", "those that most excite a unit"),
+        ("directions", "those that most excite a random direction"),
+        ("chance", "drawn at random"),
+    ):
+        one = value[name]
+        said.append(
+            f"  {title:<42} {100 * one['share']:5.1f} % ({100 * one['low']:.1f} to {100 * one['high']:.1f}), "
+            f"{one['directions']:,} of them"
+        )
+    drawn = figures.excited(images, found, shown=shown, seed=seed)
+    return _study("units", value, {"units": drawn}, "\n".join(said))
 
 
 def _read_problem(path: Path) -> dict[str, Any]:
