@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import tempfile
@@ -18,16 +19,17 @@ from torch import Tensor, nn
 from index_build import build_databases
 from nndefense.attacks import pgd
 from nndefense.database import ImageDatabase, Rule
-from nndefense.defenses import AdaptiveAttacker, HalvingRung, calibrate
-from nndefense.defenses.calibration import PairedTest
+from nndefense.defenses import AdaptiveAttacker, HalvingRung, NearestNeighborDefense, calibrate
+from nndefense.defenses.calibration import PairedTest, kernel_scales, rules_to_try
 from nndefense.defenses.halving import RUNGS, Setting, halve
 from nndefense.errors import InputError
 from nndefense.evaluation import AttackSettings, calibration_text
 from nndefense.evaluation.ladder import from_hex
 from nndefense.evaluation.report.run import calibration_section, verdict_text
 from nndefense.features import FeatureSpec
+from nndefense.guard import Guard
 from nndefense.models import Classifier, save_classifier
-from nndefense.pipeline import Candidates, NothingBetterError, build_calibrated, choose
+from nndefense.pipeline import Candidates, NothingBetterError, build_calibrated, calibrating, choose
 from nndefense.statistics import mcnemar_p
 
 CHEAP = (HalvingRung(2, 5, 1), HalvingRung(1, None, 1))
@@ -174,6 +176,149 @@ def test_the_paired_test_is_exact_and_one_sided_in_its_verdict() -> None:
         assert not PairedTest.of(bare, chosen).better or won < lost
 
 
+# -- the rule's other settings
+
+
+def tried(ks: Any = (1, 5), weightings: Any = ("uniform",), votes: Any = ("posteriors",),
+          temperatures: Any = (None,), alphas: Any = (0.0,), scales: Any = None) -> list[Rule]:  # fmt: skip
+    return rules_to_try(ks, weightings, votes, temperatures, alphas, scales)
+
+
+def test_rules_that_decide_alike_are_tried_once() -> None:
+    assert tried() == [Rule(1, "uniform"), Rule(5, "uniform")]
+    found = tried(votes=("posteriors", "labels"), temperatures=(None, 0.5, np.float32(0.5)), alphas=(0, 0.0, 0.25, 1))
+    # K = 1 has no use for a kernel, and the classifier alone none for K, votes and kernel.
+    assert len(found) == len(set(found)) == 2 * 2 + 2 * 2 * 2 + 1
+    assert [rule for rule in found if rule.alpha == 1] == [Rule(1, "uniform", alpha=1.0)]
+    assert {rule.temperature for rule in found if rule.k == 1} == {None}
+    # The usual rule goes first, so that ties go to it.
+    assert found[0] == Rule(1, "uniform")
+    assert tried((3,), temperatures=(0.5, None), scales=(9.0, 9.0, 4.0)) == [
+        Rule(3, "uniform", temperature=2.0),
+        Rule(3, "uniform"),
+    ]
+    # Where the K-th row is no distance away a kernel has no unit.
+    assert tried((3,), temperatures=(0.5, None), scales=(0.0, 0.0, 0.0)) == [Rule(3, "uniform")]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"votes": ("label",)}, "votes is 'label'"),
+        ({"votes": ()}, "no votes to try"),
+        ({"temperatures": (0,)}, "a temperature to try is 0, but must be above 0 .* or none for no kernel"),
+        ({"temperatures": (None, np.inf)}, "a temperature to try is inf"),
+        ({"temperatures": ("wide",)}, "a temperature to try is 'wide'"),
+        ({"alphas": (0, 1.5)}, "alpha is 1.5"),
+        ({"weightings": ("x",)}, "weighting is 'x'"),
+    ],
+)
+def test_settings_that_no_rule_has_are_refused_before_anything_is_built(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        tried(**values)
+    with pytest.raises(InputError, match=said):
+        Candidates(**values)
+
+
+@pytest.fixture(scope="module")
+def sixty(tmp_path_factory: pytest.TempPathFactory) -> ImageDatabase:
+    rows, folder = digits("train").subset(np.arange(60)), tmp_path_factory.mktemp("sixty") / "db"
+    return build_databases(rows, trained(), {folder: FeatureSpec("block2", "grid2", pca=24)}, progress=False)[0]
+
+
+def test_every_rule_of_the_table_scores_as_its_defence_and_kernels_are_in_the_images_own_distances(
+    sixty: ImageDatabase,
+) -> None:
+    clean, labels = images("test", 21)
+    attacked = pgd(trained(), clean, labels, norm="normalized-l2", eps=0.2, steps=3)
+    found = calibrate(
+        trained(), [sixty], clean, attacked, labels, ks=(1, 7), weightings=("cbw-e",), votes=("posteriors", "labels"),
+        temperatures=(None, 0.3), alphas=(0, 0.5), max_clean_loss=1, batch_size=8,
+    )  # fmt: skip
+    with torch.no_grad():
+        vectors = sixty.extractor(trained())(clean).double()
+    squared = torch.cdist(vectors, sixty.features(sixty.row_numbers).double()).square().sort(1).values
+    scale = float(squared.median(0).values[6])
+    assert kernel_scales(trained(), sixty, [clean], 7)[6] == pytest.approx(scale, rel=1e-4)
+    warm = {row.rule.temperature for row in found.table} - {None}
+    assert list(warm) == [pytest.approx(0.3 * scale, rel=1e-4)]
+    assert len(found.table) == 2 * 2 + 2 * 2 * 2
+    for row in found.table:
+        defense = NearestNeighborDefense(trained(), sixty, **row.rule.to_json())
+        for batch, accuracy in ((clean, row.clean), (attacked, row.attacked)):
+            assert accuracy == float((defense(batch).argmax(1) == labels).double().mean())
+    assert len({(row.clean, row.attacked) for row in found.table}) > 2
+
+
+def test_each_setting_is_attacked_through_its_own_rule(sixty: ImageDatabase) -> None:
+    clean, labels = images("test", 8)
+    met = list[Rule]()
+
+    class Watched(AdaptiveAttacker):
+        def on_defense(self, database: ImageDatabase, rule: Rule, *rest: Any) -> Tensor:
+            met.append(rule)
+            return super().on_defense(database, rule, *rest)
+
+    options: dict[str, Any] = {"ks": (5,), "weightings": ("uniform",), "votes": ("labels",), "max_clean_loss": 1}
+    informed = Watched(trained(), "normalized-l2", 0.2)
+    rungs = (HalvingRung(1, None, 1),)
+    found = calibrate(trained(), [sixty], clean, clean, labels, informed=informed, rungs=rungs, temperatures=(0.5,),
+                      alphas=(0.5,), **options)  # fmt: skip
+    assert met == [found.chosen.rule]
+    assert (met[0].votes, met[0].alpha, met[0].temperature is None) == ("labels", 0.5, False)
+
+
+def test_a_database_keeps_the_rule_that_was_chosen_and_whoever_opens_it_takes_it(tmp_path: Path) -> None:
+    save_classifier(trained(), tmp_path / "net")
+    words = ["calibrate", "--dataset", "digits:train[:60]", "--holdout", 12, "--classifier", tmp_path / "net",
+             "--ks", "1,5", "--layers", "block3", "--poolings", "avg", "--steps", 1, "--objective", "gray",
+             "--out", tmp_path / "db", "--build-anyway", "--quiet", "--max-clean-loss", 1]  # fmt: skip
+    for name, value in (("--temperatures", "none,0"), ("--votes", "label"), ("--alphas", "0,2")):
+        refused = nndefense(*words, name, value)
+        assert refused.code == 2, refused.out
+        assert refused.err.count("\n") == 1
+    done = nndefense(*words, "--votes", "labels", "--temperatures", 0.5, "--alphas", "0.25,0.5")
+    assert done.code == 0, done.err
+    heading = next(line for line in done.out.splitlines() if line.split()[:1] == ["layer"])
+    assert heading.split()[-5:] == ["votes", "temperature", "alpha", "clean", "attacked"]
+    chosen = json.loads((tmp_path / "db" / "calibration.json").read_text())["chosen"]
+    rule = NearestNeighborDefense.open(tmp_path / "db").rule
+    assert (rule.votes, rule.k, rule.alpha, rule.temperature) == (
+        "labels", chosen["k"], chosen["alpha"], chosen.get("temperature"),
+    )  # fmt: skip
+    assert rule.alpha in (0.25, 0.5)
+    assert Guard.open(tmp_path / "db").rule == rule
+
+
+def test_labels_that_should_vote_must_be_there(tmp_path: Path) -> None:
+    data = digits("train").subset(np.arange(40))
+    unlabelled = copy.copy(data)
+    unlabelled.labels = np.full(40, -1)
+    with pytest.raises(InputError, match="has a label to vote with: leave labels out of the votes"):
+        choose(trained(), unlabelled, digits("test").subset(np.arange(4)), ATTACK, 0.2, Candidates(votes=("labels",)),
+               progress=False)  # fmt: skip
+
+
+def test_who_knows_the_retrieval_begins_at_the_pictures_of_the_rows_too(
+    sets: tuple[Any, Any, Any], sixty: ImageDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = list[Any]()
+
+    def recorded(*args: Any) -> AdaptiveAttacker:
+        given.append(args[-1])
+        return AdaptiveAttacker(*args)
+
+    monkeypatch.setattr(calibrating, "AdaptiveAttacker", recorded)
+    choose(trained(), *sets[1:], ATTACK, 0.2, LAST, progress=False)
+    assert set(given[0].ids) == set(sets[1].ids)
+    x, labels = images("test", 6)
+    found = [
+        AdaptiveAttacker(trained(), "normalized-l2", 0.1, images=pictures).on_defense(sixty, Rule(3), x, labels, 2)
+        for pictures in (None, given[0])
+    ]
+    assert not torch.equal(*found)
+
+
 # -- what is said and built
 
 
@@ -265,6 +410,16 @@ def test_the_chosen_row_and_the_bare_classifier_show_wherever_the_table_is_cut()
     assert page.index("block29") < page.index("no defence</th>") < page.index("block0")
     assert "Without defence: clean 95.0, attacked 50.0, worst 45.0." in page
     assert "Out of 30 candidates" in page
+
+
+def test_rows_that_differ_in_votes_alone_are_told_apart() -> None:
+    table = record()["table"][:3]
+    mixed = [{**table[0], "votes": "labels", "temperature": 2.5}, {**table[0], "alpha": 0.5}, *table]
+    for place, row in enumerate(mixed[:3]):
+        text = calibration_text(record(table=mixed, chosen=row)).splitlines()
+        rows = [line.split()[-7:-4] for line in text[3:]]
+        wanted = [["labels", "2.5", "0"], ["posteriors", "none", "0.5"], *3 * [["posteriors", "none", "0"]]]
+        assert rows == [wanted[place], rows[1], *wanted[:place], *wanted[place + 1 :]]
 
 
 def test_what_is_said_of_a_gain_of_the_gray_box_and_of_older_records() -> None:

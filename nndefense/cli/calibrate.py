@@ -42,6 +42,12 @@ class CalibrationOptions:
         "avg,rmac,grid4,grid8,cls"
     )
     ks: Annotated[str, Commas("Numbers of neighbours to try, with commas.")] = "1,3,5,10,20,50"
+    votes: Annotated[str, Commas("What may vote, with commas: posteriors, labels.")] = "posteriors"
+    temperatures: Annotated[
+        str,
+        Commas("Kernels exp(-d^2/T) to try: T as multiples of the median squared distance to the K-th row, or none."),
+    ] = "none"
+    alphas: Annotated[str, Commas("Shares of the classifier's own posterior to try, from 0 to 1.")] = "0"
     pca: PcaOption = 256
     max_clean_loss: Annotated[
         float, typer.Option(min=0, max=1, help="Clean accuracy that may be lost, as a fraction.")
@@ -66,6 +72,11 @@ class CalibrationOptions:
             layers=words(self.layers),
             poolings=words(self.poolings) or [],
             ks=[int(k) for k in numbers("--ks", self.ks, whole=True)],
+            votes=words(self.votes) or [],
+            temperatures=[
+                None if word == "none" else number("--temperatures", word) for word in words(self.temperatures) or []
+            ],
+            alphas=numbers("--alphas", self.alphas),
             pca=self.pca,
             max_clean_loss=self.max_clean_loss,
             rows=self.candidate_rows,
@@ -88,7 +99,7 @@ def calibrate(
     batch_size: BatchOption = 128,
     common: Common,
 ) -> None:
-    """Choose layer, pooling, K and weighting on held-out images, and build the database with them.
+    """Choose layer, pooling and rule on held-out images, and build the database with them.
 
     Where no setting is better than the classifier alone, it says so, builds nothing and ends with exit code 1.
     """

@@ -177,6 +177,22 @@ class Rule:
         return (found / found.amax(1, keepdim=True)).to(distances.dtype)
 
 
+class Ruled:
+    """What decides by a rule, whose K and weights go by these names, too."""
+
+    rule: Rule
+
+    @property
+    def k(self) -> int:
+        """K, the number of neighbours."""
+        return self.rule.k
+
+    @property
+    def weighting(self) -> str:
+        """The name of the weights."""
+        return self.rule.weighting
+
+
 def _known(labels: Tensor, classes: int) -> Tensor:
     return (labels >= 0) & (labels < classes)
 

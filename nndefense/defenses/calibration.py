@@ -1,9 +1,11 @@
-"""Choosing layer, pooling, K and weighting on held-out images, never on those that are reported."""
+"""Choosing layer, pooling and rule on held-out images, never on those that are reported."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nndefense.database import WEIGHTINGS, ImageDatabase, Rule
+from nndefense.database.rule import Ruled
 from nndefense.defenses.halving import RUNGS, HalvingRung, Setting, halve
 from nndefense.errors import InputError, plain
 from nndefense.images import check_images
@@ -34,7 +37,7 @@ class InformedAttacker(Protocol):
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Ruled):
     """One setting of the defence with its accuracies on the calibration images, as fractions.
 
     Attributes:
@@ -54,16 +57,6 @@ class Choice:
     attacked: float
     worst: float | None = None
     images: int | None = None
-
-    @property
-    def k(self) -> int:
-        """K, the number of neighbours."""
-        return self.rule.k
-
-    @property
-    def weighting(self) -> str:
-        """The name of the weights."""
-        return self.rule.weighting
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, those of the rule among them; ``worst`` and ``images`` only where they were measured."""
@@ -149,6 +142,9 @@ def calibrate(
     seed: int = 0,
     ks: Sequence[int] = DEFAULT_KS,
     weightings: Sequence[str] = WEIGHTINGS,
+    votes: Sequence[str] = ("posteriors",),
+    temperatures: Sequence[float | None] = (None,),
+    alphas: Sequence[float] = (0.0,),
     max_clean_loss: float = 0.02,
     batch_size: int = 256,
     progress: Callable[[Iterable[ImageDatabase]], Iterable[ImageDatabase]] = iter,
@@ -174,13 +170,15 @@ def calibrate(
         rungs: how he is sent against the settings.
         seed: draws the order in which the images come on the rungs.
         ks: numbers of neighbours to try; those beyond a candidate's rows are left out.
-        weightings: weightings to try.
+        weightings, votes, temperatures, alphas: of the rule, to try in every combination, as for
+            :func:`rules_to_try`.
         max_clean_loss: how much clean accuracy may be lost against the bare classifier, as a fraction.
         batch_size: images per forward pass.
         progress: wraps the candidates, to show how far it has come, and those of the settings of each rung.
 
     Raises:
-        InputError: no candidate, no usable k, or images and labels that do not fit.
+        InputError: no candidate, no usable k, settings that no rule can have, labels that should vote where there are
+            none, or images and labels that do not fit.
     """
     for images, name in ((clean, "clean images"), (attacked, "attacked images")):
         check_images(images, channels=classifier.input_shape[0], name=name)
@@ -192,10 +190,14 @@ def calibrate(
     databases, settings = list[ImageDatabase](), list[Setting]()
     for number, database in enumerate(progress(candidates)):
         databases.append(database)
-        rules = [
-            Rule(k, name) for k in sorted({plain(k) for k in ks if 1 <= k <= len(database)}) for name in weightings
-        ]
+        usable = sorted({plain(k) for k in ks if 1 <= k <= len(database)})
+        scales = None
+        if usable and set(temperatures) != {None}:
+            scales = kernel_scales(classifier, database, torch.split(clean, batch_size), usable[-1])
+        rules = rules_to_try(usable, weightings, votes, temperatures, alphas, scales)
         if rules:
+            if "labels" in votes:
+                Rule.fitting(database, usable[0], votes="labels")
             right = [_right(classifier, database, x, labels, rules, batch_size) for x in (clean, attacked)]
             feature = {name: getattr(database.feature, name) for name in ("layer", "pooling")}
             feature |= {"dimension": database.dimension}
@@ -291,6 +293,63 @@ def _choice(setting: Setting, order: Tensor) -> Choice:
     )  # fmt: skip
 
 
+def rules_to_try(
+    ks: Iterable[int],
+    weightings: Sequence[str],
+    votes: Sequence[str],
+    temperatures: Sequence[float | None],
+    alphas: Sequence[float],
+    scales: Sequence[float] | None = None,
+) -> list[Rule]:
+    """Every combination of settings of a rule, those that decide alike once: a kernel changes nothing of one neighbour,
+    and neighbours nothing of the classifier alone.
+
+    Args:
+        ks, weightings, votes, alphas: of the :class:`~nndefense.database.Rule`.
+        temperatures: of its kernel, as multiples of ``scales``; None: no kernel.
+        scales: for each K from 1 up, as :func:`kernel_scales` has them; None: 1 for every K. Where it is 0 there is
+            nothing that a kernel could tell apart, and none is tried.
+
+    Raises:
+        InputError: a setting that no rule can have, or nothing to try of one of them.
+    """
+    tried = dict[Any, Rule]()
+    for name, values in (("weightings", weightings), ("votes", votes), ("temperatures", temperatures),
+                         ("alphas", alphas)):  # fmt: skip
+        if not len(values):
+            raise InputError(f"there are no {name} to try: give at least one, or leave {name} out")
+    for width in map(plain, temperatures):
+        if width is not None and not (isinstance(width, (int, float)) and 0 < width < math.inf):
+            raise InputError(
+                f"a temperature to try is {width!r}, but must be above 0 and finite, as a multiple of the squared "
+                "distance to the K-th row, or none for no kernel"
+            )
+    for k, weighting, vote, width, alpha in product(ks, weightings, votes, temperatures, alphas):
+        scale = 1.0 if scales is None else scales[k - 1]
+        if width is not None and not scale:
+            continue
+        rule = Rule(k, weighting, votes=vote, temperature=None if width is None else width * scale, alpha=alpha)
+        if k == 1:
+            rule = replace(rule, temperature=None)
+        tried.setdefault("classifier" if rule.alpha == 1 else rule, rule)
+    return list(tried.values())
+
+
+@torch.no_grad()
+def kernel_scales(classifier: Classifier, database: ImageDatabase, batches: Iterable[Tensor], k: int) -> list[float]:
+    """For each K up to k the median squared distance of images to their K-th row: what kernels are measured in.
+
+    Args:
+        classifier, database: of the defence.
+        batches: images N x C x H x W that do not stand in the database.
+        k: at most as many as rows.
+    """
+    extractor = database.extractor(classifier)
+    distances = torch.cat([database.search(extractor(batch), k)[0] for batch in batches])
+    found: list[float] = distances.square().median(0).values.tolist()
+    return found
+
+
 @torch.no_grad()
 def _right(
     classifier: Classifier,
@@ -302,14 +361,16 @@ def _right(
 ) -> list[Tensor]:
     """For each rule, which images the defence over one candidate gets right: N booleans."""
     extractor, most = database.extractor(classifier), max(rule.k for rule in rules)
-    found: list[list[Tensor]] = [[] for _ in rules]
+    found, mixed = [list[Tensor]() for _ in rules], any(rule.alpha for rule in rules)
     for batch, truth in zip(torch.split(images, batch_size), torch.split(labels.cpu(), batch_size), strict=True):
-        distances, rows = database.search(extractor(batch), most)
+        vectors, logits = extractor.with_answer(batch) if mixed else (extractor(batch), None)
+        own = None if logits is None else logits.float().softmax(1).cpu()
+        distances, rows = database.search(vectors, most)
         voters: dict[Rule, tuple[Tensor, Tensor]] = {}
         for rule, right in zip(rules, found, strict=True):
-            shared = replace(rule, k=most)
+            shared = replace(rule, k=most, temperature=None, alpha=0.0)
             if shared not in voters:
                 voters[shared] = rule.voters(database, rows)
             votes, weights = (each[:, : rule.k] for each in voters[shared])
-            right.append(rule.probabilities(votes, weights, distances[:, : rule.k]).argmax(1) == truth)
+            right.append(rule.probabilities(votes, weights, distances[:, : rule.k], own).argmax(1) == truth)
     return [torch.cat(right) for right in found]

@@ -10,6 +10,7 @@ from torch import Tensor
 from nndefense.attacks import apgd
 from nndefense.attacks.retrieval import run_adaptive
 from nndefense.database import ImageDatabase, Rule
+from nndefense.datasets import ImageDataset
 from nndefense.defenses.nearest_neighbor import NearestNeighborDefense
 from nndefense.models import Classifier
 
@@ -26,6 +27,8 @@ class AdaptiveAttacker:
         norm, eps: the budget.
         seed: of every call's random starts, so that they do not depend on the calls before.
         batch_size: images that are attacked at a time.
+        images: of the databases' rows, found by their ids, so that attacks can begin on the way to them; None: they
+            begin at the attacked images alone, and are weaker.
     """
 
     classifier: Classifier
@@ -33,12 +36,13 @@ class AdaptiveAttacker:
     eps: float
     seed: int = 0
     batch_size: int = 128
+    images: ImageDataset | None = None
 
     def on_defense(self, database: ImageDatabase, rule: Rule, images: Tensor, labels: Tensor, steps: int) -> Tensor:
         """Images N x C x H x W -> attacked ones, by the adaptive attack on the defence over this database."""
         defense = NearestNeighborDefense(self.classifier, database, **rule.to_json())
         return run_adaptive(
-            defense.surface(), images, labels, eps=self.eps, norm=self.norm, steps=steps,
+            defense.surface(images=self.images), images, labels, eps=self.eps, norm=self.norm, steps=steps,
             generator=self._generator(), batch_size=self.batch_size,
         ).images  # fmt: skip
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nndefense.attacks.retrieval import Knowledge, RetrievalSurface
 from nndefense.database import ImageDatabase, Rule
-from nndefense.database.rule import DEFAULT_WEIGHTING
+from nndefense.database.rule import DEFAULT_WEIGHTING, Ruled
 from nndefense.database.weighting import CBW_D_POWER, CBW_D_TERMS
 from nndefense.defenses.calibration import Calibration, calibrate
 from nndefense.defenses.stored import default_k, open_stored
@@ -46,7 +46,7 @@ class Explanation:
     ids: Sequence[Sequence[str]]
 
 
-class NearestNeighborDefense(EvaluationOnly):
+class NearestNeighborDefense(Ruled, EvaluationOnly):
     """Project an image on its K nearest neighbours and average what the classifier says of them.
 
     ``p(x) = sum_k w_k s_k / sum_k w_k``, where s_k is the posterior and w_k the weight of the k-th nearest row by
@@ -93,16 +93,6 @@ class NearestNeighborDefense(EvaluationOnly):
         self.extractor = database.extractor(self.classifier)
         self.eval()
 
-    @property
-    def k(self) -> int:
-        """K, the number of neighbours."""
-        return self.rule.k
-
-    @property
-    def weighting(self) -> str:
-        """The name of the weights."""
-        return self.rule.weighting
-
     @classmethod
     def open(
         cls, folder: str | Path, classifier: str | Path | Classifier | None = None, **options: Any
@@ -130,14 +120,14 @@ class NearestNeighborDefense(EvaluationOnly):
         labels: Tensor,
         **options: Any,
     ) -> tuple[NearestNeighborDefense, Calibration]:
-        """Choose layer, pooling, K and weighting on held-out images; arguments as for :func:`calibrate`.
+        """Choose layer, pooling and rule on held-out images; arguments as for :func:`calibrate`.
 
         Returns:
             The defence with the chosen setting, and the table that it was chosen from.
         """
         calibration = calibrate(classifier, candidates, clean, attacked, labels, **options)
-        chosen = calibration.chosen
-        return cls(classifier, candidates[calibration.candidate], k=chosen.k, weighting=chosen.weighting), calibration
+        rule = calibration.chosen.rule.to_json()
+        return cls(classifier, candidates[calibration.candidate], **rule), calibration
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 
 from nndefense.database import WEIGHTINGS, ImageDatabase, Manifest, Rule, classifier_of
 from nndefense.database.manifest import CALIBRATION
+from nndefense.database.rule import Ruled
 from nndefense.errors import DatabaseError, InputError
 from nndefense.features import FeatureSpec
 from nndefense.models import Classifier
@@ -40,7 +41,7 @@ def learned_rule(classifier: Classifier, feature: FeatureSpec, rows: int) -> Rul
 
 
 @dataclass(frozen=True)
-class StoredDefense:
+class StoredDefense(Ruled):
     """What a defence is made of, as its database's folder says.
 
     Attributes:
@@ -54,16 +55,6 @@ class StoredDefense:
     database: ImageDatabase
     rule: Rule
     calibration: dict[str, Any] | None
-
-    @property
-    def k(self) -> int:
-        """K of the rule."""
-        return self.rule.k
-
-    @property
-    def weighting(self) -> str:
-        """The name of the rule's weights."""
-        return self.rule.weighting
 
 
 def open_stored(

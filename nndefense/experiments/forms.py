@@ -11,6 +11,7 @@ import torch
 from nndefense.database import ImageDatabase
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import NearestNeighborDefense
+from nndefense.defenses.calibration import kernel_scales
 from nndefense.errors import InputError
 from nndefense.experiments.form import Form
 from nndefense.experiments.recipe import ExperimentRecipe, Method
@@ -93,10 +94,9 @@ def held_out_temperature(form: Form, net: Classifier, database: ImageDatabase, i
         net, database: of the defence.
         images: labelled, held out of the database.
     """
-    labels_of, extractor, k = net.label_map(images.classes), database.extractor(net), min(form.k, len(database))
+    labels_of, k = net.label_map(images.classes), min(form.k, len(database))
     batches = [(batch.to(net.device), labels_of[labels]) for batch, labels, _ in images.batches(_BATCH)]
-    furthest = torch.cat([database.search(extractor(batch), k)[0][:, -1] for batch, _ in batches])
-    scale = float(furthest.square().median())
+    scale = kernel_scales(net, database, (batch for batch, _ in batches), k)[-1]
 
     def likelihood(temperature: float) -> float:
         defense = _defense(form, net, database, temperature)

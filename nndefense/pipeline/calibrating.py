@@ -14,9 +14,10 @@ from torch import Tensor
 from index_build import build_database
 from index_build.job import NAME as JOB
 from nndefense.bars import progress_bar
-from nndefense.database import WEIGHTINGS, ImageDatabase, check_vacant
+from nndefense.database import WEIGHTINGS, ImageDatabase, Rule, check_vacant
 from nndefense.datasets import ImageDataset
 from nndefense.defenses import DEFAULT_KS, OBJECTIVES, RUNGS, AdaptiveAttacker, HalvingRung, calibrate
+from nndefense.defenses.calibration import rules_to_try
 from nndefense.defenses.informed import EFFORT
 from nndefense.errors import InputError, NNDefenseError, check_choice
 from nndefense.evaluation import AttackSettings, run_attack
@@ -39,7 +40,8 @@ class Candidates:
 
     Attributes:
         layers: by name, or None for ``count`` that are spread over the depth of the net.
-        poolings, ks, weightings: to be tried with each of them.
+        poolings, ks, weightings, votes, temperatures, alphas: to be tried with each of them; the last five are of the
+            rule, temperatures as multiples of a distance: see :func:`~nndefense.defenses.calibration.rules_to_try`.
         pca: dimensions kept of each vector, 0 for all.
         max_clean_loss: clean accuracy that may be lost, as a fraction.
         rows: how many database images, drawn at random, they are compared on.
@@ -49,7 +51,7 @@ class Candidates:
         rungs: how he who knows it is sent against them.
 
     Raises:
-        InputError: another objective.
+        InputError: another objective, or settings that no rule can have.
     """
 
     layers: Sequence[str] | None = None
@@ -62,9 +64,14 @@ class Candidates:
     count: int = 6
     objective: str = "informed"
     rungs: Sequence[HalvingRung] = RUNGS
+    votes: Sequence[str] = ("posteriors",)
+    temperatures: Sequence[float | None] = (None,)
+    alphas: Sequence[float] = (0.0,)
 
     def __post_init__(self) -> None:
         check_choice("the objective", self.objective, OBJECTIVES)
+        # Found wrong before anything is built.
+        rules_to_try((2,), self.weightings, self.votes, self.temperatures, self.alphas)
 
     def features(self, classifier: Classifier) -> list[FeatureSpec]:
         """The layers and poolings worth trying; errors as for :meth:`widths`."""
@@ -125,14 +132,13 @@ class Chosen:
 
     Attributes:
         feature: layer and pooling.
-        k, weighting: of the defence.
+        rule: of the defence.
         calibration: plain values: the table, the images it was made on, the attack and the number of candidate rows.
         features: all that were compared, from the front of the net to its end.
     """
 
     feature: FeatureSpec
-    k: int
-    weighting: str
+    rule: Rule
     calibration: dict[str, Any]
     features: Sequence[FeatureSpec]
 
@@ -215,6 +221,11 @@ def choose(
     wanted = candidates or Candidates()
     check_disjoint(held, images)
     rows = drawn(images, wanted.rows, seed)
+    if "labels" in wanted.votes and bool((rows.labels < 0).all()):
+        raise InputError(
+            f"no image of {images.name} has a label to vote with: leave labels out of the votes (--votes), or give "
+            "labelled images"
+        )
     if wanted.pca >= len(rows) > 1:
         # Half, so that images that turn out to be unreadable do not matter.
         say(f"{len(rows):,} images are too few for a PCA to {wanted.pca} dimensions: {len(rows) // 2} are kept")
@@ -229,7 +240,7 @@ def choose(
 
     informed = None
     if wanted.objective == "informed":
-        informed = AdaptiveAttacker(classifier, attack.norm, eps, seed + 1, batch_size)
+        informed = AdaptiveAttacker(classifier, attack.norm, eps, seed + 1, batch_size, rows)
 
     def bar(found: Iterable[ImageDatabase]) -> Iterable[ImageDatabase]:
         yield from progress_bar(found, desc="comparing settings", unit=" layers", shown=progress)
@@ -253,6 +264,9 @@ def choose(
             seed=seed + 1,
             ks=wanted.ks,
             weightings=wanted.weightings,
+            votes=wanted.votes,
+            temperatures=wanted.temperatures,
+            alphas=wanted.alphas,
             max_clean_loss=wanted.max_clean_loss,
             batch_size=batch_size,
             progress=bar,
@@ -265,7 +279,7 @@ def choose(
         "attack": {**attack.to_json(), "eps": [eps]},
         "seed": seed + 1,
     }
-    return Chosen(features[found.candidate], found.chosen.k, found.chosen.weighting, calibration, features)
+    return Chosen(features[found.candidate], found.chosen.rule, calibration, features)
 
 
 @writes("out", lend=True)

@@ -141,7 +141,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = lambda text:
             rows, model, places, specs=list(s.database_sets), overwrite=True, calibrations=kept, **options
         )
         _calibrate_guard(s, model, databases[0], chosen, guarded, say)
-        defense, *others = (NearestNeighborDefense(model, built, chosen.k, chosen.weighting) for built in databases)
+        defense, *others = (NearestNeighborDefense(model, built, **chosen.rule.to_json()) for built in databases)
         if s.exact:
             recipe = _with_exact(recipe, s, defense, test, say)
         say("attacking and evaluating")
@@ -172,7 +172,7 @@ def _calibrate_guard(
 ) -> None:
     if guarded is not None:
         say(f"calibrating the guard: {len(guarded):,} images that stand in no database")
-        guard = Guard(model, database, chosen.k, chosen.weighting)
+        guard = Guard(model, database, **chosen.rule.to_json())
         specs = [s.calibration] if s.calibration is not None else list(s.database_sets[:1])
         guard.calibrate(guarded, specs=specs, batch_size=s.batch_size).write(database.path / GUARD_FILE)
 

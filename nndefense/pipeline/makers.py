@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from index_build.patches import SIDE, build_patches
 from nndefense import recipes
-from nndefense.database import Rule
 from nndefense.defenses import NearestNeighborDefense, RaCnnDefense
 from nndefense.defenses.quilting import PatchDatabase, quilting
 from nndefense.defenses.stored import open_stored
@@ -106,7 +105,7 @@ def nearest(
     if database is None:
         chosen = materials.chosen(pooling or "avg", layer=layer or "", pca=pca, k=k, weighting=weighting or "")
         feature, calibration = chosen.feature, chosen.calibration
-        rule = Rule(chosen.k, chosen.weighting).changed(**more)
+        rule = chosen.rule.changed(**more)
         # A calibrated layer can be the one that another row names.
         named = [part for part, value in ((layer, layer), (f"pca{pca}", pca)) if value is not None]
         whole = materials.database(feature, "-".join([feature.pooling, *map(str, named)]))

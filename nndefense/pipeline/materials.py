@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nndefense import recipes
 from nndefense.attacks import NORMS
-from nndefense.database import WEIGHTINGS, ImageDatabase
+from nndefense.database import WEIGHTINGS, ImageDatabase, Rule
 from nndefense.datasets import ImageDataset
 from nndefense.errors import InputError, check_choice
 from nndefense.evaluation import AttackSettings
@@ -202,7 +202,7 @@ class Materials:
         layer, k, weighting = layer or scope.layer, k or scope.k, weighting or scope.weighting
         wanted = FeatureSpec(layer or _CALIBRATED, pooling, pca=scope.pca if pca is None else pca)
         if layer and k and weighting:
-            return Chosen(wanted, k, weighting, {}, (wanted,))
+            return Chosen(wanted, Rule(k, weighting), {}, (wanted,))
         if wanted not in self._choices:
             if scope.holdout == 0:
                 raise InputError(
@@ -231,7 +231,7 @@ class Materials:
                 say=self.say,
             )
         found = self._choices[wanted]
-        return replace(found, k=k or found.k, weighting=weighting or found.weighting)
+        return replace(found, rule=found.rule.changed(k=k, weighting=weighting or None))
 
     def _place(self, feature: FeatureSpec) -> str:
         """Names a folder: the pooling, with layer and dimensions where they were named."""

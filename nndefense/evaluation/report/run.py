@@ -26,6 +26,7 @@ from nndefense.reporting.wording import (
 SHOWN_CANDIDATES = 12
 _BARE_ROW = "no defence"
 _ACCURACIES = ("clean", "attacked", "worst")
+_USUAL = {"votes": "posteriors", "temperature": "none", "alpha": 0.0}
 _MEASURED = (*_ACCURACIES, "images")
 _TITLE = "How the settings were chosen"
 
@@ -118,11 +119,15 @@ def verdict_text(calibration: Mapping[str, Any]) -> str:
 
 def _calibrated_rows(calibration: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The table of a calibration: the chosen setting, the bare classifier where it was measured, and the others."""
-    chosen = calibration["chosen"]
-    setting = [key for key in chosen if key not in _MEASURED]
-    others = [row for row in calibration.get("table") or () if any(row.get(key) != chosen.get(key) for key in setting)]
+    table = [dict(row) for row in (calibration["chosen"], *(calibration.get("table") or ()))]
+    # Rows have what is not usual of their rules.
+    for name, value in _USUAL.items():
+        if any(name in row for row in table):
+            table = [row | {name: row.get(name, value)} for row in table]
+    setting = {key for row in table for key in row if key not in _MEASURED}
+    others = [row for row in table[1:] if any(row.get(key) != table[0].get(key) for key in setting)]
     bare = [_bare(calibration)] if calibration.get("bare_clean") is not None else []
-    return [dict(chosen), *bare, *map(dict, others)]
+    return [table[0], *bare, *others]
 
 
 def _bare(calibration: Mapping[str, Any]) -> dict[str, Any]:
