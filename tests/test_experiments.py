@@ -16,6 +16,7 @@ from command import fails, nndefense
 
 from nndefense.certificates.record import Certified
 from nndefense.cli import reproduce as reproduce_command
+from nndefense.database import ImageDatabase
 from nndefense.errors import DataError, InputError, ModelError
 from nndefense.evaluation.ladder import from_hex
 from nndefense.evaluation.threats import AttackSettings
@@ -37,8 +38,8 @@ from nndefense.experiments import (
     write_outputs,
 )
 from nndefense.experiments.answer import answer
-from nndefense.experiments.recipe import SPATIAL
 from nndefense.experiments.spread import student_interval
+from nndefense.experiments.threat import SPATIAL
 from nndefense.experiments.train import Workshop
 from nndefense.models import build_classifier, load_classifier
 
@@ -186,6 +187,8 @@ def test_a_scale_can_have_methods_of_its_own() -> None:
         ({"method": [{"name": "x", "objective": "trades", "weights": {"gamma": 1}}]}, "gamma"),
         ({"method": [{"name": "x"}]}, "needs method.objective"),
         ({"method": [{"name": "r", "objective": "rst-at"}]}, "standard"),
+        ({"method": [{"name": "r", "objective": "trades", "pool": True}]}, "trades has none"),
+        ({"method": [{"name": "r", "objective": "retrieval", "pool": True}]}, "pseudo-labels come from the method"),
         ({"settings": {"learning_rate": 1}}, "learning_rate"),
         ({"settings": {"lr": -1.0}}, "learning rate"),
         ({"settings": {"keep_best": True}}, "validation"),
@@ -297,6 +300,10 @@ def test_every_shipped_recipe_runs(name: str, scale: str, tmp_path: Path) -> Non
             assert record["pseudo_labels"]["n"] == record["unlabelled"]["n"]
             assert 0 < record["pseudo_labels"]["right"] <= record["pseudo_labels"]["n"]
             assert "pseudo-labels" in record["unlabelled"]["name"]
+        # A database holds all images that its net was trained on.
+        for database in (tmp_path / "databases" / record["name"]).glob("*/manifest.json"):
+            pooled = record["unlabelled"]["n"] if record["unlabelled"] else 0
+            assert len(ImageDatabase.open(database.parent)) == record["data"]["n"] + pooled
     assert len(results["differences"]) == len(recipe.compare) * len(recipe.threats) * len(recipe.labels)
 
     paths = write_outputs(results, tmp_path)

@@ -11,7 +11,6 @@ from nndefense.experiments.recipe import (
     SCALES,
     ExperimentRecipe,
     Method,
-    Threat,
     recipe_from,
     recipe_names,
     shipped_recipe,
@@ -19,6 +18,7 @@ from nndefense.experiments.recipe import (
 from nndefense.experiments.report import tables_of, write_outputs
 from nndefense.experiments.runner import read_results, run
 from nndefense.experiments.spread import Spread, differences
+from nndefense.experiments.threat import Threat
 from nndefense.experiments.train import Run, runs_of
 
 __all__ = [

@@ -41,7 +41,7 @@ def defenses_of(
         recipe: whose forms are made.
         method: that trained the net.
         net: trained.
-        rows: the labelled images that it was trained on, which the databases are made of.
+        rows: the images that it was trained on, with their labels or pseudo-labels, which the databases are made of.
         validation: images that no net was trained on, for temperatures.
         folder: where the databases stand, and are found again.
         seed: draws the rows of smaller databases.

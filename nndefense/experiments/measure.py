@@ -21,7 +21,8 @@ from nndefense.defenses import NearestNeighborDefense
 from nndefense.errors import ModelError
 from nndefense.evaluation import CellStore, run_attack, wilson_interval
 from nndefense.evaluation.ladder import Bits, from_hex, to_hex
-from nndefense.experiments.recipe import SPATIAL, ExperimentRecipe, Threat
+from nndefense.experiments.recipe import ExperimentRecipe
+from nndefense.experiments.threat import SPATIAL, Threat
 from nndefense.models import Classifier
 
 Used = Classifier | NearestNeighborDefense

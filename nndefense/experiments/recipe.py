@@ -11,65 +11,23 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from nndefense import recipes
-from nndefense.attacks import NORMS, norms, registry
-from nndefense.attacks.spatial import SHIFT, SpatialAttack
+from nndefense.attacks import registry
+from nndefense.attacks.spatial import SpatialAttack
 from nndefense.errors import InputError, check_choice
 from nndefense.evaluation.threats import AttackSettings
 from nndefense.experiments.form import Form
 from nndefense.experiments.published import Published
+from nndefense.experiments.threat import SPATIAL, Threat
 from nndefense.models import ARCHITECTURES
-from nndefense.reporting.wording import budget
 from nndefense.training import InnerAttack, TrainingSettings, make_objective
 from nndefense.training.batch import BatchAttack
 from nndefense.training.objectives import OBJECTIVES
 from nndefense.training.settings import make_settings
 
 SCALES = ("full", "small")
-SPATIAL = "spatial"
 TEACHER = "standard"
 # How many transformations these objectives draw; another number is another method.
 _DRAWS = {"worst-of-10": 10, "random-augmentation": 1}
-
-
-@dataclass(frozen=True)
-class Threat:
-    """What a net is to withstand: a ball, or rotations with translations.
-
-    Attributes:
-        norm: one of :data:`nndefense.attacks.NORMS`, or ``spatial``.
-        eps: the radius in units of the norm; 0 for ``spatial``.
-        text: the radius as the recipe has it, such as ``8/255``.
-        degrees, shift: the limits of ``spatial``, as for :class:`nndefense.attacks.spatial.SpatialAttack`.
-    """
-
-    norm: str
-    eps: float = 0.0
-    text: str = ""
-    degrees: float = 30.0
-    shift: float = SHIFT
-
-    def __post_init__(self) -> None:
-        """Raise :class:`InputError` for a threat that cannot be."""
-        if self.norm == SPATIAL:
-            SpatialAttack(degrees=self.degrees, shift=self.shift)
-        elif self.norm not in NORMS:
-            raise InputError(f"the threat's norm is {self.norm!r}, but must be one of {', '.join((*NORMS, SPATIAL))}")
-        elif self.eps <= 0:
-            raise InputError(f"the threat's eps is {self.eps}, but must be above 0")
-        else:
-            norms.check_eps(self.eps, self.norm)
-
-    @property
-    def name(self) -> str:
-        """Names the threat in files, such as ``linf-0.3`` or ``linf-8of255``."""
-        return SPATIAL if self.norm == SPATIAL else f"{self.norm}-{self.text.replace('/', 'of')}"
-
-    @property
-    def title(self) -> str:
-        """Names the threat for people."""
-        if self.norm == SPATIAL:
-            return f"rotations to {self.degrees:g}°, shifts to {100 * self.shift:.3g} %"
-        return budget(self.norm, self.text)
 
 
 @dataclass(frozen=True)
@@ -83,6 +41,7 @@ class Method:
         settings: fields of :class:`nndefense.training.TrainingSettings` that differ from the recipe's.
         attack: entries of the inner attack that differ from the recipe's.
         architecture: of its nets; ``""`` for the recipe's.
+        pool: whether a training by retrieval takes the unlabelled images, with pseudo-labels, as the labelled ones.
     """
 
     name: str
@@ -91,10 +50,13 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
     attack: Mapping[str, Any] = field(default_factory=dict)
     architecture: str = ""
+    pool: bool = False
 
     def __post_init__(self) -> None:
         """Raise :class:`InputError` for an objective or architecture that cannot be."""
         make_objective(self.objective, **self.weights)
+        if self.pool and not OBJECTIVES[self.objective].rows:
+            raise InputError(f"pool is for objectives with rows, such as retrieval: {self.objective} has none")
         if self.architecture:
             check_choice("architecture", self.architecture, ARCHITECTURES)
 
@@ -106,7 +68,7 @@ class Method:
     @property
     def unlabelled(self) -> bool:
         """Whether it learns from unlabelled images."""
-        return OBJECTIVES[self.objective].unlabelled
+        return OBJECTIVES[self.objective].unlabelled or self.pool
 
 
 def evaluation_attack(name: str, **options: Any) -> AttackSettings:

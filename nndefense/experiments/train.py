@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from nndefense.database.near_images import NearSearch
-from nndefense.datasets import ImageDataset
+from nndefense.datasets import ImageDataset, concatenate
 from nndefense.defenses import NearestNeighborDefense
 from nndefense.experiments.data import Images
 from nndefense.experiments.forms import defenses_of
-from nndefense.experiments.recipe import TEACHER, ExperimentRecipe, Method, Threat
+from nndefense.experiments.recipe import TEACHER, ExperimentRecipe, Method
+from nndefense.experiments.threat import Threat
 from nndefense.models import Classifier, build_classifier, load_classifier
 from nndefense.pipeline.finished import find_or_train
 from nndefense.training import make_objective
@@ -118,11 +119,7 @@ class Workshop:
             ModelError: the loss is no longer finite, or a file is damaged.
         """
         recipe = self.recipe
-        labelled, pool = self.images.labelled(run.labels, run.seed)
-        unlabelled, pseudo = None, None
-        if run.teacher is not None:
-            assert pool is not None
-            unlabelled, pseudo = self._pseudo_labelled(run, labelled, pool)
+        labelled, unlabelled, pseudo = self._learned_from(run)
         options = recipe.options_of(run.method)
         chosen = recipe.settings_of(run.method, len(labelled), run.seed).keep_best
         first = None
@@ -136,16 +133,25 @@ class Workshop:
 
     def defenses(self, run: Run, trained: Classifier) -> Iterator[tuple[str, NearestNeighborDefense]]:
         """What the recipe makes of a run's net; see :func:`~nndefense.experiments.forms.defenses_of`."""
+        labelled, unlabelled, _ = self._learned_from(run)
         return defenses_of(
             self.recipe,
             run.method,
             trained,
-            self.images.labelled(run.labels, run.seed)[0],
+            labelled if unlabelled is None else concatenate([labelled, unlabelled]),
             self.images.validation,
             self.out / "databases" / run.name,
             seed=run.seed,
             progress=self.progress,
         )
+
+    def _learned_from(self, run: Run) -> tuple[ImageDataset, ImageDataset | None, dict[str, Any] | None]:
+        """Labelled images, the pool with its pseudo-labels where the method takes one, and how good these are."""
+        labelled, pool = self.images.labelled(run.labels, run.seed)
+        if run.teacher is None:
+            return labelled, None, None
+        assert pool is not None
+        return labelled, *self._pseudo_labelled(run, labelled, pool)
 
     def _net(
         self,
