@@ -247,6 +247,7 @@ def test_the_command_attacks_towards_a_class_and_refuses_what_is_none(work: Work
     assert re.search(
         r"target 7: reached by [01]\.\d{3} \[.*\] of \d+ images of other classes \([01]\.\d{3} before\)", done.out
     )
+    assert re.search(r"clean accuracy [01]\.\d{3} \[.*\], mean confidence [01]\.\d{3}", done.out)
     words += ["--out", tmp_path / "b.h5"]
     fails(2, "'ten' is not one of the classifier's 10 classes", *words, "--target", "ten")
     fails(2, "leave the target (--target) out, or take fgsm, pgd", *words, "--target", "7", "--attack", "fab")

@@ -69,7 +69,7 @@ def attack(
     text = f"{out}: {found['n']:,} images of {found['dataset']}"
     for name in ("clean", "attacked"):
         side = found[name]
-        text += f"; {name} accuracy {_share(side, 'accuracy')}"
+        text += f"; {name} accuracy {_share(side, 'accuracy')}, mean confidence {side['confidence']:.3f}"
         if side["confidence_wrong"] is not None:
             text += f", mean confidence in wrong answers {side['confidence_wrong']:.3f}"
     if "target" in found:
