@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from index_build import build_databases
 from nndefense.attacks import pgd
 from nndefense.database import ImageDatabase, Rule
-from nndefense.defenses import AdaptiveAttacker, HalvingRung, NearestNeighborDefense, calibrate
+from nndefense.defenses import AdaptiveAttacker, HalvingRung, NearestNeighborDefense, calibrate, informed
 from nndefense.defenses.calibration import PairedTest, kernel_scales, rules_to_try
 from nndefense.defenses.halving import RUNGS, Setting, halve
 from nndefense.errors import InputError
@@ -29,7 +29,7 @@ from nndefense.evaluation.report.run import calibration_section, verdict_text
 from nndefense.features import FeatureSpec
 from nndefense.guard import Guard
 from nndefense.models import Classifier, save_classifier
-from nndefense.pipeline import Candidates, NothingBetterError, build_calibrated, calibrating, choose
+from nndefense.pipeline import Candidates, NothingBetterError, build_calibrated, choose
 from nndefense.statistics import mcnemar_p
 
 CHEAP = (HalvingRung(2, 5, 1), HalvingRung(1, None, 1))
@@ -251,7 +251,7 @@ def test_every_rule_of_the_table_scores_as_its_defence_and_kernels_are_in_the_im
 
 
 def test_each_setting_is_attacked_through_its_own_rule(sixty: ImageDatabase) -> None:
-    clean, labels = images("test", 8)
+    clean, labels = images("test", 3)
     met = list[Rule]()
 
     class Watched(AdaptiveAttacker):
@@ -260,9 +260,9 @@ def test_each_setting_is_attacked_through_its_own_rule(sixty: ImageDatabase) -> 
             return super().on_defense(database, rule, *rest)
 
     options: dict[str, Any] = {"ks": (5,), "weightings": ("uniform",), "votes": ("labels",), "max_clean_loss": 1}
-    informed = Watched(trained(), "normalized-l2", 0.2)
+    watched = Watched(trained(), "normalized-l2", 0.2)
     rungs = (HalvingRung(1, None, 1),)
-    found = calibrate(trained(), [sixty], clean, clean, labels, informed=informed, rungs=rungs, temperatures=(0.5,),
+    found = calibrate(trained(), [sixty], clean, clean, labels, informed=watched, rungs=rungs, temperatures=(0.5,),
                       alphas=(0.5,), **options)  # fmt: skip
     assert met == [found.chosen.rule]
     assert (met[0].votes, met[0].alpha, met[0].temperature is None) == ("labels", 0.5, False)
@@ -300,23 +300,20 @@ def test_labels_that_should_vote_must_be_there(tmp_path: Path) -> None:
 
 
 def test_who_knows_the_retrieval_begins_at_the_pictures_of_the_rows_too(
-    sets: tuple[Any, Any, Any], sixty: ImageDatabase, monkeypatch: pytest.MonkeyPatch
+    sets: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = list[Any]()
+    met, attack = list[Any](), informed.run_adaptive
 
-    def recorded(*args: Any) -> AdaptiveAttacker:
-        given.append(args[-1])
-        return AdaptiveAttacker(*args)
+    def watched(surface: Any, *args: Any, **options: Any) -> Any:
+        met.append(surface.rows)
+        return attack(surface, *args, **options)
 
-    monkeypatch.setattr(calibrating, "AdaptiveAttacker", recorded)
-    choose(trained(), *sets[1:], ATTACK, 0.2, LAST, progress=False)
-    assert set(given[0].ids) == set(sets[1].ids)
-    x, labels = images("test", 6)
-    found = [
-        AdaptiveAttacker(trained(), "normalized-l2", 0.1, images=pictures).on_defense(sixty, Rule(3), x, labels, 2)
-        for pictures in (None, given[0])
-    ]
-    assert not torch.equal(*found)
+    monkeypatch.setattr(informed, "run_adaptive", watched)
+    choose(trained(), sets[1], sets[2].subset([0, 1, 2]), ATTACK, 0.2, LAST, progress=False)
+    assert met
+    for rows in met:
+        assert rows.images is not None
+        assert torch.equal(rows.images(torch.tensor([59, 0])), sets[1].batch([59, 0])[0])
 
 
 # -- what is said and built

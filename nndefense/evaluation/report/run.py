@@ -121,9 +121,8 @@ def _calibrated_rows(calibration: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The table of a calibration: the chosen setting, the bare classifier where it was measured, and the others."""
     table = [dict(row) for row in (calibration["chosen"], *(calibration.get("table") or ()))]
     # Rows have what is not usual of their rules.
-    for name, value in _USUAL.items():
-        if any(name in row for row in table):
-            table = [row | {name: row.get(name, value)} for row in table]
+    usual = {name: value for name, value in _USUAL.items() if any(name in row for row in table)}
+    table = [usual | row for row in table]
     setting = {key for row in table for key in row if key not in _MEASURED}
     others = [row for row in table[1:] if any(row.get(key) != table[0].get(key) for key in setting)]
     bare = [_bare(calibration)] if calibration.get("bare_clean") is not None else []
