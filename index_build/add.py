@@ -9,7 +9,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,7 @@ def merge(folder: Path) -> Manifest:
         storage={"features": job.options.storage, "posteriors": f"top-{job.top}" if job.top else "dense"},
         rejected=found.rejected,
         build={
-            **{name: value for name, value in asdict(job.options).items() if name != "rule"},
+            **{name: value for name, value in job.options.to_json().items() if name != "rule"},
             "job": key_of(settings),
             "images": job.images,
             "shard_rows": job.shard_rows,

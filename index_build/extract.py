@@ -93,8 +93,9 @@ def make_shard(job: BuildJob, number: int, tools: ShardTools, ready: Callable[[]
         workers=tools.workers,
         pin=tools.mapper.device.type == "cuda",
     )
-    kept = ((batch, batch.images) for batch in (_admitted(batch, tools, rejected) for batch in batches))
-    for batch, mapped in tools.mapper.over((b, images) for b, images in kept if len(images)):
+    admitted = (_admitted(batch, tools, rejected) for batch in batches)
+    noise = (job.options.row_noise, job.options.seed)
+    for batch, mapped in tools.mapper.over((batch, batch.under_noise(*noise)) for batch in admitted if batch.ids):
         batch, mapped = _finite(batch, mapped, rejected)
         labels, digests = tools.labels(batch.labels).numpy(), batch.digests
         rows += len(batch.ids)

@@ -96,7 +96,7 @@ def fit_pcas(
                     f"--max-rejected allows; one of them is {first.id}: {first.reason}"
                 )
             if len(batch.ids):
-                mapped = mapper(batch.images)
+                mapped = mapper(batch.under_noise(options.row_noise, options.seed))
                 fine = mapped.finite()
                 last = held + int(fine.sum())
                 for sample, wanted, vectors in zip(samples, needed, mapped.vectors, strict=True):

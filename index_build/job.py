@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,6 +45,8 @@ class Options:
         recall: share of the K nearest rows that a search must find, for which an index's setting is chosen.
         k: K of that recall.
         rule: how the rows are to decide, as values of :class:`~nndefense.database.Rule`; None: nobody says.
+        row_noise: standard deviation, in pixels of [0, 1], of the Gaussian noise that each image gets before its row is
+            made: one draw of ``seed`` and the image's position.
     """
 
     index: str = "Flat"
@@ -59,6 +62,7 @@ class Options:
     recall: float = 0.95
     k: int = 50
     rule: Mapping[str, Any] | None = None
+    row_noise: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises:
@@ -76,13 +80,19 @@ class Options:
         if not 0 < self.recall <= 1 or self.k < 1:
             raise InputError(f"recall {self.recall} at {self.k}: recall must be above 0 and at most 1, K at least 1")
         self.top(2)
+        if not isinstance(self.row_noise, (int, float)) or not 0 <= self.row_noise < math.inf:
+            raise InputError(
+                f"row noise is {self.row_noise!r}, but must be a standard deviation of at least 0, in pixels of [0, "
+                "1]: give --row-noise (row_noise) such as 0.25"
+            )
+        object.__setattr__(self, "row_noise", float(self.row_noise))
         if self.rule is not None:
             # Whole, so that a default that changes one day changes no database.
             object.__setattr__(self, "rule", Rule.of(self.rule).to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; without a rule where there is none, as in jobs before there were any."""
-        return {name: value for name, value in asdict(self).items() if name != "rule" or value is not None}
+        """Plain values; without a rule and noise where there is none, as in jobs before there were any."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("rule", "row_noise")}
 
     def top(self, classes: int) -> int:
         """How many posteriors a row keeps, given the number of classes; 0 for all."""

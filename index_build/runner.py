@@ -62,6 +62,7 @@ class BuildSettings(TypedDict, total=False):
     recall: float
     k: int
     rule: Mapping[str, Any] | None
+    row_noise: float
 
 
 def build_database(
@@ -118,7 +119,7 @@ def build_databases(
         progress: show bars.
         settings: what decides the result, by its names in :class:`~index_build.job.Options`: ``index``, ``batch_size``,
             ``pca_sample``, ``seed``, ``storage``, ``posteriors``, ``precision``, ``shard_rows``, ``dedupe``,
-            ``memory``, ``recall``, ``k``, ``rule``.
+            ``memory``, ``recall``, ``k``, ``rule``, ``row_noise``.
 
     Returns:
         The databases, opened, in the order of ``features``.

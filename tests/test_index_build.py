@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command import nndefense
 from helpers import DIGITS, digits, trained, untrained
 from PIL import Image
 
-from index_build import build_database, build_databases
+from index_build import build_database, build_databases, stages
 from index_build.mapper import Mapper
 from index_build.reader import read
 from nndefense.database import ImageDatabase, neighbor_weights
@@ -245,3 +247,62 @@ def test_mapper_checks_images_and_reader_keeps_order():
     assert torch.equal(batches[0].images, dataset.batch([9, 0, 3, 3])[0])
     assert not list(read(dataset, np.array([], dtype=int), 4))
     assert sum(len(batch.ids) for batch in read(dataset, np.arange(10), 3)) == 10
+
+
+# -- rows of noisy images
+
+
+def test_noise_is_one_draw_of_seed_and_position_whatever_the_shards_and_labels_and_ids_stay(tmp_path):
+    dataset, feature = few(40), FeatureSpec("block2", "grid2", pca=8)
+    plain = build(dataset, feature, tmp_path / "plain", batch_size=8)
+    one = build(dataset, feature, tmp_path / "one", batch_size=8, row_noise=0.25)
+    many = build(dataset, feature, tmp_path / "many", batch_size=8, row_noise=np.float64(0.25), shard_rows=16)
+    assert torch.equal(features_of(one), features_of(many))
+    batches = [batch.under_noise(0.25, 0) for batch in read(dataset, np.arange(40), 8)]
+    alone = next(read(dataset, np.array([23]), 1)).under_noise(0.25, 0)
+    assert torch.equal(alone[0], torch.cat(batches)[23])
+    clean = dataset.batch(np.arange(40))[0]
+    inner = torch.cat(batches)[(clean > 0.4) & (clean < 0.6)] - clean[(clean > 0.4) & (clean < 0.6)]
+    assert float(inner.std()) == pytest.approx(0.23, abs=0.04)
+    with torch.no_grad():
+        wanted = torch.cat([one.extractor(trained())(batch) for batch in batches])
+        posteriors = trained()(torch.cat(batches)).softmax(1)
+    torch.testing.assert_close(features_of(one), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(one.posteriors(one.row_numbers), posteriors, rtol=1e-4, atol=1e-4)
+    assert one.ids(one.row_numbers) == plain.ids(plain.row_numbers)
+    assert torch.equal(one.labels(one.row_numbers), plain.labels(plain.row_numbers))
+    other = build(dataset, feature, tmp_path / "other", batch_size=8, row_noise=0.25, seed=1)
+    assert not torch.allclose(other.posteriors(other.row_numbers), posteriors, atol=1e-2)
+
+
+def test_the_manifest_has_the_noise_under_its_checksum_and_only_where_there_is_some(tmp_path):
+    build(few(20), FeatureSpec("block1", pca=0), tmp_path / "plain", row_noise=0)
+    noisy = build(few(20), FeatureSpec("block1", pca=0), tmp_path / "noisy", row_noise=0.12)
+    assert "row_noise" not in ImageDatabase.open(tmp_path / "plain").manifest.build
+    assert noisy.manifest.build["row_noise"] == 0.12
+    told = nndefense("index", "info", tmp_path / "noisy")
+    assert "row noise  0.12 (standard deviation, in pixels of [0, 1])" in told.out.splitlines()
+    assert json.loads(nndefense("index", "info", tmp_path / "plain", "--json").out)["row_noise"] == 0
+    manifest = tmp_path / "noisy" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"row_noise": 0.12', '"row_noise": 0.25'))
+    with pytest.raises(DatabaseError, match="has changed since it was written"):
+        ImageDatabase.open(tmp_path / "noisy")
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "0.1", None])
+def test_noise_that_is_no_standard_deviation_is_refused(tmp_path, value):
+    with pytest.raises(InputError, match=r"row noise is .* standard deviation of at least 0"):
+        build(few(20), FeatureSpec("block1", pca=0), tmp_path / "db", row_noise=value)
+    assert not (tmp_path / "db" / "job.json").exists()
+
+
+def test_an_unfinished_build_goes_on_with_its_own_noise_alone(tmp_path):
+    settings = {"progress": False, "batch_size": 8}
+    feature, whole = FeatureSpec("block1", pca=4), build(few(20), FeatureSpec("block1", pca=4), tmp_path / "whole",
+                                                         batch_size=8, row_noise=0.1)  # fmt: skip
+    stages.extract(few(20), trained(), feature, tmp_path / "db", row_noise=0.1, **settings)
+    for other in ({}, {"row_noise": 0.2}):
+        with pytest.raises(DatabaseError, match=r"other settings \(row noise 0\.1, now"):
+            build_database(few(20), trained(), feature, tmp_path / "db", **other, **settings)
+    again = build_database(few(20), trained(), feature, tmp_path / "db", row_noise=0.1, **settings)
+    assert again.fingerprint == whole.fingerprint

@@ -80,6 +80,10 @@ class BuildOptions:
         str | None,
         typer.Option(help="Unreadable images that are too many: a number or 5% [default: any]."),
     ] = None
+    row_noise: Annotated[
+        float,
+        typer.Option(help="Standard deviation of Gaussian noise on each image before its row is made, for smoothing."),
+    ] = 0.0
     dedupe: Annotated[bool, typer.Option("--dedupe", help="Keep only the first of images with equal pixels.")] = False
     exclude_eps: Annotated[
         float | None, typer.Option(min=0, help="L2 distance that is near; 0: equal images only.")
@@ -314,6 +318,7 @@ def _describe(database: ImageDatabase, common: Common) -> None:
         "index": manifest.index,
         "storage": manifest.storage,
         "rejected": manifest.rejected,
+        "row_noise": manifest.build.get("row_noise", 0.0),
         "fingerprint": database.fingerprint,
         "bytes": size,
         "created": manifest.created,
@@ -330,6 +335,8 @@ def _describe(database: ImageDatabase, common: Common) -> None:
     )
     if "search" in manifest.index:
         text += f"\n{_search_text(manifest.index['search'])}"
+    if found["row_noise"]:
+        text += f"\nrow noise  {found['row_noise']} (standard deviation, in pixels of [0, 1])"
     if manifest.rejected:
         told = ", ".join(f"{count:,} {kind}" for kind, count in manifest.rejected.items())
         text += f"\nleft out   {told}"
