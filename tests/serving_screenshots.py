@@ -1,6 +1,7 @@
 """Takes the pictures of docs/page.md: ``python tests/serving_screenshots.py --database runs/demo/database``.
 
-The service runs in this process, with the digits database of ``make demo``; the pictures show its own answers.
+The service runs in this process, with a database of digits, as ``make demo`` or docs/slides.md make one; the pictures
+show its own answers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from served import serving
 from nndefense.datasets import open_dataset
 from nndefense.guard import Guard
 
-WIDE, PHONE = (1120, 860), (360, 780)
+WIDE, PHONE = (1120, 960), (360, 780)
 COLOURS = 160
 
 
@@ -77,6 +78,7 @@ def main() -> None:
             find(page, "classifier", "held")
             shoot(page, chosen.out / "serving-held.png", whole=True)
             find(page, "defense", "fallen")
+            page.evaluate("() => scrollTo(0, 0)")  # the slider lies below the verdict
             shoot(page, chosen.out / "serving-fallen.png")
             page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"})
             page.wait_for_selector("#error:visible")

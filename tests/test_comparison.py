@@ -182,6 +182,18 @@ def test_the_scope_imagenet_pins_what_the_paper_used() -> None:
     assert not found.chosen("rmac").calibration
 
 
+@pytest.mark.parametrize("dataset", ["digits", "mnist", "cifar10", "imagefolder:photos"])
+def test_budgets_of_ones_own_work_in_every_scope(dataset: str) -> None:
+    scope = shipped_comparison("table2", dataset).scope
+    other = changed(scope, {"eps": (0.07, 0.3)})
+    assert (other.eps, other.headline) == ((0.07, 0.3), 0.3)
+    # Where the scope keeps attackers who know the defence to some budgets, they meet the one that the table shows.
+    assert other.informed_eps == (scope.informed_eps and (0.3,))
+    least = changed(scope, {"headline": scope.eps[0]})
+    assert least.informed_eps == (scope.informed_eps and (scope.eps[0],))
+    assert changed(scope, {"eps": (0.07, 0.3), "informed_eps": (0.07, 0.3)}).informed_eps == (0.07, 0.3)
+
+
 def test_rows_name_their_feature_and_a_few_rows_are_all_neighbours(tmp_path: Path) -> None:
     pinned = {"pooling": "avg", "layer": "block2", "k": 30, "weighting": "cbw-e", "pca": 6}
     values: dict[str, Any] = {

@@ -188,10 +188,15 @@ def retrieved_by(recipe: ComparisonRecipe, **options: Any) -> ComparisonRecipe:
 def changed(scope: Scope, values: Mapping[str, Any]) -> Scope:
     """A scope with some entries changed; budgets may be quotients such as ``"8/255"``.
 
+    Other budgets bring their largest as the headline, and where the scope keeps attackers who know the defence to some
+    budgets, another headline is theirs.
+
     Raises:
         InputError: an unknown entry or one that cannot be used.
     """
     found = recipes.entries(Scope, values, "scope")
     if "eps" in found:
         found.setdefault("headline", max(found["eps"]))
+    if "headline" in found and scope.informed_eps is not None:
+        found.setdefault("informed_eps", (found["headline"],))
     return replace(scope, **found)
