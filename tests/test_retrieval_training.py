@@ -86,7 +86,8 @@ class Numbers:
     def g(self, x: Array) -> Array:
         w = self.weights
         hidden = np.tanh((x.reshape(len(x), -1) - 0.5) @ w["base.first.weight"].T + w["base.first.bias"])
-        return np.asarray(hidden @ w["embedding.weight"].T + w["embedding.bias"])
+        found = hidden @ w["embedding.weight"].T
+        return np.asarray((found - found.mean(0)) / np.sqrt(found.var(0) + 1e-5))
 
     def head(self, g: Array) -> Array:
         logits = g @ self.weights["head.weight"].T + self.weights["head.bias"]
@@ -253,7 +254,27 @@ def test_an_embedding_in_front_of_a_head(name: str) -> None:
         assert net.embed(images).shape == (2, 64)
         assert net(images).shape == (2, 7)
         base = ARCHITECTURES[name.removeprefix("nn-")].build((3, 32, 32), 64)
-    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in base.parameters()) + 64 * 7 + 7 + 1
+    # The embedding has no bias: what standardises it would take it away.
+    head = 64 * 7 + 7
+    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in base.parameters()) - 64 + head + 1
+
+
+def test_no_training_makes_distances_outgrow_a_temperature() -> None:
+    net = build_classifier("nn-strided-cnn", input_shape=(1, 28, 28), classes=("a", "b"), seed=0).net
+    assert isinstance(net, EmbeddedNet)
+    images = torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        alone = net.train().embed(images[:1])
+        for scale in (1e2, 1e4):
+            net.embedding.weight.mul_(scale)
+            for _ in range(300):
+                seen = net.train().embed(images)
+            for found in (seen, net.eval().embed(images)):
+                far = torch.cdist(found, found).square().sum() / (40 * 39)
+                assert float(far) == pytest.approx(2 * 64, rel=0.1)
+    # One image has no variance of its own, and changes nothing.
+    assert alone.isfinite().all()
+    assert torch.equal(net.train().embed(images[:1]), net.eval().embed(images[:1]))
 
 
 def fresh(seed: int = 0) -> Classifier:

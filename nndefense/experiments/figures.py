@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -111,7 +113,7 @@ def _retrieval(results: Results) -> Figure:
             axes.errorbar(100 * one.mean, place, xerr=[low, high], fmt=marker, markersize=5, color=colour, capsize=2,
                           markerfacecolor="white" if marker == "o" else colour)  # fmt: skip
     axes.set_yticks(range(len(names)), list(reversed(names)))
-    axes.set(xlim=(0, 100), xlabel=f"%; filled: worst under {threat['title']}, hollow: clean")
+    axes.set(xlim=(0, 102), xlabel=f"%; filled: worst under {threat['title']}, hollow: clean")
     if len(sizes) > 1:
         _over_rows(panels[1], results, threat["name"], count)
     return figure
@@ -128,7 +130,9 @@ def _over_rows(axes: Axes, results: Results, threat: str, count: int) -> None:
             base = f"{method} + {form['name']}"
             titles = {rows or count: base + (f" ({rows:,} rows)" if rows else "") for rows in form["rows"]}
             rows = sorted(titles)
-            _curve(axes, rows, [accuracy_of(results, titles[one], count, threat) for one in rows], number, base)
+            found = [accuracy_of(results, titles[one], count, threat) for one in rows]
+            # A little apart, so that no interval hides another.
+            _curve(axes, [one * 1.03**number for one in rows], found, number, base)
             shown.update(rows)
             number += 1
     axes.grid(axis="y", color=charts.GRID, linewidth=0.7)
@@ -137,7 +141,7 @@ def _over_rows(axes: Axes, results: Results, threat: str, count: int) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _curve(axes: Axes, counts: list[int], found: list[Spread | None], number: int, label: str) -> None:
+def _curve(axes: Axes, counts: Sequence[float], found: list[Spread | None], number: int, label: str) -> None:
     """A line with its intervals; single seeds as faint points."""
     shown = [(count, one) for count, one in zip(counts, found, strict=True) if one is not None]
     charts.curve(
