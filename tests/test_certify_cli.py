@@ -106,6 +106,8 @@ def test_exact_certificates_by_the_command(work: dict[str, Path], tmp_path: Path
         ({"method": "exact"}, 2, "leave sigma (--sigma) out"),
         ({"method": "exact", "sigma": None, "database": None, "classifier": "net"}, 2, "--database"),
         ({"method": "bounds-net", "sigma": None}, 2, "leave the database (--database) out"),
+        ({"method": "exact", "sigma": None}, 2, "of its size: take such a layer (nndefense index build --layer)\n"),
+        ({"method": "exact", "sigma": None, "alpha": 0.5}, 2, "leave them out (--temperature inf --alpha 0)\n"),
         ({"confidence": 0.001}, 2, "--confidence"),
         ({"eps": "0"}, 2, "--eps"),
         ({"eps": "8", "norm": "linf"}, 2, "8/255"),

@@ -107,6 +107,19 @@ def test_options_in_texts_exist() -> None:
     assert not found
 
 
+def test_a_proof_names_options_of_every_command_that_asks_for_one() -> None:
+    shared = COMMANDS["certify"] & COMMANDS["evaluate"]
+    files = [*sorted((ROOT / "nndefense" / "certificates").glob("*.py"))]
+    files += [ROOT / "nndefense" / "attacks" / "retrieval" / name for name in ("exact.py", "affine.py")]
+    found = [
+        f"{path.name}:{line}: {text}"
+        for path in files
+        for _, line, text in texts(ast.parse(path.read_text(encoding="utf-8")))
+        if wrong(text, shared)
+    ]
+    assert not found
+
+
 def test_options_made_of_names_exist() -> None:
     # registry says --{effort}, whose text no walk sees.
     for attack in map(registry.get, registry.names()):

@@ -197,7 +197,7 @@ class _Retrieval:
         if surface.smooth:
             raise InputError(
                 "linear bounds certify a rule without a kernel and without a share of the classifier: use a defence "
-                "without temperature and alpha, or certify by smoothing (--method smoothing)"
+                "without temperature and alpha, or certify by smoothing"
             )
         every = torch.arange(rows.count, device=images.device)
         self.k, self.vectors = surface.k, rows.vectors(every).double()
@@ -231,7 +231,7 @@ class _Retrieval:
         if bool(((wanted - answers.exp()).abs().amax(1) > 1e-4)[clear].any()):
             raise InputError(
                 "linear bounds certify a vote of the K nearest rows, with weights of their own and an exact index, and "
-                "this defence answers otherwise: choose another method (--method)"
+                "this defence answers otherwise: certify by another method, such as smoothing"
             )
 
     def _slack(self, size: Tensor) -> Tensor:

@@ -112,8 +112,9 @@ class LinearBounds:
         # What enters the first bend has, or nearly has, an exact interval.
         if sum(sizes[source - 1] * sum(sizes[:source]) for source in bent[1:]) > _MOST:
             raise InputError(
-                "linear bounds would take minutes an image on a net of this size: use an earlier layer (--layer) for "
-                f"the database, or a smaller net; this one has up to {max(sizes[n - 1] for n in bent):,} ReLUs a layer"
+                "linear bounds would take minutes an image on a net of this size: index an earlier layer (nndefense "
+                "index build --layer), or use a smaller net; this one has up to "
+                f"{max(sizes[n - 1] for n in bent):,} ReLUs a layer"
             )
         return Bounded(self.steps, Ball.of(images, eps, norm))
 

@@ -86,7 +86,10 @@ def run(
     for threat in threats:
         if threat.name == "exact":
             # What cannot be proven is said before the hours of work, not after them.
-            check_exact(threat.target, dataset.batch(np.arange(min(len(dataset), 8)))[0].to(device))
+            try:
+                check_exact(threat.target, dataset.batch(np.arange(min(len(dataset), 8)))[0].to(device))
+            except InputError as error:
+                raise InputError(f"{error}, or leave --exact out") from None
     plan: dict[str, list[AttackSettings]] = {}
     for rung in recipe.rungs:
         plan.setdefault(rung.threat_model, []).append(rung.attack)

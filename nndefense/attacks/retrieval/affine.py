@@ -73,6 +73,6 @@ def affine_feature(features: Callable[[Tensor], Tensor], images: Tensor) -> Affi
         raise InputError(
             "the exact accuracy needs a feature that is affine in the pixels (pixels, or a first convolution before "
             f"its non-linearity), but this one departs from that by {float(error.max() / found.norm(dim=1).max()):.1g} "
-            "of its size: leave --exact out"
+            "of its size: take such a layer (nndefense index build --layer)"
         )
     return AffineFeature(matrix, offset, float(error.max()))

@@ -189,8 +189,8 @@ class _Search:
             raise InputError("the exact accuracy needs every row of the defence: make the surface at L3")
         if surface.smooth:
             raise InputError(
-                "the exact accuracy takes neither a kernel nor a share of the classifier: leave --exact out, or leave "
-                "them out (--temperature inf --alpha 0)"
+                "the exact accuracy takes neither a kernel nor a share of the classifier: leave them out "
+                "(--temperature inf --alpha 0)"
             )
         self.problem, self.limit, self.k = problem, limit, surface.k
         # The search itself is at home on the CPU, wherever the defence is.
@@ -230,7 +230,7 @@ class _Search:
         if float((wanted - answered).abs().amax(1)[clear].sum()) > 1e-4 * max(int(clear.sum()), 1):
             raise InputError(
                 "the exact accuracy needs answers that are the vote of the K nearest rows, with weights that depend on "
-                "the row alone and an exact index: these are not, so leave --exact out"
+                "the row alone and an exact index, and this defence answers otherwise: take a defence of that kind"
             )
 
     def run(self) -> None:
