@@ -21,7 +21,7 @@ from nndefense.defenses import NearestNeighborDefense
 from nndefense.errors import InputError
 from nndefense.evaluation import AttackSettings, CellStore, Recipe, Record, Rung, Subject, ThreatModel, evaluate, run
 from nndefense.evaluation.audit import AuditLine, audit_records
-from nndefense.evaluation.audit_runs import AuditSubject, audit_runs, undefended_run
+from nndefense.evaluation.audit_runs import AuditSubject, _noise, audit_runs, undefended_run
 from nndefense.features import FeatureSpec
 
 GRAY = AttackSettings(norm="linf", eps=(0.1, 0.2), steps=5)
@@ -127,6 +127,23 @@ def test_a_sound_defence_passes_its_runs(defense: NearestNeighborDefense) -> Non
     # Without a database the scores are logits, of which no power of e may be taken for a probability.
     bare = {line.name: line for line in audit_runs(replace(subject(defense), model=defense.classifier), noise_draws=24)}
     assert bare["batch size"].passed is True, bare["batch size"].text
+
+
+def test_noise_around_few_images_comes_in_full_batches(defense: NearestNeighborDefense) -> None:
+    sizes: list[int] = []
+
+    class Watched(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            sizes.append(len(x))
+            near_the_second = (x - tried.images[1]).flatten(1).norm(dim=1) < 1.6
+            return torch.eye(10)[torch.where(near_the_second, 0, 1)]
+
+    whole = subject(defense, batch_size=50)
+    tried = replace(whole, model=Watched(), images=whole.images[:3], labels=torch.tensor([1, 1, 1]))
+    line = _noise(tried, torch.ones(3, dtype=torch.bool), 200)
+    assert sizes == [50, 50, 50, 48]
+    assert line.passed is False
+    assert line.text == "198 random draws around 3 images that the attack left right break 1."
 
 
 class Rounding(nn.Module):

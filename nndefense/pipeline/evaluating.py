@@ -15,6 +15,7 @@ from nndefense.defenses.stored import open_stored, stored_calibration
 from nndefense.errors import InputError
 from nndefense.evaluation import Recipe, Subject, assemble, run, write_report
 from nndefense.evaluation.abstention import check_rates
+from nndefense.evaluation.audit_runs import NOISE_DRAWS
 from nndefense.evaluation.ladder import BARE, DEFENDED
 from nndefense.files import write_json
 from nndefense.locks import writes
@@ -104,6 +105,12 @@ def evaluate(
         progress=progress,
         say=say,
     )
+    if recipe.audit:
+        say(
+            f"the self-audit comes last: the strongest attack again, longer and in other ways, on up to "
+            f"{min(recipe.audit_images, len(opened.dataset)):,} images, a dozen times its cost on them, and "
+            f"{NOISE_DRAWS:,} draws of noise; --no-audit (audit=False) leaves it out"
+        )
     return measure(recipe, opened, Path(out).expanduser(), progress=progress, command=command)
 
 
