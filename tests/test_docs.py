@@ -151,6 +151,7 @@ def guarded() -> dict[str, Any]:
 
 GIVEN: Mapping[str, Callable[[], dict[str, Any]]] = {
     "README.md": readme,
+    "docs/commands.md": readme,
     "docs/baselines.md": baselines,
     "docs/evaluation.md": dict,
     "docs/guard.md": guarded,

@@ -282,7 +282,7 @@ def train(
     *,
     dataset: DatasetOption,
     out: Annotated[Path, typer.Option(help="Folder for the classifier.")],
-    arch: Annotated[str, typer.Option(help="Architecture; see the README for the list.")] = "small-cnn",
+    arch: Annotated[str, typer.Option(help="Architecture; docs/what-is-in-it.md has the list.")] = "small-cnn",
     objective: Annotated[
         str,
         typer.Option(
