@@ -34,6 +34,9 @@ _MOST = 1 << 30
 # Float32's rounding is far below.
 _SAME = 1e-4
 _RATE = 0.1
+# Steps on slopes after which it is looked at what they gained, and what all of them may gain, in multiples of so much a
+# step.
+_TRIED, _HOPE = 2, 2.0
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,12 @@ class LinearBounds:
         """The bounds of everything inside the net while each of the images moves by ``eps`` within [0, 1].
 
         Raises:
-            InputError: another norm, an eps that is none, or a net that would take minutes an image.
+            InputError: another norm, or an eps that is none.
         """
+        return Bounded(self.steps, Ball.of(images, eps, norm))
+
+    def check_size(self) -> None:
+        """Raise :class:`InputError` for a net that would take minutes an image."""
         sizes = [step.shape.numel() for step in self.steps]
         bent = [step.sources[0] for step in self.steps if isinstance(step, Bend) and step.sources[0]]
         # What enters the first bend has, or nearly has, an exact interval.
@@ -116,7 +123,6 @@ class LinearBounds:
                 "index build --layer), or use a smaller net; this one has up to "
                 f"{max(sizes[n - 1] for n in bent):,} ReLUs a layer"
             )
-        return Bounded(self.steps, Ball.of(images, eps, norm))
 
 
 class Bounded:
@@ -171,47 +177,67 @@ class Bounded:
             first += count
         return blocks
 
-    def least(self, heads: Tensor, owner: Tensor, *, steps: int = 0) -> Tensor:
+    def least(self, heads: Tensor, owner: Tensor, *, steps: int = 0, need: Tensor | None = None) -> Tensor:
         """Lower bounds of linear heads on the output.
 
         Args:
             heads: H x F.
             owner: H, the number of the image that each is over.
             steps: of gradient ascent on the slopes, for each head its own; 0 takes them as they are.
+            need: H, what is asked of each: one that is above it, or will not get there, is not raised any further.
 
         Returns:
             H, float64: ``heads . net(x)`` is at least this for every x in the ball.
         """
-        heads = heads.to(self.low)
-        parts = []
+        heads, parts = heads.to(self.low), []
         for part in self._blocks(owner, 8 if steps else 1):
-            with torch.no_grad():
-                best = self._backward(len(self._steps), heads[part], owner[part])
-            parts.append(self._ascend(heads[part], owner[part], best, steps) if steps else best)
+            asked = need[part] if need is not None else None
+            parts.append(self._ascend(heads[part], owner[part], steps, asked))
         return torch.cat(parts) if parts else heads.new_zeros(0)
 
-    def _ascend(self, heads: Tensor, owner: Tensor, best: Tensor, steps: int) -> Tensor:
+    def _ascend(self, heads: Tensor, owner: Tensor, steps: int, need: Tensor | None) -> Tensor:
         """The best bounds that a few steps on the slopes find; any slopes from 0 to 1 are sound."""
+        with torch.no_grad():
+            best = begun = self._backward(len(self._steps), heads, owner)
+        if not steps:
+            return best
         with torch.inference_mode(False), torch.enable_grad():
             slopes = {
-                number: lines.below[owner].clone().requires_grad_()
+                number: lines.below[owner].clone()
                 for number, lines in self._lines.items()
                 if isinstance(lines, ReluLines)
             }
-            if not slopes:
-                return best
-            optimiser = torch.optim.Adam(slopes.values(), lr=_RATE)
-            for _ in range(steps):
+            left = torch.arange(len(heads), device=heads.device)
+            for done, count in ((0, min(_TRIED, steps)), (_TRIED, steps - _TRIED)):
+                if need is not None:
+                    reach = begun + (best - begun) * (_HOPE * steps / done) if done else need + 1
+                    keep = ((best <= need) & (reach > need))[left]
+                    left, slopes = left[keep], {number: slope[keep] for number, slope in slopes.items()}
+                if slopes and len(left) and count > 0:
+                    found = self._raise(heads[left], owner[left], slopes, count)
+                    best = best.index_put((left,), torch.maximum(best[left], found))
+        return best
+
+    def _raise(self, heads: Tensor, owner: Tensor, slopes: dict[int, Tensor], steps: int) -> Tensor:
+        """The best bounds met while slopes, which are moved, go up."""
+        for slope in slopes.values():
+            slope.requires_grad_()
+        optimiser, best = torch.optim.Adam(slopes.values(), lr=_RATE), torch.full_like(heads[:, 0], -torch.inf)
+        for step in range(steps + 1):
+            with torch.set_grad_enabled(step < steps):
                 found = self._backward(len(self._steps), heads, owner, slopes)
-                best = torch.maximum(best, found.detach())
-                optimiser.zero_grad()
-                torch.autograd.backward(-found.sum())
-                optimiser.step()
-                with torch.no_grad():
-                    for slope in slopes.values():
-                        slope.clamp_(0, 1)
+            best = torch.maximum(best, found.detach())
+            if step == steps:
+                break
+            optimiser.zero_grad()
+            torch.autograd.backward(-found.sum())
+            optimiser.step()
             with torch.no_grad():
-                return torch.maximum(best, self._backward(len(self._steps), heads, owner, slopes))
+                for slope in slopes.values():
+                    slope.clamp_(0, 1)
+        for slope in slopes.values():
+            slope.requires_grad_(False)
+        return best
 
     def _backward(self, target: int, heads: Tensor, owner: Tensor, slopes: dict[int, Tensor] | None = None) -> Tensor:
         waiting, total = {target: heads}, heads.new_zeros(len(heads))
