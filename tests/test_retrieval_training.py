@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import digits
+from test_training_durable import needs_fork, survives_kills
 from torch import Tensor, nn
 
 from index_build import build_database
@@ -336,6 +337,16 @@ def test_a_training_goes_on_with_the_rows_that_it_had(tmp_path: Path, stops: tup
     again = load_classifier(out)
     assert again.info["retrieval"]["temperature"] == pytest.approx(again.net.temperature)
     assert again.info["retrieval"]["rows"] == 76
+
+
+@pytest.mark.slow
+@needs_fork
+@pytest.mark.parametrize("name", ["retrieval", "retrieval-trades"])
+def test_killed_at_random_moments_a_training_has_the_rows_and_weights_of_one_that_was_not(
+    tmp_path: Path, name: str
+) -> None:
+    settings = few(objective=make_objective(name, rows=20), epochs=5, checkpoint_steps=1)
+    survives_kills(tmp_path / "net", lambda **options: train_classifier(fresh(), **settings, **options))
 
 
 def test_other_rows_are_another_training(tmp_path: Path) -> None:
