@@ -8,6 +8,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -90,16 +92,36 @@ def plain(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if "second" not in name} for row in history]
 
 
+# Processes that were started, so that nobody but end_of waits for them.
+STARTED: list[subprocess.Popen[bytes]] = []
+LOADED = "import sys; from ray import cloudpickle; cloudpickle.load(sys.stdin.buffer)()"
+
+
 def child(work: Callable[[], object]) -> int:
     """Do something in a process of its own; return its number. It ends with 0, or 1 after an error."""
+    if end_of(forked(lambda: torch.ones(1, requires_grad=True).backward())):
+        # Autograd has threads of its own here, since another test of this process traced a net: no fork can train.
+        cloudpickle = pytest.importorskip("ray.cloudpickle")
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        STARTED.append(subprocess.Popen([sys.executable, "-c", LOADED], stdin=subprocess.PIPE, env=environment))
+        assert STARTED[-1].stdin is not None
+        STARTED[-1].stdin.write(cloudpickle.dumps(work))
+        STARTED[-1].stdin.close()
+        return STARTED[-1].pid
+    return forked(work)
+
+
+def forked(work: Callable[[], object]) -> int:
+    """:func:`child` by a fork."""
     number = os.fork()
     if number == 0:
         code = 1
         try:
             work()
             code = 0
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as error:
+            if "fork-based" not in str(error):
+                traceback.print_exc()
         finally:
             os._exit(code)
     return number
