@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo serve-demo test test-slow bench bench-attacks bench-training bench-serving bench-baselines bench-index bench-reading oracle lint types check clean
+.PHONY: demo serve-demo test test-slow bench bench-attacks bench-training bench-serving bench-baselines bench-index bench-reading oracle docs lint types check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nndefense demo --out runs/demo
@@ -50,6 +50,12 @@ bench-serving: $(VENV)/.serve
 # Compares the attacks with those of foolbox, torchattacks and ART, in an environment of its own; writes docs/oracle.md.
 oracle:
 	$(PYTHON) oracle/run.py
+
+# The documentation as a site in build/site, without a network. A broken link, a page that docs/README.md does not list, and a
+# public name without a description are errors.
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -c docs -d build/site-trees . build/site
+	@echo "build/site/index.html"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 import time
@@ -364,6 +365,80 @@ def test_public_names_exist_and_are_described(package: str) -> None:
             for member, found in vars(value).items() if inspect.isclass(value) else ():
                 if inspect.isfunction(found) and not member.startswith("_"):
                     assert found.__doc__, f"{package}.{name}.{member} has no docstring"
+
+
+def undescribed(function: ast.FunctionDef, of_class: str = "") -> list[str]:
+    """What a public function's docstring leaves out: errors that it raises itself, arguments beside those it lists.
+
+    Args:
+        function: as parsed.
+        of_class: the docstring of its class, which may say it.
+    """
+    own = ast.get_docstring(function) or ""
+    said = own + of_class
+    functions = [f for f in ast.walk(function) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    inner = {x for f in functions if f is not function for x in ast.walk(f)}
+    raises = [node.exc for node in set(ast.walk(function)) - inner if isinstance(node, ast.Raise)]
+    called = {x.func.id for x in raises if isinstance(x, ast.Call) and isinstance(x.func, ast.Name)}
+    # An error that a function makes is not known by its name here.
+    names = {name for name in called if name[0].isupper()}
+    # "the errors are as for" another function says where to read them; the base class stands for every kind.
+    if re.search(r"\berrors\b|NNDefenseError", said):
+        names = set()
+    if "Args:" in own:
+        a = function.args
+        given = (*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg)))
+        names |= {x.arg for x in given} - {"self", "cls"}
+    return sorted(name for name in names if not re.search(rf"\b{name}\b", said))
+
+
+def public_functions() -> list[tuple[str, ast.FunctionDef, str]]:
+    """Module and name, syntax, and class's docstring of every public function, and method of a public class."""
+    found = {}
+    for package in PUBLIC:
+        module = importlib.import_module(package)
+        for value in (getattr(module, name) for name in module.__all__):
+            if not (inspect.isclass(value) or inspect.isfunction(value)) or value.__module__ not in HOUSE:
+                continue
+            home = f"{value.__module__}.{value.__name__}"
+            for node in ast.parse(HOUSE[value.__module__]).body if home not in found else ():
+                if isinstance(node, ast.FunctionDef) and node.name == value.__name__:
+                    found[home] = [(home, node, "")]
+                elif isinstance(node, ast.ClassDef) and node.name == value.__name__:
+                    methods = [x for x in node.body if isinstance(x, ast.FunctionDef)]
+                    shown = [x for x in methods if x.name == "__init__" or not x.name.startswith("_")]
+                    found[home] = [(f"{home}.{x.name}", x, ast.get_docstring(node) or "") for x in shown]
+    return [entry for entries in found.values() for entry in entries]
+
+
+# What every objective is given is said once, by nndefense.training.Objective.
+OF_OBJECTIVES = {"model", "batch", "attack"}
+
+
+def test_public_docstrings_name_their_errors_and_all_arguments() -> None:
+    functions = public_functions()
+    assert len(functions) > 500
+    left_out = {name: undescribed(function, said) for name, function, said in functions}
+    for name in left_out:
+        if name.startswith("nndefense.training.objectives."):
+            left_out[name] = [argument for argument in left_out[name] if argument not in OF_OBJECTIVES]
+    assert {name: missing for name, missing in left_out.items() if missing} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "missing"),
+    [
+        ('def f(x):\n    """Do."""\n    raise InputError("x")', ["InputError"]),
+        ('def f(x):\n    """Do.\n\n    Raises:\n        InputError: x.\n    """\n    raise InputError("x")', []),
+        ('def f(x):\n    """Do; errors as for g."""\n    raise InputError("x")', []),
+        ('def f(x, *, y, **z):\n    """Do.\n\n    Args:\n        x: this.\n    """', ["y", "z"]),
+        ('def f(x):\n    """Do."""\n    def g():\n        raise InputError("x")', []),
+    ],
+)
+def test_what_a_docstring_leaves_out_is_seen(source: str, missing: list[str]) -> None:
+    function = ast.parse(source).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    assert undescribed(function) == missing
 
 
 def test_every_package_is_in_the_list_of_public_ones() -> None:

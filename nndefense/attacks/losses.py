@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from nndefense.attacks.checks import check_logits
 from nndefense.errors import InputError
 
+#: What an attack is given: images N x C x H x W in [0, 1] -> logits N x classes, with a gradient.
 Model = Callable[[Tensor], Tensor]
+#: Logits N x classes and labels N (for ``kl``: clean logits N x classes) -> a loss N, larger the nearer the attack is.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 _TINY = 1e-12

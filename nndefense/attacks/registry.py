@@ -16,7 +16,9 @@ from typing import Any, Literal
 from nndefense.errors import InputError
 from nndefense.own_code import PYTHON, own_function, sha256_of_function, sha256_of_source, taken
 
+#: How a change is measured: the largest change of a value, its Euclidean length, or that by the image's own length.
 Norm = Literal["linf", "l2", "normalized-l2"]
+#: The norms by name.
 NORMS: tuple[Norm, ...] = ("linf", "l2", "normalized-l2")
 # From the attacker who has nothing of the defence to the one who has all of it.
 THREAT_MODELS = ("black", "gray", "white", "adaptive", "exact")

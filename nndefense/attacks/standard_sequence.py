@@ -24,6 +24,7 @@ from nndefense.attacks.wrappers import Around
 from nndefense.errors import InputError
 from nndefense.memory import reusing_memory
 
+#: The attacks of AutoAttack in their order (Croce and Hein 2020, the standard sequence).
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 # A perturbation of minimum norm may lie on the sphere, where rounding decides.
 _ROUNDING = 1e-6

@@ -271,6 +271,7 @@ class ImageDatabase:
 
         Raises:
             InputError: k or the vectors' shape do not fit, or a vector is not finite.
+            DatabaseError: an approximate index found fewer than k rows.
         """
         queries = np.asarray(vectors.detach().cpu() if isinstance(vectors, Tensor) else vectors, dtype=np.float32)
         if not 1 <= k <= len(self):
@@ -324,6 +325,9 @@ class ImageDatabase:
         """The same database with only these rows to be found, searched exactly; row numbers stay what they are.
 
         The chosen features are held in memory; nothing is written.
+
+        Raises:
+            InputError: there are no rows, or numbers that the database does not have.
         """
         self._whole("cut down")
         selection = np.unique(np.asarray(rows, dtype=np.int64))

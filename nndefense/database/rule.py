@@ -16,6 +16,7 @@ from nndefense.database.weighting import CBW_D_POWER, CBW_D_TERMS, check_weighti
 from nndefense.errors import InputError, check_choice, make_plain, plain
 from nndefense.reporting.wording import rule_words
 
+#: What a neighbour votes with: its stored posterior, or its true label.
 VOTES = ("posteriors", "labels")
 DEFAULT_WEIGHTING = "cbw-d"
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from nndefense.errors import InputError, check_choice
 
+#: How neighbours are weighted (Dubey et al. 2019, section 3.3): alike; by the posterior's entropy; by its margins.
 Weighting = Literal["uniform", "cbw-e", "cbw-d"]
+#: The weightings by name.
 WEIGHTINGS: tuple[Weighting, ...] = ("uniform", "cbw-e", "cbw-d")
 CBW_D_POWER = 3.0
 CBW_D_TERMS = 20

@@ -41,6 +41,9 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         labels: int64 array of length N; -1 where the class is unknown.
 
     A subclass implements :meth:`_read` and :meth:`_digest`. Safe to pickle and to use in forked loader processes.
+
+    Raises:
+        DataError: labels that are not one for each image, or no classes of it.
     """
 
     def __init__(
@@ -233,7 +236,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         )
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, NDArray[np.int64]]]:
-        """Yield all images, labels and row numbers in order, ``batch_size`` at a time (the last may be smaller)."""
+        """Yield all images, labels and row numbers in order, at most ``batch_size`` (below 1: InputError) at a time."""
         if batch_size < 1:
             raise InputError(f"the batch size must be at least 1, not {batch_size}")
         # The check above must not wait for the first item, so the loop is a function of its own.

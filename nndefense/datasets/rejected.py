@@ -16,6 +16,7 @@ OTHER_SIZE = "other size"
 NOT_FINITE = "not finite"
 BRING = "give a size that all images are brought to (--size)"
 
+#: The words for what is wrong with an image that is left out.
 REJECTED_KINDS = (
     "empty",
     "damaged",

@@ -27,6 +27,7 @@ NAMED = ("digits", "mnist", "fashion-mnist", "cifar10")
 """Sets that are known by name alone."""
 _PATH_KINDS = ("imagefolder", "images", "files", "hdf5", "webdataset", "parquet")
 _PATHS = tuple(f"{kind}:{'LIST' if kind == 'files' else 'PATH'}" for kind in _PATH_KINDS)
+#: The forms of a data set's name, as help and errors list them.
 KNOWN_SPECS = (*NAMED, *_PATHS, "torchvision:NAME:PATH", "hf:NAME")
 
 _SPLITS = ("train", "test")

@@ -20,7 +20,9 @@ from nndefense.images import check_images
 from nndefense.models import Classifier
 from nndefense.statistics import mcnemar_p
 
+#: The numbers of neighbours K that calibration tries.
 DEFAULT_KS = (1, 3, 5, 10, 20, 50)
+#: Whom calibration chooses against: an attacker who knows the retrieval, or one who knows the classifier alone.
 OBJECTIVES = ("informed", "gray")
 # Where the paired test calls a setting better than the bare classifier.
 _LEVEL = 0.05

@@ -35,7 +35,7 @@ class HalvingRung:
             raise InputError(f"a rung needs at least 1 setting, image, step and setting of each candidate: {self}")
 
 
-# All candidates cheaply; then a few settings; then three of them on all images.
+#: All candidates cheaply; then a few settings; then three of them on all images.
 RUNGS = (HalvingRung(24, 24, 3), HalvingRung(6, 60, 6, each=2), HalvingRung(3, None, 12, each=2))
 
 

@@ -24,6 +24,7 @@ from nndefense.training.batch import BatchAttack
 from nndefense.training.objectives import OBJECTIVES
 from nndefense.training.settings import make_settings
 
+#: The sizes at which a recipe can be run: the paper's, and one for a machine without a GPU.
 SCALES = ("full", "small")
 TEACHER = "standard"
 # How many transformations these objectives draw; another number is another method.
@@ -266,7 +267,11 @@ class ExperimentRecipe:
         return {**self.options_of(method), "keep_best": False, "patience": None, **self.start.get("settings", {})}
 
     def attack_of(self, method: Method, threat: Threat, *, start: bool = False) -> BatchAttack | None:
-        """The inner attack of a method's training against a threat, or of its ``start``; None where it has none."""
+        """The inner attack of a method's training against a threat, or of its ``start``; None where it has none.
+
+        Raises:
+            InputError: the recipe gives the attack an entry that it does not have.
+        """
         if not method.attacks:
             return None
         given = {**self.attack, **method.attack}

@@ -27,6 +27,7 @@ from nndefense.features.layouts import OutputLayout
 _GRID = re.compile(r"grid([1-9]\d?)")
 _OVERLAP = 0.4
 _RMAC_SCALES = 3
+#: The poolings by name; G of ``grid<G>`` is the number of cells a side, at least 1.
 POOLINGS = ("avg", "max", "grid<G>", "rmac", "flatten", "cls")
 
 

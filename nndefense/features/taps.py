@@ -17,7 +17,7 @@ from nndefense.errors import InputError
 from nndefense.modes import evaluating
 from nndefense.unwrapping import WRAPPERS, unwrapped
 
-# The paper's names of ResNet-50's layers (Dubey et al. 2019, section 4) as torchvision's modules.
+#: The paper's names of ResNet-50's layers (Dubey et al. 2019, section 4) as torchvision's modules.
 LAYER_ALIASES = {"conv_2_3": "layer1.2", "conv_3_4": "layer2.3", "conv_4_6": "layer3.5", "conv_5_1": "layer4.0"}
 #: Images of a batch that shows which axis is theirs: a number that is no other axis's by habit.
 PROBES = 3

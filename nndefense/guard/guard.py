@@ -35,7 +35,7 @@ from nndefense.versions import library_versions
 
 Given = Tensor | Image.Image | NDArray[np.uint8] | str | Path | ImageDataset
 
-# Rows up to half of the machine's memory are held in it; a reload holds two databases at once for a moment.
+#: Rows up to half of the machine's memory are held in it; a reload holds two databases at once for a moment.
 HELD_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 2**31
 _SAMPLES = 64
 _log = logging.getLogger(__name__)
@@ -223,7 +223,9 @@ class Guard:
     def stream(
         self, images: Given | Iterable[Given], *, top: int = 5, neighbors: int | None = None, batch_size: int = 64
     ) -> Iterator[Defended]:
-        """As :meth:`predict`, one prediction after another: for any number of images, in bounded memory."""
+        """As :meth:`predict`, arguments and errors too, one prediction after another: for any number of images, in
+        bounded memory.
+        """
         top, batch_size = plain(top), plain(batch_size)
         shown = self.k if neighbors is None else min(plain(neighbors), self.k)
         if top < 1 or shown < 0:

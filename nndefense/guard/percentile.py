@@ -20,6 +20,7 @@ from nndefense.errors import DatabaseError, DataError, InputError
 from nndefense.files import DIGEST, read_json, sealed, sha256_of, tell_unsealed, unsealed, write_json
 from nndefense.statistics import conformal_threshold, values_needed
 
+#: The name of the guard's file in a database's folder.
 FILE = GUARD
 FORMAT, VERSION = "nndefense-guard", 1
 _AGAIN = "calibrate again with 'nndefense guard calibrate'"

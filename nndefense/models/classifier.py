@@ -42,6 +42,9 @@ class Classifier(nn.Module):
         source: what it was loaded from, or ``""``.
         info: how it was trained, as plain JSON values; empty where unknown.
         fixed_size: whether images must have exactly the height and width of ``input_shape``.
+
+    Raises:
+        InputError: fewer than two classes, ids that are not one for each, or a mean or std that cannot be used.
     """
 
     mean: Tensor

@@ -92,6 +92,9 @@ def run_demo(settings: DemoSettings, say: Callable[[str], object] = lambda text:
 
     Returns:
         The results, as in ``results.json``.
+
+    Raises:
+        NNDefenseError: something cannot be opened or does not fit together, or no setting of the defence helps.
     """
     s = settings
     # What can be found wrong before the hours of work is found before them.

@@ -163,6 +163,9 @@ class Materials:
             settings: ``arch``, and training settings.
             seed: of its weights and batches.
             **options: more arguments of the training, such as its objective.
+
+        Raises:
+            InputError: there are no settings to train with, or some that cannot be used.
         """
         if "arch" not in settings:
             raise InputError(f"{self.rows.name} has no settings to train a net with: give --classifier")
@@ -197,6 +200,9 @@ class Materials:
     ) -> Chosen:
         """Layer, K and weighting for a pooling: those that are named here or in the settings, and the others chosen
         once on the held-out images. Where all are named nothing is calibrated, and ``calibration`` is empty.
+
+        Raises:
+            InputError: something is to be calibrated, and no images are held out.
         """
         scope = self.scope
         layer, k, weighting = layer or scope.layer, k or scope.k, weighting or scope.weighting

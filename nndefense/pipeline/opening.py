@@ -152,7 +152,11 @@ def joined(datasets: Sequence[ImageDataset]) -> ImageDataset:
 
 
 def drawn(dataset: ImageDataset, limit: int | None, seed: int) -> ImageDataset:
-    """At most ``limit`` images, drawn at random without replacement, in their own order; None for all."""
+    """At most ``limit`` images, drawn at random without replacement, in their own order; None for all.
+
+    Raises:
+        InputError: ``limit`` is below 1.
+    """
     if limit is not None and limit < 1:
         raise InputError(f"the limit is {limit}, but must be at least 1")
     if limit is None or limit >= len(dataset):

@@ -18,7 +18,7 @@ from nndefense.theory.estimators import Estimators, Population, estimators, min_
 from nndefense.theory.solve import Array, in_order, root
 
 _DEGREE = 3
-# Where the outer knots on the left lie: the authors' scripts differ, by figure.
+#: Where the outer knots on the left lie: the authors' scripts differ, by figure.
 LEFT_KNOTS = {"-4..-2": (-4.0, -3.0, -2.0), "-3..-1": (-3.0, -2.0, -1.0)}
 
 
@@ -168,7 +168,7 @@ class Staircase:
         return np.array([error(np.append(known, t)) - before for t in np.atleast_1d(np.asarray(extra, dtype=float))])
 
 
-# The sizes and numbers of trials of the authors' figure, which shows those above 32.
+#: The sizes and numbers of trials of the authors' figure, which shows those above 32.
 SIZES = (22, 30, 35, 40, 50, 80, 100, 200, 300, 400, 500, 1000)
 TRIALS = 2000
 ESTIMATORS = ("std", "aug", "rst")

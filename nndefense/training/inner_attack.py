@@ -15,7 +15,9 @@ from nndefense.attacks.losses import Loss, loss_and_gradient, negated
 from nndefense.attacks.wrappers import MODES, attacked_in
 from nndefense.errors import InputError, check_choice, make_plain
 
+#: Where the attack in a training step begins, by name.
 STARTS = ("uniform", "gaussian", "sign", "none")
+#: The class that the attack in a training step moves away from or towards, by name.
 TARGETS = ("label", "predicted", "least-likely")
 
 # Float16 has nothing below 6e-8, and the gradients of a net that is sure of itself are smaller.

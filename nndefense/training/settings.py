@@ -9,8 +9,11 @@ from typing import Any, TypedDict
 
 from nndefense.errors import InputError, make_plain, plain
 
+#: The optimisers by name.
 OPTIMIZERS = ("adam", "adamw", "sgd")
+#: The schedules of the learning rate by name.
 SCHEDULES = ("cosine", "step", "one-cycle", "none")
+#: The types of numbers that a forward pass may compute in.
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 # What the defaults aim at: enough steps for small nets on small sets, few passes over large ones.

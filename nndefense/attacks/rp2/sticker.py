@@ -15,7 +15,9 @@ from nndefense.attacks.rp2.views import warp
 from nndefense.errors import InputError, check_choice
 from nndefense.images import check_images, shape_text
 
+#: What a sticker does to the pixels below it: takes their place, or is added to them.
 Mode = Literal["replace", "add"]
+#: The modes of a sticker by name.
 MODES: tuple[Mode, ...] = ("replace", "add")
 # The largest product of so many distances, each at most sqrt(3), is far inside the range of float64.
 MOST_COLOURS = 1000

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from nndefense.errors import InputError
 
-# The corners of a frame, in the order in which corner points are given: clockwise from the top left.
+#: The corners of a frame, in the order in which corner points are given: clockwise from the top left.
 FRAME = ((-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0))
 # Far enough outside the frame that no pixel of it is touched.
 _OUTSIDE = 4.0
@@ -191,5 +191,5 @@ def as_photographed(n: int) -> Views:
     return Views(torch.eye(3, dtype=torch.float64).expand(n, 3, 3), torch.ones(n, dtype=torch.float64))
 
 
-# The strengths of the released code's attack on objects, for those who want to compare with it.
+#: The strengths of the released code's attack on objects, for those who want to compare with it.
 RELEASED = ViewChanges(brightness=(0.1, 2.0), crop=0.2, perspective=0.1)

@@ -52,7 +52,11 @@ def write_report(results: dict[str, Any], gallery: Sequence[GalleryRow], path: P
 
 
 def report_html(results: Results, gallery: Sequence[GalleryRow] = ()) -> str:
-    """The page of :func:`write_report` as text; the same arguments always give the same text."""
+    """The page of :func:`write_report` as text; the same arguments always give the same text.
+
+    Raises:
+        InputError: results of another format or version, or of an evaluation that is not whole.
+    """
     if results.get("format") != FORMAT or results.get("version") != VERSION:
         raise InputError(f"these results are not {FORMAT} version {VERSION}: write them with this version's evaluation")
     for key in ("dataset", "headline", "records"):

@@ -44,6 +44,7 @@ def _wide_resnet(depth: int, factor: int, millions: str) -> Architecture:
     )
 
 
+#: Every architecture that can be trained here, by name.
 ARCHITECTURES: dict[str, Architecture] = {
     "small-cnn": Architecture(SmallCNN, 4, False, 32, "three convolution blocks, for images of 8 to 32 pixels"),
     "madry-mnist": Architecture(MadryMNIST, 4, True, 28, "two 5x5 convolutions and a wide linear layer, for MNIST"),

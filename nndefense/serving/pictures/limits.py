@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 from nndefense.errors import InputError
 
+#: The media types that are taken -> Pillow's name of the format.
 MEDIA_TYPES = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP", "image/gif": "GIF"}
 """What is decoded, by content type; :mod:`nndefense.serving.pictures.decode` says why nothing else."""
 
