@@ -172,7 +172,8 @@ def setup(app: Any) -> dict[str, bool]:
                 lines += [line for name in module.__all__ for line in described(package, name)]
             except LookupError as missing:
                 raise self.error(str(missing)) from None
-            return self.parse_text_to_nodes("\n".join(lines))
+            # The pages are Markdown, the docstrings reStructuredText.
+            return self.parse_text_to_nodes("\n".join(["`````{eval-rst}", *lines, "`````"]))
 
     def with_navigation(app: Any, page: str, source: list[str]) -> None:
         if page == root_doc:

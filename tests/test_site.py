@@ -103,6 +103,8 @@ def test_a_site_with_a_fault_is_not_built(case: str, tmp_path: Path) -> None:
         page = (tmp_path / "site" / "docs" / "reference" / "tiny.html").read_text(encoding="utf-8")
         assert "Do it." in page
         assert "How many." in page
+        assert ".. " not in page
+        assert 'id="tiny.f"' in page
         home = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
         assert "docs/page.html#a-part" in home
         # Nothing is fetched from elsewhere: no script, style, font or picture.
