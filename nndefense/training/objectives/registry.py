@@ -25,7 +25,7 @@ class ObjectiveSpec:
 
     Attributes:
         name: what it is asked for by.
-        function: the pure function (model, batch, attack, *, weights) -> :class:`Outcome`.
+        function: the pure function ``(model, batch, attack, *, weights)`` -> :class:`Outcome`.
         summary: one line for a list of choices.
         attack: whether it needs an attack.
         unlabelled: whether it takes unlabelled images; it then needs them.
