@@ -78,7 +78,7 @@ class Outcome:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-#: (model, images, y, *, loss="cross-entropy" | "kl") -> attacked images; y are labels, or clean logits for "kl".
+#: ``(model, images, y, *, loss="cross-entropy" | "kl")`` -> attacked images; y: labels, or clean logits for "kl".
 BatchAttack = Callable[..., Tensor]
 
 #: A pure function; it may draw from torch's default generators, which the training seeds anew for every step.
