@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,13 +12,22 @@ from torch import Tensor, nn
 
 from index_build import build_database
 from nndefense.attacks import pgd
+from nndefense.attacks.losses import margin
 from nndefense.attacks.retrieval import Knowledge, adaptive, check_exact, relaxation, run_adaptive
 from nndefense.attacks.retrieval.ascent import pose
 from nndefense.attacks.retrieval.ranks import AnswerMargin, answer_margins, sides
 from nndefense.database import ImageDatabase, Rule
 from nndefense.defenses import NearestNeighborDefense, RelaxedDefense
+from nndefense.defenses.abstention import (
+    answer_scores,
+    disagreement_score,
+    distance_score,
+    margin_score,
+    relaxed_answer,
+)
 from nndefense.errors import InputError
 from nndefense.features import FeatureSpec
+from nndefense.statistics import conformal_threshold
 
 ROWS, EPS = 500, 0.12
 KERNEL = {"k": ROWS, "weighting": "uniform", "votes": "labels"}
@@ -229,3 +240,42 @@ def test_what_each_level_of_knowledge_has_of_the_rule(database):
         assert bool(((votes == 0) | (votes == 1)).all())
     assert not made(database, k=5, votes="labels").surface().smooth
     assert Rule(5, votes="labels") == made(database, k=5, votes="labels").rule
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("values", "score"),
+    [
+        pytest.param(*rule.values, score, id=f"{rule.id}-{score}")
+        for rule, score in zip(SMOOTH, ["retrieval margin", "disagreement", "distance"], strict=True)
+    ],
+)
+def test_the_attack_that_must_be_accepted_is_no_weaker_than_pgd_on_both_aims_through_all_rows(database, values, score):
+    defense, (x, y), held = made(database, **values), images("test", 30), images("test", 99, 100)[0]
+    hand, followed = ByHand(defense), relaxed_answer(defense)
+    scores = [*answer_scores("retrieval margin", trained(), defense, followed), distance_score(defense)]
+    meant = next(one for one in scores if one.name == score)
+    typed = {
+        "retrieval margin": lambda z: margin_score(hand(z)),
+        "disagreement": lambda z: disagreement_score(trained()(z), hand(z)),
+        "distance": lambda z: torch.cdist(hand.extractor(z), hand.rows).amin(1),
+    }[score]
+    with torch.no_grad():
+        values_of = meant.of(held).double()
+    threshold, spread = conformal_threshold(sorted(values_of.tolist()), 0.1), float(values_of.std())
+    rejection = meant.rejection(followed, threshold, spread)
+    surface = replace(defense.surface(images=images("train", ROWS)[0]), rejection=rejection)
+    chance = torch.Generator().manual_seed(0)
+    fooled = run_adaptive(surface, x, y, eps=EPS, steps=100, generator=chance).fooled
+    simple = torch.zeros_like(fooled)
+    for push in (0.3, 1.0, 3.0):
+        z = (x + EPS * (2 * torch.rand(x.shape, generator=chance) - 1)).clamp(0, 1)
+        for step in range(100):
+            leaf = z.requires_grad_()
+            wanted = -(0.1 - margin(hand(leaf), y)).relu() - push * ((typed(leaf) - threshold) / spread + 0.05).relu()
+            z = z.detach() + 0.25 * EPS * (1 - step / 100) * torch.autograd.grad(wanted.sum(), leaf)[0].sign()
+            z = z.clamp(x - EPS, x + EPS).clamp(0, 1)
+            if step % 5 == 4:
+                simple |= surface.fooled(z, y)
+    assert int(fooled.sum()) >= int(simple.sum())
+    assert simple.any()

@@ -118,7 +118,8 @@ def run_adaptive(
 
     What needs more than the surface has is left out: at L0 only 2 is left, at L1 without rows also feature drift.
     Where the surface may reject, images must also be accepted, and in the place of 1 to 5 stands the answer's own
-    margin from a random draw and from the worst point, 1, and one round of 3: about 3 times ``steps`` gradients.
+    margin from a random draw and from the worst point, 1 (of a defence with a kernel or a share of the classifier the
+    margin of its own answer), and one round of 3: about 3 times ``steps`` gradients.
 
     Args:
         surface, x, y, eps, norm, generator, batch_size: as for :func:`~nndefense.attacks.retrieval.ascent.attack`.
@@ -228,7 +229,9 @@ class _Run:
             self.ascend("answer", Decision(surface), self.problem.random_start(self.generator), 0.4)
             self.ascend("answer, by hinges", Decision(surface), self.best, 0.4, hinged)
         if surface.rows is not None and self.standing.any():
-            self.ascend("any class, from the worst", RankMargin(surface), self.best, 0.2)
+            # A kernel or the classifier's share moves the answer where no rank changes.
+            objective = AnswerMargin(surface) if surface.smooth else RankMargin(surface)
+            self.ascend("any class, from the worst", objective, self.best, 0.2)
             aims = from_rows(self.problem, self.left(), classes=CLASSES, pool=POOL, keep=KEPT)
             self.climb(aims.best(ACCEPTED.keep, self.standing), ACCEPTED)
             self.ascend("answer, from the worst", Decision(surface), self.best, 0.4)
