@@ -273,6 +273,21 @@ def test_most_images_that_can_be_broken_are_not_bounded(monkeypatch, k):
     assert sum(any(image.equal(other) for other in shown) for image in broken) <= len(broken) / 2
 
 
+@pytest.mark.slow
+def test_stopping_early_loses_no_proof_on_digits(tmp_path, monkeypatch):
+    database = build_database(digits("train"), trained(), BLOCK2, tmp_path, progress=False)
+    x, _ = images("test", 10)
+    targets = [trained(), *(NearestNeighborDefense(trained(), database, k).surface() for k in (1, 5))]
+    eps = [0.004, 0.008, 0.012, 0.016]
+    early = [certify_bounds(target, x, eps=eps).radius for target in targets]
+    # Nothing is seen but the image itself, and all slopes are followed to their end.
+    monkeypatch.setattr("nndefense.certificates.bounds._STEPS", ())
+    monkeypatch.setattr("nndefense.certificates.propagation._TRIED", 10**9)
+    late = [certify_bounds(target, x, eps=eps).radius for target in targets]
+    assert len(set(torch.cat(late).tolist())) > 3
+    torch.testing.assert_close(early, late, rtol=0, atol=0)
+
+
 def test_what_cannot_be_bounded_is_said_in_one_line():
     x = torch.rand((2, *SIDES))
     flat = nn.Flatten()
