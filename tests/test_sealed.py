@@ -23,7 +23,7 @@ from served import serving
 from test_database import PowerCut, interrupted_at
 
 from index_build import build_database, build_databases, stages
-from nndefense.database import ImageDatabase, Manifest
+from nndefense.database import ImageDatabase, Manifest, Rule
 from nndefense.database.manifest import CALIBRATION, keep_beside
 from nndefense.defenses.stored import open_stored
 from nndefense.errors import DatabaseError, InputError, NNDefenseError
@@ -288,7 +288,7 @@ def test_a_calibrated_build_killed_anywhere_never_opens_without_its_calibration(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, rows, feature = untrained(), digits("train").subset(np.arange(ROWS)), FeatureSpec("block2", pca=4)
-    found = Chosen(feature, K, "uniform", {"chosen": CHOSEN, "ids": ["digits:1"]}, [feature])
+    found = Chosen(feature, Rule(K, "uniform"), {"chosen": CHOSEN, "ids": ["digits:1"]}, [feature])
     monkeypatch.setattr(calibrating, "choose", lambda *_, **__: found)
     attack = AttackSettings("pgd", "l2", (0.2,))
 
