@@ -13,6 +13,7 @@ from helpers import digits, trained
 from index_build import build_database
 from nndefense.certificates import Certified, registry
 from nndefense.defenses import NearestNeighborDefense
+from nndefense.errors import InputError
 from nndefense.evaluation import AttackSettings, Recipe, assemble, run, rungs_for, summary, write_report
 from nndefense.evaluation.evaluate import Record
 from nndefense.evaluation.floor import floor_line
@@ -134,3 +135,23 @@ def test_a_false_certificate_is_found_by_the_run(
     (line,) = [line for line in found.audit if line.name == "no certified image falls"]
     assert line.passed is False
     assert "bug" in line.text
+
+
+def test_a_proof_that_the_defence_is_not_made_for_is_refused_before_any_attack(
+    defense: NearestNeighborDefense, tmp_path: Path
+) -> None:
+    rows = digits("train").subset(list(range(60)))
+    deep = build_database(rows, trained(), FeatureSpec("block2", "avg", 0), tmp_path / "deep", progress=False)
+    linf = rungs_for(["gray"], AttackSettings("pgd", "linf", (0.1,), 3))
+    cases = [
+        (recipe(certify="exact"), NearestNeighborDefense(trained(), deep, 1, "uniform"), "a feature that is affine"),
+        (recipe(certify="bounds"), NearestNeighborDefense(trained(), deep, 3, temperature=1.0), "without a kernel"),
+        (
+            replace(recipe(certify="smoothing", sigma=0.1), rungs=linf, headline_norm="linf"),
+            defense,
+            "smoothing certifies in l2, normalized-l2, and no attack of the run is in such a norm",
+        ),
+    ]
+    for asked, one, said in cases:
+        with pytest.raises(InputError, match=said):
+            run(asked, digits("test").subset(list(range(6))), trained(), one, None, progress=pytest.fail)

@@ -74,6 +74,25 @@ class Floor:
         shown = {"name": name, "model": model, "variant": "defense", "every_eps": True, "identity": identity}
         return Floor(method, replace(base, **{**shown, **empty, **known}), target, how)
 
+    def try_on(self, image: Tensor, budgets: Sequence[tuple[str, float]]) -> None:
+        """Certify one image, 1 x C x H x W, at the least budget: what a proof is not made for is said at once.
+
+        A method that draws noise takes every defence, and is not tried.
+
+        Raises:
+            InputError: the defence, or all of the budgets' norms, are none that the method takes.
+        """
+        chosen = registry.get(self.method)
+        known = [(eps, norm) for norm, eps in budgets if norm in chosen.norms]
+        if not known:
+            raise InputError(
+                f"{self.method} certifies in {', '.join(chosen.norms)}, and no attack of the run is in such a norm: "
+                "give another --norm (norm), or leave --certify (certify) out"
+            )
+        if not chosen.chance:
+            eps, norm = min(known)
+            chosen.run(self.target, image, **self.how, norm=norm, eps=(eps,))
+
     def records(
         self,
         dataset: ImageDataset,

@@ -77,15 +77,17 @@ def run(
         informed = bool(set(INFORMED).intersection(models)) or bool(recipe.abstain)
         subjects = subjects_of(defense, sizes=recipe.sizes, seed=recipe.seed, informed=informed, pictures=pictures)
     subjects += others
+    budgets = list(dict.fromkeys((rung.attack.norm, eps) for rung in recipe.rungs for eps in rung.attack.eps))
     floor = None
     if recipe.certify is not None:
         how = {"sigma": recipe.sigma, "draws": recipe.draws, "alpha": 0.001, "seed": recipe.seed}
         floor = Floor.of(recipe.certify, subjects, classifier, how, bool(set(INFORMED).intersection(models)))
+        # What cannot be proven is said before the hours of work, not after them.
+        floor.try_on(dataset.usable.batch(np.arange(1))[0].to(device), budgets)
         subjects += [] if floor.subject in subjects else [floor.subject]
     threats = threats_of(models, subjects, classifier, surrogate)
     for threat in threats:
         if threat.name == "exact":
-            # What cannot be proven is said before the hours of work, not after them.
             try:
                 check_exact(threat.target, dataset.batch(np.arange(min(len(dataset), 8)))[0].to(device))
             except InputError as error:
@@ -146,8 +148,7 @@ def run(
     audit = audit_records(records, len(dataset.classes))
     if floor is not None:
         clean = next(one for one in records if (one.defense, one.threat_model) == (floor.subject.name, "clean"))
-        budgets = [(rung.attack.norm, eps) for rung in recipe.rungs for eps in rung.attack.eps]
-        records += floor.records(dataset.usable, maps["clean"], clean, [*dict.fromkeys(budgets)], store, device)
+        records += floor.records(dataset.usable, maps["clean"], clean, budgets, store, device)
         audit.append(floor_line(records, floor.alpha))
     ours = {threat.name: threat for threat in threats if threat.subject in (None, DEFENDED)}
     strongest = _strongest(recipe, ours)

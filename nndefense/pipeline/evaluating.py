@@ -108,7 +108,7 @@ def evaluate(
     if recipe.audit:
         say(
             f"the self-audit comes last: the strongest attack again, longer and in other ways, on up to "
-            f"{min(recipe.audit_images, len(opened.dataset)):,} images, a dozen times its cost on them, and "
+            f"{min(recipe.audit_images, len(opened.dataset)):,} images, some six times its cost on them, and "
             f"{NOISE_DRAWS:,} draws of noise; --no-audit (audit=False) leaves it out"
         )
     return measure(recipe, opened, Path(out).expanduser(), progress=progress, command=command)
