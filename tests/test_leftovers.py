@@ -146,6 +146,9 @@ def ended_by(number: int, place: Path) -> Path:
     if child == 0:
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            # Started by nohup, this process ignores one of them.
+            for each in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(each, signal.SIG_DFL)
             with passing_folder(place) as folder:
                 (folder / "candidate" / "rows").mkdir(parents=True)
                 write_bytes(folder / "candidate" / "rows" / "a.h5", b"large")
