@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo serve-demo test test-slow bench bench-attacks bench-training bench-serving bench-baselines bench-index bench-reading oracle docs lint types check clean
+.PHONY: demo serve-demo test test-slow bench bench-attacks bench-training bench-serving bench-baselines bench-index bench-reading oracle docs notebooks lint types check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nndefense demo --out runs/demo
@@ -56,6 +56,10 @@ oracle:
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -q -W --keep-going -b html -c docs -d build/site-trees . build/site
 	@echo "build/site/index.html"
+
+# Runs the notebooks and keeps what they show; the slow tests run them, too, and compare.
+notebooks: $(VENV)/.dev
+	$(BIN)/python tests/test_notebooks.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

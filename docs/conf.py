@@ -25,9 +25,19 @@ project = "nndefense"
 author = "the nndefense authors"
 release = re.findall(r'(?m)^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[0]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+# myst_nb reads Markdown as myst_parser does, and notebooks.
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
-PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/*.md", "data/*.md", "docs/**.md")
+PAGES = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "benchmarks/*.md",
+    "data/*.md",
+    "docs/**.md",
+    "docs/notebooks/*.ipynb",
+)
 include_patterns = list(PAGES)
 exclude_patterns = [".*", "build", "data/*/**", "runs"]
 nitpicky = True
@@ -35,6 +45,8 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!nndefense|index_build).*")]
 
 myst_heading_anchors = 4
+# What a notebook shows is what is kept in it; tests/test_notebooks.py runs them.
+nb_execution_mode = "off"
 html_theme = "furo"
 html_title = f"nndefense {release}"
 html_theme_options = {"navigation_with_keys": True}
@@ -56,7 +68,7 @@ toc_object_entries_show_parents = "hide"
 
 
 def navigation() -> dict[str, list[str]]:
-    """Heading of ``docs/README.md`` -> the pages below it, as paths from the repository's root without ``.md``.
+    """Heading of ``docs/README.md`` -> the pages below it, as paths from the repository's root without suffix.
 
     A link to a part of a page is one of that list's lines, but no entry of the navigation.
     """
@@ -64,8 +76,8 @@ def navigation() -> dict[str, list[str]]:
     for line in (ROOT / "docs/README.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
             sections[line[3:]] = []
-        elif link := re.match(r"- \[[^]]+\]\(([^)#]+)\.md\)", line):
-            page = (ROOT / "docs" / f"{link[1]}.md").resolve().relative_to(ROOT)
+        elif link := re.match(r"- \[[^]]+\]\(([^)#]+\.(?:md|ipynb))\)", line):
+            page = (ROOT / "docs" / link[1]).resolve().relative_to(ROOT)
             sections[next(reversed(sections))].append(page.with_suffix("").as_posix())
     return sections
 

@@ -74,7 +74,7 @@ BROKEN = {
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("sphinx", "myst_parser", "furo")),
+    any(importlib.util.find_spec(name) is None for name in ("sphinx", "myst_nb", "furo")),
     reason="the documentation site needs Sphinx: pip install -c constraints.txt -e '.[dev]'",
 )
 @pytest.mark.parametrize("case", BROKEN)

@@ -64,6 +64,14 @@ def asked_for(text: str) -> list[str]:
     return [word.rstrip(".,") for word in words if not word.startswith((".", "-")) and word != "constraints.txt"]
 
 
+def test_a_small_machine_is_told_to_install_every_dependency_and_no_cuda():
+    page = (ROOT / "docs" / "first-hour.md").read_text(encoding="utf-8").partition("## A small machine")[2]
+    told = asked_for(page.partition("\n## ")[0])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = {re.split(r"[<>=;]", name)[0] for name in project["dependencies"]} - {"faiss-gpu"}
+    assert sorted(told) == sorted(needed)
+
+
 def test_nobody_is_told_to_install_a_name_that_is_not_registered():
     assert asked_for("pip install -c constraints.txt '.[ray]' \"nndefense[ray]\"") == ["nndefense[ray]"]
     folders = [path for name in (*PACKAGES, "docs", "benchmarks", "oracle") for path in (ROOT / name).rglob("*")]
