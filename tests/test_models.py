@@ -116,6 +116,15 @@ def test_fx_tracing(arch: str) -> None:
     assert torch.equal(fx.symbolic_trace(classifier.net)(images), classifier.net(images))
 
 
+def test_pixels_are_dropped_to_grey() -> None:
+    net = build_classifier("maxout-cnn-narrow", input_shape=(3, 16, 16), classes=TEN).net
+    grey, white = torch.full((1, 3, 16, 16), 0.5), torch.ones(1, 3, 16, 16)
+    whole = net(grey), net(white)
+    net.drop0.train()  # type: ignore[union-attr]
+    assert torch.equal(net(grey), whole[0])
+    assert not torch.equal(net(white), whole[1])
+
+
 def test_a_maxout_unit_is_the_largest_of_its_pieces() -> None:
     net = build_classifier("maxout", input_shape=(1, 4, 4), classes=TEN).net
     images = torch.rand(3, 1, 4, 4)

@@ -161,6 +161,10 @@ class MaxoutCNN(nn.Module):
         super().__init__()
         channels, *sides = input_shape
         first, second, hidden = (round(width * units) for units in (96, 192, 500))
+        # A dropped pixel is grey and not black: a net learns to need noise as strong as black pixels make, and is near
+        # guessing on whole images. A buffer, so that it stands among the weights.
+        self.grey: torch.Tensor
+        self.register_buffer("grey", torch.tensor(0.5))
         self.drop0 = nn.Dropout(0.2)
         self.conv1 = nn.Conv2d(channels, 2 * first, 8, padding=4)
         self.maxout1 = Maxout(first, 2)
@@ -182,7 +186,7 @@ class MaxoutCNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits N x K."""
-        maps = self.pool1(self.maxout1(self.conv1(self.drop0(images))))
+        maps = self.pool1(self.maxout1(self.conv1(self.drop0(images - self.grey))))
         maps = self.pool2(self.maxout2(self.conv2(self.drop1(maps))))
         maps = self.pool3(self.maxout3(self.conv3(self.drop2(maps))))
         logits: Tensor = self.fc2(self.drop4(self.maxout4(self.fc1(self.flatten(self.drop3(maps))))))
