@@ -147,3 +147,30 @@ def sideways(page: Any) -> int:
     """By how many pixels the page is wider than the window."""
     wider: int = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     return wider
+
+
+# Words of which a part stands on another line: a break is for spaces and hyphens alone.
+_BROKEN = """() => {
+  const found = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode;
+    const around = node.parentElement;
+    if (!around.checkVisibility({ visibilityProperty: true }) || around.closest("select, code")) continue;
+    for (const { 0: word, index } of node.data.matchAll(/[^\\s\u00a0/·-]+/g)) {
+      const range = document.createRange();
+      range.setStart(node, index);
+      range.setEnd(node, index + word.length);
+      const boxes = [...range.getClientRects()].filter((box) => box.width > 0);
+      const lines = new Set(boxes.map((box) => Math.round(box.top)));
+      if (lines.size > 1) found.push(word);
+    }
+  }
+  return found;
+}"""
+
+
+def broken_words(page: Any) -> list[str]:
+    """Visible words that are broken where they have neither a space nor a hyphen."""
+    found: list[str] = page.evaluate(_BROKEN)
+    return found

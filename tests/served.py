@@ -135,10 +135,17 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(source: Any | Callable[[], Any] | None = None, *, wait: bool = True, **settings: Any) -> Iterator[Served]:
-    """Serve in a thread, on a free port of loopback."""
+def serving(
+    source: Any | Callable[[], Any] | None = None,
+    *,
+    wait: bool = True,
+    told: Callable[[list[str]], None] | None = None,
+    **settings: Any,
+) -> Iterator[Served]:
+    """Serve in a thread, on a free port of loopback; ``told`` is called with the address when requests are answered."""
     settings = {"port": 0, "max_wait_ms": 2, **settings}
     server = make_server(source if source is not None else guard(), ServingSettings(**settings))
+    server.on_started = told
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -690,6 +690,12 @@ def test_pictures_are_never_those_of_other_images(copied: Path) -> None:
 def test_samples_are_held_out_images_where_there_are_some(guard: Guard, calibrated: Path, held: ImageDataset) -> None:
     rows = guard.samples(4)
     assert [sample.held_out for sample in rows] == [False] * 4
+    # One of each class before a second of any.
+    for shown in (guard, Guard.open(calibrated, device="cpu")):
+        for count in (3, 10, 15):
+            found = [sample.class_name for sample in shown.samples(count)]
+            assert len(found) == count
+            assert len(set(found)) == min(count, 10)
     samples = Guard.open(calibrated, device="cpu").samples(6)
     assert len({sample.id for sample in samples}) == 6
     for sample in samples:

@@ -26,7 +26,7 @@ from nndefense.models import (
     resolve_device,
     save_classifier,
 )
-from nndefense.models.class_names import imagenet_classes
+from nndefense.models.class_names import imagenet_classes, readable_names
 from nndefense.models.files import write_bytes
 
 TEN = tuple(str(digit) for digit in range(10))
@@ -956,3 +956,15 @@ def test_python_with_published_weights(data_root: Path) -> None:
     with torch.no_grad():
         predicted = classifier(torch.from_numpy(pixels.copy()).float() / 255).argmax(1)
     assert (predicted == labels).float().mean() > 0.87
+
+
+def test_classes_have_names_that_people_read_each_unlike_the_others() -> None:
+    assert readable_names(["0", "tench, Tinca tinca", "T-shirt/top"]) == ["0", "tench, Tinca tinca", "T-shirt/top"]
+    assert readable_names(["traffic_light", "n02085936-Maltese_dog", "__", "a_b", "a b"]) == [
+        "traffic light", "Maltese dog", "(class 2)", "a b (class 3)", "a b (class 4)"
+    ]  # fmt: skip
+    if known := imagenet_classes():
+        wnids = [wnid for wnid, _ in known]
+        assert readable_names(wnids)[:2] == ["tench", "goldfish"]
+        assert len(set(readable_names(wnids))) == len(wnids)
+        assert readable_names(["n00000000"]) == ["n00000000"]

@@ -793,7 +793,8 @@ def test_while_the_database_is_loaded_the_service_lives_but_is_not_ready() -> No
         assert opened.wait(20)
         return guard()
 
-    with serving(slowly, wait=False) as served, served.client() as client:
+    told: list[list[str]] = []
+    with serving(slowly, wait=False, told=told.append) as served, served.client() as client:
         assert client.get("/healthz").status_code == 200
         for answer in (
             client.get("/readyz"),
@@ -803,8 +804,10 @@ def test_while_the_database_is_loaded_the_service_lives_but_is_not_ready() -> No
             assert_problem(answer, 503, "not_ready")
             assert answer.headers["retry-after"]
         assert served.counted("nndefense_ready") == 0
+        assert told == []
         opened.set()
         until(lambda: client.get("/readyz").status_code == 200)
+        until(lambda: told == [served.server.addresses])
         assert client.post("/v1/classify", **form(pictures()[:1])).status_code == 200
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browsing import barriers, chromium, faint, sideways, visit
+from browsing import barriers, broken_words, chromium, faint, sideways, visit
 from helpers import digits
 from served import Served, guard, open_guard, pictures, png, predicted, serving
 
 from nndefense.guard import Guard
+from nndefense.models.class_names import readable_names
 from nndefense.serving.pages import FILES, POLICY
 
 PAGE = Path(__file__).resolve().parent.parent / "nndefense" / "serving" / "page"
@@ -45,6 +46,7 @@ def service() -> Iterator[Served]:
 def page(browser: Any, service: Served) -> Iterator[Any]:
     with visit(browser, service.url) as found:
         found.wait_for_selector("#samples button")
+        answered(found)
         yield found
 
 
@@ -87,11 +89,51 @@ def moved(data: bytes, eps: float, kind: str, service: Served) -> dict[str, bool
     return found
 
 
+# -- the start ----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_begins_with_a_judged_sample_and_says_what_to_do(page: Any, service: Served) -> None:
+    samples = service.client().get("/v1/samples").json()["samples"]
+    assert page.get_attribute("#samples button >> nth=0", "aria-pressed") == "true"
+    assert page.inner_text("#verdict").startswith("The classifier ")
+    assert [page.is_visible(one) for one in ("#about", "#how", "#pair")] == [False] * 3
+    assert page.is_enabled("#eps")
+    assert "Choose a sample, or a picture of your own" in page.inner_text(".lead")
+    assert "Move the slider to attack it" in page.inner_text(".lead")
+    assert page.inner_text("#samples-hint") == "Samples; none is in the database"
+    assert sorted(one["label"] for one in samples) == [str(digit) for digit in range(10)]
+    rows = set(service.state.guard.database.ids(service.state.guard.database.row_numbers))
+    assert not rows & {one["id"] for one in samples}
+
+
+def test_a_picture_that_is_given_at_once_is_not_replaced_by_a_sample(browser: Any) -> None:
+    with serving(open_guard()) as served, visit(browser, served.url) as page:
+        held: list[Any] = []
+        page.route("**/v1/samples", lambda route: held.append(route))
+        page.reload()
+        page.wait_for_selector("#facts:has-text('K')")
+        upload(page, pictures()[0], "mine.png")
+        answered(page)
+        held[0].continue_()
+        page.wait_for_selector("#samples button")
+        assert page.inner_text("#shown-caption") == "mine.png"
+        # Without a calibration samples are rows, and the page says so.
+        assert page.inner_text("#samples-hint") == "Samples from the database: each finds itself"
+        assert "slider" not in page.inner_text(".lead")
+
+
+def test_words_are_for_the_device(browser: Any, service: Served) -> None:
+    for touch in (False, True):
+        with visit(browser, service.url, 390, 800, has_touch=touch, is_mobile=touch) as page:
+            page.wait_for_selector("#details:visible")
+            assert ("drop" in page.inner_text(".given")) is not touch
+            assert ("take a photo" in page.inner_text(".given")) is touch
+
+
 # -- classes and neighbours ---------------------------------------------------------------------------------------
 
 
 def test_an_upload_shows_classes_and_neighbours(page: Any, service: Served) -> None:
-    assert page.inner_text("#verdict") == "Give it a picture."
     upload(page, pictures()[3])
     answered(page)
     said = predicted([pictures()[3]], service.state.guard, top=10)[0].to_json()
@@ -207,12 +249,12 @@ def test_a_target_is_chosen_and_reached(page: Any) -> None:
     assert "towards the class chosen" in page.inner_text("#eps-hint")
     attack(page, 50)
     assert page.inner_text("#bare-class") == towards
-    assert f"towards {towards}" in page.inner_text("#note")
+    assert f"towards {towards}" in page.text_content("#note")
     # The attack on the defence has none.
     page.check("input[value=defense]")
     assert page.is_disabled("#target")
     answered(page)
-    assert "away from" in page.inner_text("#note")
+    assert "away from" in page.text_content("#note")
 
 
 def test_the_slider_flips_the_classifier_while_the_defence_holds(page: Any, service: Served) -> None:
@@ -233,7 +275,7 @@ def test_the_slider_flips_the_classifier_while_the_defence_holds(page: Any, serv
         assert page.inner_text("#defended-class") == before[1]
         assert f"flips from {before[0]} to {page.inner_text('#bare-class')}" in page.inner_text("#verdict")
         assert "holds" in page.inner_text("#verdict")
-    assert "the true class is not known here" in page.inner_text("#note")
+    assert "the true class is not known here" in page.text_content("#note")
     assert page.inner_text("#difference-caption") == f"Difference × {expected['difference']['magnification']}"
     for image in ("before", "difference", "shown"):
         assert page.evaluate("id => document.getElementById(id).naturalWidth", image) == 8
@@ -256,7 +298,7 @@ def test_the_adaptive_attack_makes_the_defence_fall(page: Any, service: Served) 
     if not expected["abstained"]:
         assert page.inner_text("#defended-class") == expected["class"] != before
         assert "falls" in page.inner_text("#verdict")
-    assert "Adaptive attack on the defence" in page.inner_text("#note")
+    assert "Adaptive attack on the defence" in page.text_content("#note")
 
     # The other measure keeps the slider's place, and is a new attack.
     page.select_option("#norm", "linf")
@@ -266,21 +308,79 @@ def test_the_adaptive_attack_makes_the_defence_fall(page: Any, service: Served) 
 
 
 def test_every_outcome_has_its_sentence(page: Any) -> None:
-    def said(bare: int, defended: int, abstained: bool = False) -> dict[str, Any]:
+    def said(bare: int, defended: int, abstained: bool = False, far: bool = False, **near: list[int]) -> dict[str, Any]:
+        def opinion(number: int, others: list[int]) -> dict[str, Any]:
+            share = 1 / (len(others) + 1) - 0.01 * bool(others)
+            shares = [[str(number), share], *([str(one), share - 0.01] for one in others), ["9", 0.01]]
+            return {"class": str(number), "index": number, "probability": share, "shares": shares}
+
         return {
-            "class": str(defended),
-            "index": defended,
+            **opinion(defended, near.get("defended_near", [])),
             "abstained": abstained,
+            "percentile": 1.0 if far else 0.99,
             "agree": bare == defended,
-            "bare": {"class": str(bare), "index": bare},
+            "bare": opinion(bare, near.get("bare_near", [])),
         }
 
     both = """async ([before, now]) => { const w = await import('/page/words.js');
+        for (const one of [before, before?.bare, now, now.bare]) if (one) one.shares = new Map(one.shares);
         const flat = (parts) => parts.map((p) => typeof p === 'string' ? p : p[1]).join('');
         return before ? [w.outcome(before, now), flat(w.attacked(before, now))] : ['', flat(w.verdict(now))]; }"""
     for before, now, word, sentence in [
         (None, said(3, 3), "", "The classifier says 3, and the pictures nearest to it say 3 too."),
         (None, said(3, 5), "", "The classifier says 3, but the pictures nearest to it say 5."),
+        (
+            None,
+            said(3, 3, far=True),
+            "",
+            "Farther from the database than every clean picture. "
+            "The classifier says 3, and the pictures nearest to it say 3 too.",
+        ),
+        (
+            said(3, 3),
+            said(8, 3, True, far=True),
+            "abstained",
+            "Farther from the database than every clean picture. "
+            "The classifier flips from 3 to 8; the defence abstains.",
+        ),
+        (
+            None,
+            said(3, 3, True),
+            "",
+            "The classifier says 3. The defence abstains: the picture is unlike those that it knows.",
+        ),
+        (
+            None,
+            said(3, 3, True, far=True),
+            "",
+            "Farther from the database than every clean picture. The classifier says 3. The defence abstains.",
+        ),
+        # What is no more than a tie is no headline.
+        (
+            None,
+            said(3, 5, defended_near=[7, 1]),
+            "",
+            "The classifier says 3, and the pictures nearest to it are divided between 5, 7 and 1.",
+        ),
+        (
+            None,
+            said(3, 3, bare_near=[8]),
+            "",
+            "The classifier wavers between 3 and 8, but the pictures nearest to it say 3.",
+        ),
+        (
+            None,
+            said(3, 3, bare_near=[8, 5, 2], defended_near=[1, 2, 4, 6]),
+            "",
+            "The classifier wavers between 3, 8, 5 and 1\u00a0other, and the pictures nearest to it are divided "
+            "between 3, 1, 2 and 2\u00a0others.",
+        ),
+        (
+            said(3, 3),
+            said(8, 5, defended_near=[3, 8]),
+            "fallen",
+            "The classifier flips from 3 to 8, and the defence falls, from 3 to 5. It is divided between 5, 3 and 8.",
+        ),
         (said(3, 3), said(8, 3), "held", "The classifier flips from 3 to 8. The defence holds 3."),
         (said(3, 3), said(8, 8), "fallen", "The classifier flips from 3 to 8, and the defence falls with it, to 8."),
         (said(3, 3), said(8, 5), "fallen", "The classifier flips from 3 to 8, and the defence falls, from 3 to 5."),
@@ -381,7 +481,7 @@ def test_everything_works_by_keyboard(page: Any) -> None:
     choosers[0].set_files({"name": "digit.png", "mimeType": "image/png", "buffer": pictures()[5]})
     page.wait_for_function("() => document.getElementById('shown-caption').textContent === 'digit.png'")
     answered(page)
-    before = page.inner_text("#note")
+    before = page.text_content("#note")
     tab("classifier")
     page.keyboard.press("ArrowRight")
     assert page.is_checked("input[value=defense]")
@@ -392,7 +492,7 @@ def test_everything_works_by_keyboard(page: Any) -> None:
     page.wait_for_selector("#pair:visible")
     answered(page)
     assert page.inner_text("#eps-text") == "0.50"
-    assert page.inner_text("#note") != before
+    assert page.text_content("#note") != before
     assert page.evaluate("document.activeElement.id") == "eps"
     page.keyboard.press("Home")
     page.wait_for_selector("#pair", state="hidden")
@@ -407,11 +507,20 @@ def test_nothing_sticks_out_of_a_narrow_window(browser: Any, service: Served, wi
     with visit(browser, service.url, width, 700, has_touch=True) as page:
         page.wait_for_selector("#samples button")
         assert sideways(page) == 0
-        upload(page, pictures()[0])
-        answered(page)
-        attack(page, 20)
+        for change in (lambda: upload(page, pictures()[0]), lambda: attack(page, 20)):
+            page.evaluate("scrollTo(0, 0)")
+            change()
+            answered(page)
+            # The verdict comes into sight.
+            top, bottom = page.evaluate(
+                "['top', 'bottom'].map((side) => document.getElementById('verdict').getBoundingClientRect()[side])"
+            )
+            assert 0 <= top < bottom <= 700
         assert sideways(page) == 0
         assert barriers(page) == []
+        assert not page.is_visible("#note")
+        page.click("#how summary")
+        assert page.inner_text("#note").startswith("PGD on the classifier")
         # What the slider does is seen while it is moved.
         top, bottom = page.evaluate(
             "['eps', 'verdict'].map((id) => document.getElementById(id).getBoundingClientRect()).map((b) => b.bottom)"
@@ -421,35 +530,62 @@ def test_nothing_sticks_out_of_a_narrow_window(browser: Any, service: Served, wi
             box = page.locator(text).bounding_box()
             assert box["x"] >= 0
             assert box["x"] + box["width"] <= width
+        for other in (390, 768, 1280):
+            page.set_viewport_size({"width": other, "height": 700})
+            assert sideways(page) == 0
+            assert broken_words(page) == []
 
 
-@pytest.mark.slow
-def test_long_names_of_classes_fit(browser: Any, service: Served) -> None:
-    long = [
+NAMES = {
+    "words": ["English springer spaniel", "cassette_player", "n02085936-Maltese_dog", "parachute"],
+    "long": [
         "sulphur-crested cockatoo, Kakatoe galerita, Cacatua galerita",
+        "electrocardiograph machine",
         "Pneumonoultramicroscopicsilicovolcanoconiosis",
-    ]
+    ],
+    "ids": ["n01440764", "n02102040", "n02979186", "n03888257"],
+}
+
+
+@pytest.mark.parametrize("kind", ["words", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("long", "ids"))])
+def test_names_of_classes_are_read_without_ids_and_whole(browser: Any, service: Served, kind: str) -> None:
+    names = [f"{one}_{way}" for way in ("left", "right", "upper") for one in NAMES[kind]][:10]
+    names = (NAMES[kind] + names)[:10]
+    names += [f"other_{number}" for number in range(10 - len(names))]
 
     def rename(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: rename(one) for key, one in value.items()}
         if isinstance(value, list):
             return [rename(one) for one in value]
-        return long[int(value) % 2] + value if isinstance(value, str) and value.isdigit() and len(value) == 1 else value
+        return names[int(value)] if isinstance(value, str) and value.isdigit() and len(value) == 1 else value
 
     def answer(route: Any) -> None:
-        route.fulfill(json=rename(route.fetch().json()))
+        found = route.fetch().json()
+        route.fulfill(json={**found, "names": readable_names(names)} if "names" in found else rename(found))
 
-    for width in (320, 1200):
-        with visit(browser, service.url, width, 700) as page:
-            page.route("**/v1/classify", answer)
-            page.route("**/v1/model", answer)
-            page.reload()
-            page.wait_for_selector("#samples button")
-            upload(page, pictures()[0])
+    def broken(page: Any) -> list[str]:
+        return [word for word in broken_words(page) if len(word) <= 18]
+
+    with visit(browser, service.url, 1280, 700) as page:
+        for path in ("v1/classify", "v1/model", "v1/samples", "page/settings.json", "v1/demo/attack"):
+            page.route(f"**/{path}", answer)
+        page.reload()
+        page.wait_for_selector("#samples button")
+        answered(page)
+        for sample in (1, 2):
+            page.click(f"#samples button >> nth={sample}")
             answered(page)
-            assert any(name in page.inner_text("#verdict") for name in long)
-            assert sideways(page) == 0
+            for width in (320, 390, 768, 1280):
+                page.set_viewport_size({"width": width, "height": 700})
+                assert sideways(page) == 0
+                assert broken(page) == []
+        attack(page, 30)
+        assert broken(page) == []
+        told = page.inner_text("body") + page.text_content("#note") + page.text_content("#target")
+        assert "_" not in told
+        assert "n0" not in told
+        assert any(name in page.inner_text("#verdict") for name in readable_names(names))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -596,7 +732,7 @@ def test_the_policy_lets_nothing_in_and_the_files_need_nothing() -> None:
             assert "innerHTML" not in links
         for path in ("/page/", "/page/none.js", "/page/..%2fguard.py", "/page/../guard.py"):
             assert client.get(path).status_code == 404
-        assert client.get("/page/settings.json").json() == {"demo_attacks": None}
+        assert client.get("/page/settings.json").json() == {"demo_attacks": None, "names": list("0123456789")}
         assert client.post("/v1/demo/attack", json={}).status_code in (404, 405)
         assert "/page/{name}" not in json.dumps(client.get("/openapi.json").json()["paths"])
     assert {path.name for path in PAGE.iterdir()} == set(FILES)

@@ -26,7 +26,7 @@ from nndefense.guard.batch_invariant import SteadyForward
 from nndefense.guard.batches import batches
 from nndefense.guard.nearest_rows import NearestRows, clean_distances, record
 from nndefense.guard.percentile import FILE, Percentile, check_rate
-from nndefense.guard.pictures import Pictures, Sample, spread
+from nndefense.guard.pictures import Pictures, Sample, varied
 from nndefense.guard.prediction import Defended
 from nndefense.guard.verdicts import Verdicts
 from nndefense.images import shape_text
@@ -288,7 +288,7 @@ class Guard:
             manifest=self.database.manifest.identity,
             classifier=self.fingerprint,
             dataset=record(dataset, specs),
-            samples=tuple(spread(dataset.ids, _SAMPLES)) if specs else (),
+            samples=tuple(dataset.ids[place] for place in varied(dataset.labels, _SAMPLES)) if specs else (),
             reject_rate=reject_rate,
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
@@ -333,7 +333,10 @@ class Guard:
         return self._pictures.of(row)
 
     def samples(self, count: int = 8) -> list[Sample]:
-        """Some images to try, at most ``count``: clean calibration images, else images of the database, else none."""
+        """Some images to try, at most ``count``, one of each class before a second of any.
+
+        Clean calibration images, else images of the database (``held_out`` says which), else none.
+        """
         return self._pictures.samples(count)
 
     def describe(self) -> dict[str, Any]:

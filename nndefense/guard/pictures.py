@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -81,14 +82,15 @@ class Pictures:
 
     def samples(self, count: int) -> list[Sample]:
         """At most ``count`` images: calibration images, or rows of the database where those are not at hand."""
-        dataset = self._held_out()
-        if dataset is not None and self.calibration is not None and self.calibration.samples:
-            chosen = spread(self.calibration.samples, count)
-            return [_sample(dataset, dataset.index_of(item), held_out=True) for item in chosen]
-        dataset = self._rows()
+        dataset, known = self._held_out(), () if self.calibration is None else self.calibration.samples
+        held_out = dataset is not None and len(known) > 0
+        if not held_out:
+            dataset = self._rows()
         if dataset is None:
             return []
-        return [_sample(dataset, place, held_out=False) for place in spread(range(len(dataset)), count)]
+        places = np.array([dataset.index_of(item) for item in known] if held_out else range(len(dataset)))
+        chosen = places[varied(np.asarray(dataset.labels)[places], count)]
+        return [_sample(dataset, int(place), held_out=held_out) for place in chosen]
 
     def _rows(self) -> ImageDataset | None:
         return self._open("rows", self.database.manifest.data, lambda: self.database.ids(self.database.row_numbers))
@@ -128,8 +130,16 @@ def _sample(dataset: ImageDataset, place: int, *, held_out: bool) -> Sample:
     return Sample(dataset.ids[place], _picture(dataset, place), name, held_out)
 
 
-def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most ``count`` of the items, evenly from the first to the last."""
+def varied(labels: Sequence[int] | NDArray[Any], count: int) -> list[int]:
+    """At most ``count`` places of ``labels``, one of each class before a second of any, evenly from first to last."""
+    labels = np.asarray(labels)
+    groups = _spread([np.flatnonzero(labels == one) for one in np.unique(labels)], count)
+    each = [_spread(group, -(-count // len(groups))) for group in groups]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*each))
+    return [int(place) for place in turns if place is not None][:count]
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
     if len(items) <= count:
         return list(items)
     return [items[i * len(items) // count] for i in range(count)]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _WNID = re.compile("n[0-9]{8}")
+_WNID_BEFORE = re.compile("^n[0-9]{8}[-_ ]+(?=.)")
 _IMAGENET = 1000
 # Lists of ImageNet's names differ in some; in the order of another data set hardly any fits.
 _ALIKE = 0.8
@@ -95,6 +96,21 @@ def _by_name(wanted: Sequence[str], classes: Sequence[str], class_ids: Sequence[
         others: Sequence[str | None] = _imagenet_order(wanted) or [_alias(name, alias) for name in wanted]
         places = [place(other) if at is None and other else at for at, other in zip(places, others, strict=True)]
     return places
+
+
+def readable_names(classes: Sequence[str]) -> list[str]:
+    """Classes by the names that people read, each unlike the others: ImageNet's for WordNet's ids, and no ``_``.
+
+    An id before a name (``n02085936-Maltese_dog``) is left out; where that makes two alike, their numbers stand behind.
+    """
+    ids = any(_WNID.match(name) for name in classes)
+    known = dict(imagenet_classes()) if ids else {}
+    shorter = [_WNID_BEFORE.sub("", name) for name in classes]
+    found = [known.get(name, " ".join(short.split("_")).strip()) for name, short in zip(classes, shorter, strict=True)]
+    counts = Counter(found)
+    return [
+        name if name and counts[name] == 1 else f"{name} (class {number})".strip() for number, name in enumerate(found)
+    ]
 
 
 @functools.cache

@@ -49,7 +49,7 @@ from nndefense.serving.http.state import ServingState
 from nndefense.serving.pictures.apart import decode_images
 from nndefense.serving.pictures.limits import MEDIA_TYPES, Limits, refused
 
-SAMPLES = 8
+SAMPLES = 10
 TOP = 5
 # Of the 50 that a defence may have, most clients look at none; all of them make an answer of 17 KB.
 NEIGHBORS = 10

@@ -8,6 +8,7 @@ from importlib import resources
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from nndefense.models.class_names import readable_names
 from nndefense.serving.demo_attacks.routes import offer
 from nndefense.serving.http.state import ServingState
 
@@ -56,7 +57,9 @@ def router(state: ServingState) -> APIRouter:
 
     @routes.get("/page/settings.json")
     async def settings() -> Response:
-        return JSONResponse({"demo_attacks": offer(state.guard) if state.settings.demo_attacks else None})
+        guard = state.guard
+        attacks = offer(guard) if state.settings.demo_attacks else None
+        return JSONResponse({"demo_attacks": attacks, "names": readable_names(guard.classes)})
 
     def add(name: str) -> None:
         @routes.get(f"/page/{name}")

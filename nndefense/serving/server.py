@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Protocol
 
 import uvicorn
@@ -121,6 +121,9 @@ class Managed(Protocol):
     async def reload(self) -> Any:
         """Load everything again; raises where that fails."""
 
+    async def loaded(self) -> None:
+        """Wait until requests can be answered; raises why they never will be."""
+
 
 class Server(uvicorn.Server):
     """uvicorn's server, which answers SIGHUP with a reload, and SIGTERM and SIGINT with an orderly end."""
@@ -133,10 +136,16 @@ class Server(uvicorn.Server):
         state.on_failure = self.stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen, and tell who wants to know where."""
+        """Begin to listen, and tell who wants to know where, as soon as what is asked there is answered."""
         await super().startup(sockets)
         if self.started and self.on_started is not None:
-            self.on_started(self.addresses)
+            self._keep(self._tell(self.on_started))
+
+    async def _tell(self, started: Callable[[list[str]], None]) -> None:
+        # Why it cannot be loaded is for the state to say.
+        with contextlib.suppress(Exception):
+            await self._state.loaded()
+            started(self.addresses)
 
     @property
     def addresses(self) -> list[str]:
@@ -163,7 +172,10 @@ class Server(uvicorn.Server):
             with contextlib.suppress(Exception):
                 await self._state.reload()
 
-        task = asyncio.ensure_future(quietly())
+        self._keep(quietly())
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -223,7 +235,7 @@ def serve(
     Args:
         guard: the guard, or what opens one.
         settings: the settings.
-        started: called with the URLs once the server listens; the database may still be loading then.
+        started: called with the URLs once the database is loaded and requests are answered.
 
     Raises:
         NNDefenseError: the database could not be opened.
@@ -241,7 +253,7 @@ def serve(
 
 
 def run_server(server: Server, sockets: list[socket.socket], started: Callable[[list[str]], None] | None) -> None:
-    """Run a server on bound sockets until a signal ends it; ``started`` is called with its URLs."""
+    """Run a server on bound sockets until a signal ends it; ``started`` is called with its URLs once they answer."""
     # Of other libraries only what is wrong: FAISS tells, as information, of each build of it that is not installed.
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("nndefense").setLevel(logging.INFO)

@@ -83,6 +83,9 @@ class Door:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
+    async def loaded(self) -> None:
+        """A door opens when its replicas serve: there is nothing to wait for."""
+
     async def reload(self) -> None:
         """Load the database and the keys again, in every replica: first in one, then in the others if that went well.
 

@@ -5,8 +5,8 @@ import * as words from "./words.js";
 
 const SHOWN_CLASSES = 5;
 const SHOWN_NEIGHBORS = 12;
-const LONG_NAME = 12;
 const SHORT_NAME = 3;
+const WIDE_NAME = 20;
 
 export const $ = (id) => document.getElementById(id);
 
@@ -25,11 +25,21 @@ export function say(element, parts, tag = "strong") {
   if (probe.textContent !== element.textContent) element.replaceChildren(...probe.childNodes);
 }
 
+/** Tell the style how many letters the longest word has, so that none is broken. */
+function room(element, texts) {
+  const letters = Math.max(1, ...texts.flatMap((text) => text.split(/[\s\u2010-\u2015-]+/)).map((word) => word.length));
+  element.style.setProperty("--letters", letters);
+  return letters;
+}
+
 /** Show a prediction; `before` is that of the picture before an attack, or null, and `towards` the class that it aimed at. */
 export function showAnswer(model, now, before, note, towards = null) {
   say($("verdict"), before ? words.attacked(before, now) : words.verdict(now));
   $("verdict").dataset.outcome = before ? words.outcome(before, now) : "";
+  room($("verdict"), [$("verdict").textContent]);
+  $("about").hidden = true;
   $("note").textContent = note;
+  $("how").hidden = !note;
   $("details").hidden = false;
   showOpinions(model, now, before, towards);
   showDistance(model, now);
@@ -46,9 +56,11 @@ function showOpinions(model, now, before, towards) {
     ? `would say ${now.class}, ${sure}`
     : sure + was(before?.abstained ? "abstained" : before?.class, now.class);
 
+  for (const id of ["bare-class", "defended-class"]) room($(id), [$(id).textContent]);
   const names = likeliest(model, [now, ...(before ? [before] : [])], towards);
   const longest = Math.max(...names.map((name) => name.length));
-  $("opinions").classList.toggle("long", longest > LONG_NAME);
+  const column = Math.max(room($("details"), names), Math.min(longest, WIDE_NAME));
+  $("details").style.setProperty("--column", column);
   $("opinions").classList.toggle("short", longest <= SHORT_NAME);
   $("classes").replaceChildren(...names.map((name) => {
     const head = make("th", "", name);
@@ -103,6 +115,7 @@ let made = [];
 
 function showNeighbors(now) {
   const all = now.neighbors;
+  room($("neighbors"), all.flatMap((one) => [one.class, one.label ?? ""]));
   const others = all.filter((one) => one.index !== now.index).reduce((sum, one) => sum + one.weight, 0);
   say($("neighbors-text"), [
     `The defence averages what the classifier says of ${all.length === 1 ? "this picture" : `these ${all.length}`}. `,
@@ -130,8 +143,7 @@ function showNeighbors(now) {
 
 function neighbor(one, rank, now, full) {
   const image = make("img");
-  image.alt = `Neighbour ${rank + 1}: ${one.id}`;
-  image.title = one.id;
+  image.alt = `Neighbour ${rank + 1}: ${one.label ?? one.class}`;
   const frame = make("div", "frame", image);
   const missing = () => frame.replaceChildren(make("span", "", "no picture"));
   image.addEventListener("error", missing, { once: true });

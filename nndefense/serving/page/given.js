@@ -35,21 +35,24 @@ export function listen(take, refuse) {
   });
 }
 
-/** Show the samples as buttons; take(blob, name, button) as above. */
-export function showSamples(samples, take) {
-  const buttons = samples.map((sample, place) => {
+/** Show the samples as buttons; take(blob, name, button) as above, with the arguments that are returned for the first. */
+export function showSamples(samples, shown, take) {
+  const given = samples.map((sample, place) => {
     const image = make("img");
-    image.alt = sample.label === null ? `Sample ${place + 1}` : `Sample ${place + 1}, labelled ${sample.label}`;
+    image.alt = sample.label === null ? `Sample ${place + 1}` : `Sample ${place + 1}, labelled ${shown(sample.label)}`;
     image.src = `data:image/png;base64,${sample.image}`;
     const button = make("button", "", image);
     button.type = "button";
     button.title = image.alt;
     button.setAttribute("aria-pressed", "false");
-    button.addEventListener("click", () => take(blobOf(sample.image), image.alt, button));
-    return make("li", "", button);
+    const all = [blobOf(sample.image), image.alt, button];
+    button.addEventListener("click", () => take(...all));
+    return all;
   });
-  $("samples").replaceChildren(...buttons);
-  $("samples-block").hidden = buttons.length === 0;
+  $("samples").replaceChildren(...given.map(([, , button]) => make("li", "", button)));
+  $("samples-hint").textContent = samples[0]?.held_out ? "Samples; none is in the database" : "Samples from the database: each finds itself";
+  $("samples-block").hidden = given.length === 0;
+  return given[0] ?? null;
 }
 
 /** PNG in base64 as a blob. */

@@ -4,12 +4,13 @@ import { Failure, ask, useKey } from "./api.js";
 import { $, showAnswer } from "./answer.js";
 import { attackPanel } from "./attack.js";
 import { base64, listen, press, showSamples } from "./given.js";
-import { TOP, prediction } from "./prediction.js";
+import { TOP, naming, prediction } from "./prediction.js";
 import * as words from "./words.js";
 
 const SMALL = 96;
 
 let model = null;
+let shown = null;
 let panel = null;
 let clean = null;
 let source = null;
@@ -54,8 +55,13 @@ function show(address, caption) {
   $("shown-caption").textContent = caption;
 }
 
+/** On a narrow screen the verdict lies below what it answers to: bring it into sight. */
+function reveal() {
+  if (matchMedia("(max-width: 820px)").matches) $("verdict").scrollIntoView({ block: "nearest" });
+}
+
 /** A picture was given: classify it. */
-async function take(blob, name, button = null) {
+async function take(blob, name, button = null, first = false) {
   quiet();
   panel?.stop();
   running?.abort();
@@ -74,7 +80,7 @@ async function take(blob, name, button = null) {
     const answer = await ask("v1/classify", { body, signal: mine.signal });
     const data = await base64(blob);
     if (running !== mine) return;
-    clean = prediction(answer.predictions[0]);
+    clean = prediction(answer.predictions[0], shown);
     if (source) URL.revokeObjectURL(source);
     source = URL.createObjectURL(blob);
     press(button);
@@ -86,6 +92,7 @@ async function take(blob, name, button = null) {
     $("shown-caption").textContent = title;
     $("pair").hidden = true;
     showAnswer(model, clean, null, "");
+    if (!first) reveal();
     $("choose").textContent = "Choose another picture";
     panel?.take(data, clean.bare.class);
   } catch (error) {
@@ -113,7 +120,9 @@ function attacked(answer) {
   const times = `Difference × ${words.count(answer.difference.magnification)}`;
   $("difference").alt = `${times}; grey is no change`;
   $("difference-caption").textContent = times;
-  showAnswer(model, prediction(answer.attacked.prediction), prediction(answer.clean.prediction), words.attackNote(answer), answer.towards);
+  const [now, before] = [answer.attacked, answer.clean].map((one) => prediction(one.prediction, shown));
+  showAnswer(model, now, before, words.attackNote(answer, shown), shown(answer.towards));
+  reveal();
 }
 
 function askForKey() {
@@ -124,13 +133,15 @@ function askForKey() {
 
 async function begin() {
   const [settings, described] = await Promise.all([ask("page/settings.json"), ask("v1/model")]);
-  model = described;
+  shown = naming(described.classes, settings.names);
+  model = { ...described, classes: described.classes.map(shown) };
   document.title = `Nearest-neighbour defence: ${words.plural(model.rows, "picture")}`;
   $("facts").textContent = words.facts(model);
   const [, height, width] = model.input_shape;
   document.documentElement.style.setProperty("--shape", `${width} / ${height}`);
   document.body.classList.toggle("small", Math.max(height, width) <= SMALL);
   if (settings.demo_attacks && panel === null) {
+    $("start").append(words.INVITATION);
     panel = attackPanel(settings.demo_attacks, model, { shown: attacked, failed: fail, busy });
   }
   if (waiting) {
@@ -139,7 +150,8 @@ async function begin() {
     take(blob, name, button);
   }
   const { samples } = await ask("v1/samples");
-  showSamples(samples, take);
+  const first = showSamples(samples, shown, take);
+  if (first !== null && running === null) take(...first, true);
 }
 
 $("key-form").addEventListener("submit", (event) => {

@@ -54,16 +54,52 @@ export function facts(model) {
 const bare = (text) => ["bare", text];
 const defended = (text) => ["defended", text];
 
+// As many points apart, two classes are as likely.
+const TIE = 0.05;
+
+/** Class names in an enumeration: parts of a sentence. */
+function either(names, kind) {
+  const named = names.slice(0, 3).map(kind);
+  const rest = names.length - named.length;
+  const last = rest ? [` and ${plural(rest, "other")}`] : [" and ", named.pop()];
+  return [...named.flatMap((one, place) => (place ? [", ", one] : [one])), ...last];
+}
+
+/** The classes that an opinion hardly tells apart, the likeliest first; none where one stands out. */
+function tied({ probability, shares = new Map() }) {
+  const near = [...shares].filter(([, share]) => share >= probability - TIE).sort((a, b) => b[1] - a[1]);
+  return near.length > 1 ? near.map(([name]) => name) : [];
+}
+
+/** What leads where a picture is farther away than every clean one. */
+function farther(now) {
+  return now.percentile !== undefined && now.percentile !== null && now.percentile >= 1
+    ? ["Farther from the database than every clean picture. "]
+    : [];
+}
+
 /** What was found about a picture that is not attacked: parts of a sentence, [kind, text] or text. */
 export function verdict(now) {
-  const says = ["The classifier says ", bare(now.bare.class)];
-  if (now.abstained) return [...says, ". The defence ", defended("abstains"), ": the picture is unlike those that it knows."];
-  if (now.agree) return [...says, ", and the pictures nearest to it say ", defended(now.class), " too."];
+  const wavers = tied(now.bare);
+  const says = [...farther(now), ...(wavers.length
+    ? ["The classifier wavers between ", ...either(wavers, bare)]
+    : ["The classifier says ", bare(now.bare.class)])];
+  const why = farther(now).length ? "." : ": the picture is unlike those that it knows.";
+  if (now.abstained) return [...says, ". The defence ", defended("abstains"), why];
+  const divided = tied(now);
+  if (divided.length) return [...says, ", and the pictures nearest to it are divided between ", ...either(divided, defended), "."];
+  if (now.agree && !wavers.length) return [...says, ", and the pictures nearest to it say ", defended(now.class), " too."];
   return [...says, ", but the pictures nearest to it say ", defended(now.class), "."];
 }
 
 /** What an attack did: parts of a sentence. */
 export function attacked(before, now) {
+  const divided = now.abstained ? [] : tied(now);
+  const close = divided.length ? [" It is divided between ", ...either(divided, defended), "."] : [];
+  return [...farther(now), ...change(before, now), ...close];
+}
+
+function change(before, now) {
   const flips = now.bare.index !== before.bare.index;
   const moves = now.index !== before.index;
   const start = flips
@@ -85,20 +121,23 @@ export function outcome(before, now) {
   return now.bare.index !== before.bare.index ? "held" : "still";
 }
 
+/** What the attack is there for. */
+export const INVITATION = " Move the slider to attack it: what fools the classifier need not fool the defence.";
+
 /** What an attack will do to the picture. */
 export const attackHint = (away) => (away
   ? "Moves the picture away from the class predicted now; its true class is not known here."
   : "Moves the picture towards the class chosen; its true class is not known here.");
 
 /** The small print under the verdict of an attack. */
-export function attackNote(answer) {
+export function attackNote(answer, shown) {
   const { size } = answer;
   const how = answer.attack === "classifier"
     ? `PGD on the classifier, ${plural(answer.steps, "step")}; it ignores the defence and leads`
     : `Adaptive attack on the defence, ${plural(answer.steps, "step")} a stage; it ignores abstention and leads`;
   const away = answer.towards === null
-    ? `away from ${answer.away_from}, predicted before (the true class is not known here)`
-    : `from ${answer.away_from}, predicted before, towards ${answer.towards}`;
+    ? `away from ${shown(answer.away_from)}, predicted before (the true class is not known here)`
+    : `from ${shown(answer.away_from)}, predicted before, towards ${shown(answer.towards)}`;
   const moved = `${percent(size["normalized-l2"])} of the picture’s length, at most ${Math.round(255 * size.linf)}/255 in a pixel`;
   return `${how} ${away}. The change measures ${moved}. Predicted as shown, with 8 bits a channel.`;
 }
