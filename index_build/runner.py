@@ -74,7 +74,17 @@ def build_database(
     index_device: str = "cpu",
     **settings: Unpack[BuildSettings],
 ) -> ImageDatabase:
-    """Build one database; see :func:`build_databases`."""
+    """Build one database.
+
+    Args:
+        dataset: the images; their labels are stored as the classifier's class numbers.
+        classifier: images N x C x H x W in [0, 1] -> logits; its device is used.
+        feature: layer, pooling and dimensions of the vectors.
+        out: the folder.
+        index_device: where the index is trained: ``cpu``, ``cuda``, ``cuda:0`` or ``all-gpus``.
+        **settings: ``specs``, ``overwrite``, ``exclude``, ``progress`` and all others of :func:`build_databases`, and
+            its errors.
+    """
     return build_databases(
         dataset, classifier, {Path(out).expanduser(): feature}, index_device=index_device, **settings
     )[0]

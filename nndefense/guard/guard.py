@@ -81,7 +81,9 @@ class Guard:
         data_dir: Path | None = None,
         images: Sequence[str] | None = None,
     ) -> None:
-        """Most callers want :meth:`open`, which says what the arguments are.
+        """Most callers want :meth:`open`, which says what ``classifier``, ``database``, ``images``, ``data_dir`` and
+        ``reject_rate`` are. ``k``, ``weighting``, ``power``, ``terms``, ``votes``, ``temperature`` and ``alpha`` are of
+        the :class:`~nndefense.database.Rule`; ``calibration`` has the distances of clean images, where there are any.
 
         Raises:
             InputError: a rule or a rate that cannot be used.
@@ -223,8 +225,8 @@ class Guard:
     def stream(
         self, images: Given | Iterable[Given], *, top: int = 5, neighbors: int | None = None, batch_size: int = 64
     ) -> Iterator[Defended]:
-        """As :meth:`predict`, arguments and errors too, one prediction after another: for any number of images, in
-        bounded memory.
+        """As :meth:`predict`, one prediction after another: for any number of images, in bounded memory. ``images``,
+        ``top``, ``neighbors``, ``batch_size`` and errors are as there.
         """
         top, batch_size = plain(top), plain(batch_size)
         shown = self.k if neighbors is None else min(plain(neighbors), self.k)

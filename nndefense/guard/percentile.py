@@ -60,7 +60,7 @@ class Percentile:
         return len(self.distances)
 
     def of(self, distance: float) -> float:
-        """How many per cent of the calibration images lie nearer than this, 0 to 100."""
+        """How many per cent of the calibration images lie nearer than ``distance``, 0 to 100."""
         return 100 * bisect_left(self.distances, distance) / len(self)
 
     def threshold(self, rate: float) -> float:
@@ -84,7 +84,7 @@ class Percentile:
         return sealed({"format": FORMAT, "version": VERSION, **asdict(self)})
 
     def write(self, path: Path) -> None:
-        """Write the file, whole or not at all; as ``guard.json`` of a database it is bound to that database.
+        """Write the file ``path``, whole or not at all; as ``guard.json`` of a database it is bound to that database.
 
         Raises:
             InputError: the place cannot be written.
@@ -100,7 +100,7 @@ class Percentile:
 
     @classmethod
     def read(cls, path: Path) -> Percentile:
-        """Read such a file.
+        """Read such a file from ``path``.
 
         Raises:
             DataError: it is missing, damaged, changed since it was written, or something else.
@@ -112,7 +112,7 @@ class Percentile:
 
     @classmethod
     def of_values(cls, value: Any, path: Path) -> Percentile:
-        """What the values of a file say; errors as for :meth:`read`."""
+        """What the ``value`` of a file says; ``path`` stands in errors, which are as for :meth:`read`."""
         if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("version") != VERSION:
             raise DataError(f"{path} is not a calibration of the guard, or of another version: {_AGAIN}")
         try:
@@ -125,7 +125,9 @@ class Percentile:
             raise DataError(f"{path} is damaged ({error}): restore it, or {_AGAIN}") from error
 
     def check_database(self, folder: Path, manifest: Manifest) -> None:
-        """Raise :class:`DatabaseError` unless the distances were measured in this very database."""
+        """Raise :class:`DatabaseError` unless the distances were measured in the database of this
+        ``folder`` and ``manifest``.
+        """
         fits = self.manifest == manifest.identity or self.manifest == sha256_of(folder / NAME)
         if not fits or self.classifier != manifest.classifier["fingerprint"]:
             raise DatabaseError(

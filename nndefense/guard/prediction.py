@@ -146,7 +146,7 @@ class Defended(Opinion):
     neighbors: tuple[Neighbor, ...]
 
     def limited(self, top: int, neighbors: int) -> Defended:
-        """The same with at most so many classes in each list and so many neighbours.
+        """The same with at most ``top`` classes in each list and so many ``neighbors``.
 
         Equal to what a prediction with these numbers gives, so that callers who want different ones can share a batch.
         """

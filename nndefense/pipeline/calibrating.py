@@ -74,11 +74,11 @@ class Candidates:
         rules_to_try((2,), self.weightings, self.votes, self.temperatures, self.alphas)
 
     def features(self, classifier: Classifier) -> list[FeatureSpec]:
-        """The layers and poolings worth trying; errors as for :meth:`widths`."""
+        """The layers and poolings of ``classifier`` worth trying; errors as for :meth:`widths`."""
         return list(self.widths(classifier))
 
     def widths(self, classifier: Classifier) -> dict[FeatureSpec, int]:
-        """The layers and poolings worth trying, and how long the vectors of each are before their PCA.
+        """The layers and poolings of ``classifier`` worth trying, and how long the vectors of each are before PCA.
 
         Left out: those whose vectors equal those of one before them, but for the order of their entries (a finer grid
         than the layer's map, any pooling of a map of 1 x 1 or of vectors, a layer that passes on what it is given), raw
@@ -144,7 +144,7 @@ class Chosen:
 
 
 class NothingBetterError(NNDefenseError):
-    """No setting is better than the bare classifier, and nothing was built.
+    """No setting is better than the bare classifier, and nothing was built in the folder ``out``.
 
     Attributes:
         chosen: the best setting, and what it was chosen from.

@@ -282,7 +282,7 @@ def _results(
 
 
 def certified_text(results: dict[str, Any]) -> str:
-    """The table of a certification, for a terminal."""
+    """The table of a certification's ``results``, as :func:`certify` gives them, for a terminal."""
     settings, norm = results["settings"], results["certified"]["norm"]
     method = registry.get(settings["method"])
     about = f"{method.name} on {results['defense']}, {results['dataset']['name']}, {results['dataset']['n']:,} images"

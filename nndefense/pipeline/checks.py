@@ -19,6 +19,10 @@ def check_disjoint(dataset: ImageDataset, other: ImageDataset) -> None:
 
     Items with equal ids are compared by their pixels (64 of them at most), since folders laid out alike give equal
     ids to different images. Copies under another id are not looked for.
+
+    Args:
+        dataset: the images to be classified.
+        other: the images of the database.
     """
     shared = sorted(set(dataset.ids).intersection(other.ids))[:64]
     if not shared or dataset.shape != other.shape:
@@ -42,6 +46,11 @@ def check_not_in_database(
 
     Where the database's images are at hand (``pictures``), they are compared as by :func:`check_disjoint`; else by
     features: an image that stands in the database is its own nearest neighbour, at a distance of 0 but for rounding.
+
+    Args:
+        dataset: the images to be classified.
+        defense: with its database.
+        pictures: the database's images, or None.
     """
     if pictures is not None:
         check_disjoint(dataset, pictures)
@@ -64,7 +73,13 @@ def check_not_in_database(
 
 
 def check_not_calibrated_on(dataset: ImageDataset, calibration: dict[str, Any] | None, folder: Path) -> None:
-    """Raise :class:`DataError` where the setting was chosen on images that are to be reported."""
+    """Raise :class:`DataError` where the setting was chosen on images that are to be reported.
+
+    Args:
+        dataset: the images to be reported.
+        calibration: plain values, with the ``ids`` that it was made on; None where nothing was calibrated.
+        folder: of the database, for the message.
+    """
     shared = sorted(set((calibration or {}).get("ids", ())).intersection(dataset.ids))
     if shared:
         raise DataError(

@@ -269,7 +269,12 @@ def measure(recipe: Recipe, opened: Opened, out: Path, *, progress: bool = True,
 
 
 def headline_of(database: Path | None, budgets: Sequence[float]) -> float:
-    """The budget to tabulate where none is named: the calibrated one where it is run, else the largest."""
+    """The budget to tabulate where none is named: the calibrated one where it is run, else the largest.
+
+    Args:
+        database: the folder whose calibration counts, or None.
+        budgets: those that are run, at least one, in units of the norm.
+    """
     calibration = stored_calibration(database) if database is not None else None
     calibrated = float(calibration["attack"]["eps"][0]) if calibration else None
     return calibrated if calibrated is not None and calibrated in budgets else max(budgets)

@@ -101,7 +101,15 @@ def _probe(name: str, model: nn.Module, materials: Materials) -> None:
 
 
 def with_known_seed(made: Made, seed: int) -> Made | None:
-    """A random defence as it is when its seed is known, so that it and the attacker draw the same; None for others."""
+    """A random defence as it is when its seed is known, so that it and the attacker draw the same.
+
+    Args:
+        made: the defence.
+        seed: the one that is known.
+
+    Returns:
+        The defence with that seed, or None for one that does not draw.
+    """
     if not is_random(made.model) or not callable(fixed := getattr(made.model, "fixed", None)):
         return None
     return replace(made, model=fixed(seed), facts={**made.facts, "known seed": seed})

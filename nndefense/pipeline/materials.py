@@ -201,6 +201,12 @@ class Materials:
         """Layer, K and weighting for a pooling: those that are named here or in the settings, and the others chosen
         once on the held-out images. Where all are named nothing is calibrated, and ``calibration`` is empty.
 
+        Args:
+            pooling: of the features.
+            layer, weighting: by name; empty for what the settings say.
+            pca: dimensions that are kept, 0 for all; None for what the settings say.
+            k: neighbours, at least 1; None for what the settings say.
+
         Raises:
             InputError: something is to be calibrated, and no images are held out.
         """
@@ -246,7 +252,7 @@ class Materials:
         return "-".join([feature.pooling, *own])
 
     def database(self, feature: FeatureSpec, name: str) -> ImageDatabase:
-        """The database of all rows for one feature."""
+        """The database of all rows for one ``feature``, in the folder ``name`` of those that are kept."""
         folder = self.out / "databases" / name
         if not folder.exists():
             self.say(f"building the database {name}: {len(self.rows):,} rows of {feature}")

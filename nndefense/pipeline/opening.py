@@ -152,7 +152,12 @@ def joined(datasets: Sequence[ImageDataset]) -> ImageDataset:
 
 
 def drawn(dataset: ImageDataset, limit: int | None, seed: int) -> ImageDataset:
-    """At most ``limit`` images, drawn at random without replacement, in their own order; None for all.
+    """At most ``limit`` images, drawn at random without replacement, in their own order.
+
+    Args:
+        dataset: to draw from.
+        limit: how many, at least 1; None for all.
+        seed: of the draw.
 
     Raises:
         InputError: ``limit`` is below 1.
@@ -175,6 +180,15 @@ def split(
     say: Callable[[str], object] = lambda text: None,
 ) -> tuple[ImageDataset, ImageDataset, ImageDataset]:
     """Open the database's images and set apart those to calibrate on.
+
+    Args:
+        specs: the database's images, one data set or several.
+        calibration: the data set to calibrate on, or None to hold images out of the first.
+        n_holdout: how many, at least 1.
+        data_dir: the folder of the data sets.
+        like: the classifier whose images they shall be, or C, H, W; None leaves them as they are.
+        seed: of the draw of those that are held out.
+        say: called with a line for people.
 
     Returns:
         All database images; those of them that candidates are built from; the calibration images: a data set of
@@ -295,8 +309,13 @@ def held_out(
 def reported_split(spec: str, remedy: str = "give --test", *, data_dir: Path | None = None) -> str:
     """The data set that is reported on unless another is named: the same one's test split, else its validation split.
 
+    Args:
+        spec: the data set.
+        remedy: what the error tells to do.
+        data_dir: the folder of the data sets.
+
     Raises:
-        InputError: a data set without such a split; ``remedy`` says what to do.
+        InputError: a data set without such a split.
     """
     try:
         base, split, _, splits = splits_of(spec, data_dir=data_dir)
