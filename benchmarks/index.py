@@ -8,6 +8,7 @@
 3. search: `auto` against exact search, and its training, adding and tuning against autofaiss on the same vectors.
 4. defended: a defended prediction against the bare classifier's.
 5. scaling: the time of a query against the number of rows.
+6. growing: adding a tenth of its rows to a database, against extracting those images alone.
 
 Vectors are made by rule (index_vectors.py). With one thread times are processor time, which does not see what else the
 machine does; with more, the clock's. Memory and defended stand in index_jobs.py and run from here. Parts that are run
@@ -47,7 +48,7 @@ from nndefense.features import FeatureSpec
 from nndefense.memory import reused_memory
 from nndefense.models import Classifier, build_classifier, load_classifier
 
-PARTS = ("mapper", "memory", "search", "defended", "scaling")
+PARTS = ("mapper", "memory", "search", "defended", "scaling", "growing")
 K = 50
 
 
@@ -56,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, action="append")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rows", type=int, default=1_000_000, help="of search, memory and defended")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of search, memory, defended and growing")
     parser.add_argument("--dimension", type=int, default=256)
     parser.add_argument("--most-rows", type=int, default=10_000_000, help="of scaling")
     parser.add_argument("--scaling-dimension", type=int, default=32)
@@ -82,6 +83,7 @@ def main() -> None:
         "search": lambda: search_part(options, clock),
         "defended": lambda: index_jobs.defended(options.rows, options.dimension, options.rounds, clock),
         "scaling": lambda: scaling_part(options, clock),
+        "growing": lambda: index_jobs.growing(options.rows, clock),
     }
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
     for name in options.only or PARTS:

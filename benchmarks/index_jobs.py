@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from index_build import extract as extracting
+from index_build import grow_database, stages
 from index_build.begin import begin
 from index_build.job import Options
 from index_build.mapper import ShardTools
@@ -245,6 +246,36 @@ def defended(rows: int, dimension: int, rounds: int, clock: Callable[[], float])
         f"{ratio:.3f} times the bare prediction ({statistics.median(times[0]):.2f} s)"
     )
     return {"rows": rows, "factory": choice.factory, "search": tuned.search, "recall": tuned.recall, "ratio": ratio}
+
+
+# -- a database that grows ---------------------------------------------------------------------------------------------
+
+
+def growing(rows: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """Adding a tenth of its rows to a database of ``rows`` x 256, against extracting those images alone."""
+    classifier = build_classifier("small-cnn", input_shape=(1, 28, 28), classes=TEN, seed=0).eval()
+    feature, images = FeatureSpec("block2", "grid2", pca=0), Procedural(rows // 10, classifier.input_shape)
+    choice = choose_index(rows, 256)
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        folder, first = Path(name) / "database", 0
+        writer = DatabaseWriter(folder, classifier=classifier, feature=feature, index=choice.factory)
+        for some in pieces(rows, 256):
+            posteriors = torch.randn(len(some), len(TEN)).softmax(1)
+            ids = [f"before/{first + i}" for i in range(len(some))]
+            writer.add(torch.from_numpy(some), posteriors, ids, np.full(len(some), -1))
+            first += len(some)
+        writer.finish()
+        start = clock()
+        stages.extract(images, classifier, feature, Path(name) / "alone", workers=1, progress=False)
+        middle = clock()
+        added = grow_database(images, classifier, folder, workers=1, progress=False)
+        alone, grown = middle - start, clock() - middle
+        assert added.rows == rows + len(images) == len(ImageDatabase.open(folder, verify=False))
+    print(
+        f"growing, {len(images):,} images of small-cnn to {rows:,} rows x 256, {choice.factory}: {grown:.1f} s, "
+        f"{grown / alone:.3f} times the {alone:.1f} s of extracting them alone"
+    )
+    return {"rows": rows, "added": len(images), "factory": choice.factory, "ratio": grown / alone, "alone": alone}
 
 
 if __name__ == "__main__":

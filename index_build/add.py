@@ -18,11 +18,11 @@ from index_build.extract import Extracted, bar, read_extracted
 from index_build.fit import TRAINED, Fitted, fitted, rows_key
 from index_build.job import NAME, BuildJob, key_of
 from nndefense.database.faiss_tools import import_faiss
+from nndefense.database.filling import fill
 from nndefense.database.index import FaissIndex
 from nndefense.database.manifest import CALIBRATION, FileEntry, Manifest
 from nndefense.database.manifest import NAME as MANIFEST
 from nndefense.database.merging import merge_parts
-from nndefense.database.rows import StoredRows
 from nndefense.database.writer import PCA_FILE, store, writing
 from nndefense.errors import DatabaseError, InputError
 from nndefense.files import write_bytes
@@ -86,19 +86,6 @@ def make_part(
     rows = fill(index, [folder / name for name in parts[number]], before, device=device)
     pieces.finish(folder / part_name(number), index.write, inputs=trained.inputs)
     return PartReport(number, rows)
-
-
-def fill(index: FaissIndex, shards: Sequence[Path], first: int, *, device: str = "cpu") -> int:
-    """Add shards to an index, whose rows there get numbers from ``first`` on; returns how many they are.
-
-    One call a shard, so that the same rows make the same index whatever was done before.
-    """
-    added = 0
-    for path in shards:
-        table = StoredRows([path])
-        index.add(table.slice("features", 0, len(table)), first=first + added, device=device)
-        added += len(table)
-    return added
 
 
 def standing(folder: Path, found: Extracted) -> Fitted:

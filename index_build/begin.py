@@ -76,7 +76,7 @@ def begin(
     if options.rule and options.rule["k"] > len(dataset):
         raise InputError(f"the rule has k = {options.rule['k']:,}, but there are {len(dataset):,} images: lower k")
     data, made = identity_of(dataset, specs), made_by(classifier)
-    excluded = _excluded(exclude, exclude_eps)
+    excluded = excluded_by(exclude, exclude_eps)
     kept = {Path(folder).expanduser(): json_text(value) for folder, value in (calibrations or {}).items()}
     if set(kept) - set(features):
         raise InputError("calibrations names folders that are not built: use those of features")
@@ -166,7 +166,12 @@ def _has_rows(folder: Path) -> bool:
     return any((folder / name).exists() for name in (EXTRACTED, MANIFEST)) or any(folder.glob("rows-*.h5"))
 
 
-def _excluded(exclude: ImageDataset | None, eps: float | None) -> dict[str, Any] | None:
+def excluded_by(exclude: ImageDataset | None, eps: float | None) -> dict[str, Any] | None:
+    """What a job records of the images to keep out.
+
+    Raises:
+        InputError: a distance that cannot be one, or without images.
+    """
     if exclude is None:
         if eps is not None:
             raise InputError("a distance to excluded images was given, but no images to exclude")

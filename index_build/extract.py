@@ -94,7 +94,7 @@ def make_shard(job: BuildJob, number: int, tools: ShardTools, ready: Callable[[]
         pin=tools.mapper.device.type == "cuda",
     )
     admitted = (_admitted(batch, tools, rejected) for batch in batches)
-    noise = (job.options.row_noise, job.options.seed)
+    noise = (job.options.row_noise, job.options.seed, job.before)
     for batch, mapped in tools.mapper.over((batch, batch.under_noise(*noise)) for batch in admitted if batch.ids):
         batch, mapped = _finite(batch, mapped, rejected)
         labels, digests = tools.labels(batch.labels).numpy(), batch.digests
@@ -190,6 +190,7 @@ def extract(
     *,
     max_rejected: int | str | None = None,
     make: Make | None = None,
+    close: Callable[[BuildJob, BuildTarget], Extracted] | None = None,
     progress: bool = True,
 ) -> list[Extracted]:
     """Make the shards that are missing, then close the stage.
@@ -199,6 +200,7 @@ def extract(
         tools: for it.
         max_rejected: more unreadable images than that (a number, or a share such as ``5%``) end the build; None: any.
         make: makes the shards of the given numbers and reports each, in any order; by default one after another here.
+        close: what is done of each target when all its shards are there; by default what a build does.
         progress: show a bar.
 
     Returns:
@@ -218,7 +220,7 @@ def extract(
             bad.add(report.rejected)
             if shown is not None:
                 shown.update(report.images)
-    return [_close(job, target) for target in job.targets]
+    return [(close or _close)(job, target) for target in job.targets]
 
 
 class _Unusable:
@@ -260,8 +262,39 @@ def _standing(job: BuildJob, bad: _Unusable) -> set[int]:
 def _close(job: BuildJob, target: BuildTarget) -> Extracted:
     """Drop duplicates where that was asked for, join what was rejected, and show all shards as one table."""
     paths = job.paths(target)
+    drop_duplicates(job, paths)
+    found = tally(paths)
+    if not found.rows:
+        first = next(_rejections(paths))
+        if set(found.rejected) == {NOT_FINITE}:
+            raise InputError(f"the classifier gives NaN or infinite values for every image of {job.data['name']}")
+        raise DataError(
+            f"none of the {job.images:,} images of {job.data['name']} can be used: {first['id']}: {first['reason']}"
+        )
+    shards = [target.folder / name for name in found.files]
+    check_ids(shards)
+    store(target.folder / VIRTUAL, lambda part: write_virtual(part, shards))
+    files = {**found.files, VIRTUAL: FileEntry.of(target.folder / VIRTUAL)}
+    files |= write_rejections(target.folder / REJECTED, paths)
+    with writing(target.folder):
+        described = {name: vars(entry) for name, entry in files.items()}
+        value = {"rows": found.rows, "rejected": found.rejected, "files": described}
+        write_json(target.folder / EXTRACTED, sealed(value))
+    return Extracted(found.rows, found.rejected, files)
+
+
+def drop_duplicates(job: BuildJob, paths: Sequence[Path]) -> None:
+    """Drop rows with the pixels of earlier ones from finished shards, where that was asked for."""
     if job.options.dedupe:
         pieces.drop_repeats(paths, lambda path, held, rejected: write_rows(path, held, job, rejected))
+
+
+def tally(paths: Sequence[Path]) -> Extracted:
+    """The rows and rejected images of all shards, and those of their files that hold rows.
+
+    Raises:
+        DatabaseError: a shard that is not finished.
+    """
     counts: Counter[str] = Counter()
     files: dict[str, FileEntry] = {}
     for path in paths:
@@ -271,34 +304,32 @@ def _close(job: BuildJob, target: BuildTarget) -> Extracted:
         counts.update(entry["kind"] for entry in piece.notes["rejected"])
         if piece.entry.rows:
             files[path.name] = piece.entry
-    rows = sum(entry.rows for entry in files.values())
-    if not rows:
-        first = next(_rejections(paths))
-        if set(counts) == {NOT_FINITE}:
-            raise InputError(f"the classifier gives NaN or infinite values for every image of {job.data['name']}")
-        raise DataError(
-            f"none of the {job.images:,} images of {job.data['name']} can be used: {first['id']}: {first['reason']}"
-        )
-    shards = [target.folder / name for name in files]
-    with writing(target.folder):
-        twice = repeated_ids(shards, target.folder)
+    return Extracted(sum(entry.rows for entry in files.values()), dict(sorted(counts.items())), files)
+
+
+def check_ids(shards: Sequence[Path]) -> None:
+    """Make sure that no id is there twice.
+
+    Raises:
+        DataError: one is.
+    """
+    with writing(shards[0].parent):
+        twice = repeated_ids(shards, shards[0].parent)
     if len(twice):
         name = bytes(StoredRows(shards).take("ids", twice[:1])[0]).decode("utf-8", "replace")
         raise DataError(
             f"{len(twice):,} images have an id that another one has, such as {name!r}, so a row could not be told from "
             "another: open folders that are laid out alike as splits of one folder (imagefolder:PATH:SPLIT)"
         )
-    store(target.folder / VIRTUAL, lambda part: write_virtual(part, shards))
-    files[VIRTUAL] = FileEntry.of(target.folder / VIRTUAL)
-    (target.folder / REJECTED).unlink(missing_ok=True)
-    if counts:
-        store(target.folder / REJECTED, lambda part: _write_lines(part, _rejections(paths)))
-        files[REJECTED] = FileEntry.of(target.folder / REJECTED)
-    rejected = dict(sorted(counts.items()))
-    with writing(target.folder):
-        value = {"rows": rows, "rejected": rejected, "files": {name: vars(entry) for name, entry in files.items()}}
-        write_json(target.folder / EXTRACTED, sealed(value))
-    return Extracted(rows, rejected, files)
+
+
+def write_rejections(out: Path, paths: Sequence[Path]) -> dict[str, FileEntry]:
+    """Join what all shards have rejected to one file, which is described; none where nothing was."""
+    out.unlink(missing_ok=True)
+    if next(_rejections(paths), None) is None:
+        return {}
+    store(out, lambda part: _write_lines(part, _rejections(paths)))
+    return {out.name: FileEntry.of(out)}
 
 
 def _rejections(paths: Iterable[Path]) -> Iterator[Rejection]:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from nndefense.database import Rule
-from nndefense.database.writer import shard_name, writing
+from nndefense.database.writer import JOB, shard_name, writing
 from nndefense.datasets import ImageDataset
 from nndefense.errors import DatabaseError, DataError, InputError, check_choice, make_plain
 from nndefense.features import FeatureSpec
 from nndefense.files import not_read, read_json, sealed, unsealed, write_json
 
-NAME = "job.json"
+NAME = JOB
 FORMAT, VERSION = "nndefense-index-job", 1
 STORAGES = ("float32", "float16")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -136,6 +136,7 @@ class BuildJob:
         top: posteriors that a row keeps; 0 for all.
         precision: the forward pass's, as settled when the job began.
         reopen: whatever the caller needs to open images and classifier again, as plain values.
+        before: images that the database was made from before these, where these are added to it.
     """
 
     targets: tuple[BuildTarget, ...]
@@ -149,6 +150,7 @@ class BuildJob:
     top: int
     precision: dict[str, Any] = field(default_factory=dict)
     reopen: dict[str, Any] = field(default_factory=dict)
+    before: int = 0
 
     @property
     def shards(self) -> int:

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from nndefense.database.manifest import FileEntry
 from nndefense.database.mapped_shards import DIGEST
-from nndefense.database.repeats import repeats
+from nndefense.database.repeats import id_text, repeats
 from nndefense.database.rows import StoredRows, pieces_of, read_columns
 from nndefense.database.writer import PIECE, store, writing
 from nndefense.errors import DataError
 from nndefense.files import read_json, sealed, sha256_of, unsealed
 
 Array = NDArray[Any]
+WriteShard = Callable[[Path, dict[str, Array], Sequence[dict[str, str]]], None]
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,7 @@ def _describe(path: Path, piece: Piece) -> Piece:
     return piece
 
 
-def drop_repeats(
-    paths: Sequence[Path], write: Callable[[Path, dict[str, Array], Sequence[dict[str, str]]], None]
-) -> int:
+def drop_repeats(paths: Sequence[Path], write: WriteShard) -> int:
     """Write the shards that hold exact duplicates (the same pixels) again, without them; the first in order stays.
 
     Killed in the middle, what is left to drop is found again: the first of several equals is never dropped, and what a
@@ -117,28 +116,46 @@ def drop_repeats(
     Raises:
         DatabaseError: the disk is full or cannot be written.
     """
-    held = [(path, piece) for path in paths if (piece := finished(path)) and piece.entry.rows]
+    held = with_rows(paths)
     if not held:
         return 0
-    table = StoredRows([path for path, _ in held])
-    with writing(held[0][0].parent):
-        rows, firsts = repeats(pieces_of([path for path, _ in held], DIGEST), held[0][0].parent)
-    shard = np.searchsorted(table.starts, rows, side="right") - 1
+    table = StoredRows(held)
+    with writing(held[0].parent):
+        rows, firsts = repeats(pieces_of(held, DIGEST), held[0].parent)
+    names = table.take("ids", firsts)
+    drop(held, rows, [f"duplicate of {id_text(name)}" for name in names], write)
+    return len(rows)
+
+
+def with_rows(paths: Sequence[Path]) -> list[Path]:
+    """Those of the finished shards that hold rows."""
+    return [path for path in paths if (piece := finished(path)) and piece.entry.rows]
+
+
+def drop(held: Sequence[Path], rows: NDArray[np.int64], reasons: Sequence[str], write: WriteShard) -> None:
+    """Write those shards again that hold some rows, without these.
+
+    Args:
+        held: finished shards with rows, in order.
+        rows: numbers of rows of all these shards, ascending.
+        reasons: for each, why it is dropped as a duplicate.
+        write: as for :func:`drop_repeats`.
+
+    Raises:
+        DatabaseError: the disk is full or cannot be written.
+    """
+    starts = StoredRows(held).starts if len(rows) else np.zeros(1, dtype=np.int64)
+    shard = np.searchsorted(starts, rows, side="right") - 1
     for number in np.unique(shard).tolist():
-        path, piece = held[number]
-        here = shard == number
-        within = rows[here] - table.starts[number]
-        stored, _ = read_columns(path)
+        path, here = held[number], np.flatnonzero(shard == number)
+        within = rows[here] - starts[number]
+        piece, (stored, _) = finished(path), read_columns(path)
+        assert piece is not None
         dropped = [
-            {"id": _text(name), "kind": "duplicate", "reason": f"duplicate of {_text(first)}"}
-            for name, first in zip(stored["ids"][within], table.take("ids", firsts[here]), strict=True)
+            {"id": id_text(name), "kind": "duplicate", "reason": reasons[place]}
+            for name, place in zip(stored["ids"][within], here.tolist(), strict=True)
         ]
         keep = np.ones(piece.entry.rows, dtype=np.bool_)
         keep[within] = False
         left = {name: column[keep] for name, column in stored.items()} if keep.any() else {}
         write(path, left, [*piece.notes["rejected"], *dropped])
-    return len(rows)
-
-
-def _text(name: Any) -> str:
-    return bytes(name).decode("utf-8", "surrogateescape")

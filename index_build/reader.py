@@ -57,13 +57,14 @@ class ReadBatch:
             self.positions[chosen], self.images[kept], self.labels[kept], ids, self.digests[chosen], self.rejected
         )
 
-    def under_noise(self, sigma: float, seed: int) -> Tensor:
+    def under_noise(self, sigma: float, seed: int, before: int = 0) -> Tensor:
         """The images, changed in place, with Gaussian noise of this standard deviation, clipped to [0, 1].
 
-        The noise of an image is drawn from its position in the source and the seed, and depends on nothing else.
+        The noise of an image is drawn from its position in the source, which follows ``before`` other images, and the
+        seed, and depends on nothing else.
         """
         if sigma:
-            for position, image in zip(self.positions.tolist(), self.images, strict=True):
+            for position, image in zip((self.positions + before).tolist(), self.images, strict=True):
                 digest = hashlib.sha256(f"noise of row {position} under {seed}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
                 image.add_(torch.randn(image.shape, generator=generator), alpha=sigma).clamp_(0, 1)

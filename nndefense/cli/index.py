@@ -25,7 +25,7 @@ from nndefense.cli.options import (
 from nndefense.errors import InputError
 
 if TYPE_CHECKING:
-    from nndefense.database import ImageDatabase
+    from nndefense.database import ImageDatabase, Manifest
 
 index = Group(
     "index",
@@ -183,33 +183,6 @@ def fit(
     )
 
 
-@index.command("add")
-def add(
-    folder: FolderArgument,
-    *,
-    workers: Annotated[int, typer.Option(min=1, help="Parts made at once, each in memory.")] = 1,
-    engine: EngineOption = "local",
-    ray_address: RayAddressOption = None,
-    ray_workers: RayWorkersOption = None,
-    device: IndexDeviceOption = "cpu",
-    common: Annotated[Common, Only("json", "quiet", "debug")],
-) -> None:
-    """Add the rows to parts of the index."""
-    from index_build import stages
-
-    parts = stages.add(
-        folder,
-        workers=workers,
-        device=device,
-        engine=engine,
-        ray_address=ray_address,
-        ray_workers=ray_workers,
-        progress=common.progress,
-    )
-    what = f"{parts} parts of the index made" if parts else "an index of this kind has no parts: merge adds all rows"
-    common.show({"database": str(folder), "parts": parts}, f"{folder}: {what}; next: nndefense index merge {folder}")
-
-
 @index.command("merge")
 def merge(folder: FolderArgument, *, common: Printing) -> None:
     """Make one index of the parts, and the manifest: from then on the folder is a database."""
@@ -276,7 +249,8 @@ def verify(
     net = None
     if classifier is not None:
         net = open_classifier(classifier, device=common.device, data_dir=common.data_dir, database=database)
-    parts = check_parts(ImageDatabase.open(database, verify=False), net)
+    opened = ImageDatabase.open(database, verify=False)
+    parts = check_parts(opened, net)
     settings: dict[str, Any] = {"recall": recall, "k": recall_k}
     if queries is not None:
         settings |= {"queries": _vectors(database, queries, classifier, limit, common), "queries_from": queries}
@@ -284,7 +258,7 @@ def verify(
     text = f"{database} is whole: {found['rows']:,} rows, {found['files']} files with the right sha256, no id twice"
     if "search" in found:
         text += f"\n{_search_text(found['search'])}"
-    text += f"\n{_rule_text(parts)}"
+    text += f"\n{_rule_text(parts, opened.manifest)}"
     if parts["guard"]:
         text += f"\nguard      {parts['guard']:,} distances of this database"
     text += "\nclassifier " + ("as given" if net is not None else "not compared: --classifier names one")
@@ -300,6 +274,7 @@ def _sealed_text(paths: list[str]) -> str:
 
 def _describe(database: ImageDatabase, common: Common) -> None:
     """Print what a database is."""
+    from nndefense.database.growing import outgrown
     from nndefense.defenses.stored import chosen_values, stored_calibration, stored_rule
 
     manifest = database.manifest
@@ -338,14 +313,19 @@ def _describe(database: ImageDatabase, common: Common) -> None:
     if found["row_noise"]:
         text += f"\nrow noise  {found['row_noise']} (standard deviation, in pixels of [0, 1])"
     if manifest.rejected:
-        told = ", ".join(f"{count:,} {kind}" for kind, count in manifest.rejected.items())
-        text += f"\nleft out   {told}"
-    common.show(found, f"{text}\n{_rule_text(parts)}")
+        text += f"\nleft out   {counted(manifest.rejected)}"
+    for change in manifest.data.get("changes", []):
+        what = ", ".join(f"{change[kind]:,} {kind}" for kind in ("added", "removed") if kind in change)
+        text += f"\nchanged    {what} ({change['before']:,} rows before)"
+    if note := outgrown(manifest):
+        text += f"\n{note}"
+    common.show(found, f"{text}\n{_rule_text(parts, manifest)}")
 
 
-def _rule_text(parts: dict[str, Any]) -> str:
+def _rule_text(parts: dict[str, Any], manifest: Manifest) -> str:
     """The rule that a database is to be used with, as one line."""
-    return f"rule       {parts['rule']['text']}" + (" (calibrated)" if parts["calibrated"] else "")
+    before = "" if manifest.first_rows is None else f" for the {manifest.first_rows:,} rows before it was changed"
+    return f"rule       {parts['rule']['text']}" + (f" (calibrated{before})" if parts["calibrated"] else "")
 
 
 def _search_text(search: dict[str, Any]) -> str:
@@ -354,6 +334,7 @@ def _search_text(search: dict[str, Any]) -> str:
     return (
         f"search     {f'{setting}: ' if setting else ''}recall@{search['k']} {search['recall']:.3f} "
         f"(wanted {search['wanted']:g}), {search['queries_per_second']:,.0f} queries/s"
+        + (f", measured on {search['rows']:,} rows" if "rows" in search else "")
     )
 
 
@@ -389,5 +370,9 @@ def rejections(counts: dict[str, int]) -> str:
     """How many images were left out and why, to follow the number of rows; empty where none was."""
     if not counts:
         return ""
-    told = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
-    return f", {sum(counts.values()):,} images left out ({told}; see rejected.jsonl)"
+    return f", {sum(counts.values()):,} images left out ({counted(counts)}; see rejected.jsonl)"
+
+
+def counted(counts: dict[str, int]) -> str:
+    """Numbers by kind, as text."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in counts.items())

@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nndefense.database.faiss_tools import faiss_available
+from nndefense.database.growing import add_rows, changing, remove_rows
 from nndefense.database.index import BACKENDS, FaissIndex, Index, TorchIndex
 from nndefense.database.index_training import build_index
 from nndefense.database.manifest import Manifest
-from nndefense.database.repeats import repeated_ids
+from nndefense.database.repeats import repeated_ids, rows_of
 from nndefense.database.rows import StoredRows
 from nndefense.database.sharded import ENGINES, ShardedIndex
 from nndefense.database.weighting import CBW_D_POWER, CBW_D_TERMS, neighbor_weights
-from nndefense.database.writer import PCA_FILE, VIRTUAL, DatabaseWriter, ShardWriter, load_pca, seal
+from nndefense.database.writer import PCA_FILE, DatabaseWriter, load_pca
 from nndefense.errors import DatabaseError, InputError, check_choice
 from nndefense.features import PCA, FeatureExtractor, FeatureSpec
 from nndefense.files import tell_unsealed
@@ -74,14 +75,9 @@ class ImageDatabase:
         :class:`~nndefense.database.writer.DatabaseWriter`.
         """
         return DatabaseWriter(
-            Path(path).expanduser(),
-            classifier=classifier,
-            feature=feature,
-            pca=pca,
-            data=data,
-            index=index,
+            Path(path).expanduser(), classifier=classifier, feature=feature, pca=pca, data=data, index=index,
             overwrite=overwrite,
-        )
+        )  # fmt: skip
 
     @classmethod
     @outside_inference_mode
@@ -122,8 +118,7 @@ class ImageDatabase:
         check_choice("backend", backend, BACKENDS)
         check_choice("engine", engine, ENGINES)
         folder = Path(path).expanduser()
-        manifest = Manifest.read(folder)
-        manifest.check_files(folder, checksums=verify)
+        manifest = Manifest.of_whole(folder, checksums=verify)
         if not manifest.sealed:
             tell_unsealed(folder, folder)
         if classifier is not None:
@@ -164,34 +159,43 @@ class ImageDatabase:
     def add(
         self, features: Tensor, posteriors: Tensor, ids: Sequence[str], labels: Sequence[int] | Tensor | Array
     ) -> None:
-        """Append M rows to the finished database: a new shard, a new index, then a new manifest.
+        """Append M rows to the finished database: new shards, an index that has taken them up, then a new manifest.
 
-        Interrupted at any moment, the folder still opens as it was before. Rows, shapes and errors are those of
-        :meth:`DatabaseWriter.add`; no rows change nothing. Meant for large batches: each call builds the index again.
+        Interrupted at any moment, the folder opens as it was before, or with all of the rows; others that have it open
+        keep what they opened. The index is not trained again, and the guard's distances go. Rows, shapes and errors are
+        those of :meth:`DatabaseWriter.add`; no rows change nothing. For large batches: each call copies the index.
+
+        Raises:
+            InputError: also an id that a row has already, or that comes twice.
+            DatabaseError: also where the folder was changed since this database was opened.
         """
         self._whole("added to")
-        last = self.manifest.shards[-1]
-        first = int("".join(letter for letter in last.partition(".")[0] if letter.isdigit())) + 1
-        shards = ShardWriter(
-            self.path, first=first, classes=len(self.classes), half=self.manifest.half, top=self.manifest.top
-        )
-        shards.dimension = self.dimension
-        shards.add(features, posteriors, ids, labels)
-        added = shards.close()
-        if not added:
-            return
-        # The index is built anew, and the file that shows all shards as one knows nothing of the new ones.
-        old = [name for name in self.manifest.files if name.startswith("index") or name == VIRTUAL]
-        files = {name: entry for name, entry in self.manifest.files.items() if name not in old} | added
-        manifest = self.manifest
-        kept = ("classes", "feature", "classifier", "data", "storage", "rejected", "rule", "beside")
-        identity = {name: getattr(manifest, name) for name in kept}
-        new_index = f"index-{len(files):05d}.faiss"
-        seal(self.path, files, manifest.index["factory"], new_index, identity)
-        reopened = ImageDatabase.open(self.path, verify=False, backend=self._backend, device=self._device, **self._held)
-        self.manifest, self._table, self._index = reopened.manifest, reopened._table, reopened._index
-        for name in old:
-            (self.path / name).unlink(missing_ok=True)
+        with changing(self.path, self.manifest) as manifest:
+            add_rows(self.path, manifest, features, posteriors, ids, labels)
+        self._reopen()
+
+    def remove(self, ids: Sequence[str]) -> int:
+        """Take the rows of images out of the finished database, by their ids.
+
+        The rows after them move up, so that row numbers change, while the ids of all others stay. Others that have the
+        database open keep what they opened. Interrupted at any moment, the folder opens as it was, or without the rows.
+
+        Returns:
+            How many rows were removed.
+
+        Raises:
+            InputError: an id that no row has, or fewer rows left than the rule needs; nothing is removed then.
+            DatabaseError: the folder cannot be written, or was changed since this database was opened.
+        """
+        self._whole("cut down")
+        with changing(self.path, self.manifest) as manifest:
+            left = remove_rows(self.path, manifest, rows_of([self.path / name for name in manifest.shards], ids)).rows
+        self._reopen()
+        return manifest.rows - left
+
+    def _reopen(self) -> None:
+        now = ImageDatabase.open(self.path, verify=False, backend=self._backend, device=self._device, **self._held)
+        self.manifest, self._table, self._index = now.manifest, now._table, now._index
 
     def hold_rows(self, max_bytes: int) -> bool:
         """Copy the rows into memory, where they have ``max_bytes`` at most; whether they had.

@@ -29,7 +29,7 @@ CALIBRATION, GUARD = "calibration.json", "guard.json"
 BESIDE = (CALIBRATION, GUARD)
 """Files that may be made for a finished database, each of which decides answers."""
 M = TypeVar("M")
-_REBUILD = "build the database again with 'nndefense index build'"
+REBUILD = "build the database again with 'nndefense index build'"
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ class Manifest:
         build: the settings of the job that made it, and ``job``, their sha256; empty where rows came from elsewhere.
         beside: for each file of :data:`BESIDE` the sha256 that it may have. There are two of them while it is being
             replaced, and the empty one says that the file may be missing.
+        order: the files that hold rows, in row order, where their numbers do not tell it, since rows were removed.
         sealed: whether the manifest was read with a digest of its values; not an entry of the file.
     """
 
@@ -158,6 +159,7 @@ class Manifest:
     build: dict[str, Any] = field(default_factory=dict)
     rule: dict[str, Any] = field(default_factory=dict)
     beside: dict[str, list[str]] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
     sealed: bool = True
 
     @property
@@ -174,7 +176,13 @@ class Manifest:
     @property
     def shards(self) -> list[str]:
         """The names of the files that hold rows, in row order."""
-        return in_row_order(name for name, entry in self.files.items() if entry.rows)
+        return list(self.order) or in_row_order(name for name, entry in self.files.items() if entry.rows)
+
+    @property
+    def first_rows(self) -> int | None:
+        """How many rows there were before any were added or removed; None where none were."""
+        changes = self.data.get("changes")
+        return int(changes[0]["before"]) if changes else None
 
     @property
     def top(self) -> int:
@@ -193,9 +201,10 @@ class Manifest:
     def _record(self) -> dict[str, Any]:
         values = {"format": FORMAT, "version": VERSION, **asdict(self)}
         del values["sealed"]
-        if not self.rule:
-            # Older versions of the library read it, too.
-            del values["rule"]
+        for name in ("rule", "order"):
+            if not values[name]:
+                # Older versions of the library read it, too.
+                del values[name]
         return values
 
     @classmethod
@@ -210,12 +219,30 @@ class Manifest:
         """
 
         def made(value: dict[str, Any]) -> Manifest:
-            manifest = cls(**value | {"classes": tuple(value["classes"])})
+            manifest = cls(**value | {"classes": tuple(value["classes"]), "order": tuple(value.get("order", ()))})
             manifest._check_entries()
             return manifest if manifest.sealed else replace(manifest, beside=standing_beside(folder))
 
         again = "build it again, or continue, with 'nndefense index build'"
-        return read_manifest(folder, made, FORMAT, VERSION, "database", "an image database", _REBUILD, again)
+        return read_manifest(folder, made, FORMAT, VERSION, "database", "an image database", REBUILD, again)
+
+    @classmethod
+    def of_whole(cls, folder: Path, *, checksums: bool) -> Manifest:
+        """Read the manifest, and compare the files with it; once more where it is changed meanwhile, and they with it.
+
+        Raises:
+            DatabaseError: as :meth:`read` and :meth:`check_files` do.
+        """
+        manifest = cls.read(folder)
+        try:
+            manifest.check_files(folder, checksums=checksums)
+        except DatabaseError:
+            now = cls.read(folder)
+            if now == manifest:
+                raise
+            now.check_files(folder, checksums=checksums)
+            return now
+        return manifest
 
     def _check_entries(self) -> None:
         """Raise one of Python's lookup or type errors, or :class:`InputError`, for entries that cannot be used."""
@@ -237,6 +264,10 @@ class Manifest:
         numbers = (self.rows, self.dimension, *(n for entry in self.files.values() for n in (entry.bytes, entry.rows)))
         if not all(isinstance(number, int) for number in numbers):
             raise TypeError("counts must be whole numbers")
+        if self.order and sorted(self.order) != sorted(name for name, entry in self.files.items() if entry.rows):
+            raise KeyError("order must name each file that holds rows once")
+        if not all(isinstance(change["before"], int) for change in self.data.get("changes", ())):
+            raise TypeError("changes must tell the rows before")
         if any(Path(name).name != name for name in self.files):
             raise KeyError("files must stand in the folder itself")
         if set(self.beside) - set(BESIDE) or not all(isinstance(allowed, list) for allowed in self.beside.values()):
@@ -251,7 +282,7 @@ class Manifest:
             DatabaseError: naming the first file that differs.
         """
         for name, entry in self.files.items():
-            entry.check(folder / name, _REBUILD, checksum=checksums)
+            entry.check(folder / name, REBUILD, checksum=checksums)
         for name in BESIDE:
             self.read_beside(folder, name)
 

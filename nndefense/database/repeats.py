@@ -1,10 +1,11 @@
-"""Which rows repeat an earlier one, by keys of 16 bytes; in bounded memory, since large tables are sorted on disk."""
+"""Which rows repeat an earlier one, or have given ids; in bounded memory, since large tables are sorted on disk."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nndefense.database.rows import StoredRows, pieces_of
+from nndefense.errors import InputError
 
 Array = NDArray[Any]
 Rownumbers = NDArray[np.int64]
@@ -73,6 +75,78 @@ def repeated_ids(shards: Sequence[Path], folder: Path | None = None) -> Rownumbe
     table = StoredRows(shards)
     same: Rownumbers = rows[table.take("ids", rows) == table.take("ids", firsts)]
     return same
+
+
+def known_rows(old: Sequence[Path], new: Sequence[Path], column: str, folder: Path) -> tuple[Rownumbers, Rownumbers]:
+    """The rows of new shards whose id or digest a row of the old ones has.
+
+    Args:
+        old, new: shards in row order.
+        column: ``ids`` or ``digest``.
+        folder: where large tables are sorted meanwhile.
+
+    Returns:
+        Row numbers in the new shards, ascending, and for each the row in the old ones.
+
+    Raises:
+        OSError: the buckets cannot be written.
+    """
+    pieces = chain(pieces_of(old, column), pieces_of(new, column))
+    rows, firsts = repeats((id_keys(piece) if column == "ids" else piece for piece in pieces), folder)
+    held = len(StoredRows(old))
+    chosen = (rows >= held) & (firsts < held)
+    rows, firsts = rows[chosen] - held, firsts[chosen]
+    # Keys of ids are equal for equal ids, but not only for these.
+    same = StoredRows(new).take(column, rows) == StoredRows(old).take(column, firsts)
+    same = same if same.ndim == 1 else same.all(1)
+    return rows[same], firsts[same]
+
+
+def rows_of(shards: Sequence[Path], ids: Sequence[str]) -> Rownumbers:
+    """The numbers of the rows of shards that have these ids, ascending.
+
+    Raises:
+        InputError: no id is given, or no row has one of them.
+    """
+    wanted = np.unique(np.array([name.encode("utf-8", "surrogateescape") for name in ids], dtype="S"))
+    if not len(wanted):
+        raise InputError("no id was given: name the images whose rows are to be removed")
+    found, missing, first = [], np.ones(len(wanted), dtype=np.bool_), 0
+    for piece in pieces_of(shards, "ids"):
+        here = np.flatnonzero(np.isin(piece, wanted))
+        missing[np.searchsorted(wanted, piece[here])] = False
+        found.append(here + first)
+        first += len(piece)
+    if missing.any():
+        raise InputError(
+            f"{int(missing.sum()):,} of the ids are of no row of {shards[0].parent}, such as "
+            f"{id_text(wanted[missing][0])!r}: nothing was removed; give ids that it has"
+        )
+    return np.concatenate(found).astype(np.int64)
+
+
+def check_new_ids(shards: Sequence[Path], ids: Sequence[str]) -> None:
+    """Make sure that no row of shards has one of these ids, and that none comes twice.
+
+    Raises:
+        InputError: one that is not so.
+    """
+    wanted = np.sort(np.array([name.encode("utf-8", "surrogateescape") for name in ids], dtype="S"))
+    twice = wanted[1:][wanted[1:] == wanted[:-1]]
+    if len(twice):
+        raise InputError(f"two rows would have the id {id_text(twice[0])!r}: give each image one of its own")
+    for piece in pieces_of(shards, "ids"):
+        there = piece[np.isin(piece, wanted)]
+        if len(there):
+            raise InputError(
+                f"{shards[0].parent} has a row with the id {id_text(there[0])!r} already: give the images "
+                "other ids, or remove that row first"
+            )
+
+
+def id_text(name: Any) -> str:
+    """An id as text, whose bytes may be no UTF-8."""
+    return bytes(name).decode("utf-8", "surrogateescape")
 
 
 def id_keys(ids: Array) -> NDArray[np.uint8]:

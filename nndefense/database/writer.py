@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,13 +36,17 @@ _TRAINING_ROWS = 200_000
 PCA_FILE = "pca.safetensors"
 VIRTUAL = "rows.h5"
 REJECTED = "rejected.jsonl"
+JOB = "job.json"
+"""The file of an unfinished build."""
+GROWING = "growing"
+"""Folder within a database's, for rows that are extracted to be added to it."""
 PIECE = ".json"
 """Ending of the small file beside a finished piece of an unfinished build, which describes it."""
 _SHARD = "rows-" + "[0-9]" * 5
-_DATA = ("index*.faiss", PCA_FILE, f"{_SHARD}.h5", f"{_SHARD}[0-9].h5", VIRTUAL, REJECTED)
+_DATA = ("index*.faiss", PCA_FILE, f"{_SHARD}.h5", f"{_SHARD}[0-9].h5", VIRTUAL, "rejected*.jsonl")
 # What a database, finished or not, may consist of, the manifest first: no more is ever removed.
 _OWN_FILES = (
-    *(MANIFEST, "job.json", "extracted.json", *BESIDE, *_DATA),
+    *(MANIFEST, JOB, "extracted.json", *BESIDE, *_DATA),
     *(f"{name}{PIECE}" for name in _DATA),
 )
 
@@ -273,7 +278,15 @@ def clear(folder: Path) -> None:
     for pattern in _OWN_FILES:
         for path in folder.glob(pattern):
             path.unlink()
+    shutil.rmtree(folder / GROWING, ignore_errors=True)
     sweep(folder)
+
+
+def drop_unnamed(folder: Path, manifest: Manifest) -> None:
+    """Remove files of a database that its manifest does not name: what a change has replaced, or left unfinished."""
+    for path in (path for pattern in _DATA for path in folder.glob(pattern)):
+        if path.name not in manifest.files:
+            path.unlink(missing_ok=True)
 
 
 def pca_writer(pca: PCA) -> Callable[[Path], None]:
