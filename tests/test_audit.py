@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from nndefense.defenses import NearestNeighborDefense
 from nndefense.errors import InputError
 from nndefense.evaluation import AttackSettings, CellStore, Recipe, Record, Rung, Subject, ThreatModel, evaluate, run
 from nndefense.evaluation.audit import AuditLine, audit_records
-from nndefense.evaluation.audit_runs import AuditSubject, _noise, audit_runs, undefended_run
+from nndefense.evaluation.audit_runs import AuditSubject, _called, _noise, audit_runs, undefended_run
 from nndefense.features import FeatureSpec
 
 GRAY = AttackSettings(norm="linf", eps=(0.1, 0.2), steps=5)
@@ -118,9 +119,29 @@ def subject(defense: NearestNeighborDefense, **more: Any) -> AuditSubject:
     return AuditSubject(defense, defense.classifier, x, y, threat, GRAY, 0.2, **more)
 
 
+@pytest.mark.parametrize(
+    ("threat", "attack", "words"),
+    [
+        ("gray", "pgd", "gray box, PGD, "),
+        ("white", "pgd", "white box, PGD, "),
+        ("adaptive", "adaptive", "adaptive, "),
+        ("adaptive", "rank-margin", "adaptive, "),
+    ],
+)
+def test_who_attacks_is_said_once(defense: NearestNeighborDefense, threat: str, attack: str, words: str) -> None:
+    given = subject(defense)
+    named = replace(given, threat=replace(given.threat, name=threat))
+    if attack != "pgd":
+        named = replace(named, attack=SimpleNamespace(name=attack))
+    told = f"{_called(named)}, "
+    assert told.startswith(words)
+    assert told.count("adaptive") == words.count("adaptive")
+
+
 def test_a_sound_defence_passes_its_runs(defense: NearestNeighborDefense) -> None:
     found = audit_runs(subject(defense), noise_draws=200)
     passed = lines(found)
+    assert not any("e+00" in line.text for line in found)
     for name in ("zero gradients", "batch size", "evaluation mode", "determinism", "near-duplicates", "more steps"):
         assert passed[name] is True, [line.text for line in found if line.name == name]
     assert {"unbounded budget", "random noise", "other ways"} < set(passed)

@@ -26,7 +26,8 @@ from nndefense.comparison import (
     table_of,
     write_comparison,
 )
-from nndefense.comparison.report import page_of, weaker_than_ignorant
+from nndefense.comparison.report import page_of
+from nndefense.comparison.rows import verdict_parts, weaker_than_ignorant
 from nndefense.comparison.runner import make_rows
 from nndefense.datasets import open_dataset
 from nndefense.errors import DataError, InputError, NNDefenseError
@@ -308,6 +309,35 @@ def test_files_follow_from_the_results(done: tuple[Path, dict[str, Any]], tmp_pa
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(DataError, match="does not hold the results of a comparison"):
         read_comparison(tmp_path / "other.json")
+
+
+def test_the_page_leads_with_what_was_found(done: tuple[Path, dict[str, Any]]) -> None:
+    _, results = done
+    said = "".join(text for _, text in verdict_parts(results))
+    assert said.startswith("Under the attack that ignores it ")
+    rows = {row.name: row.cells["worst"] for row in table_of(results)}
+    best = max((cell.accuracy for name, cell in rows.items() if name != "bare" and cell.accuracy is not None))
+    assert f"{100 * best:.1f} %" in said
+    page = page_of(results)
+    assert '<p class="verdict">' in page
+    # Where no defence keeps more, none is praised.
+    same = json.loads(json.dumps(results))
+    for one in same["records"]:
+        if one["threat_model"] == "worst":
+            alike = {"defense": "none", "threat_model": "worst", "eps": one["eps"]}
+            found = next(record for record in same["records"] if alike.items() <= record.items())
+            one.update(accuracy=found["accuracy"], correct=found["correct"])
+    told = "".join(text for _, text in verdict_parts(same))
+    assert "no defence is shown to keep more than the bare net" in told
+    assert told.endswith("% (p = 1.000).")
+    # What was not measured is not spoken of.
+    bare = {**results, "records": [one for one in results["records"] if one["defense"] == "none"]}
+    assert verdict_parts(bare) == []
+    assert '<p class="verdict">' not in page_of(bare)
+    # Fingerprints are short, and whole where they are asked for.
+    whole = results["dataset"]["fingerprint"]
+    assert f"<summary><code>{whole[:12]}</code></summary><code>{whole}</code>" in page
+    assert page.count(whole) == 1
 
 
 def test_names_are_escaped(done: tuple[Path, dict[str, Any]]) -> None:

@@ -718,6 +718,14 @@ def test_the_command_lists_the_recipes() -> None:
     assert next(row for row in listed if row["name"] == "tsipras-mnist")["small"]["trainings"] == 13
     text = nndefense("reproduce", "--list").out
     assert all(name in text for name in recipe_names())
+    # Data, machine and time of each, as far as they were measured.
+    assert "small: 13 nets on mnist:train, 63 minutes of one core; full: " in text
+    assert text.count("small: ") == text.count("full: ") == len(recipe_names())
+    assert "needs a GPU" in text
+    for row in listed:
+        stored = Path(__file__).parent.parent / "docs/results" / f"{row['name']}.json"
+        took = json.loads(stored.read_text())["seconds"] if stored.exists() else None
+        assert row["small"]["minutes"] == (took and round((took["training"] + took["attacks"]) / 60))
 
 
 def test_the_command_runs_resumes_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

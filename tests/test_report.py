@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browsing import chromium, faint, sideways, visit
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
+from nndefense.comparison.report import page_of
 from nndefense.errors import InputError
 from nndefense.evaluation.ladder import to_hex, worst_cases
 from nndefense.evaluation.report import (
@@ -299,7 +303,7 @@ def test_page_is_well_formed_and_complete(tmp_path: Path) -> None:
             assert f">{100 * cell.accuracy:.1f}<" in html
     assert html.count("<svg") == 2
     assert results["command"] in page.text
-    assert f'title="{results["dataset"]["fingerprint"]}"' in html
+    assert f"</summary><code>{results['dataset']['fingerprint']}</code>" in html
     assert "22 November 2026, 20:17 UTC" in page.text
     for word in ("adaptive attacks", "retrieval", "web-scale", "not comparable", "calibration images", "upper bounds"):
         assert word in page.text
@@ -647,7 +651,9 @@ def test_a_gain_that_the_informed_attacker_takes_is_called_obscurity() -> None:
         informed(335, 340)
     )
     page = report_html(informed(102, 120))
-    assert said.replace("<", "&lt;") in page
+    # The verdict above it has said what is left.
+    assert obscurity(informed(102, 120), after=True).replace("<", "&lt;") in page.replace("p\u00a0=", "p =")
+    assert "leave the defence" not in page
     assert "No attack here knows" not in page
     assert "worst case" in page
     assert "512\u00a0MB" in page or "512&nbsp;MB" in page
@@ -838,3 +844,49 @@ def test_small_pictures_keep_their_pixels() -> None:
     assert "image/png" in markup
     with pytest.raises(InputError, match="C x H x W"):
         picture(np.zeros((28, 28), np.float32), "a", display=104)
+
+
+def test_rows_that_the_defence_holds_stand_beside_those_where_it_falls() -> None:
+    drawn, held = fake_gallery(4), fake_gallery(2)
+    page = report_html(fake_results(), [*(replace(row, threat_model="adaptive") for row in drawn), *held])
+    assert "Of these 4 images" in page
+    assert "And 2 of these images under the gray-box attack" in page
+    assert page.index("adaptive, ε 0.2") < page.index("And 2 of these images") < page.index("gray box, ε 0.2")
+    alone = report_html(fake_results(), drawn)
+    assert "Of these 4 images" in alone
+    assert "chosen because" not in alone
+
+
+def test_the_attacks_of_a_run_are_those_that_were_run() -> None:
+    results = informed(102, 120)
+    page = report_html(results)
+    listed = page[page.index("<dt>Attacks</dt>") :].partition("</div>")[0]
+    worst = {row["attack"] for row in results["records"] if row["threat_model"] == "worst"}
+    assert worst
+    assert not any(f">{name}," in listed for name in worst)
+    for name in ("gray box", "worst case"):
+        assert f'<th scope="row">{name}</th>' in page
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_reports_fit_every_screen_and_can_be_read(tmp_path: Path, scheme: str) -> None:
+    results = json.loads((Path(__file__).parent.parent / "docs/results/table2-digits.json").read_text())
+    pages = {"evaluation": report_html(informed(102, 120), fake_gallery(4)), "comparison": page_of(results)}
+    with chromium() as browser:
+        for name, content in pages.items():
+            place = tmp_path / f"{name}.html"
+            place.write_text(content)
+            with visit(browser, place.as_uri(), 1280, 800, color_scheme=scheme) as page:
+                assert faint(page) == []
+                for width in (1280, 768, 390):
+                    page.set_viewport_size({"width": width, "height": 800})
+                    assert sideways(page) == 0
+                    # The tables that say what was found are not cut off either.
+                    assert (
+                        page.evaluate(
+                            """() => [...document.querySelectorAll(".scroll:has(.stacked), .scroll:has(.main), figure")]
+                        .filter((e) => e.checkVisibility() && e.scrollWidth > e.clientWidth + 1)
+                        .map((e) => e.outerHTML.slice(0, 90))"""
+                        )
+                        == []
+                    )

@@ -18,6 +18,7 @@ from nndefense.reporting import (
     Table,
     charts,
     facts_list,
+    fingerprint,
     folded,
     inline,
     limits_list,
@@ -193,3 +194,20 @@ def test_a_recipe_becomes_what_its_fields_say() -> None:
 def test_an_entry_that_cannot_be_is_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         recipes.build(Whole, values)
+
+
+def test_rows_of_a_stacked_table_carry_their_headings() -> None:
+    table = Table(("", "a<b", "c"), (("one", "1", Cell(reason="none")), ("two", Cell(reason="no"), Cell(reason="no"))))
+    assert "data-head" not in table.html()
+    html = table.html("plain stacked")
+    assert '<td data-head="a&lt;b">1</td><td class="blank" data-head="c">' in html
+    assert '<td class="blank" colspan="2" data-head="a&lt;b"><small>no</small></td>' in html
+
+
+def test_a_fingerprint_is_short_until_it_is_asked_for() -> None:
+    assert fingerprint(None) == fingerprint("") == ""
+    assert fingerprint("abc") == "<code>abc</code>"
+    html = fingerprint("sha256:" + "0123456789abcdef" * 4)
+    assert "<summary><code>0123456789ab</code></summary>" in html
+    assert html.count("0123456789abcdef" * 4) == 1
+    assert "<b>" not in fingerprint("<b>" * 40)

@@ -107,6 +107,20 @@ def reproduce(
     common.show(results, f"{tables}\n\n{files}")
 
 
+# What training and attacks of the small scale took on one core of two: docs/results.
+_MINUTES = {
+    "does-retrieval-defend": 58,
+    "does-retrieval-defend-digits": 32,
+    "does-retrieval-defend-rst": 43,
+    "fgsm-table": 24,
+    "gap-vs-labels": 9,
+    "madry-mnist": 42,
+    "rst-cifar10": 88,
+    "rst-mnist": 48,
+    "tsipras-mnist": 63,
+}
+
+
 def _scale(common: Common) -> str:
     """The scale that fits the device: without a GPU the small one."""
     from nndefense.models import resolve_device
@@ -115,18 +129,36 @@ def _scale(common: Common) -> str:
 
 
 def _list_recipes(common: Common) -> None:
-    """Print every shipped recipe with its number of trainings at each scale."""
+    """Print every shipped recipe with its data, its number of trainings at each scale, and what they take."""
     from nndefense.experiments import recipe_names, shipped_recipe
+    from nndefense.reporting.wording import plural
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in recipe_names():
         full, small = (shipped_recipe(name, scale) for scale in ("full", "small"))
         rows.append(
-            {"name": name, "title": full.title, "full": _size(full), "small": _size(small), "sources": full.sources}
+            {
+                "name": name,
+                "title": full.title,
+                "full": _size(full),
+                "small": {**_size(small), "minutes": _MINUTES.get(name)},
+                "sources": full.sources,
+            }
         )
     width = max(len(str(row["name"])) for row in rows)
-    lines = [f"{row['name']:<{width}}  {row['title']}" for row in rows]
-    lines += ["", "nndefense reproduce NAME --scale small    on two cores; --scale full needs a GPU"]
+    lines = []
+    for row in rows:
+        small = row["small"]
+        took = f"{small['minutes']} minutes of one core" if small["minutes"] else "not timed"
+        data = f"{plural(small['trainings'], 'net')} on {small['train']}"
+        lines += [
+            f"{row['name']:<{width}}  {row['title']}",
+            f"{'':<{width}}  small: {data}, {took}; full: {row['full']['trainings']} on {row['full']['train']}",
+        ]
+    lines += [
+        "",
+        "nndefense reproduce NAME --scale small    on two cores; --scale full needs a GPU, and has not been timed",
+    ]
     common.show(rows, "\n".join(lines))
 
 

@@ -12,7 +12,8 @@ from nndefense.comparison.recipe import (
     retrieved_by,
     shipped_comparison,
 )
-from nndefense.comparison.report import markdown_of, summary_of, table_of, write_comparison
+from nndefense.comparison.report import markdown_of, summary_of, write_comparison
+from nndefense.comparison.rows import table_of
 from nndefense.comparison.runner import compare, read_comparison, run_comparison
 
 __all__ = [

@@ -49,7 +49,8 @@ def _budget(records: Sequence[Record]) -> AuditLine:
     if not attacked:
         return AuditLine("budget", None, "No attack was run.")
     worst = max(record.budget_excess for record in attacked)
-    text = f"No attacked image passes its budget by more than {worst:.1e} (raw pixels, allowed 1e-6)."
+    most = f" by more than {worst:.1e} (raw pixels, allowed 1e-6)" if worst > 0 else ""
+    text = f"No attacked image passes its budget{most}."
     return AuditLine("budget", worst <= 1e-6, text if worst <= 1e-6 else f"A budget is passed by {worst:.1e}.")
 
 

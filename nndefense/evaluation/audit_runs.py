@@ -85,6 +85,13 @@ def _attacked_right(subject: AuditSubject, attack: AttackSettings, eps: float) -
     return torch.cat(right)
 
 
+def _called(subject: AuditSubject) -> str:
+    """Who attacks, and by what, each said once."""
+    threat, attack = subject.threat.name, registry.attack_name(subject.attack.name)
+    who = f"{threat} box" if threat in ("gray", "black", "white") else threat
+    return attack if threat in attack.split() else f"{who}, {attack}"
+
+
 def _more_steps(subject: AuditSubject, before: Tensor) -> AuditLine:
     attack, unit = subject.attack, subject.attack.attack.effort
     if not unit:
@@ -93,7 +100,7 @@ def _more_steps(subject: AuditSubject, before: Tensor) -> AuditLine:
     n, first, second = len(before), int(before.sum()), int(after.sum())
     p = mcnemar_p(int((before & ~after).sum()), int((after & ~before).sum()))
     text = (
-        f"{subject.threat.name} {attack.name}, {attack.effort} {unit}: {100 * first / n:.1f} %; twice as "
+        f"{_called(subject)}, {attack.effort} {unit}: {100 * first / n:.1f} %; twice as "
         f"many: {100 * second / n:.1f} % of {n} images"
     )
     converged = abs(first - second) / n < 0.005
@@ -290,9 +297,8 @@ def _batch_size(subject: AuditSubject) -> AuditLine:
     # Of logits as of log-probabilities.
     largest = float((together.softmax(1) - alone.softmax(1)).abs().max())
     same = bool((together.argmax(1) == alone.argmax(1)).all())
-    text = (
-        f"{len(images)} images give the same classes alone and together; probabilities differ by up to {largest:.1e}."
-    )
+    differ = f"differ by up to {largest:.1e}" if largest else "do not differ"
+    text = f"{len(images)} images give the same classes alone and together; probabilities {differ}."
     return AuditLine("batch size", same and largest < _SAME, text if same else "Classes depend on the batch.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +163,10 @@ def run(
         audit += auditor.runs(defense, threat, strongest.attack)
     if defense is None:
         return Evaluated(records, audit, [], abstained)
-    gallery = illustrate(
+    draw = partial(
+        illustrate,
         dataset,
         defense,
-        ours[strongest.threat_model],
-        strongest.attack,
         eps=recipe.headline_eps,
         label_maps=maps,
         pictures=pictures,
@@ -174,14 +174,22 @@ def run(
         seed=recipe.seed,
         device=device,
     )
+    gallery = draw(ours[strongest.threat_model], strongest.attack)
+    gray = _strongest(recipe, ours, ("gray",))
+    if gray is not None and gray is not strongest:
+        # The same images, so that it is seen what knowing of the database changes.
+        rows = draw(ours["gray"], gray.attack)
+        gallery += [row for row in rows if row.defended[0] == row.label != row.bare[0]][:_HELD]
     return Evaluated(records, audit, gallery, abstained)
 
 
-def _strongest(recipe: Recipe, threats: Mapping[str, ThreatModel]) -> Rung | None:
+def _strongest(
+    recipe: Recipe, threats: Mapping[str, ThreatModel], names: Sequence[str] = ("adaptive", "white", "gray", "black")
+) -> Rung | None:
     """The rung of the best informed attacker at the headline budget; of several attacks the first named."""
     at_headline = (
         rung
-        for name in ("adaptive", "white", "gray", "black")
+        for name in names
         for rung in recipe.rungs
         if rung.threat_model == name
         and name in threats
@@ -260,6 +268,7 @@ class _Auditor:
 
 
 _NEIGHBORS = 8
+_HELD = 2  # gray-box rows of the gallery where the defence holds, beside a better informed attack
 
 
 def illustrate(

@@ -2,7 +2,7 @@
 
 from nndefense.reporting import charts
 from nndefense.reporting.charts import inline, picture
-from nndefense.reporting.page import facts_list, figure, folded, limits_list, page, paragraphs, section
+from nndefense.reporting.page import facts_list, figure, fingerprint, folded, limits_list, page, paragraphs, section
 from nndefense.reporting.table import Cell, Table
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "charts",
     "facts_list",
     "figure",
+    "fingerprint",
     "folded",
     "inline",
     "limits_list",

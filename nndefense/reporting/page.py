@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from importlib import resources
 
-from nndefense.reporting.wording import escape
+from nndefense.reporting.wording import escape, short
 
 
 def page(
@@ -67,6 +67,17 @@ def paragraphs(text: str) -> str:
 def folded(summary: str, body: str) -> str:
     """HTML behind a line of plain text that opens it; ``""`` without a body."""
     return f"<details><summary>{escape(summary)}</summary>\n{body}</details>" if body else ""
+
+
+def fingerprint(value: object) -> str:
+    """A fingerprint in short as HTML, which shows the whole one when it is asked; ``""`` of none."""
+    if not value:
+        return ""
+    whole = str(value)
+    if short(whole) == whole:
+        return f"<code>{escape(whole)}</code>"
+    head = f"<summary><code>{escape(short(whole))}</code></summary>"
+    return f'<details class="print">{head}<code>{escape(whole)}</code></details>'
 
 
 def facts_list(rows: Iterable[tuple[str, str]]) -> str:

@@ -69,30 +69,35 @@ class Table:
     left: int = 1
 
     def html(self, style: str = "plain", caption: str = "") -> str:
-        """The table for a page, without title and note; ``style`` names classes, ``caption`` is plain text."""
+        """The table for a page, without title and note; ``style`` names classes, ``caption`` is plain text.
+
+        On a narrow screen the rows of a table with the class ``stacked`` are blocks, whose cells have their headings.
+        """
         heads = "".join(
             f'<th scope="col">{_cell(head).html()}</th>' if str(head) else "<td></td>" for head in self.columns
         )
         head = f"<thead><tr>{heads}</tr></thead>\n" if heads else ""
         kinds = self.kinds or ("",) * len(self.rows)
-        body = "\n".join(self._row(row, kind) for row, kind in zip(self.rows, kinds, strict=True))
+        named = [str(head) for head in self.columns[1:]] if "stacked" in style.split() else []
+        body = "\n".join(self._row(row, kind, named) for row, kind in zip(self.rows, kinds, strict=True))
         over = f"<caption><span>{escape(caption)}</span></caption>\n" if caption else ""
         return f'<div class="scroll"><table class="{style}">{over}{head}<tbody>\n{body}\n</tbody></table></div>'
 
-    def _row(self, row: Sequence[str | Cell], kind: str) -> str:
+    def _row(self, row: Sequence[str | Cell], kind: str, named: Sequence[str]) -> str:
         marked = f' class="{kind}"' if kind else ""
         first, *others = map(_cell, row)
         if not others:
             span = len(self.columns)
             return f'<tr class="group"><th colspan="{span}" scope="colgroup">{first.html()}</th></tr>'
         found = f'<th scope="row">{first.html()}</th>'
-        for reason, run in itertools.groupby(others, key=lambda cell: cell.reason):
+        heads = [f' data-head="{escape(head)}"' for head in named] or [""] * len(others)
+        for reason, run in itertools.groupby(zip(others, heads, strict=True), key=lambda pair: pair[0].reason):
             same = list(run)
             if reason:
                 over = f' colspan="{len(same)}"' if len(same) > 1 else ""
-                found += f'<td class="blank"{over}>{same[0].html()}</td>'
+                found += f'<td class="blank"{over}{same[0][1]}>{same[0][0].html()}</td>'
             else:
-                found += "".join(f"<td>{cell.html()}</td>" for cell in same)
+                found += "".join(f"<td{head}>{cell.html()}</td>" for cell, head in same)
         return f"<tr{marked}>{found}</tr>"
 
     def markdown(self) -> str:

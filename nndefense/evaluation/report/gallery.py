@@ -27,6 +27,7 @@ SMALL = 64  # pixels a side up to which a picture keeps its own pixels
 ROW_BYTES = 96_000  # of base64 for one row, so that ten rows stay well under 1.5 MB
 MOST_NEIGHBORS = 8
 _TITLE = "What the defence sees"
+_BOXES = ("gray", "black", "white")
 
 
 @dataclass(frozen=True)
@@ -80,22 +81,32 @@ def gallery_section(results: Results, gallery: Sequence[GalleryRow]) -> str:
     """The pictures with their explanation; may be without pictures."""
     if not gallery:
         return section(_TITLE, '<p class="absent">This report was written without pictures.</p>', "gallery")
-    rescued = sum(row.bare[0] != row.label and row.defended[0] == row.label for row in gallery)
-    lost = sum(row.bare[0] == row.label and row.defended[0] != row.label for row in gallery)
-    both = sum(row.bare[0] != row.label and row.defended[0] != row.label for row in gallery)
+    # Behind a better informed attack come some that the defence holds: the counts are of the images drawn at random.
+    apart = "gray" if gallery[0].threat_model != "gray" else None
+    held_rows = [row for row in gallery if row.threat_model == apart]
+    drawn_rows = [row for row in gallery if row.threat_model != apart]
+    rescued = sum(row.bare[0] != row.label and row.defended[0] == row.label for row in drawn_rows)
+    lost = sum(row.bare[0] == row.label and row.defended[0] != row.label for row in drawn_rows)
+    both = sum(row.bare[0] != row.label and row.defended[0] != row.label for row in drawn_rows)
     k = (results.get("defense") or {}).get("k")
     factor = amplification(gallery)
     drawn = f"amplified {factor} times in every row" if factor > 1 else "not amplified"
-    rows = "\n".join(_row_html(row, factor, int(k) if k else None) for row in gallery)
+    first, last = (
+        "\n".join(_row_html(row, factor, int(k) if k else None) for row in rows) for rows in (drawn_rows, held_rows)
+    )
+    beside = (
+        f'<p class="lead">And {number(len(held_rows))} of these images under the gray-box attack, which does not know '
+        f"of the database: chosen because the defence holds there.</p>\n{last}"
+    )
     body = f"""<p class="lead">Left, an image before and after the attack, with what the bare classifier says of each;
 between them the change, {drawn}, where mid-grey means none. Right, the database images nearest to the attacked image in
 feature space. The defence never asks what the classifier says of the attacked image: its answer is the weighted mean of
 what the classifier says of these neighbours. A <span class="key-bar same"></span> solid bar is a neighbour of the true
 class, a <span class="key-bar other"></span> hollow one is of another; its length is the neighbour's weight.</p>
-<p class="lead">Of these {len(gallery)} images, the defence mends {rescued}, fails together with the bare classifier on
-{both} and breaks {lost} that the bare classifier gets right. They were drawn at random; the rates are in the
+<p class="lead">Of these {len(drawn_rows)} images, the defence mends {rescued}, fails together with the bare classifier
+on {both} and breaks {lost} that the bare classifier gets right. They were drawn at random; the rates are in the
 table above.</p>
-{rows}"""
+{first}{beside if last else ""}"""
     return section(_TITLE, body, "gallery")
 
 
@@ -186,7 +197,7 @@ def _draw_row(row: GalleryRow, factor: int, k: int | None, side: int) -> str:
     # The clean image is on the page beside the change, so its own range needs no rescaling: grey means no change.
     amplified = np.clip(0.5 + factor * change, 0, 1)
     strength = f"× {factor}"
-    threat = f"{row.threat_model} box" if row.threat_model in ("gray", "black") else row.threat_model
+    threat = f"{row.threat_model} box" if row.threat_model in _BOXES else row.threat_model
     pictures = (
         f"<figure>{picture(row.clean, f'clean image of class {row.label}', display=104, side=side)}"
         f"<figcaption><span>clean</span>{answer_html(row.bare_clean, row.label)}</figcaption></figure>"

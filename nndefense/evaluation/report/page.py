@@ -91,6 +91,9 @@ def _lead(results: Results) -> str:
     sentence = sentence.replace(" %", "\u00a0%").replace(" points", "\u00a0points")
     sentence = sentence.replace("nearest-neighbour", '<span class="whole">nearest-neighbour</span>')
     notes = []
+    if said := obscurity(results, after=True):
+        whole = escape(said).replace("p = ", "p\u00a0=\u00a0")
+        notes.append(f'<strong class="obscurity">{whole}</strong>')
     gray = at_headline(results, BARE, "gray") and at_headline(results, DEFENDED, "gray")
     bare, defended = (at_headline(results, defense, "black") for defense in (BARE, DEFENDED))
     if gray and bare is not None and defended is not None:
@@ -98,9 +101,6 @@ def _lead(results: Results) -> str:
             f"Under the black-box attack it is {percent(bare['accuracy'])}\u00a0% without the defence and "
             f"{percent(defended['accuracy'])}\u00a0% with it."
         )
-    if said := obscurity(results):
-        whole = escape(said).replace("p = ", "p\u00a0=\u00a0")
-        notes.append(f'<strong class="obscurity">{whole}</strong>')
     notes.append(
         'None of the attacks knows that a database is searched: read <a href="#limits">what these numbers do not '
         "show</a> before relying on them."

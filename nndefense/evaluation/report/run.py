@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from nndefense.attacks.registry import attack_name
-from nndefense.evaluation.ladder import INFORMED
+from nndefense.evaluation.ladder import CERTIFIED, INFORMED, WORST
 from nndefense.evaluation.report.records import Record, Results, headline_raw, records_of, settings_text
-from nndefense.reporting import Cell, Table, facts_list, folded, limits_list, section
+from nndefense.reporting import Cell, Table, facts_list, fingerprint, folded, limits_list, section
 from nndefense.reporting.wording import (
     budget,
     escape,
@@ -215,7 +215,7 @@ def _attack_texts(results: Results) -> list[str]:
     """Each attack that was run, with its settings and all its budgets."""
     attacks: dict[tuple[Any, ...], set[float]] = {}
     for record in records_of(results):
-        if record["threat_model"] not in ("clean", "certified"):
+        if record["threat_model"] not in ("clean", CERTIFIED, WORST):
             counts = record.get("steps"), record.get("query_limit"), record.get("restarts")
             key = (record["attack"], record["norm"], *counts)
             attacks.setdefault(key, set()).add(float(record["eps"]))
@@ -237,9 +237,7 @@ def _network(network: Mapping[str, Any] | None) -> str:
 
 
 def _fingerprint(value: object) -> str:
-    if not value:
-        return ""
-    return f' <code class="print" title="{escape(value)}">{escape(short(str(value)))}</code>'
+    return f" {fingerprint(value)}" if value else ""
 
 
 def _time_text(results: Results) -> str:

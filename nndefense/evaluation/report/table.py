@@ -47,6 +47,7 @@ KNOWS = {
 }
 
 
+_CALLED = {"black": "black box", "gray": "gray box", "white": "white box", "worst": "worst case"}
 _BARE = {
     "white": "as gray box",
     "adaptive": "as gray box",
@@ -130,7 +131,10 @@ def _side_by_side(results: Results) -> str:
         for label, attack, record in found
     )
     caption = "Side by side: each under the attack that leaves it least, and over all attacks image by image."
-    return Table(("", "the strongest attack on it", "accuracy", "worst case"), rows).html("plain sides", caption) + "\n"
+    return (
+        Table(("", "the strongest attack on it", "accuracy", "worst case"), rows).html("plain sides stacked", caption)
+        + "\n"
+    )
 
 
 def _told(record: Record) -> str:
@@ -153,7 +157,7 @@ def ladder_section(results: Results) -> str:
     return section(
         "What it holds against whom",
         _side_by_side(results)
-        + table.html("plain ladder", caption)
+        + table.html("plain ladder stacked", caption)
         + _every_defense(results)
         + _sureness(rungs)
         + _costs(rungs),
@@ -168,7 +172,9 @@ def _sureness(rungs: list[LadderRow]) -> str:
         sides = (record or {} for record in (rung.bare, rung.defended))
         found = [side.get(name) for side in sides for name in ("confidence", "confidence_wrong")]
         if any(value is not None for value in found):
-            rows.append((rung.name, *("" if value is None else percent(value) for value in found)))
+            rows.append(
+                (_CALLED.get(rung.name, rung.name), *("" if value is None else percent(value) for value in found))
+            )
     caption = "Mean probability of the class that is answered, in %: over all images, and over the wrong answers."
     table = Table(("Attacker", "no defence", "where wrong", "defended", "where wrong"), tuple(rows))
     return "\n" + folded("How sure the answers are", table.html("plain sureness", caption)) if rows else ""
@@ -184,7 +190,7 @@ def _costs(rungs: list[LadderRow]) -> str:
         passes = (record.get("forwards") or 0) + (record.get("backwards") or 0) + (record.get("queries") or 0)
         rows.append(
             (
-                rung.name,
+                _CALLED.get(rung.name, rung.name),
                 f"{record.get('attack_seconds') or 0:,.0f}\u00a0s",
                 f"{passes / max(int(record['n']), 1):,.0f} an image" if passes else "",
                 f"{record['peak_memory_mb']:,.0f}\u00a0MB" if record.get("peak_memory_mb") else "",
@@ -207,7 +213,8 @@ def _every_defense(results: Results) -> str:
         if any(cells[name, rung] for rung in rungs)
     ]
     caption = "Every defence at the same budget; who knows a defence attacks it, and not another."
-    return "\n" + Table(("", *rungs), tuple(rows)).html("plain defenses", caption)
+    heads = (_CALLED.get(rung, rung) for rung in rungs)
+    return "\n" + Table(("", *heads), tuple(rows)).html("plain defenses stacked", caption)
 
 
 def _row(results: Results, rung: LadderRow) -> tuple[str | Cell, ...]:
@@ -215,7 +222,7 @@ def _row(results: Results, rung: LadderRow) -> tuple[str | Cell, ...]:
     assert record is not None
     level = f" ({record['knowledge']})" if record.get("knowledge") else ""
     return (
-        "worst case" if rung.name == "worst" else rung.name,
+        _CALLED.get(rung.name, rung.name),
         KNOWS[rung.name] + level,
         accuracy_cell(rung.bare, _BARE.get(rung.name, "not run")),
         accuracy_cell(rung.defended, "not run"),

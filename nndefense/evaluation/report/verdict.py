@@ -93,9 +93,10 @@ def gain_left(results: Results) -> Paired | None:
     return paired(defended, bare) if bare is not None and defended is not None else None
 
 
-def obscurity(results: Results) -> str:
+def obscurity(results: Results, *, after: bool = False) -> str:
     """What becomes of the defence's gain once the attacker knows of the retrieval; ``""`` where that was not measured.
 
+    ``after`` is for a place behind the verdict, which has said already what is left.
     The gain is counted against the bare net's own worst case; part of it is obscurity where more images are lost from
     the gray box to the attackers who know the database than chance explains.
     """
@@ -114,8 +115,9 @@ def obscurity(results: Results) -> str:
         said = "mostly obscurity" if kept < 0.5 and change.worse else "not obscurity alone"
         end = f". That is {percent(kept, 0)} % of its gain under the gray-box attack: the gain is {said}."
     right = round(gray["accuracy"] * gray["n"])
+    left_over = f"Attackers who know the database leave the defence {percent(informed['accuracy'])} %: of the"
     return (
-        f"Attackers who know the database leave the defence {percent(informed['accuracy'])} %: of the {number(right)} "
+        f"{'To them, of the' if after else left_over} {number(right)} "
         f"images that it gets right under the gray-box attack it loses {number(change.lost)}, and wins "
         f"{number(change.won)} others. Each in its own worst case, it gets {number(left.won)} images right that fall "
         f"without it, and loses {number(left.lost)} that stand without it ({_p(left)}){end}"
