@@ -26,12 +26,13 @@ _TINY = 1e-12
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy in nats, ``-log softmax(logits)_y``: N x K and N -> N, at least 0."""
+    """Cross-entropy in nats, ``-log softmax(logits)_y``: ``logits`` N x K and labels ``y`` N -> N, at least 0."""
     return F.cross_entropy(logits, y, reduction="none")
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Margin of Carlini and Wagner (S&P 2017, section 5.A, f_6), ``max_{j != y} z_j - z_y``: N x K and N -> N.
+    """Margin of Carlini and Wagner (S&P 2017, section 5.A, f_6), ``max_{j != y} z_j - z_y``: ``logits``
+    z, N x K, and labels ``y``, N -> N.
 
     It is positive exactly where the label is no longer the largest logit, and does not saturate as cross-entropy
     does on a net that is sure of itself.

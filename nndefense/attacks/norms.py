@@ -174,7 +174,15 @@ def random_on_sphere(images: Tensor, radii: Tensor, norm: str, generator: torch.
 
 
 def distance(images: Tensor, attacked: Tensor, norm: str) -> Tensor:
-    """The size of each perturbation in raw pixel units, N: the largest entry (linf) or the length (both l2 norms)."""
+    """The size of each perturbation in raw pixel units.
+
+    Args:
+        images, attacked: N x C x H x W in [0, 1].
+        norm: ``linf`` for the largest entry, ``l2`` or ``normalized-l2`` for the length.
+
+    Returns:
+        N sizes, float32 or float64.
+    """
     delta = attacked - images.to(torch.promote_types(images.dtype, torch.float32))
     return delta.flatten(1).abs().amax(1) if norm == "linf" else length(delta)
 

@@ -56,7 +56,9 @@ class Eot(nn.Module):
         return self._log_mean(self._draws(x))
 
     def expected_loss(self, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-        """Log of the mean probability, N x K, and the loss N that a gradient attack raises."""
+        """Log of the mean probability of images ``x``, N x K, and the ``loss`` N, for labels ``y``, that a gradient
+        attack raises.
+        """
         draws = self._draws(x)
         logits = self._log_mean(draws)
         if self.average == "probabilities":
@@ -107,7 +109,7 @@ class Bpda(nn.Module):
         adopt_mode(self, forward, backward)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The true value, with the substitute's gradient.
+        """The true value at ``x``, with the substitute's gradient.
 
         Raises:
             InputError: true value and substitute differ in shape.

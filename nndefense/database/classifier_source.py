@@ -54,7 +54,8 @@ def classifier_of(
 
 
 def source_of(folder: Path, manifest: Manifest | None = None) -> str:
-    """Where the classifier of a database is: what :func:`classifier_of` takes where none is named.
+    """Where the classifier of the database in ``folder``, with that ``manifest``, is: what :func:`classifier_of` takes
+    where none is named.
 
     Raises:
         ModelError: it is not to be found, or is Python code, or would be fetched, and nobody named it.

@@ -71,8 +71,8 @@ class ImageDatabase:
         index: str = "Flat",
         overwrite: bool = False,
     ) -> DatabaseWriter:
-        """Begin a new database; arguments and errors are those of
-        :class:`~nndefense.database.writer.DatabaseWriter`.
+        """Begin a new database in the folder ``path``; ``classifier``, ``feature``, ``pca``, ``data``, ``index``,
+        ``overwrite`` and errors are those of :class:`~nndefense.database.writer.DatabaseWriter`.
         """
         return DatabaseWriter(
             Path(path).expanduser(), classifier=classifier, feature=feature, pca=pca, data=data, index=index,
@@ -162,8 +162,8 @@ class ImageDatabase:
         """Append M rows to the finished database: new shards, an index that has taken them up, then a new manifest.
 
         Interrupted at any moment, the folder opens as it was before, or with all of the rows; others that have it open
-        keep what they opened. The index is not trained again, and the guard's distances go. Rows, shapes and errors are
-        those of :meth:`DatabaseWriter.add`; no rows change nothing. For large batches: each call copies the index.
+        keep what they opened. The index is not trained again, and the guard's distances go. ``features`` M x d,
+        ``posteriors`` M x C, M ``ids`` and M ``labels`` are those of :meth:`DatabaseWriter.add`; none change nothing.
 
         Raises:
             InputError: also an id that a row has already, or that comes twice.
@@ -310,7 +310,7 @@ class ImageDatabase:
     def weights(
         self, rows: Tensor | Array, weighting: str, *, power: float = CBW_D_POWER, terms: int = CBW_D_TERMS
     ) -> Tensor:
-        """The weights of rows, of any shape; read where they are stored, computed for other powers and terms."""
+        """The weights of rows, of any shape, by a ``weighting``, for other ``power`` or ``terms`` computed anew."""
         default = power == CBW_D_POWER and min(terms, len(self.classes) - 1) == min(CBW_D_TERMS, len(self.classes) - 1)
         if weighting == "cbw-e" or (weighting == "cbw-d" and default):
             return torch.from_numpy(self._table.take(weighting.replace("-", "_"), np.asarray(rows)))

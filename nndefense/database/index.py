@@ -69,7 +69,9 @@ class FaissIndex:
 
     @classmethod
     def empty(cls, factory: str, dimension: int) -> FaissIndex:
-        """An index without rows, neither trained; see :func:`~nndefense.database.index_training.build_index`."""
+        """An index without rows, neither trained, of FAISS's ``factory`` string for vectors of ``dimension`` numbers;
+        see :func:`~nndefense.database.index_training.build_index`.
+        """
         faiss = import_faiss()
         try:
             made = cls(faiss.index_factory(dimension, factory, faiss.METRIC_L2))
@@ -126,7 +128,7 @@ class FaissIndex:
         return found
 
     def write(self, path: Path) -> None:
-        """Save the index to a file; one on a GPU is saved as an index for the CPU."""
+        """Save the index to the file ``path``; one on a GPU is saved as an index for the CPU."""
         import_faiss().write_index(self.to_cpu().index, str(path))
 
     # -- what it is ---------------------------------------------------------------------------------------------
@@ -256,7 +258,8 @@ class FaissIndex:
                 coarse.hnsw.efSearch = max(16, 2 * value)
 
     def search(self, queries: Array, k: int) -> Search:
-        """The k nearest rows of each query; see :class:`Index`. Where fewer were found, the rest are row -1.
+        """The k nearest rows of each of the ``queries``, N x d; see :class:`Index`. Where fewer were found, the rest
+        are row -1.
 
         Raises:
             DatabaseError: the index gives rows that it cannot hold.
@@ -274,7 +277,9 @@ class FaissIndex:
         return type(self.inner).__name__.startswith("Gpu")
 
     def to_device(self, device: str, *, float16: bool = False) -> FaissIndex:
-        """A copy for searching; see :func:`nndefense.database.faiss_tools.on_device`."""
+        """A copy for searching on ``device``, with ``float16`` at half precision there; see
+        :func:`nndefense.database.faiss_tools.on_device`.
+        """
         return FaissIndex(on_device(self.index, device, float16=float16))
 
     def to_cpu(self) -> FaissIndex:

@@ -274,7 +274,7 @@ class Manifest:
             raise TypeError("beside must hold lists of checksums")
 
     def check_files(self, folder: Path, *, checksums: bool) -> None:
-        """Compare the files with the manifest: their presence and length, and with ``checksums`` every byte.
+        """Compare the files in ``folder`` with the manifest: presence and length, and with ``checksums`` every byte.
 
         The few bytes of those in :data:`BESIDE` are always compared.
 
@@ -287,7 +287,7 @@ class Manifest:
             self.read_beside(folder, name)
 
     def read_beside(self, folder: Path, name: str) -> Any:
-        """The values of a file of :data:`BESIDE`, or None where there is none and need be none.
+        """The values of the file ``name`` of :data:`BESIDE` in ``folder``, or None where there need be none.
 
         Raises:
             DatabaseError: it is missing, has changed, was never made for this database, or is no JSON.

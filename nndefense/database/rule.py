@@ -105,7 +105,7 @@ class Rule:
 
     @classmethod
     def fitting(cls, database: ImageDatabase, k: int, *values: Any, **named: Any) -> Rule:
-        """The rule with these values, in their order or by name, for this database.
+        """The rule for this database with K = ``k`` and these ``values``, in their order or by name (``named``).
 
         Raises:
             InputError: a value that cannot be used, fewer rows than K, or labels that should vote where there are none.

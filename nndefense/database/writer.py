@@ -226,7 +226,7 @@ def columns(
 
 
 def check_vacant(folder: Path, *, overwrite: bool = False) -> None:
-    """Raise :class:`DatabaseError` where a finished database would be overwritten without being asked to."""
+    """Raise :class:`DatabaseError` where ``folder`` holds a finished database, unless ``overwrite`` replaces it."""
     if (folder / MANIFEST).exists() and not overwrite:
         raise DatabaseError(f"{folder} already holds a database: choose another folder, or overwrite it")
 

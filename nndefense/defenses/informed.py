@@ -39,7 +39,18 @@ class AdaptiveAttacker:
     images: ImageDataset | None = None
 
     def on_defense(self, database: ImageDatabase, rule: Rule, images: Tensor, labels: Tensor, steps: int) -> Tensor:
-        """Images N x C x H x W -> attacked ones, by the adaptive attack on the defence over this database."""
+        """Attack the defence over this database by the adaptive attack.
+
+        Args:
+            database: of the defence.
+            rule: how its neighbours decide.
+            images: N x C x H x W in [0, 1].
+            labels: their class numbers, N.
+            steps: of the attack, at least 1.
+
+        Returns:
+            The attacked images, N x C x H x W.
+        """
         defense = NearestNeighborDefense(self.classifier, database, **rule.to_json())
         return run_adaptive(
             defense.surface(images=self.images), images, labels, eps=self.eps, norm=self.norm, steps=steps,
@@ -47,7 +58,9 @@ class AdaptiveAttacker:
         ).images  # fmt: skip
 
     def on_classifier(self, images: Tensor, labels: Tensor, steps: int) -> Tensor:
-        """The same on the bare classifier: APGD on the cross-entropy, and on the margin where that fails."""
+        """The same on the bare classifier: APGD on the cross-entropy, and on the margin where that fails; images,
+        labels and steps as for :meth:`on_defense`.
+        """
         made, generator = images.clone(), self._generator()
         for index in torch.split(torch.arange(len(images), device=images.device), self.batch_size):
             for loss in ("cross-entropy", "margin"):

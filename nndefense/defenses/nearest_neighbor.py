@@ -120,7 +120,14 @@ class NearestNeighborDefense(Ruled, EvaluationOnly):
         labels: Tensor,
         **options: Any,
     ) -> tuple[NearestNeighborDefense, Calibration]:
-        """Choose layer, pooling and rule on held-out images; arguments as for :func:`calibrate`.
+        """Choose layer, pooling and rule on held-out images.
+
+        Args:
+            classifier: what the defence is for.
+            candidates: a database for each layer and pooling.
+            clean, attacked: the held-out images N x C x H x W in [0, 1], and the same under an attack.
+            labels: their class numbers, N.
+            **options: those of :func:`calibrate`, and its errors.
 
         Returns:
             The defence with the chosen setting, and the table that it was chosen from.
@@ -141,7 +148,9 @@ class NearestNeighborDefense(Ruled, EvaluationOnly):
 
     @torch.no_grad()
     def explain(self, images: Tensor) -> Explanation:
-        """The prediction for images N x C x H x W with the neighbours that it rests on."""
+        """The prediction for images N x C x H x W in [0, 1] with the neighbours that it rests on; errors as for
+        :meth:`forward`.
+        """
         log_probabilities, distances, rows, weights = self._decided(images)
         ids = self.database.ids(rows)
         return Explanation(
@@ -155,8 +164,12 @@ class NearestNeighborDefense(Ruled, EvaluationOnly):
         )
 
     def surface(self, knowledge: Knowledge = Knowledge.WHITE, **options: Any) -> RetrievalSurface:
-        """What an attacker who knows this much can hold in his hands; options and errors as for
-        :func:`~nndefense.defenses.surface.retrieval_surface`.
+        """What an attacker can hold in his hands.
+
+        Args:
+            knowledge: how much he knows; by default everything.
+            **options: ``images``, ``own_images``, ``overlap`` and whatever else
+                :func:`~nndefense.defenses.surface.retrieval_surface` takes, and its errors.
         """
         return retrieval_surface(self, knowledge, **options)
 

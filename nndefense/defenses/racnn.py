@@ -104,8 +104,8 @@ class RaCnnDefense(EvaluationOnly):
     def load(
         cls, folder: str | Path, classifier: Classifier, database: ImageDatabase, *, k: int | None = None
     ) -> RaCnnDefense:
-        """The defence of a folder that ``nndefense racnn train`` wrote; errors as for the class and
-        :func:`~nndefense.models.racnn.load_racnn`.
+        """The defence of a ``folder`` that ``nndefense racnn train`` wrote; ``classifier``, ``database``, ``k`` and
+        errors are those of the class, other errors those of :func:`~nndefense.models.racnn.load_racnn`.
         """
         return cls(classifier, database, load_racnn(folder, device=classifier.device), k=k)
 
@@ -237,7 +237,7 @@ class RaCnnDefense(EvaluationOnly):
 
     @torch.no_grad()
     def retrieve(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Distances and row numbers of the K nearest rows, N x K each, on the CPU."""
+        """Distances and row numbers of the K rows nearest to ``images``, N x K each, on the CPU."""
         return self.database.search(self.vectors(images), self.k)
 
     def vectors(self, images: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ class RaCnnDefense(EvaluationOnly):
         return self.table.take(rows).to(like)
 
     def answer(self, images: Tensor, neighbors: Tensor) -> Tensor:
-        """g(P(x)): images and their neighbours' features N x K x d -> logits N x C, differentiable in the images."""
+        """g(P(x)): images and their ``neighbors``' features N x K x d -> logits N x C, differentiable in the images."""
         with evaluating(self.net):
             return self.attentive.answer(features_of(self.net, images), neighbors)
 

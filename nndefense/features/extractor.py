@@ -62,19 +62,25 @@ class FeatureSpec:
 
 
 def pooled(activation: Tensor, spec: FeatureSpec, layout: OutputLayout | None = None) -> Tensor:
-    """A layer's output, laid out as :func:`pool` takes it, -> the raw vectors N x D that PCA is fitted on."""
+    """A layer's output -> the raw vectors N x D, float32, that PCA is fitted on.
+
+    Args:
+        activation: of the layer, laid out as :func:`pool` takes it.
+        spec: with the pooling.
+        layout: which axis is what; None as for :func:`pool`.
+    """
     return pool(activation, spec.pooling, layout).float()
 
 
 def fit_pca(sample: Tensor, spec: FeatureSpec) -> PCA | None:
-    """Fit the PCA that ``spec`` asks for on raw vectors N x D, or None where they need none."""
+    """Fit the PCA that ``spec`` asks for on a ``sample`` of raw vectors N x D, or None where they need none."""
     if spec.pca == 0 or (sample.shape[1] <= spec.pca and not spec.whiten):
         return None
     return PCA.fit(sample, min(spec.pca, sample.shape[1]), whiten=spec.whiten)
 
 
 def reduced(vectors: Tensor, spec: FeatureSpec, pca: PCA | None) -> Tensor:
-    """Raw vectors N x D -> the final vectors N x d."""
+    """Raw ``vectors`` N x D -> the final ones N x d, by the ``pca``, if any, and of length 1 where ``spec`` says so."""
     if pca is not None:
         vectors = pca(vectors)
     return F.normalize(vectors, dim=1) if spec.normalize else vectors
@@ -104,13 +110,15 @@ class FeatureExtractor(EvaluationOnly):
         self.pca = pca
 
     def forward(self, images: Tensor) -> Tensor:
-        """N x C x H x W in [0, 1] -> N x d, float32."""
+        """``images`` N x C x H x W in [0, 1] -> vectors N x d, float32."""
         if images.dtype is not torch.float32:
             images = images.to(next((parameter.dtype for parameter in self.parameters()), torch.float32))
         return reduced(pooled(self.truncated(images), self.spec, self.layout), self.spec, self.pca)
 
     def with_answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The vectors N x d and the net's own answer, logits N x classes, from one forward pass, not two."""
+        """The vectors N x d of ``images`` N x C x H x W in [0, 1] and the net's own answer, logits N x classes, from
+        one forward pass, not two.
+        """
         if images.dtype is not torch.float32:
             images = images.to(next((parameter.dtype for parameter in self.parameters()), torch.float32))
         output, answer = self.truncated.with_answer(images)
@@ -142,6 +150,11 @@ def raw_vectors(
     net: nn.Module, layers: Sequence[str], poolings: Sequence[str], example: Tensor
 ) -> list[list[Tensor | None]]:
     """The raw vectors N x D of N example images for each layer (a row) and pooling; None where it does not allow that.
+
+    Args:
+        net: images N x C x H x W in [0, 1] -> logits.
+        layers, poolings: by name.
+        example: the images.
 
     Raises:
         InputError: a layer that does not exist, or that no pooling suits.

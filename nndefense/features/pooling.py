@@ -91,7 +91,7 @@ def pool(activation: Tensor, pooling: str, layout: OutputLayout | None = None) -
 
 
 def rmac(activation: Tensor) -> Tensor:
-    """Regional maximum activations of convolutions: N x C x H x W -> N x C of length 1.
+    """Regional maximum activations of convolutions: ``activation`` N x C x H x W -> N x C of length 1.
 
     At scale l = 1..3 square regions of side ``floor(2 * min(W, H) / (l + 1))`` overlap by about 40 %; each region's
     maxima per channel are l2-normalised, summed, and normalised again (Tolias et al., ICLR 2016, section 3.2).

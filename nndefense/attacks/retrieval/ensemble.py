@@ -82,7 +82,9 @@ class AdaptiveResult:
 
 
 def adaptive(surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | Tensor, **settings: Any) -> Tensor:
-    """The attacked images of :func:`run_adaptive`; see there."""
+    """The attacked images, N x C x H x W, of :func:`run_adaptive`: ``surface``, ``x``, ``y``, ``eps``, the other
+    ``settings`` and errors as there.
+    """
     return run_adaptive(surface, x, y, eps=eps, **settings).images
 
 

@@ -96,7 +96,7 @@ def run_exact(
 
 
 def check_exact(surface: RetrievalSurface, x: Tensor) -> None:
-    """Raise the :class:`InputError` that :func:`run_exact` would, for a surface and one or more of the images."""
+    """Raise the :class:`InputError` that :func:`run_exact` would, for a surface and one or more of the images ``x``."""
     _Search(ascent.pose(surface, x, torch.zeros(len(x), dtype=torch.int64), 0.0, "l2"), 1)
 
 

@@ -299,8 +299,14 @@ def soft_top_k(surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | 
     """Ascent on the soft top-K relaxation R1, re-retrieved every few steps: ``loss``, ``hot``, ``cold``, ``refresh``,
     ``m``, ``target`` and ``hard`` as for :class:`~nndefense.attacks.retrieval.objectives.SoftTopK`.
 
-    All other arguments, of this attack and of those below, what they return and what they raise are those of
-    :func:`~nndefense.attacks.retrieval.ascent.attack`.
+    Args:
+        surface: what the attacker holds.
+        x: clean images, N x C x H x W in [0, 1].
+        y: their class numbers, N.
+        eps: radius, one number or N, in units of the norm.
+        **settings: those above, ``norm``, ``steps``, ``generator`` and whatever else
+            :func:`~nndefense.attacks.retrieval.ascent.attack` takes, which says what is returned and raised: of this
+            attack and of those below.
     """
     return attack(surface, x, y, SoftTopK, eps=eps, **settings)
 
@@ -308,9 +314,10 @@ def soft_top_k(surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | 
 def straight_through(
     surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | Tensor, **settings: Any
 ) -> Tensor:
-    """R3: the hard top-K's answer forward, R1's gradient backward (BPDA); settings as for :func:`soft_top_k`.
+    """R3: the hard top-K's answer forward, R1's gradient backward (BPDA).
 
-    The hard answer decides which class the margin compares with.
+    The hard answer decides which class the margin compares with. ``surface``, ``x``, ``y``, ``eps`` and other
+    ``settings`` as for :func:`soft_top_k`.
     """
     return attack(surface, x, y, SoftTopK, eps=eps, hard=True, **settings)
 
@@ -318,6 +325,7 @@ def straight_through(
 def push_pull(surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | Tensor, **settings: Any) -> Tensor:
     """Feature push-pull as PGD (Sitawarin & Wagner, arXiv 2003.06559): ``guides``, ``refresh`` and ``target`` as for
     :class:`~nndefense.attacks.retrieval.objectives.PushPull`.
+    ``surface``, ``x``, ``y``, ``eps`` and other ``settings`` as for :func:`soft_top_k`.
     """
     return attack(surface, x, y, PushPull, eps=eps, **settings)
 
@@ -325,6 +333,7 @@ def push_pull(surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | T
 def class_scores(surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | Tensor, **settings: Any) -> Tensor:
     """The ASK attack (Wang et al. 2021), from a random start: ``references``, ``temperature`` and ``classes`` as for
     :class:`~nndefense.attacks.retrieval.objectives.ClassScores`.
+    ``surface``, ``x``, ``y``, ``eps`` and other ``settings`` as for :func:`soft_top_k`.
     """
     return attack(surface, x, y, ClassScores, eps=eps, **{"random_start": True, **settings})
 
@@ -333,6 +342,7 @@ def feature_drift(surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float
     """Away from the clean feature, whatever lies there: the attack of those who have no row (L1).
 
     50 steps by default, from a random draw, since the gradient is 0 at x.
+    ``surface``, ``x``, ``y``, ``eps`` and other ``settings`` as for :func:`soft_top_k`.
     """
     return attack(surface, x, y, Drift, eps=eps, **{"steps": 50, "random_start": True, **settings})
 
@@ -341,7 +351,8 @@ def pgd_pr(surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | Tens
     """PGD-PR, the paper's own attack on neighbours' predictions (Dubey et al. 2019), 50 steps from a random start.
 
     Raises ``CE(h(x'), y) + gamma * mean_k CE(h(x'), s_k)`` with s_k the posteriors of the clean image's K neighbours in
-    the attacker's rows; needs the classifier too.
+    the attacker's rows; needs the classifier too. ``surface``, ``x``, ``y``, ``eps`` and other ``settings`` as for
+    :func:`soft_top_k`.
     """
     return _from_the_classifier(surface, x, y, eps, settings, term="prediction")
 
@@ -350,13 +361,16 @@ def pgd_fs(surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | Tens
     """PGD-FS, the paper's own attack in feature space (Dubey et al. 2019), 50 steps from a random start.
 
     Raises ``CE(h(x'), y) + gamma * mean_k ||phi(x') - phi_k||`` over the clean image's K neighbours in the attacker's
-    rows; needs the classifier too.
+    rows; needs the classifier too. ``surface``, ``x``, ``y``, ``eps`` and other ``settings`` as for :func:`soft_top_k`.
     """
     return _from_the_classifier(surface, x, y, eps, settings, term="feature")
 
 
 def gray(surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | Tensor, **settings: Any) -> Tensor:
-    """The classifier's own cross-entropy, the retrieval ignored (L0): the attack that the others must beat."""
+    """The classifier's own cross-entropy, the retrieval ignored (L0): the attack that the others must beat.
+
+    ``surface``, ``x``, ``y``, ``eps`` and other ``settings`` as for :func:`soft_top_k`.
+    """
     return _from_the_classifier(surface, x, y, eps, settings, term="none")
 
 

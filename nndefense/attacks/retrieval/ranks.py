@@ -272,6 +272,7 @@ def _spread(distances: Tensor, k: int) -> Tensor:
 
 def rank_margin(surface: RetrievalSurface, x: Tensor, y: Tensor, *, eps: float | Tensor, **settings: Any) -> Tensor:
     """Ascent on the margin of the neighbour that decides: ``target``, ``hot``, ``cold``, ``around`` and ``refresh`` as
-    for :class:`RankMargin`; all else as for :func:`~nndefense.attacks.retrieval.ascent.attack`.
+    for :class:`RankMargin`; ``surface``, ``x``, ``y``, ``eps`` and other ``settings`` as for
+    :func:`~nndefense.attacks.retrieval.ascent.attack`.
     """
     return attack(surface, x, y, RankMargin, eps=eps, **settings)

@@ -57,12 +57,20 @@ class Seen:
     attacked_probability: Tensor
 
     def rate(self, truth: int, target: int) -> Rate:
-        """The paper's ratio for an object of class ``truth``."""
+        """The paper's ratio for an object of class ``truth`` that is to become ``target``; errors as for
+        :func:`success`.
+        """
         return success(self.clean, self.attacked, truth, target)
 
 
 def success(clean: Tensor, attacked: Tensor, truth: int, target: int) -> Rate:
-    """The paper's ratio from predicted classes: views-a-photo x N, or N where each photo was seen once.
+    """The paper's ratio from predicted classes.
+
+    Args:
+        clean, attacked: class numbers of the views without and with the sticker: views-a-photo x N, or N where each
+            photo was seen once.
+        truth: the object's class.
+        target: the class that it is to become.
 
     Raises:
         InputError: shapes that differ, or a target that is the truth.

@@ -195,7 +195,15 @@ def objective(
     palette: Tensor,
     reference: Tensor | None = None,
 ) -> Terms:
-    """The objective of :func:`rp2`, from the logits N x K of the views; its gradient is 0 outside the mask.
+    """The objective of :func:`rp2`; its gradient is 0 outside the mask.
+
+    Args:
+        logits: of the views, N x K.
+        delta, mask: of the sticker: 3 x h x w, and where it is.
+        target: the class to be seen.
+        settings: with the weights of the terms.
+        palette: printable colours, P x 3 in [0, 1].
+        reference: the object's own picture, 3 x h x w in [0, 1], where there is one.
 
     Raises:
         InputError: the target is no class of the logits, or they carry no gradient.

@@ -191,7 +191,9 @@ def non_printability(colours: Tensor, palette: Tensor) -> Tensor:
 
 
 def nearest_printable(colours: Tensor, palette: Tensor) -> Tensor:
-    """Each pixel's nearest printable colour: 3 x h x w -> 3 x h x w, same dtype; its score is 0."""
+    """Each pixel's nearest printable colour: ``colours`` 3 x h x w and a ``palette`` P x 3, both in [0, 1] -> 3 x h x w
+    of the same dtype; its score is 0.
+    """
     choices = palette.to(colours)
     pixels = colours.detach().movedim(-3, -1)
     nearest = torch.cdist(pixels.reshape(-1, 3).double(), choices.double()).argmin(1)

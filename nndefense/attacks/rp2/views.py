@@ -74,7 +74,7 @@ def _turns(points: Tensor) -> Tensor:
 
 
 def carry(points: Tensor, matrices: Tensor) -> Tensor:
-    """Map points by homographies: N x P x 2 and N x 3 x 3 -> N x P x 2, in float64."""
+    """Map ``points`` N x P x 2 by homographies, ``matrices`` N x 3 x 3 -> N x P x 2, in float64."""
     matrices = matrices.double()
     mapped = points.double() @ matrices[:, :, :2].transpose(1, 2) + matrices[:, None, :, 2]
     return mapped[..., :2] / mapped[..., 2:]

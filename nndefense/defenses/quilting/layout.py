@@ -78,7 +78,9 @@ def starts(side: int, patch: int, overlap: int) -> Array:
 
 @functools.lru_cache(maxsize=32)
 def lay_out(height: int, width: int, patch: int, overlap: int) -> Layout:
-    """Tile an image with patches; see :func:`starts` for the borders and errors."""
+    """Tile an image of ``height`` x ``width`` pixels with square patches of side ``patch``, that overlap by
+    ``overlap`` pixels; see :func:`starts` for the borders and errors.
+    """
     ys, xs = starts(height, patch, overlap), starts(width, patch, overlap)
     rows, columns = (grid.ravel() for grid in np.meshgrid(ys, xs, indexing="ij"))
     inside = (np.arange(patch)[:, None] * width + np.arange(patch)).ravel()

@@ -98,7 +98,7 @@ class PatchManifest:
                 entries[name]
 
     def check_files(self, folder: Path) -> None:
-        """Compare every byte of the files with the manifest.
+        """Compare every byte of the files in ``folder`` with the manifest.
 
         Raises:
             DatabaseError: naming the first file that is missing or differs.

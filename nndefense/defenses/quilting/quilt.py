@@ -60,7 +60,9 @@ class Quilt:
         self._last: tuple[Tensor, Tensor] | None = None
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Which of the nearest patches is taken at each position of each image: N x P, 0 to ``k`` - 1."""
+        """Which of the nearest patches is taken at each position of each image, by ``generator``: N x P of 0 to
+        ``k`` - 1.
+        """
         shape = (len(images), len(self._layout(images)))
         return torch.randint(self.k, shape, generator=generator).to(images.device)
 
@@ -194,7 +196,7 @@ class QuiltingDefense(TransformDefense):
         self.quilt, self.substitute = quilt, substitute
 
     def attacked(self, images: Tensor, drawn: Tensor | None) -> Tensor:
-        """The true quilt forward, the substitute's gradient backward (BPDA)."""
+        """The true quilt of ``images`` with the draws ``drawn`` forward, the substitute's gradient backward (BPDA)."""
         if self.substitute == "identity":
             return super().attacked(images, drawn)
         # The substitute needs more neighbours than the quilt; found before, they serve both.
@@ -208,7 +210,9 @@ class QuiltingDefense(TransformDefense):
         return self.quilt.k == 1 and self.substitute == "soft"
 
     def stand_in(self, images: Tensor, drawn: Tensor | None, progress: float) -> Tensor:
-        """The soft quilt, ever harder, or the true one with its substitute's gradient."""
+        """The soft quilt, ever harder as ``progress`` goes from 0 to 1, or the true one with its substitute's gradient;
+        ``images`` and ``drawn`` as for :meth:`attacked`.
+        """
         return self.quilt.soft(images, progress) if self.softened else self.attacked(images, drawn)
 
 

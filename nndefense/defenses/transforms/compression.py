@@ -46,7 +46,7 @@ class Jpeg(EvaluationOnly):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Images N x C x H x W in [0, 1], grey (C = 1) or colour (C = 3) -> the same shape, 8-bit values over 255.
+        """``images`` N x C x H x W in [0, 1], grey (C = 1) or colour (C = 3) -> the same shape, 8-bit values over 255.
 
         Raises:
             InputError: another number of channels, or more than 65,535 pixels along a side.
@@ -112,14 +112,14 @@ class BitDepth(EvaluationOnly):
 
 
 def jpeg_compression(classifier: Classifier, *, quality: int = 75, subsampling: str = "4:2:0") -> TransformDefense:
-    """JPEG before the classifier; attacked with BPDA. Arguments and errors as for
+    """JPEG before the classifier; attacked with BPDA. ``quality``, ``subsampling`` and errors as for
     :class:`~nndefense.defenses.transforms.Jpeg`.
     """
     return TransformDefense(classifier, Jpeg(quality, subsampling), differentiable=False, random=False)
 
 
 def bit_depth_reduction(classifier: Classifier, *, bits: int = 3, mode: str = "round") -> TransformDefense:
-    """Fewer bits before the classifier; attacked with BPDA. Arguments and errors as for
+    """Fewer bits before the classifier; attacked with BPDA. ``bits``, ``mode`` and errors as for
     :class:`~nndefense.defenses.transforms.BitDepth`.
     """
     return TransformDefense(classifier, BitDepth(bits, mode), differentiable=False, random=False)

@@ -76,11 +76,15 @@ class RandomCrop(EvaluationOnly):
         self.size = size
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A place for each image, as shares of the free rows and columns: N x 2 in [0, 1), float64."""
+        """A place for each of N ``images`` by ``generator``, as shares of the free rows and columns: N x 2 in [0, 1),
+        float64.
+        """
         return torch.rand(len(images), 2, generator=generator, dtype=torch.float64).to(images.device)
 
     def forward(self, images: Tensor, drawn: Tensor | None = None) -> Tensor:
-        """Images N x C x H x W and places of :meth:`draw` (drawn here by default) -> a crop of each, N x C x H x W."""
+        """``images`` N x C x H x W and places ``drawn`` by :meth:`draw` (here by default) -> a crop of each, of the
+        same shape.
+        """
         places = self.draw(images) if drawn is None else drawn
         rows, columns = window(images, self.size)
         free = torch.tensor([images.shape[2] - rows + 1, images.shape[3] - columns + 1], device=images.device)
@@ -109,7 +113,7 @@ class GridCrops(EvaluationOnly):
         self.size, self.crops = size, crops
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images N x C x H x W -> all crops of the first image, then of the second...: N * crops x C x H x W."""
+        """``images`` N x C x H x W -> all crops of the first, then of the second...: N * crops x C x H x W."""
         rows, columns = window(images, self.size)
         side = math.isqrt(self.crops)
         down, across = (

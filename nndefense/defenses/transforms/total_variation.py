@@ -266,7 +266,9 @@ class TotalVariation(EvaluationOnly):
         self.tolerance, self.max_iterations = tolerance, max_iterations
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A mask of kept pixels for each image: booleans N x 1 x H x W, or N x C x H x W with ``mask="entry"``."""
+        """A mask of kept pixels for each image, by ``generator``: booleans N x 1 x H x W, or N x C x H x W with
+        ``mask="entry"``.
+        """
         count, channels, height, width = images.shape
         shape = (count, channels if self.mask == "entry" else 1, height, width)
         return torch.rand(shape, generator=generator).to(images.device) < self.keep
