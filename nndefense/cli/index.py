@@ -305,7 +305,7 @@ def _describe(database: ImageDatabase, common: Common) -> None:
         f"feature    {database.feature}\n"
         f"index      {manifest.index['factory']} ({manifest.index['metric']})\n"
         f"data       {manifest.data['name']}\n"
-        f"classifier {manifest.classifier['source']} ({manifest.classifier['fingerprint'][:12]})\n"
+        f"classifier {_made_by(manifest)}\n"
         f"size       {size / 1e6:.1f} MB, built {manifest.created}"
     )
     if "search" in manifest.index:
@@ -320,6 +320,14 @@ def _describe(database: ImageDatabase, common: Common) -> None:
     if note := outgrown(manifest):
         text += f"\n{note}"
     common.show(found, f"{text}\n{_rule_text(parts, manifest)}")
+
+
+def _made_by(manifest: Manifest) -> str:
+    """The classifier of a database, in words."""
+    made = manifest.classifier
+    return (
+        f"{made['source']} ({made['fingerprint'][:12]})" if made["fingerprint"] else "none: its vectors were imported"
+    )
 
 
 def _rule_text(parts: dict[str, Any], manifest: Manifest) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nndefense.cli.declare import OneOf, Only
-from nndefense.cli.index_changes import index as index
+from nndefense.cli.index_vectors import index as index
 from nndefense.cli.options import Common, DatasetsOption, LimitOption, OverwriteOption, Printing, shape
 
 if TYPE_CHECKING:

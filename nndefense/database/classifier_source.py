@@ -38,6 +38,8 @@ def classifier_of(
     Raises:
         ModelError: it is not to be found; or it is Python code, or would be fetched, and nobody named it.
     """
+    if not manifest.classifier["fingerprint"]:
+        raise ModelError(imported(folder))
     channels, height, width = manifest.classifier["input_shape"]
     shape = input_shape or (channels, height, width)
     found = str(source) if source is not None else source_of(folder, manifest)
@@ -61,6 +63,8 @@ def source_of(folder: Path, manifest: Manifest | None = None) -> str:
         ModelError: it is not to be found, or is Python code, or would be fetched, and nobody named it.
     """
     manifest = manifest or Manifest.read(folder)
+    if not manifest.classifier["fingerprint"]:
+        raise ModelError(imported(folder))
     named = str(manifest.classifier["source"])
     if named.startswith(PYTHON):
         # A manifest is data: opening it must not run code that it names.
@@ -82,6 +86,14 @@ def source_of(folder: Path, manifest: Manifest | None = None) -> str:
     raise ModelError(
         f"the classifier of {folder} ({named or 'its source was not recorded'}, "
         f"{manifest.classifier['fingerprint'][:12]}) is not to be found: give --classifier"
+    )
+
+
+def imported(folder: Path) -> str:
+    """What to say where a database of imported vectors is asked for its classifier."""
+    return (
+        f"{folder} holds imported vectors, and no classifier is known that makes them, so that it is searched by "
+        "vectors alone: import them with --classifier, --layer and --dataset"
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nndefense.database.classifier_source import imported
 from nndefense.database.faiss_tools import faiss_available
 from nndefense.database.growing import add_rows, changing, remove_rows
 from nndefense.database.index import BACKENDS, FaissIndex, Index, TorchIndex
@@ -57,8 +58,6 @@ class ImageDatabase:
         self._selection: Array | None = None
         # How the index is held, to open it again in the same way.
         self._held: dict[str, Any] = {}
-
-    # -- making and opening -------------------------------------------------------------------------------------
 
     @staticmethod
     def create(
@@ -207,8 +206,6 @@ class ImageDatabase:
         if fits:
             self._table.hold()
         return fits
-
-    # -- what it is ---------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return self.manifest.rows if self._selection is None else len(self._selection)
@@ -385,6 +382,8 @@ def check_classifier(folder: Path, manifest: Manifest, classifier: Classifier) -
     """Raise :class:`DatabaseError` unless the database of this folder and manifest was made with this classifier."""
     classifier = unwrapped(classifier)
     made, given = manifest.classifier["fingerprint"], classifier.fingerprint
+    if not made:
+        raise DatabaseError(imported(folder))
     if made != given:
         raise DatabaseError(
             f"{folder} was made with another classifier ({manifest.classifier['source']}, {made[:12]}) than this one "

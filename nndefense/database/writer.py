@@ -62,18 +62,21 @@ class DatabaseWriter:
         self,
         folder: Path,
         *,
-        classifier: Classifier,
+        classifier: Classifier | None,
         feature: FeatureSpec,
         pca: PCA | None = None,
         data: Mapping[str, Any] | None = None,
         index: str = "Flat",
         overwrite: bool = False,
+        classes: Sequence[str] = (),
     ) -> None:
         """Begin a database.
 
         Args:
             folder: where it will be; made if missing.
-            classifier: the classifier whose features and posteriors the rows hold.
+            classifier: the classifier whose features and posteriors the rows hold; None where nobody knows one: such a
+                database is searched by vectors alone.
+            classes: without a classifier, the names of the posteriors' classes.
             feature: how the features are made.
             pca: the fitted PCA that belongs to ``feature``, or None.
             data: ``name``, ``fingerprint`` and ``specs`` of the images.
@@ -91,12 +94,12 @@ class DatabaseWriter:
             raise DatabaseError(f"{folder} cannot be written ({error.strerror}): choose another folder") from error
         self.folder, self.pca, self.factory = folder, pca, index
         self._identity: dict[str, Any] = {
-            "classes": tuple(classifier.classes),
+            "classes": tuple(classes if classifier is None else classifier.classes),
             "feature": feature.to_json(),
             "classifier": made_by(classifier),
             "data": dict(data or {"name": "unnamed", "fingerprint": "", "specs": []}),
         }
-        self._shards = ShardWriter(folder, first=0, classes=len(classifier.classes))
+        self._shards = ShardWriter(folder, first=0, classes=len(self._identity["classes"]))
 
     def add(
         self, features: Tensor, posteriors: Tensor, ids: Sequence[str], labels: Sequence[int] | Tensor | Array
@@ -178,8 +181,10 @@ class ShardWriter:
         self.number, self._pending, self._columns = self.number + 1, 0, {}
 
 
-def made_by(classifier: Classifier) -> dict[str, Any]:
-    """What a database records of its classifier."""
+def made_by(classifier: Classifier | None) -> dict[str, Any]:
+    """What a database records of its classifier; empty entries where there is none."""
+    if classifier is None:
+        return {"fingerprint": "", "arch": "", "source": "", "input_shape": []}
     return {
         "fingerprint": classifier.fingerprint,
         "arch": classifier.arch,
