@@ -5,7 +5,8 @@
    which a loop as one writes it does not; so the bare loop is also run with the same memory.
 2. memory: the peak of a build at ten times the images, against the smaller one; anonymous memory, so that mapped files,
    which the system may drop, do not count.
-3. search: `auto` against exact search, and its training, adding and tuning against autofaiss on the same vectors.
+3. search: `auto` against exact search, and its training, adding and tuning against autofaiss on the same vectors; and
+   codes whose candidates are read again from a mapped file.
 4. defended: a defended prediction against the bare classifier's.
 5. scaling: the time of a query against the number of rows.
 6. growing: adding a tenth of its rows to a database, against extracting those images alone.
@@ -42,7 +43,15 @@ from index_vectors import pieces, queries
 from torch import Tensor, nn
 
 from index_build.mapper import Mapper
-from nndefense.database.index_training import build_index, choose_index, sample_rows, train_index, training_rows
+from nndefense.database.index_training import (
+    build_index,
+    choose_index,
+    index_bytes,
+    sample_rows,
+    train_index,
+    training_rows,
+)
+from nndefense.database.reranking import RerankedIndex
 from nndefense.database.tuning import exact_neighbours, recall_at, tune
 from nndefense.features import FeatureSpec
 from nndefense.memory import reused_memory
@@ -62,6 +71,7 @@ def main() -> None:
     parser.add_argument("--most-rows", type=int, default=10_000_000, help="of scaling")
     parser.add_argument("--scaling-dimension", type=int, default=32)
     parser.add_argument("--recall", type=float, default=0.95)
+    parser.add_argument("--codes", action="append", help="of search: kinds to re-rank [default: IVF4096,PQ64]")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--autofaiss", default=None, help="a Python that has autofaiss; without it that part is left out"
@@ -185,35 +195,21 @@ def search_part(options: argparse.Namespace, clock: Callable[[], float]) -> dict
     start = clock()
     truth = exact.search(asked, K)[1]
     exact_rate = len(asked) / (clock() - start)
-    tuned_on = exact.search(held_out, K)[1]
+    held = held_out, exact.search(held_out, K)[1]
     choice = choose_index(rows, dimension)
-    # What autofaiss is compared in: training, adding and tuning; the truth to tune by is part of it.
-    spent = {}
-    start = clock()
-    index = train_index(
-        choice.factory, dimension, vectors[sample_rows(rows, training_rows(choice.factory, dimension, rows))]
-    )
-    spent["train"] = clock() - start
-    start = clock()
-    index.add(vectors)
-    spent["add"] = clock() - start
-    start = clock()
-    tuned = tune(index, held_out, tuned_on, recall=options.recall, seconds=0)
-    spent["tune"] = clock() - start + len(held_out) / exact_rate
-    best = min(timed(lambda: index.search(asked, K), clock) for _ in range(options.rounds))
-    recall = recall_at(index.search(asked, K)[1], truth)
-    rate = len(asked) / best
-    ours = sum(spent.values())
-    print(
-        f"{rows:,} x {dimension}: {choice.factory}, {tuned.search}: recall@{K} {recall:.4f} on other queries, "
-        f"{rate:,.0f} queries/s, {rate / exact_rate:.1f} times exact search ({exact_rate:,.0f}); train "
-        f"{spent['train']:.0f} s, add {spent['add']:.0f} s, tune {spent['tune']:.0f} s"
-    )
-    found: dict[str, Any] = {
-        "rows": rows, "dimension": dimension, "factory": choice.factory, "why": choice.why, "search": tuned.search,
-        "recall": recall, "queries_per_second": rate, "exact_queries_per_second": exact_rate,
-        "times_exact": rate / exact_rate, "seconds": spent, "built_s": ours,
-    }  # fmt: skip
+    found = {
+        "exact_queries_per_second": exact_rate,
+        "why": choice.why,
+        **searched(choice.factory, vectors, (asked, truth), held, exact_rate, options, clock),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        np.save(Path(name) / "rows.npy", vectors)
+        stored = np.load(Path(name) / "rows.npy", mmap_mode="r")
+        found["codes"] = [
+            searched(factory, vectors, (asked, truth), held, exact_rate, options, clock, stored)
+            for factory in options.codes or ["IVF4096,PQ64"]
+        ]
+    ours = found["built_s"]
     found["autofaiss"] = other = autofaiss(options, vectors, asked, truth)
     if "built_s" in other:
         found["time_against_autofaiss"] = ours / other["built_s"]
@@ -227,6 +223,41 @@ def search_part(options: argparse.Namespace, clock: Callable[[], float]) -> dict
     else:
         print(f"  autofaiss: {other['left_out']}")
     return found
+
+
+def searched(
+    factory: str, vectors: Any, asked: Any, held_out: Any, exact_rate: float, options: argparse.Namespace,
+    clock: Callable[[], float], stored: Any = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train, add, tune on some queries with their truth and measure on others; with ``stored`` rows, re-ranked."""
+    rows, dimension = vectors.shape
+    # What autofaiss is compared in: training, adding and tuning; the truth to tune by is part of it.
+    spent = {}
+    start = clock()
+    index = train_index(factory, dimension, vectors[sample_rows(rows, training_rows(factory, dimension, rows))])
+    spent["train"] = clock() - start
+    start = clock()
+    index.add(vectors)
+    spent["add"] = clock() - start
+    if stored is not None:
+        index = RerankedIndex(index.index, lambda numbers: stored[numbers])
+    start = clock()
+    tuned = tune(index, *held_out, recall=options.recall, seconds=0)
+    spent["tune"] = clock() - start + len(held_out[0]) / exact_rate
+    best = min(timed(lambda: index.search(asked[0], K), clock) for _ in range(options.rounds))
+    recall = recall_at(index.search(asked[0], K)[1], asked[1])
+    rate, size = len(asked[0]) / best, index_bytes(factory, rows, dimension) / rows
+    print(
+        f"{rows:,} x {dimension}: {factory}, {size:.0f} bytes a row, {tuned.search}: recall@{K} {recall:.4f} on other "
+        f"queries, {rate:,.0f} queries/s, {rate / exact_rate:.1f} times exact search ({exact_rate:,.0f}); train "
+        f"{spent['train']:.0f} s, add {spent['add']:.0f} s, tune {spent['tune']:.0f} s",
+        flush=True,
+    )
+    return {
+        "rows": rows, "dimension": dimension, "factory": factory, "bytes_a_row": size, "search": tuned.search,
+        "recall": recall, "queries_per_second": rate, "times_exact": rate / exact_rate, "seconds": spent,
+        "built_s": sum(spent.values()),
+    }  # fmt: skip
 
 
 def autofaiss(options: argparse.Namespace, vectors: Any, asked: Any, truth: Any) -> dict[str, Any]:

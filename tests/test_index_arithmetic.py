@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import h5py
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nndefense.database.index_training import choose_index, training_rows
+from nndefense.database.index_training import choose_index, index_bytes, training_rows
 from nndefense.database.mapped_shards import DIGEST
 from nndefense.database.writer import columns
 
@@ -54,6 +55,18 @@ def test_bytes_of_rows(half: bool, top: int) -> None:
     assert told["features"] == [size(rows * features) for rows in SIZES]
     assert told["posteriors"] == [size(rows * posteriors) for rows in SIZES]
     assert row_of_table("weights, labels") == [size(rows * sum(bytes_of.values())) for rows in SIZES]
+
+
+def test_bytes_of_the_indexes_that_are_advised() -> None:
+    """Each kind in a row of the table, with the bytes in the same place of the next cell."""
+    advised = PAGE[PAGE.index("Which to take, at d = 256") : PAGE.index("Upright figures")]
+    for line in [line for line in advised.splitlines() if line.startswith("| 10^")]:
+        rows, kinds, told = (cell.strip() for cell in line.strip("|").split("|")[:3])
+        count = 10 ** int(rows.split(",")[0].removeprefix("10^"))
+        sizes = [size(index_bytes(kind, count, DIMENSION)) for kind in kinds.split("`")[1::2] if kind != "auto"]
+        unit = sizes[0].split()[1]
+        assert [number.split()[0] for number in sizes] == re.findall(r"\b\d+(?:\.\d+)?\b", told.replace(unit, ""))
+        assert unit in told
 
 
 def test_kinds_of_index() -> None:

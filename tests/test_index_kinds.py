@@ -13,6 +13,7 @@ from helpers import nearest_by_loop, table, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nndefense.database import ImageDatabase
 from nndefense.database.faiss_tools import check_device, list_finder
 from nndefense.database.index import FaissIndex, TorchIndex
 from nndefense.database.index_training import (
@@ -25,6 +26,7 @@ from nndefense.database.index_training import (
     training_rows,
 )
 from nndefense.database.merging import merge_parts
+from nndefense.database.reranking import MOST_RERANKED, RerankedIndex
 from nndefense.database.tuning import exact_neighbours, measure, recall_at, tune
 from nndefense.errors import DatabaseError, InputError
 
@@ -388,6 +390,72 @@ def test_where_no_effort_reaches_a_recall_the_smallest_that_is_as_good_as_the_be
     assert tuned.recall >= best - 0.003
     assert tuned.value < 40
     assert found[tuned.value - 1] < best - 0.001 + 1e-9
+
+
+# Products, products of 4 bits that are scanned at once, 4 bits a number, a bit a number, and fewer numbers.
+CODED = ("PQ8x4", "IVF16,PQ8x4fs", "IVF16,SQ4", "IVF16,RaBitQ", "PCA8,IVF16,Flat")
+
+
+@pytest.mark.parametrize("factory", CODED)
+def test_codes_whose_candidates_are_read_find_the_nearest_at_their_true_distances(factory: str):
+    rows, asked = vectors(), vectors(60, seed=1)
+    true, truth = nearest_by_loop(asked, rows, 10)
+    index = trained_index(factory)
+    index.add(rows)
+    assert index.coded
+    alone = tune(index, asked, truth, recall=0.98, seconds=0)
+    assert not alone.reached
+    reranked = RerankedIndex(index.index, lambda numbers: rows[numbers])
+    tuned = tune(reranked, asked, truth, recall=0.98, seconds=0)
+    assert tuned.reached
+    assert 1 < tuned.rerank <= MOST_RERANKED
+    assert tuned.search["rerank"] == tuned.rerank == reranked.parameters["rerank"]
+    distances, found = reranked.search(asked, 10)
+    assert recall_at(found, truth) == tuned.recall >= 0.98
+    assert (np.diff(distances, axis=1) >= 0).all()
+    same = found == truth
+    assert np.allclose(distances[same], true[same], rtol=1e-6)
+    # Half of the candidates would not do.
+    reranked.set_search({"rerank": tuned.rerank // 2})
+    assert recall_at(reranked.search(asked, 10)[1], truth) < 0.98
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "HNSW16", "IVF16_HNSW8,Flat"])
+def test_whole_vectors_are_no_codes(factory: str):
+    assert not trained_index(factory).coded
+
+
+def test_candidates_that_are_missing_stay_so_and_no_more_are_asked_for_than_there_are():
+    rows = vectors()[:40]
+    index = trained_index("IVF16,SQ4")
+    index.add(rows)
+    index.set_search({"nprobe": 1})
+    reranked = RerankedIndex(index.index, lambda numbers: rows[numbers])
+    reranked.set_search({"rerank": 8})
+    distances, found = reranked.search(vectors(30, seed=1), 20)
+    assert (found < 0).any()
+    assert np.isinf(distances[found < 0]).all()
+    for query in found:
+        assert len(set(query[query >= 0])) == (query >= 0).sum()
+    for wrong in (0, MOST_RERANKED + 1, 1.5):
+        with pytest.raises(InputError, match="rerank is"):
+            reranked.set_search({"rerank": wrong})
+
+
+def test_what_was_measured_is_how_a_database_is_searched(tmp_path: Path):
+    data = table(600)
+    write(tmp_path, data, index="IVF4,SQ4")
+    search = measure(tmp_path, k=10, recall=0.99)
+    assert search["reached"]
+    assert search["setting"]["rerank"] > 1
+    database = ImageDatabase.open(tmp_path)
+    queries, rows = data.features[:50].numpy() + 0.01, data.features.numpy()
+    distances, found = database.search(queries, 10)
+    true, truth = nearest_by_loop(queries, rows, 10)
+    assert recall_at(found.numpy(), truth) > 0.95
+    same = found.numpy() == truth
+    assert np.allclose(distances.numpy()[same], true[same], rtol=1e-5)
+    assert not database.exact
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])

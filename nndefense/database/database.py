@@ -20,6 +20,7 @@ from nndefense.database.index import BACKENDS, FaissIndex, Index, TorchIndex
 from nndefense.database.index_training import build_index
 from nndefense.database.manifest import Manifest
 from nndefense.database.repeats import repeated_ids, rows_of
+from nndefense.database.reranking import set_as_stored
 from nndefense.database.rows import StoredRows
 from nndefense.database.sharded import ENGINES, ShardedIndex
 from nndefense.database.weighting import CBW_D_POWER, CBW_D_TERMS, neighbor_weights
@@ -145,9 +146,8 @@ class ImageDatabase:
         elif backend == "faiss":
             name = manifest.index["file"]
             mapped = manifest.files[name].bytes > _MAPPED_BYTES
-            index = FaissIndex.read(folder / name, mapped=mapped, dimension=manifest.dimension, rows=manifest.rows)
-            # As was found to give the recall that was asked for.
-            index.set_search(manifest.index.get("search", {}).get("setting", {}))
+            read = FaissIndex.read(folder / name, mapped=mapped, dimension=manifest.dimension, rows=manifest.rows)
+            index = set_as_stored(read, manifest.index, lambda rows: table.take("features", rows))
         else:
             index = TorchIndex(lambda first, last: table.slice("features", first, last), len(table), device=device)
         pca = load_pca(folder / PCA_FILE) if PCA_FILE in manifest.files else None

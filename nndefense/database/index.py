@@ -153,6 +153,14 @@ class FaissIndex:
         return index
 
     @property
+    def coded(self) -> bool:
+        """Whether rows are kept as codes or shortened, so that distances are not quite those of the rows."""
+        faiss, inner = import_faiss(), self.inner
+        kept = faiss.downcast_index(inner.storage) if is_graph(inner) else inner
+        shortened = any(transform.d_out < transform.d_in for transform in transforms(self.index))
+        return shortened or not isinstance(kept, (faiss.IndexFlat, faiss.IndexIVFFlat))
+
+    @property
     def merges(self) -> str:
         """How parts become one: ``lists`` (inverted lists), ``codes`` (rows in order), or nothing: they
         cannot be filled apart from each other."""

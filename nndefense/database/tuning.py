@@ -17,7 +17,8 @@ from nndefense.database.faiss_tools import import_faiss, threads
 from nndefense.database.index import FaissIndex
 from nndefense.database.index_training import sample_rows
 from nndefense.database.manifest import Manifest
-from nndefense.database.rows import pieces_of, sample_of
+from nndefense.database.reranking import MOST_RERANKED, RERANK, RerankedIndex
+from nndefense.database.rows import StoredRows, pieces_of, sample_of
 from nndefense.database.writer import writing
 from nndefense.errors import DatabaseError, InputError
 
@@ -40,6 +41,7 @@ class Tuned:
     Attributes:
         parameter: ``nprobe``, ``efSearch``, or None where the kind has none.
         value: what it was set to.
+        rerank: how many candidates are read for each row that is wanted; 1 where the index itself decides.
         recall: the share of the K rows found that are among the true K nearest, or as near as the last of these, on the
             queries that it was measured with.
         queries_per_second: all those queries at once, with ``threads`` threads.
@@ -50,6 +52,7 @@ class Tuned:
 
     parameter: str | None
     value: int | None
+    rerank: int
     recall: float
     queries_per_second: float
     k: int
@@ -59,7 +62,8 @@ class Tuned:
     @property
     def search(self) -> dict[str, int]:
         """What to give to :meth:`FaissIndex.set_search`."""
-        return {} if self.parameter is None or self.value is None else {self.parameter: self.value}
+        setting = {} if self.parameter is None or self.value is None else {self.parameter: self.value}
+        return setting if self.rerank == 1 else {**setting, RERANK: self.rerank}
 
 
 def exact_neighbours(queries: Array, pieces: Iterable[Array], k: int) -> NDArray[np.int64]:
@@ -149,7 +153,9 @@ def tune(
 
     The value is doubled until the recall is reached, then halved in between. Where none reaches it, the smallest is
     taken whose recall is within 0.001 of the best: more effort would be spent on nothing. A search that finds fewer
-    than K rows for a query counts as one that does not reach it, whatever the recall.
+    than K rows for a query counts as one that does not reach it, whatever the recall. An index that can read its rows
+    (:class:`RerankedIndex`) is given as many candidates as may be for all that, and then as few as keep what was
+    reached.
 
     Args:
         index: with its rows.
@@ -171,23 +177,28 @@ def tune(
         raise InputError(f"tuning needs queries N x d and truth N x K, but was given {queries.shape} and {truth.shape}")
     k, known = truth.shape[1], index.parameters
     asked = k if own is None else k + 1
-    parameter = next(iter(known), None)
+    parameter = next((name for name in known if name != RERANK), None)
     seen: dict[int, tuple[bool, float]] = {}
+
+    def set_to(value: int, rerank: int) -> None:
+        index.set_search({name: one for name, one in ((parameter, value), (RERANK, rerank)) if name in known})
+
+    def search(value: int, rerank: int) -> tuple[bool, float]:
+        set_to(value, rerank)
+        found = index.search(queries, asked)[1]
+        found = found if own is None else _without(found, own, k)
+        return not bool((found < 0).any()), recall_at(found, truth, queries, rows)
 
     def measured(value: int) -> tuple[bool, float]:
         if value not in seen:
-            if parameter is not None:
-                index.set_search({parameter: value})
-            found = index.search(queries, asked)[1]
-            found = found if own is None else _without(found, own, k)
-            seen[value] = not bool((found < 0).any()), recall_at(found, truth, queries, rows)
+            seen[value] = search(value, rerank)
         return seen[value]
 
     def enough(value: int, complete: bool = True, share: float = recall) -> bool:
         return measured(value)[0] >= complete and measured(value)[1] >= share
 
     with threads(threads_used):
-        value = 1
+        value, rerank = 1, MOST_RERANKED if RERANK in known else 1
         if parameter is not None:
             most = int(index.inner.nlist) if parameter == "nprobe" else _MOST_CANDIDATES
             # A graph looks at k candidates or more in any case.
@@ -198,11 +209,17 @@ def tune(
                 best = max(share for whole, share in seen.values() if whole == complete) - _AS_GOOD
                 _smallest(lambda number: enough(number, complete, best), least, most)
                 value = min(number for number in seen if enough(number, complete, best))
-            index.set_search({parameter: value})
-        share, reached = measured(value)[1], enough(value)
+        found, reached = measured(value), enough(value)
+        complete, least_share = found[0], recall if reached else found[1] - _AS_GOOD
+        while rerank > 1:
+            fewer = search(value, rerank // 2)
+            if fewer[0] < complete or fewer[1] < least_share:
+                break
+            rerank, found = rerank // 2, fewer
+        set_to(value, rerank)
         speed = len(queries) / fastest(lambda: index.search(queries, asked), seconds)
         count = int(import_faiss().omp_get_max_threads())
-    return Tuned(parameter, None if parameter is None else value, share, speed, k, reached, count)
+    return Tuned(parameter, None if parameter is None else value, rerank, found[1], speed, k, reached, count)
 
 
 def fastest(call: Callable[[], object], seconds: float) -> float:
@@ -270,6 +287,9 @@ def measure(
     if rows < 2:
         raise DatabaseError(f"{folder} holds {rows} row: an index over it has no recall to measure")
     sizes = [manifest.files[name].rows for name in manifest.shards]
+    if index.coded:
+        stored = StoredRows(shards, sizes)
+        index = RerankedIndex(index.index, lambda numbers: stored.take("features", numbers))
     own: NDArray[np.int64] | None = None
     if queries is None:
         own = sample_rows(rows, QUERIES, seed)
