@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nndefense.guard import Guard
     from nndefense.models import Classifier, build_classifier, load_classifier, save_classifier
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Classifier": "nndefense.models",
