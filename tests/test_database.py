@@ -486,7 +486,7 @@ def content(folder: Path) -> str | None:
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("job", ["create", "overwrite", "add"])
+@pytest.mark.parametrize("job", ["create", pytest.param("overwrite", marks=pytest.mark.slow), "add"])
 def test_interrupted_between_any_two_files(tmp_path, small_shards, job, after):
     old, new, pca = table(10, seed=1), table(16, seed=2), PCA.fit(torch.randn(40, 20), 16)
 

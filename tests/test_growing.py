@@ -177,7 +177,10 @@ def test_one_that_was_killed_goes_on_without_a_forward_pass_and_another_needs_ov
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Products take long to learn.
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if "PQ" in kind else kind for kind in KINDS]
+)
 def test_rows_come_and_go_in_an_index_of_any_kind(tmp_path, small_shards, kind):
     data = table(120)
     database = write(tmp_path, data.cut(0, 90), index=kind)
@@ -270,7 +273,7 @@ def test_one_that_is_opened_while_it_changes_is_the_new_one(tmp_path, monkeypatc
     assert_holds(ImageDatabase.open(tmp_path), data)
 
 
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_removal_that_is_interrupted_between_any_two_files(tmp_path, small_shards, after):
     data = table(24)
     names = [data.ids[row] for row in (2, 3, 9, 23)]

@@ -139,7 +139,7 @@ def test_company_changes_no_bit(guard: Guard, alone: list[Any], chosen: list[int
 
 
 @pytest.mark.parametrize("arch", ["small-cnn", pytest.param("madry-mnist", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_company_changes_no_bit_for_other_nets_and_threads(arch: str, threads: int, tmp_path: Path) -> None:
     classifier = untrained(1, arch)
     layer = "block1" if arch == "small-cnn" else "fc1"

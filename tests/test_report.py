@@ -868,7 +868,7 @@ def test_the_attacks_of_a_run_are_those_that_were_run() -> None:
         assert f'<th scope="row">{name}</th>' in page
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", [pytest.param("light", marks=pytest.mark.slow), "dark"])
 def test_reports_fit_every_screen_and_can_be_read(tmp_path: Path, scheme: str) -> None:
     results = json.loads((Path(__file__).parent.parent / "docs/results/table2-digits.json").read_text())
     pages = {"evaluation": report_html(informed(102, 120), fake_gallery(4)), "comparison": page_of(results)}
