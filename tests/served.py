@@ -98,16 +98,17 @@ class Slow:
         self._inner, self.seconds = inner, seconds
         self.go = threading.Event()
         self.go.set()
-        self.begun = threading.Event()
+        self.begun, self.taken = threading.Event(), 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def predict(self, *arguments: Any, **options: Any) -> list[Defended]:
+    def predict(self, images: Any, *arguments: Any, **options: Any) -> list[Defended]:
+        self.taken += len(images)
         self.begun.set()
         assert self.go.wait(20)
         time.sleep(self.seconds)
-        return self._inner.predict(*arguments, **options)
+        return self._inner.predict(images, *arguments, **options)
 
 
 @dataclass

@@ -862,7 +862,7 @@ def test_requests_accepted_before_the_change_are_answered_by_the_old_database() 
                 return client.post("/v1/classify", **raw(pictures()[number])).content
 
         early = [pool.submit(ask, number) for number in range(6)]
-        until(lambda: served.state.batcher.waiting + 4 >= 6 and slow.begun.is_set())
+        until(lambda: served.state.batcher.waiting + slow.taken >= 6)
         with served.client() as admin:
             assert admin.post("/v1/admin/reload").json()["database"] == other.database.fingerprint
         late = [pool.submit(ask, number) for number in range(2)]
