@@ -110,13 +110,16 @@ def reproduce(
 # What training and attacks of the small scale took on one core of two: docs/results.
 _MINUTES = {
     "does-retrieval-defend": 58,
+    "does-retrieval-defend-cifar10": 62,
     "does-retrieval-defend-digits": 32,
     "does-retrieval-defend-rst": 43,
     "fgsm-table": 24,
+    "fgsm-table-cifar10": 8,
     "gap-vs-labels": 9,
     "madry-mnist": 42,
     "rst-cifar10": 88,
     "rst-mnist": 48,
+    "tsipras-cifar10": 6,
     "tsipras-mnist": 63,
 }
 
