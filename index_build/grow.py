@@ -286,7 +286,9 @@ def _join(folder: Path, manifest: Manifest, job: BuildJob, found: Extracted) -> 
 
 
 def remove_images(folder: str | Path, ids: Sequence[str]) -> Manifest:
-    """Take the rows of images out of a database, by their ids; see :meth:`nndefense.database.ImageDatabase.remove`."""
+    """Take the rows of images out of the database in ``folder``, by their ids; see
+    :meth:`nndefense.database.ImageDatabase.remove`.
+    """
     folder = Path(folder).expanduser()
     with changing(folder) as manifest:
         drop_grown(folder, manifest)
@@ -298,8 +300,8 @@ def compact_database(
 ) -> Manifest:
     """Join small shards, remove files that changes have replaced, and train another index where that is asked for.
 
-    See :func:`~nndefense.database.growing.compact`. A new index is measured for the recall that the database was built
-    for.
+    ``folder``, ``memory`` and ``device`` as for :func:`~nndefense.database.growing.compact`. A new index is measured
+    for the recall that the database was built for.
 
     Raises:
         InputError, DatabaseError: as that does.

@@ -12,7 +12,7 @@ Z95 = 1.959963984540054
 
 
 def wilson_interval(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
-    """The Wilson score interval of a proportion (Wilson, JASA 1927), 95 % two-sided by default.
+    """The Wilson score interval of a proportion (Wilson, JASA 1927), ``z`` standard deviations wide: 95 %.
 
     The successes need not be a whole number. Unlike the normal approximation it stays in [0, 1] and is not empty at
     0 or n successes.

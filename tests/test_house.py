@@ -368,7 +368,7 @@ def test_public_names_exist_and_are_described(package: str) -> None:
 
 
 def undescribed(function: ast.FunctionDef, of_class: str = "") -> list[str]:
-    """What a public function's docstring leaves out: errors that it raises itself, arguments beside those it lists.
+    """What a public function's docstring leaves out: errors that it raises itself, and arguments.
 
     Args:
         function: as parsed.
@@ -385,7 +385,11 @@ def undescribed(function: ast.FunctionDef, of_class: str = "") -> list[str]:
     # "the errors are as for" another function says where to read them; the base class stands for every kind.
     if re.search(r"\berrors\b|NNDefenseError", said):
         names = set()
-    if "Args:" in own:
+    # Likewise arguments are "as for" another function, or those of what makes objects of a class.
+    elsewhere = r"\b[Aa]s for\b"
+    if function.name == "__init__":
+        elsewhere += r"|made by :|with :meth:`(open|create)|:meth:`open`"
+    if "Args:" in own or not re.search(elsewhere, said):
         a = function.args
         given = (*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg)))
         names |= {x.arg for x in given} - {"self", "cls"}
@@ -428,11 +432,12 @@ def test_public_docstrings_name_their_errors_and_all_arguments() -> None:
 @pytest.mark.parametrize(
     ("source", "missing"),
     [
-        ('def f(x):\n    """Do."""\n    raise InputError("x")', ["InputError"]),
-        ('def f(x):\n    """Do.\n\n    Raises:\n        InputError: x.\n    """\n    raise InputError("x")', []),
+        ('def f(x):\n    """Do x."""\n    raise InputError("x")', ["InputError"]),
+        ('def f(x):\n    """Do x.\n\n    Raises:\n        InputError: x.\n    """\n    raise InputError("x")', []),
         ('def f(x):\n    """Do; errors as for g."""\n    raise InputError("x")', []),
+        ('def f(x, y):\n    """Do ``y``."""', ["x"]),
         ('def f(x, *, y, **z):\n    """Do.\n\n    Args:\n        x: this.\n    """', ["y", "z"]),
-        ('def f(x):\n    """Do."""\n    def g():\n        raise InputError("x")', []),
+        ('def f(x):\n    """Do x."""\n    def g():\n        raise InputError("x")', []),
     ],
 )
 def test_what_a_docstring_leaves_out_is_seen(source: str, missing: list[str]) -> None:

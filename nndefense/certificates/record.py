@@ -74,11 +74,11 @@ class Certified:
         return self.prediction == labels.cpu()
 
     def stands(self, labels: Tensor, eps: float | Tensor) -> Tensor:
-        """N: right, and proven to stay so within ``eps`` (one number or N) of the certificate's norm."""
+        """N: right by ``labels``, and proven to stay so within ``eps`` (one number or N) of the certificate's norm."""
         return self.correct(labels) & (self.radius >= torch.as_tensor(eps, dtype=torch.float64).cpu())
 
     def accuracy(self, labels: Tensor, eps: float) -> CertifiedAccuracy:
-        """The certified accuracy at a budget: over all images, also those that are wrong or abstained on."""
+        """The certified accuracy within ``eps`` by ``labels`` N: over all images, also those wrong or abstained on."""
         count, n = int(self.stands(labels, eps).sum()), len(self)
         return CertifiedAccuracy(eps, count / max(n, 1), *wilson_interval(count, n), n)
 
@@ -112,7 +112,7 @@ class Certified:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Certified:
-        """The certificate that :meth:`to_json` wrote."""
+        """The certificate whose ``values`` :meth:`to_json` wrote."""
         radii = [math.inf if radius is None else radius for radius in values["radius"]]
         return cls(
             torch.tensor(values["prediction"]),
@@ -123,7 +123,7 @@ class Certified:
 
     @classmethod
     def joined(cls, parts: Sequence[Certified]) -> Certified:
-        """Certificates of one kind, one after another; at least one.
+        """The ``parts``, certificates of one kind, one after another; at least one.
 
         Raises:
             InputError: none, or in several norms or with several chances.

@@ -123,7 +123,7 @@ class SmoothedFeatures(EvaluationOnly):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Images N x C x H x W in [0, 1] -> log-probabilities N x classes."""
+        """``images`` N x C x H x W in [0, 1] -> log-probabilities N x classes."""
         mean = self._mean(images, self.draws, "answer").feature
         return self._vote(mean).clamp_min(torch.finfo(torch.float32).tiny).log().to(images.device)
 
@@ -132,8 +132,8 @@ class SmoothedFeatures(EvaluationOnly):
         return replace(self.base, predict=self, features=_AttackersMean(self, 8))
 
     def refutes(self, images: Tensor, classes: Tensor) -> Tensor:
-        """N: whether the vote at the mean feature is another class than this; where it is theirs, with a chance of at
-        most alpha.
+        """N: whether the vote at the mean feature of ``images`` is another class than ``classes`` N; where it is
+        theirs, with a chance of at most alpha.
         """
         found = self.certify(images, self.draws, self.alpha, purpose="answer")
         return (found.radius > 0) & (found.prediction != classes.cpu())
@@ -159,7 +159,7 @@ class SmoothedFeatures(EvaluationOnly):
         return Certified(torch.where(sure, prediction, ABSTAINED), torch.where(sure, radius, 0.0), "l2", alpha)
 
     def inside(self, features: Tensor) -> Tensor:
-        """Features N x d, brought into the ball along the ray from its centre."""
+        """``features`` N x d, brought into the ball along the ray from its centre."""
         centre = self.centre.to(features)
         away = features - centre
         length = torch.linalg.vector_norm(away, dim=1, keepdim=True)
@@ -274,7 +274,8 @@ def certify_smoothed_features(
 ) -> Certified:
     """Certify the vote of the K rows nearest to the mean feature under noise (:class:`SmoothedFeatures`), in l2.
 
-    Args and errors: as for :class:`SmoothedFeatures`, whose ``certify`` this is.
+    ``images`` are N x C x H x W in [0, 1]; ``surface``, ``sigma``, ``draws``, ``alpha``, ``seed``, ``batch_size`` and
+    errors as for :class:`SmoothedFeatures`, whose ``certify`` this is.
     """
     smoothed = SmoothedFeatures(surface, sigma, draws=draws, seed=seed, batch_size=batch_size)
     return smoothed.certify(images, draws, alpha)

@@ -179,7 +179,7 @@ class SmoothedClassifier(EvaluationOnly):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images N x C x H x W in [0, 1] -> the logs of the shares of answers, N x classes."""
+        """``images`` N x C x H x W in [0, 1] -> the logs of the shares of answers, N x classes."""
         if not len(images):
             nothing: Tensor = self.pipeline(images)
             return nothing
@@ -187,8 +187,8 @@ class SmoothedClassifier(EvaluationOnly):
         return shares.clamp_min(torch.finfo(torch.float32).tiny).log().to(images.device)
 
     def refutes(self, images: Tensor, classes: Tensor) -> Tensor:
-        """N: whether PREDICT gives these images another class than this; if it is theirs, with a chance of at most
-        alpha.
+        """N: whether PREDICT gives these images another class than ``classes`` N; if it is theirs, with a chance of at
+        most alpha.
         """
         answer = predict(self._counts(images), self.alpha)
         return (answer != ABSTAINED) & (answer != classes.cpu())

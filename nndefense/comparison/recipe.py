@@ -123,7 +123,8 @@ def comparison_names() -> tuple[str, ...]:
 
 
 def shipped_comparison(name: str, dataset: str, *, seed: int = 0, scope: str | None = None) -> ComparisonRecipe:
-    """A shipped recipe, with the scope that it has for a data set, ``digits`` of ``digits:train``, or the one named.
+    """The shipped recipe ``name``, for a ``seed``, with the scope that it has for a ``dataset``, ``digits`` of
+    ``digits:train``, or the one named.
 
     Raises:
         InputError: there is no such recipe, or no such scope.
@@ -132,12 +133,12 @@ def shipped_comparison(name: str, dataset: str, *, seed: int = 0, scope: str | N
 
 
 def comparison_values(name: str) -> dict[str, Any]:
-    """The values of a shipped recipe, as its TOML file has them; errors as for :func:`shipped_comparison`."""
+    """The values in the TOML file of the shipped recipe ``name``; errors as for :func:`shipped_comparison`."""
     return recipes.read_shipped(__package__, name, "comparison")
 
 
 def material_settings(dataset: str, name: str = "table2") -> dict[str, Any]:
-    """How a shipped recipe makes its defences on a data set, for an evaluation of some of them.
+    """How the shipped recipe ``name`` makes its defences on a ``dataset``, for an evaluation of some of them.
 
     Returns:
         Entries of :class:`~nndefense.pipeline.MaterialSettings`, without those that follow from the evaluation.
@@ -150,9 +151,9 @@ def material_settings(dataset: str, name: str = "table2") -> dict[str, Any]:
 def comparison_from(
     values: Mapping[str, Any], name: str, dataset: str, *, seed: int = 0, scope: str | None = None
 ) -> ComparisonRecipe:
-    """Make a recipe from the values of a TOML file: ``title``, ``about``, ``[[row]]``, ``[scope.default]`` and, for
-    data sets that have one, ``[scope.NAME]``, whose entries take the place of the default's; ``scope`` names one
-    whatever the data set. A scope can have rows of its own, ``[[scope.NAME.row]]``.
+    """Make the recipe ``name`` for a ``dataset`` and a ``seed`` from the values of a TOML file: ``title``, ``about``,
+    ``[[row]]``, ``[scope.default]`` and, for data sets that have one, ``[scope.NAME]``, whose entries take the place of
+    the default's; ``scope`` names one whatever the data set. A scope can have rows of its own, ``[[scope.NAME.row]]``.
 
     Raises:
         InputError: an entry is missing, unknown or cannot be used; the message names it.
@@ -186,7 +187,7 @@ def retrieved_by(recipe: ComparisonRecipe, **options: Any) -> ComparisonRecipe:
 
 
 def changed(scope: Scope, values: Mapping[str, Any]) -> Scope:
-    """A scope with some entries changed; budgets may be quotients such as ``"8/255"``.
+    """A scope with the entries of ``values`` changed; budgets may be quotients such as ``"8/255"``.
 
     Other budgets bring their largest as the headline, and where the scope keeps attackers who know the defence to some
     budgets, another headline is theirs.

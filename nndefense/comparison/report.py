@@ -40,7 +40,7 @@ from nndefense.reporting.wording import budget, date_text, escape, number, perce
 
 
 def markdown_of(results: Results) -> str:
-    """The table in Markdown, with the printed rows that have no counterpart and the caveats."""
+    """The table of ``results`` in Markdown, with the printed rows that have no counterpart and the caveats."""
     headline, dataset, printed = results["headline"], results["dataset"], results["published"]
     parts = [
         f"# {results['recipe']['title']}: {dataset['name']}\n",
@@ -60,7 +60,7 @@ def markdown_of(results: Results) -> str:
 
 
 def summary_of(results: Results) -> str:
-    """The measured accuracies for a terminal, without intervals."""
+    """The measured accuracies of ``results`` for a terminal, without intervals."""
     rows: list[tuple[str, ...]] = []
     for row in table_of(results):
         reason = row.cells["clean"].reason
@@ -75,7 +75,7 @@ _SHOWS = "Accuracy of every defence, clean, under the attack that ignores it, an
 
 @writes("out")
 def write_comparison(results: Results, out: Path) -> list[Path]:
-    """Write ``table.md``, ``figure.png`` and ``report.html`` into an existing folder; all follows from the results."""
+    """Write ``table.md``, ``figure.png`` and ``report.html`` into the folder ``out``; all follows from the results."""
     contents = {
         out / TABLE: markdown_of(results).encode(),
         out / FIGURE: picture(figure_of(results), "png"),

@@ -75,7 +75,7 @@ class TableRow:
 
 
 def table_of(results: Results, eps: float | None = None) -> list[TableRow]:
-    """The rows of the table at one budget, by default the headline's."""
+    """The rows of the table of ``results`` at one budget ``eps``, by default the headline's."""
     budget = results["headline"]["eps"] if eps is None else eps
     return [_row(results, row, budget) for row in results["rows"]]
 

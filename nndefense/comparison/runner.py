@@ -138,7 +138,7 @@ def run_comparison(
 
 
 def read_comparison(path: Any) -> dict[str, Any]:
-    """Read a ``results.json`` that :func:`run_comparison` wrote.
+    """Read the ``results.json`` at ``path`` that :func:`run_comparison` wrote.
 
     Raises:
         DataError: it is missing, damaged, changed or something else.

@@ -228,7 +228,8 @@ class Manifest:
 
     @classmethod
     def of_whole(cls, folder: Path, *, checksums: bool) -> Manifest:
-        """Read the manifest, and compare the files with it; once more where it is changed meanwhile, and they with it.
+        """Read the manifest in ``folder``, and compare the files with it, with ``checksums`` every byte; once more
+        where it is changed meanwhile, and they with it.
 
         Raises:
             DatabaseError: as :meth:`read` and :meth:`check_files` do.

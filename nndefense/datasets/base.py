@@ -227,7 +227,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return kept
 
     def rejected(self, rows: RowNumbers, wrong: dict[int, BadImage]) -> tuple[Rejected, ...]:
-        """Describe what :meth:`read_into` returned for ``rows``, in order."""
+        """Describe what :meth:`read_into` returned as ``wrong`` for ``rows``, in order."""
         places = sorted(wrong)
         items = self.ids.take(rows[places]) if places else []
         return tuple(
@@ -306,7 +306,7 @@ class SubsetDataset(ImageDataset):
 
 
 def holdout(dataset: ImageDataset, n: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split a data set in two: return the rows that remain and the ``n`` rows held out, both ascending.
+    """Split ``dataset`` in two: return the rows that remain and the ``n`` rows held out, both ascending.
 
     Each class (unknown labels count as one) gives its share of ``n``, rounded by largest remainder. The same data
     set, ``n`` and ``seed`` give the same rows on every machine and with every version of the libraries.

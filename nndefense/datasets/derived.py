@@ -58,7 +58,7 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class TransformedDataset(ImageDataset):
-    """A data set in another size, in grey (luma) or in three channels (the grey one repeated).
+    """A data set, ``parent``, in another size, in grey (luma) or in three channels (the grey one repeated).
 
     Where the aspect ratio changes, the centre is kept. Raises DataError for images that are neither grey nor RGB.
     """

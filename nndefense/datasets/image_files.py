@@ -53,7 +53,7 @@ def load_image(path: FilePath, *, channels: int = 3, size: Size | None = None) -
 
 
 def image_channels(path: FilePath) -> int:
-    """Return 1 if the image file is grey (with or without transparency), else 3.
+    """Return 1 if the image file at ``path`` is grey (with or without transparency), else 3.
 
     Raises:
         DataError: the file is missing, or no image of a known format.

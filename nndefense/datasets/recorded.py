@@ -67,7 +67,7 @@ def open_recorded(
 
 
 def recorded_specs(data: Mapping[str, Any]) -> list[str]:
-    """The specs that a record names, as text; empty where it names none."""
+    """The specs that ``data``, a manifest's record of its images, names, as text; empty where it names none."""
     specs = data.get("specs")
     return [*map(str, specs)] if isinstance(specs, (list, tuple)) else []
 

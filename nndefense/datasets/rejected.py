@@ -32,7 +32,7 @@ REJECTED_KINDS = (
 
 
 class BadImage(DataError):
-    """One image that cannot be used, whatever becomes of the others.
+    """One image that cannot be used, whatever becomes of the others; ``message`` names it.
 
     Attributes:
         kind: one of :data:`REJECTED_KINDS`.

@@ -54,7 +54,7 @@ class CellStore:
         return stored["value"]
 
     def put(self, name: str, key: Any, value: Any) -> None:
-        """Keep a finished cell, whole or not at all."""
+        """Keep the ``value`` of a finished cell ``name``, whole or not at all."""
         make_folder(self.folder)
         record = {"format": FORMAT, "version": VERSION, "key": self._key(key), "value": value}
         write_json(self._path(name, key), sealed(record))

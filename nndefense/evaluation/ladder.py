@@ -156,7 +156,7 @@ def _combined(records: Sequence[PlainRecord], like: PlainRecord) -> dict[str, An
 
 
 def compare(records: Sequence[PlainRecord], bare: str = BARE, defended: str = DEFENDED) -> list[Comparison]:
-    """McNemar's test of the defence against the bare classifier, for every cell that both were measured in.
+    """McNemar's test of the ``defended`` against the bare classifier, for every cell of ``records`` that has both.
 
     On shared images (clean, gray and black box) both saw the same pictures. In the worst case each was attacked by what
     is strongest against it, which is the comparison that counts.

@@ -38,7 +38,9 @@ def assemble(
 ) -> dict[str, Any]:
     """Put everything that a reader needs beside the records; plain values, ready for JSON.
 
-    The worst cases and the paired tests follow from the records, and stand among and beside them.
+    The worst cases and the paired tests follow from the records, and stand among and beside them. ``recipe``,
+    ``dataset``, ``classifier``, ``surrogate`` and ``defense`` are what was run, ``calibration`` how it was chosen,
+    ``audit`` and ``abstention`` what was found beside, and ``command`` the line to run it again.
     """
     plain = [record.to_json() for record in records]
     plain += worst_cases(plain)

@@ -137,7 +137,7 @@ def threats_of(
 
 
 def layer_subject(defense: NearestNeighborDefense) -> Subject:
-    """A defence on another layer, to be compared."""
+    """A ``defense`` on another layer, to be compared."""
     feature = defense.database.feature
     return _subject(f"{DEFENDED} ({feature.layer}, {feature.pooling})", "layer", defense)
 

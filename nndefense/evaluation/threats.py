@@ -71,7 +71,7 @@ class AttackSettings:
         return (self.queries if self.attack.effort == "queries" else self.steps) or 0
 
     def times(self, factor: int, least: int = 0) -> AttackSettings:
-        """The same with so many times the effort, and at least ``least`` steps; as it is where that is fixed."""
+        """The same with ``factor`` times the effort, and at least ``least`` steps; as it is where that is fixed."""
         if self.attack.effort == "queries":
             return replace(self, queries=factor * self.effort)
         return replace(self, steps=max(factor * self.effort, least)) if self.attack.effort else self

@@ -14,7 +14,9 @@ from nndefense.reporting import charts
 
 
 def figure_of(results: Results) -> Figure:
-    """Draw what the recipe asks for: ``bars`` of every threat, curves over ``labels``, or the ``gap`` over labels."""
+    """Draw what the recipe of ``results`` asks for: ``bars`` of every threat, curves over ``labels``, or the ``gap``
+    over labels.
+    """
     return {"bars": _bars, "labels": _labels, "gap": _gap, "retrieval": _retrieval}[results["recipe"]["figure"]](
         results
     )

@@ -255,7 +255,7 @@ class ExperimentRecipe:
         return [form for form in self.forms if not form.of or method.name in form.of]
 
     def settings_of(self, method: Method, images: int, seed: int = 0) -> TrainingSettings:
-        """The settings of a method's training on so many labelled images."""
+        """The settings of a method's training on so many labelled images, with this ``seed``."""
         return make_settings(images, {**self.options_of(method), "seed": seed})
 
     def options_of(self, method: Method) -> dict[str, Any]:
@@ -338,7 +338,7 @@ def shipped_recipe(name: str, scale: str = "full") -> ExperimentRecipe:
 
 
 def recipe_from(values: Mapping[str, Any], name: str, scale: str) -> ExperimentRecipe:
-    """Make a recipe from the values of a TOML file.
+    """Make the recipe ``name`` from the values of a TOML file.
 
     What stands in the table of the scale (``[full]``, ``[small]``) replaces what stands at the top, ``settings`` and
     ``attack`` entry by entry. ``[[method]]``, ``[[threat]]``, ``[[evaluation]]`` and ``[[published]]`` are lists of

@@ -34,7 +34,7 @@ TABLE, REPORT, FIGURE = "table.md", "report.html", "figure"
 
 
 def tables_of(results: Results) -> list[Table]:
-    """All tables of an experiment: that of its layout, published figures, intervals, differences, costs."""
+    """All tables of ``results``: that of the layout, published figures, intervals, differences, costs."""
     first = {"tradeoff": [_tradeoff], "errors": [_errors]}.get(results["recipe"]["layout"], [])
     measured = [*(table(results) for table in first), _methods(results)]
     measured[0] = replace(measured[0], note=f"{measured[0].note} {trained_text(results)}".strip())

@@ -113,7 +113,7 @@ def run(
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read a ``results.json`` that :func:`run` wrote.
+    """Read the ``results.json`` at ``path`` that :func:`run` wrote.
 
     Raises:
         DataError: it is missing, damaged, changed or something else.

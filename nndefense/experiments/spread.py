@@ -75,7 +75,7 @@ def confidence_of(results: Results, method: str, labels: int, threat: str) -> fl
 
 
 def differences(results: Results) -> list[dict[str, Any]]:
-    """The first method less the second of every pair of the recipe, paired by seed and image.
+    """The first method less the second of every pair in ``results``, paired by seed and image.
 
     Each with threat and labels, ``standard`` and ``robust`` as :class:`Spread` of the difference, and ``mcnemar``: for
     each seed the exact p-value of the test whether both are right equally often on the same images.

@@ -209,7 +209,7 @@ def _per_channel(name: str, values: Sequence[float] | None, default: float, chan
 
 
 def read_classes(path: str | Path) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    """Read the names of classes, and their ids where the file has them.
+    """Read the names of classes from the file at ``path``, and their ids where it has them.
 
     A ``.csv`` file has a header with a column ``name`` (or ``class``, ``label``), perhaps ``wnid`` (or ``class_id``,
     ``id``, ``synset``), and perhaps ``index``, the class number from 0. Any other file has one name a line.

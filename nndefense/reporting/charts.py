@@ -88,7 +88,7 @@ def spread(targets: Sequence[float], *, gap: float, low: float, high: float) -> 
 
 
 def picture(figure: Figure, kind: str, salt: str = "nndefense", dpi: int = 150) -> bytes:
-    """A figure as the bytes of a ``png`` or ``svg`` file; the same figure gives the same bytes."""
+    """A figure as the bytes of a file of the ``kind`` png (at ``dpi``) or svg (ids from ``salt``), always the same."""
     buffer = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": salt}):
         figure.savefig(buffer, format=kind, dpi=dpi, metadata={"Software" if kind == "png" else "Date": None})

@@ -51,7 +51,7 @@ def page(
 
 
 def section(title: str, body: str, name: str = "") -> str:
-    """HTML as a part of a page under a plain heading; ``""`` without a body. ``name`` is what links call it."""
+    """HTML as a part of a page under a plain ``title``; ``""`` without a body. ``name`` is what links call it."""
     if not body:
         return ""
     identifier = f' id="{name}"' if name else ""
@@ -65,12 +65,12 @@ def paragraphs(text: str) -> str:
 
 
 def folded(summary: str, body: str) -> str:
-    """HTML behind a line of plain text that opens it; ``""`` without a body."""
+    """HTML behind a line of plain text, ``summary``, that opens it; ``""`` without a body."""
     return f"<details><summary>{escape(summary)}</summary>\n{body}</details>" if body else ""
 
 
 def fingerprint(value: object) -> str:
-    """A fingerprint in short as HTML, which shows the whole one when it is asked; ``""`` of none."""
+    """A fingerprint (``value``) in short as HTML, which shows the whole one when it is asked; ``""`` of none."""
     if not value:
         return ""
     whole = str(value)
@@ -87,13 +87,13 @@ def facts_list(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def limits_list(limits: Iterable[tuple[str, str]]) -> str:
-    """What numbers do not show, of plain text: each limit in a few words, and its explanation."""
+    """``limits``, what numbers do not show, of plain text: each limit in a few words, and its explanation."""
     listing = "\n".join(f"<li>{f'<b>{escape(name)}</b> ' if name else ''}{escape(text)}</li>" for name, text in limits)
     return f'<ul class="limits">\n{listing}\n</ul>'
 
 
 def figure(drawn: str, title: str = "", caption: str = "", after: str = "") -> str:
-    """A drawing (HTML) under its title and caption (plain text), with more HTML after it."""
+    """A drawing (``drawn``, HTML) under its title and caption (plain text), with more HTML after it."""
     heading = f"<h3>{escape(title)}</h3>" if title else ""
     about = f"<p>{escape(caption)}</p>" if caption else ""
     head = f"<figcaption>{heading}{about}</figcaption>\n" if title or caption else ""

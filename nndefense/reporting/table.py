@@ -127,11 +127,11 @@ class Table:
         return [row + [""] * (len(self.columns) - 1) if len(row) == 1 else row for row in rows]
 
     def first(self, count: int) -> Table:
-        """The table of its first rows."""
+        """The table of its first ``count`` rows."""
         return replace(self, rows=self.rows[:count], kinds=self.kinds[:count])
 
     def after(self, count: int) -> Table:
-        """The table without its first rows."""
+        """The table without its first ``count`` rows."""
         return replace(self, rows=self.rows[count:], kinds=self.kinds[count:])
 
 

@@ -25,7 +25,7 @@ from nndefense.guard.prediction import Defended
 
 
 class ServiceError(NNDefenseError):
-    """An answer of the service other than success, or none at all.
+    """An answer of the service other than success, or none at all; ``detail`` says what it is.
 
     Attributes:
         status: the HTTP status; 0 where no answer came.
@@ -111,7 +111,7 @@ class Client:
         return Answer(tuple(map(Defended.from_json, value["predictions"])), value["model"], value["database"], body)
 
     def neighbor_image(self, id: str) -> bytes:
-        """The picture of a neighbour as PNG; ServiceError of status 404 where it is not at hand."""
+        """The picture of the neighbour ``id`` as PNG; ServiceError of status 404 where it is not at hand."""
         return self._ask("GET", f"/v1/neighbors/{quote(id, safe='')}/image")
 
     def model(self) -> dict[str, Any]:

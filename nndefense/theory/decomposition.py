@@ -212,7 +212,8 @@ def change(angles: ArrayLike, theta_star: ArrayLike, sigma: ArrayLike) -> Array:
 
 
 def boundaries(theta_star: ArrayLike, sigma: ArrayLike) -> Array:
-    """The angles in [-pi/2, pi/2) between which the change keeps its sign, ascending; exact but for rounding.
+    """The angles in [-pi/2, pi/2) between which the change keeps its sign, ascending, for ``theta_star`` (2) and
+    ``sigma`` (2 x 2); exact but for rounding.
 
     They are the direction orthogonal to theta*, and the real roots of a cubic in the tangent.
     """
@@ -229,7 +230,8 @@ def boundaries(theta_star: ArrayLike, sigma: ArrayLike) -> Array:
 
 
 def harmless_share(theta_star: ArrayLike, sigma: ArrayLike) -> float:
-    """The share of all directions in which an augmented point does not hurt, in [0, 1]."""
+    """The share of all directions in which an augmented point does not hurt, in [0, 1]; ``theta_star`` (2), ``sigma``
+    (2 x 2)."""
     edges = boundaries(theta_star, sigma)
     edges = np.append(edges, edges[0] + np.pi)
     middles = (edges[1:] + edges[:-1]) / 2

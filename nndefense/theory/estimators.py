@@ -89,7 +89,8 @@ def rst(
 
 
 def rst_closed_form(theta_std: ArrayLike, x: ArrayLike, y: ArrayLike, sigma: ArrayLike) -> Array:
-    """:func:`rst` for an invertible Sigma, by its formula: the Sigma-norm projection of theta_std on the constraints.
+    """:func:`rst` for an invertible Sigma, by its formula: the Sigma-norm projection of theta_std on the constraints
+    of the points ``x``; Sigma is ``sigma``, d x d.
 
     ``theta_std + Sigma^-1 X^T (X Sigma^-1 X^T)^+ (y - X theta_std)``. Less accurate than :func:`rst` where Sigma is
     nearly singular.
@@ -111,7 +112,8 @@ def rst_closed_form(theta_std: ArrayLike, x: ArrayLike, y: ArrayLike, sigma: Arr
 
 
 def standard_error(theta: ArrayLike, theta_star: ArrayLike, sigma: ArrayLike) -> float:
-    """``L_std = (theta - theta*)^T Sigma (theta - theta*)``, at least 0 (section 3.1)."""
+    """``L_std = (theta - theta*)^T Sigma (theta - theta*)``, at least 0 (section 3.1), theta* = ``theta_star``, Sigma =
+    ``sigma``."""
     covariance = matrix_of(sigma, "sigma")
     star = vector_of(theta_star, "theta_star", covariance.shape[1])
     difference = vector_of(theta, "theta", len(star)) - star
@@ -121,7 +123,8 @@ def standard_error(theta: ArrayLike, theta_star: ArrayLike, sigma: ArrayLike) ->
 def robust_error_in_ball(
     theta: ArrayLike, theta_star: ArrayLike, x: ArrayLike, *, eps: float, norm: str = "linf"
 ) -> float:
-    """``mean_i max ((x_i + delta) . theta - x_i . theta*)^2`` over the ball ``||delta|| <= eps``: the points' mean.
+    """``mean_i max ((x_i + delta) . theta - x_i . theta*)^2`` over the ball ``||delta|| <= eps``, theta* =
+    ``theta_star``.
 
     The inner maximum has a closed form, ``(|x . (theta - theta*)| + eps ||theta||_q)^2``, with q the dual of the ball's
     norm: 1 for ``linf``, 2 for ``l2``.
@@ -197,11 +200,13 @@ class Population:
         return found.reshape(-1, self.points.shape[-1])
 
     def standard_error(self, theta: Array, theta_star: Array) -> Array:
-        """``L_std = E[(x . theta - x . theta*)^2]``; ``theta`` ... x d gives as many errors as it has rows."""
+        """``L_std = E[(x . theta - x . theta*)^2]``, theta* = ``theta_star`` (d); ``theta`` ... x d gives as many
+        errors as it has rows.
+        """
         return np.asarray((self._errors(theta, theta_star) * self.weights).sum((-2, -1)))
 
     def robust_error(self, theta: Array, theta_star: Array) -> Array:
-        """``L_rob = E[max over x' in T(x) of (x' . theta - x' . theta*)^2]``; shapes as for :meth:`standard_error`."""
+        """``L_rob = E[max over x' in T(x) of (x' . theta - x' . theta*)^2]``; ``theta_star`` and shapes as above."""
         return np.asarray((self._errors(theta, theta_star).max(-1) * self.weights.sum(1)).sum(-1))
 
     def _errors(self, theta: Array, theta_star: Array) -> Array:
@@ -222,7 +227,7 @@ class Estimators:
 
     @classmethod
     def on(cls, population: Population, star: Array, **thetas: Array) -> Estimators:
-        """The three with their errors on a population whose true predictor is ``star``."""
+        """The three ``thetas`` with their errors on a population whose true predictor is ``star``."""
         standard = {name: float(population.standard_error(theta, star)) for name, theta in thetas.items()}
         robust = {name: float(population.robust_error(theta, star)) for name, theta in thetas.items()}
         return cls(**thetas, standard=standard, robust=robust)

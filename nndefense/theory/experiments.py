@@ -73,7 +73,7 @@ def harm_by_condition(draws: int = 2000, *, dimension: int = 8, labelled: int = 
 
 
 def rst_guarantees(draws: int = 2000, *, seed: int = 0) -> list[Count]:
-    """Count random populations in which each inequality about robust self-training fails, beyond rounding.
+    """Count populations, drawn by ``seed``, in which each inequality about robust self-training fails, beyond rounding.
 
     The first three cannot fail. The fourth, without a condition, does. The last three are of the form without
     invariance (``everywhere=False`` of :func:`nndefense.theory.estimators.estimators`): there the inequality on robust
@@ -118,7 +118,7 @@ def rst_guarantees(draws: int = 2000, *, seed: int = 0) -> list[Count]:
 
 
 def random_populations(draws: int, *, seed: int = 0) -> Iterator[tuple[Population, Array, Array]]:
-    """Yield random populations, labelled places n x 2 and a consistent theta*.
+    """Yield ``draws`` random populations (by ``seed``), labelled places n x 2 and a consistent theta*.
 
     3 to 8 dimensions, up to three times as many kinds of points, each with one perturbation in a random subspace that
     theta* is blind to; the dimensions have very different scales, and the weights come from a flat Dirichlet law.

@@ -113,7 +113,7 @@ class Staircase:
         return min_norm(self.support.reshape(-1, self.dimension), labels, norm=self.penalty)
 
     def places(self, t: ArrayLike) -> Array:
-        """Points of the support as pairs (stair, version): n -> n x 2.
+        """Points ``t`` of the support as pairs (stair, version): n -> n x 2.
 
         Raises:
             InputError: a point that is neither i nor i + 1/2 of a stair.
@@ -127,8 +127,9 @@ class Staircase:
     def fit(self, labelled: ArrayLike, *, teacher: str = "std") -> Estimators:
         """theta_std, theta_aug and theta_rst from labelled points t, with the errors that the test weights give.
 
-        theta_rst sees the population as training points are drawn (half-points with ``noise_in_training``); on the
-        predictors that it may choose from, equal on both points of a stair, that changes the pseudo-labels alone.
+        theta_rst learns from the predictor ``teacher``, and sees the population as training points are drawn
+        (half-points with ``noise_in_training``); on the predictors that it may choose from, equal on both points of a
+        stair, that changes the pseudo-labels alone.
         """
         places = self.places(labelled)
         trained = estimators(
@@ -142,7 +143,7 @@ class Staircase:
         return found
 
     def roughness(self, theta: Array) -> float:
-        """The penalty that the estimators minimise."""
+        """The penalty of ``theta`` that the estimators minimise."""
         return float(theta @ self.penalty @ theta)
 
     def one_extra_point(self, labelled: ArrayLike, extra: ArrayLike) -> Array:

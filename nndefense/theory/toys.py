@@ -79,7 +79,7 @@ class RobustFeature:
         return min((1 - accuracy) * self.p / (1 - self.p), 1.0)
 
     def sample(self, n: int, *, seed: int = 0) -> tuple[Array, NDArray[np.int64]]:
-        """Draw n points: n x (d + 1), and their labels -1 or 1, n."""
+        """Draw n points by ``seed``: n x (d + 1), and their labels -1 or 1, n."""
         generator = np.random.default_rng(seed)
         y = generator.choice([-1, 1], size=n)
         first = np.where(generator.random(n) < self.p, y, -y)
@@ -196,7 +196,9 @@ class ThreePoints:
         return standard, robust
 
     def lines(self, turns: int = 72, offsets: int = 81) -> Iterator[tuple[float, float, float]]:
-        """Lines of all directions and offsets, on a grid that has the horizontal and the vertical ones."""
+        """Lines of ``turns`` directions and ``offsets`` offsets, on a grid that has the horizontal and the vertical
+        ones.
+        """
         for angle in 2 * np.pi * np.arange(turns) / turns:
             for offset in np.linspace(-4, 4, offsets):
                 yield float(np.cos(angle)), float(np.sin(angle)), float(offset)

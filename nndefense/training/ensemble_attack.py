@@ -49,7 +49,7 @@ _BATCH = 256
 
 
 class AttackedImages:
-    """N attacked images in float32, mapped into memory: a batch touches only its own rows.
+    """N attacked images in float32, mapped into memory (``shards``): a batch touches only its own rows.
 
     Attributes:
         folder: where they are.
@@ -320,7 +320,8 @@ class EnsembleAttack:
         return self.step(source, images, y)
 
     def check(self, classifier: Classifier, dataset: ImageDataset) -> None:
-        """Raise :class:`InputError` unless the sources can attack the images, and none is the net in training."""
+        """Raise :class:`InputError` unless the sources can attack ``dataset``, and none is the
+        ``classifier`` in training."""
         for number, source in enumerate(self.sources, 1):
             if source is classifier:
                 raise InputError(
@@ -332,9 +333,10 @@ class EnsembleAttack:
                 raise InputError(f"source {number} cannot attack {dataset.name}: {error}") from None
 
     def prepare(self, dataset: ImageDataset, team: Team, *, progress: bool = True) -> tuple[AttackedImages, ...]:
-        """The training images as each static source attacks them; none without a cache.
+        """The images of ``dataset`` as each static source attacks them; none without a cache.
 
-        What the cache lacks is computed by the leading process; the others wait.
+        What the cache lacks is computed by the leading process of the ``team``, with a bar if ``progress``; others
+        wait.
 
         Raises:
             DataError: the disk is full, or the cache is damaged.

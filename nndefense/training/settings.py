@@ -220,7 +220,7 @@ def default_batch_size(images: int) -> int:
 
 
 def default_epochs(images: int, batch_size: int) -> int:
-    """The number of epochs for a set of that many images: about 400 steps, but from 3 to 20 epochs."""
+    """The number of epochs for that many images: about 400 steps of ``batch_size``, but from 3 to 20 epochs."""
     steps = math.ceil(images / batch_size)
     return min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, math.ceil(_STEPS / steps)))
 

@@ -95,7 +95,8 @@ def project(px: Tensor, py: Tensor, kind: str, scratch: Tensor | None = None) ->
 
 
 def total_variation(z: Tensor, kind: str = "isotropic", scratch: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """TV(z) of contiguous images N x C x H x W: float64, N."""
+    """TV(z) of the ``kind`` isotropic or anisotropic, of contiguous images N x C x H x W: float64, N; ``scratch`` is
+    memory to work in."""
     dx, dy = differences(z, scratch)
     if kind == "anisotropic":
         return _sum(dx.abs_().add_(dy.abs_()))
@@ -128,12 +129,12 @@ class TvProblem:
     data: str
 
     def select(self, rows: Tensor | slice) -> TvProblem:
-        """The problems of some images only."""
+        """The problems of the images at ``rows`` only."""
         keep = None if self.keep is None else self.keep[rows]
         return TvProblem(self.images[rows], keep, self.weight, self.kind, self.data)
 
     def distance(self, z: Tensor, scratch: Tensor | None = None) -> Tensor:
-        """``|m (z - x)|_2``, float64, N."""
+        """``|m (z - x)|_2``, float64, N; ``scratch`` is memory to work in, like ``z``."""
         off = torch.sub(z, self.images, out=scratch)
         if self.keep is not None:
             off.mul_(self.keep)
@@ -168,9 +169,10 @@ class TvProblem:
     def lower_bound(
         self, px: Tensor, py: Tensor, box: tuple[Tensor, Tensor] | None, scratch: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """What no image can go below, proved by dual variables in the unit ball: float64, N.
+        """What no image can go below, proved by the dual variables ``px``, ``py`` in the unit ball: float64, N.
 
-        ``box`` is what :meth:`bounds` gives; the squared data term without a mask needs none.
+        ``box`` is what :meth:`bounds` gives, ``scratch`` memory to work in; the squared data term without a mask needs
+        none.
         """
         first, second = (None, None) if scratch is None else scratch
         force = divergence(px, py, first).mul_(-self.weight)
@@ -189,7 +191,7 @@ class TvProblem:
         return _sum(held if self.keep is None else torch.where(self.keep > 0, held, loose))
 
     def repaired(self, px: Tensor, py: Tensor) -> tuple[Tensor, Tensor]:
-        """Dual variables near these that leave less force on dropped pixels, and so prove a higher bound.
+        """Dual variables near ``px``, ``py`` that leave less force on dropped pixels, and so prove a higher bound.
 
         Accelerated projected gradient steps on half the squared force, within the unit ball.
         """

@@ -87,7 +87,8 @@ def accuracy_vs_eps(results: Results, *, others: bool = False, uid: str = "eps")
 
 
 def accuracy_vs_rows(results: Results, *, uid: str = "rows") -> str:
-    """Inline SVG of accuracy against database size (log axis) at the headline budget; ``""`` without two sizes.
+    """Inline SVG of accuracy in ``results`` against database size (log axis) at the headline budget; ``""`` without two
+    sizes.
 
     Args as for :func:`accuracy_vs_eps`.
     """

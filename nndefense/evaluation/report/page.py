@@ -52,7 +52,7 @@ def write_report(results: dict[str, Any], gallery: Sequence[GalleryRow], path: P
 
 
 def report_html(results: Results, gallery: Sequence[GalleryRow] = ()) -> str:
-    """The page of :func:`write_report` as text; the same arguments always give the same text.
+    """The page of :func:`write_report` with its ``gallery``, as text; the same arguments always give the same text.
 
     Raises:
         InputError: results of another format or version, or of an evaluation that is not whole.

@@ -78,7 +78,9 @@ comes first, the others in the order of the calibration; accuracies in %.</p>"""
 
 
 def calibration_text(calibration: Mapping[str, Any], rows: int = SHOWN_CANDIDATES) -> str:
-    """The table that a setting was chosen from, for a terminal; where nothing helps, the first line says so."""
+    """The table of ``rows`` candidates that a setting was chosen from (``calibration``), for a terminal; where nothing
+    helps, the first line says so.
+    """
     head = [verdict_text(calibration)] if verdict_text(calibration) else []
     head += [f"calibrated on {calibration['n']} images of {calibration['dataset']}: {calibration['objective']}"]
     if not calibration["within_bound"]:

@@ -67,7 +67,7 @@ class LadderRow:
 
 
 def ladder(results: Results) -> list[LadderRow]:
-    """The rungs that were measured for either, from clean to worst case."""
+    """The rungs of ``results`` that were measured for either, from clean to worst case."""
     rungs = []
     for name in RUNGS:
         bare, defended = (at_headline(results, defense, name, any_attack=True) for defense in (BARE, DEFENDED))
@@ -78,7 +78,9 @@ def ladder(results: Results) -> list[LadderRow]:
 
 
 def summary(results: Results) -> str:
-    """The ladder of every defence at the headline budget, as text for a terminal: of several attacks the strongest."""
+    """The ladder of every defence of ``results`` at the headline budget, as text for a terminal: of several attacks the
+    strongest.
+    """
     names = list(dict.fromkeys(record["defense"] for record in results["records"]))
     cells = {(name, rung): at_headline(results, name, rung, any_attack=True) for name in names for rung in RUNGS}
     columns = [rung for rung in RUNGS if any(cells[name, rung] for name in names)]
@@ -279,7 +281,8 @@ class Table2Row:
 
 
 def table2(results: Results) -> list[Table2Row]:
-    """The main table, in the shape of Table 2 of Dubey et al. (2019): one row a defence, at the headline budget.
+    """The main table of ``results``, in the shape of Table 2 of Dubey et al. (2019): one row a defence, at the headline
+    budget.
 
     Returns:
         no defence first, the calibrated defence second, then the variants in the order of their first record, kept

@@ -13,7 +13,7 @@ from nndefense.reporting.wording import budget, number, p_text, percent
 
 
 def verdict(results: Results) -> str:
-    """What the run found, in a sentence or two."""
+    """What the run of ``results`` found, in a sentence or two."""
     return "".join(text for _, text in verdict_parts(results))
 
 
@@ -94,7 +94,7 @@ def gain_left(results: Results) -> Paired | None:
 
 
 def obscurity(results: Results, *, after: bool = False) -> str:
-    """What becomes of the defence's gain once the attacker knows of the retrieval; ``""`` where that was not measured.
+    """What becomes of the gain in ``results`` once the attacker knows of the retrieval; ``""`` where not measured.
 
     ``after`` is for a place behind the verdict, which has said already what is left.
     The gain is counted against the bare net's own worst case; part of it is obscurity where more images are lost from

@@ -129,7 +129,7 @@ class AttackWatch:
             raise Late
 
     def over(self, called: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The same function, which looks first."""
+        """The function ``called``, which looks first."""
 
         def watched(*given: Any, **named: Any) -> Tensor:
             self.look()
@@ -198,7 +198,8 @@ def _row_images(guard: Guard) -> Callable[[Tensor], Tensor] | None:
 
 
 def attack_picture(target: AttackTarget, job: AttackJob, watch: AttackWatch) -> Tensor:
-    """Run one attack, and round what it made: 1 x C x H x W with 8 bits, within the budget.
+    """Run the ``job`` on the ``target``, watched by ``watch``, and round what it made: 1 x C x H x W with 8 bits,
+    within the budget.
 
     Random starts are drawn from a fixed seed, so that the same request gives the same picture. The adaptive attack
     shows the true defence each candidate as it will be shown to people: rounded.

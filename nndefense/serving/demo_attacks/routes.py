@@ -165,8 +165,8 @@ def _aim(guard: Guard, wanted: AttackRequest, before: Opinion) -> int | None:
 
 
 def offer(guard: Guard) -> dict[str, Any]:
-    """What the page may offer for this database: ``attacks`` (with a ``reason`` for one that is left out), ``norms``
-    with ``most``, ``step`` and ``text``, and ``steps``.
+    """What the page may offer for the database of this ``guard``: ``attacks`` (with a ``reason`` for one that is left
+    out), ``norms`` with ``most``, ``step`` and ``text``, and ``steps``.
     """
     allowed, reason = ["classifier", "defense"], ""
     channels, height, width = guard.classifier.input_shape
@@ -187,7 +187,7 @@ def offer(guard: Guard) -> dict[str, Any]:
 
 
 def router(state: ServingState) -> APIRouter:
-    """``POST /v1/demo/attack``; to be included only where the operator has asked for it."""
+    """``POST /v1/demo/attack`` of the service ``state``; to be included only where the operator has asked for it."""
     routes = APIRouter()
     # Made when the first attack on a guard asks for it, and kept while that guard lives.
     targets: WeakKeyDictionary[Guard, AttackTarget] = WeakKeyDictionary()

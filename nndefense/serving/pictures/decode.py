@@ -134,7 +134,7 @@ def decode_all(
 
 
 def inspect(data: bytes, limits: Limits, *, media_type: str | None = None) -> Picture:
-    """Return what an image file holds and check it against the limits, without decoding a pixel.
+    """Return what ``data``, an image file of the ``media_type``, holds, and check the limits without decoding a pixel.
 
     Raises:
         Refused: as from :func:`decode`, for all that can be told from the file's structure.

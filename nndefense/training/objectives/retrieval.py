@@ -75,7 +75,8 @@ def retrieval(
     """:func:`adversarial` on kernel nearest neighbours: ``mean_i -log p(y_i | x'_i)``.
 
     x'_i is what the attack finds against the retrieval itself, without the image's own row. The attack goes through the
-    rows near the image; for the loss they are found again, near x'_i. Arguments as for :func:`retrieval_standard`.
+    rows near the image; for the loss they are found again, near x'_i. ``rows``, ``votes`` and ``head`` as for
+    :func:`retrieval_standard`.
     """
     needed(attack, "retrieval")
     return _retrieved("retrieval", adversarial, model, batch, attack, rows, votes, head)
@@ -94,7 +95,7 @@ def retrieval_trades(
 ) -> Outcome:
     """:func:`trades` on kernel nearest neighbours: ``mean_i [ -log p(y_i | x_i) + beta KL(p(x_i) || p(x'_i)) ]``.
 
-    Arguments as for :func:`retrieval_standard`.
+    ``rows``, ``votes`` and ``head`` as for :func:`retrieval_standard`.
     """
     needed(attack, "retrieval-trades")
     loss = functools.partial(trades, beta=beta)

@@ -63,7 +63,8 @@ def rst(
     """Robust self-training in its general form (Raghunathan et al., ICML 2020): four weighted means.
 
     ``alpha mean_lab CE(f(x), y) + beta mean_lab CE(f(x'), y) + gamma mean_unl CE(f(x), y~) + lambda mean_unl
-    CE(f(x'), y~)``, in the order of the arguments, with y~ the pseudo-labels. The defaults are those of
+    CE(f(x'), y~)``, alpha to lambda being ``std_labelled``, ``rob_labelled``, ``std_unlabelled``, ``rob_unlabelled``,
+    with y~ the pseudo-labels. The defaults are those of
     :func:`rst_at` where a batch has as many labelled as unlabelled images. A mean over no images is 0.
     """
     labelled = labelled_mask(batch, "rst")
