@@ -424,6 +424,8 @@ def test_the_bar_shows_how_it_goes(
     train_classifier(fresh(few), few, **options, objective="trades")
     shown = capfd.readouterr().err
     assert re.search(r"epoch 2/3: .*img/s, loss \d\.\d+, clean [01]\.\d+, robust [01]\.\d+, \d\d:\d\d left", shown)
+    # One time left, the training's: tqdm's own of an epoch stands after a "<".
+    assert not re.search(r"\d\d:\d\d<", shown)
     assert re.search(r"epoch 3/3, loss [\d.]+, accuracy [\d.]+, robust [\d.]+, validation [\d.]+, robust val", shown)
     train_classifier(fresh(few), few, **options, objective="adversarial")
     assert re.search(r"clean [01]\.\d+ at the last check, robust", capfd.readouterr().err)

@@ -47,6 +47,8 @@ class Display:
             initial=done,
             desc=f"epoch {epoch}/{self.epochs}",
             unit="img",
+            # The one time left is the training's, in the figures, and not the epoch's.
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]",
             leave=False,
             delay=0,
             shown=self.shown,
