@@ -77,7 +77,9 @@ def import_vectors(
             "a classifier is taken together with its layer and images to compare: give all, or none of them"
         )
     found, others = numbered_files(vectors), numbered_files(posteriors) if posteriors else []
-    tables = numbered_files(metadata) if metadata else [path for path in found if path.suffix == ".parquet"]
+    tables = (
+        numbered_files(metadata, (".parquet",)) if metadata else [path for path in found if path.suffix == ".parquet"]
+    )
     ids, labels = _described(tables, id_column, label_column)
     names = tuple(classes) or (tuple(classifier.classes) if classifier else ())
     numbers, names = _numbered(labels, names)
@@ -224,8 +226,9 @@ def export_vectors(database: ImageDatabase, out: Path, *, form: str = "npy") -> 
     Args:
         database: opened.
         out: the folder; made if missing.
-        form: ``npy``: ``img_emb_0.npy``, ``posteriors_0.npy`` and, with ids and labels, ``metadata_0.parquet``, ... as
-            clip-retrieval and autofaiss take them; ``parquet``: ``rows_0.parquet``, ... with all of that as columns.
+        form: ``npy``: ``img_emb/img_emb_0.npy``, ``posteriors/posteriors_0.npy`` and, with ids and labels,
+            ``metadata/metadata_0.parquet``, ... as clip-retrieval and autofaiss take them; ``parquet``:
+            ``rows_0.parquet``, ... with all of that as columns.
 
     Returns:
         The files.
@@ -246,8 +249,10 @@ def export_vectors(database: ImageDatabase, out: Path, *, form: str = "npy") -> 
         columns: dict[str, Any] = {"id": database.ids(rows), "label": database.labels(rows).numpy()}
         names = [f"rows_{number}.parquet"]
         if form == "npy":
-            names = [f"img_emb_{number}.npy", f"posteriors_{number}.npy", f"metadata_{number}.parquet"]
+            kinds = {"img_emb": "npy", "posteriors": "npy", "metadata": "parquet"}
+            names = [f"{kind}/{kind}_{number}.{ending}" for kind, ending in kinds.items()]
         for name in names:
+            make_folder((out / name).parent)
             if (out / name).exists():
                 raise InputError(f"{out / name} is there already: choose another folder")
         if form == "npy":

@@ -77,7 +77,10 @@ def test_what_is_exported_comes_back_the_same(tmp_path, form):
             export_vectors(held, out, form=form)
         found = written[0]
         if form == "npy":
-            settings = {"posteriors": written[1], "metadata": written[2]}
+            # Folders as clip-retrieval has them.
+            found, posteriors, metadata = (path.parent for path in written)
+            assert [place.name for place in (found, posteriors, metadata)] == ["img_emb", "posteriors", "metadata"]
+            settings = {"posteriors": posteriors, "metadata": metadata}
         settings["classes"] = held.classes
     back = import_vectors(found, tmp_path / "b", **settings)
     for column in ("features", "posteriors", "labels"):
@@ -132,6 +135,10 @@ def test_files_that_are_none_or_do_harm_are_refused_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
     assert len(import_vectors(tmp_path / "good.npy", tmp_path / "db", posteriors=tmp_path / "posteriors.npy")) == 6
+    with pytest.raises(DataError, match=r"several kinds \(\.h5, \.npy, \.parquet\)"):
+        import_vectors(tmp_path, tmp_path / "other")
+    with pytest.raises(DataError, match=r"nothing to import: give a file that ends in \.parquet"):
+        import_vectors(tmp_path / "good.npy", tmp_path / "other", metadata=tmp_path / "good.npy")
     np.save(tmp_path / "few.npy", posteriors[:5])
     for settings, message in (
         ({"posteriors": tmp_path / "few.npy"}, "fewer posteriors than vectors"),

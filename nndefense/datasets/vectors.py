@@ -25,16 +25,23 @@ ENDINGS = (".npy", ".h5", ".hdf5", ".parquet")
 _DENSE, _SMALL = 100, 64 << 20
 
 
-def numbered_files(place: Path) -> list[Path]:
-    """The files of vectors or metadata at a place: the file itself, or those of a folder, in order of their numbers.
+def numbered_files(place: Path, endings: Sequence[str] = ENDINGS) -> list[Path]:
+    """The files at a place that end in one of ``endings``: the file itself, or a folder's, in order of their numbers.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or there are several kinds of them.
     """
     there = [path for path in place.iterdir() if path.name[0] != "."] if place.is_dir() else [place]
-    found = [path for path in there if path.suffix in ENDINGS and path.is_file()]
+    found = [path for path in there if path.suffix in endings and path.is_file()]
     if not found:
-        raise DataError(f"{place} holds no vectors: give a file that ends in {', '.join(ENDINGS)}, or a folder of them")
+        raise DataError(
+            f"{place} holds nothing to import: give a file that ends in {', '.join(endings)}, or a folder of them"
+        )
+    kinds = sorted({path.suffix for path in found})
+    if len(kinds) > 1:
+        raise DataError(
+            f"{place} holds files of several kinds ({', '.join(kinds)}): name one of them, or a folder of one"
+        )
     return sorted(found, key=lambda path: ([int(part) for part in re.findall(r"\d+", path.stem)], path.name))
 
 
