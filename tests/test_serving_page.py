@@ -511,11 +511,12 @@ def test_nothing_sticks_out_of_a_narrow_window(browser: Any, service: Served, wi
             page.evaluate("scrollTo(0, 0)")
             change()
             answered(page)
-            # The verdict comes into sight.
-            top, bottom = page.evaluate(
-                "['top', 'bottom'].map((side) => document.getElementById('verdict').getBoundingClientRect()[side])"
-            )
-            assert 0 <= top < bottom <= 700
+            # The verdict comes into sight, and stays there.
+            seen = "(b) => 0 <= b.top && b.bottom <= 700"
+            seen = f"() => ({seen})(document.getElementById('verdict').getBoundingClientRect())"
+            page.wait_for_function(seen, timeout=10_000)
+            page.wait_for_timeout(200)
+            assert page.evaluate(seen)
         assert sideways(page) == 0
         assert barriers(page) == []
         assert not page.is_visible("#note")

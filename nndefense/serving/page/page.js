@@ -92,9 +92,9 @@ async function take(blob, name, button = null, first = false) {
     $("shown-caption").textContent = title;
     $("pair").hidden = true;
     showAnswer(model, clean, null, "");
-    if (!first) reveal();
     $("choose").textContent = "Choose another picture";
     panel?.take(data, clean.bare.class);
+    if (!first) reveal();
   } catch (error) {
     if (running !== mine) return;
     if (error.status === 401) waiting = [blob, name, button];
@@ -122,7 +122,8 @@ function attacked(answer) {
   $("difference-caption").textContent = times;
   const [now, before] = [answer.attacked, answer.clean].map((one) => prediction(one.prediction, shown));
   showAnswer(model, now, before, words.attackNote(answer, shown), shown(answer.towards));
-  reveal();
+  // Once the pictures above it have their height; where others take their place before, these bring it into sight.
+  Promise.all(["shown", "before", "difference"].map((id) => $(id).decode())).then(reveal, () => {});
 }
 
 function askForKey() {
