@@ -49,6 +49,7 @@ from nndefense.database.growing import (
     add_shards,
     changing,
     compact,
+    copied,
     drop_grown,
     next_number,
     remove_rows,
@@ -215,13 +216,9 @@ def _begun(job: BuildJob, folder: Path, manifest: Manifest, overwrite: bool) -> 
         clear(target.folder)
     if target.pca:
         manifest.files[PCA_FILE].check(folder / PCA_FILE, REBUILD)
-        pieces.finish(target.folder / PCA_FILE, lambda part: _copied(folder / PCA_FILE, part))
+        pieces.finish(target.folder / PCA_FILE, partial(copied, folder / PCA_FILE))
     job.write()
     return job
-
-
-def _copied(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
 
 
 def _without_known(job: BuildJob, target: BuildTarget, *, folder: Path, manifest: Manifest) -> Extracted:

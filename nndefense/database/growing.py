@@ -258,10 +258,11 @@ def take_over(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        store(target, lambda part: _copied(source, part))
+        store(target, lambda part: copied(source, part))
 
 
-def _copied(source: Path, target: Path) -> None:
+def copied(source: Path, target: Path) -> None:
+    """Copy the bytes of a file to another place."""
     shutil.copyfile(source, target)
 
 
