@@ -32,6 +32,7 @@ from nndefense.errors import DatabaseError, DataError, InputError, ModelError, N
 from nndefense.features import FeatureSpec
 from nndefense.files import sealed
 from nndefense.guard import Defended, Guard, Percentile
+from nndefense.guard import pictures as pictures_module
 from nndefense.guard.batch_invariant import SteadyForward, _plan
 from nndefense.guard.nearest_rows import NearestRows
 from nndefense.models import Classifier, save_classifier
@@ -685,6 +686,17 @@ def test_pictures_are_never_those_of_other_images(copied: Path) -> None:
         assert guard.neighbor_image(0) is None
         assert guard.samples() == []
         assert guard.describe()["pictures"] is False
+
+
+def test_samples_of_a_large_database_are_of_some_of_its_rows(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    real = pictures_module.varied
+    monkeypatch.setattr(pictures_module, "_LOOKED_AT", 20)
+    monkeypatch.setattr(
+        pictures_module, "varied", lambda labels, count: looked.append(len(labels)) or real(labels, count)
+    )
+    assert len(guard.samples(5)) == 5
+    assert 20 <= looked[0] < 40 < len(guard.database)
 
 
 def test_samples_are_held_out_images_where_there_are_some(guard: Guard, calibrated: Path, held: ImageDataset) -> None:
